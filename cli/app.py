@@ -1,0 +1,103 @@
+"""The program `propulsion-export`: finds commands, shows known failures as one line."""
+
+import importlib
+import json
+import sys
+from collections.abc import Sequence
+
+import click
+
+from propulsion_export.errors import PropulsionExportError, UnavailableError
+
+# What --help shows. A command's module is imported when the command runs.
+COMMANDS = {
+    "train": "Train a Propulsion adapter on labelled text.",
+    "merge": "Fold an adapter into the weights: a plain transformers checkpoint.",
+    "onnx": "Trace to ONNX, adapters folded in or switchable at run time.",
+    "trt": "Build a TensorRT or TensorRT-RTX engine from an ONNX export.",
+    "parity": "The verdict: does an artifact compute what PyTorch computes?",
+    "run": "Predict with an artifact.",
+    "inspect": "Say what an adapter, artifact or engine is.",
+    "adapter": "Add, remove and list a switchable artifact's adapters.",
+    "export": "The road in one go: adapters in; ONNX, engine, parity report out.",
+    "doctor": "What this machine can do, and what is missing.",
+}
+# Which extra brings a module; the others come with the package itself.
+_EXTRAS = {"onnxruntime": "cpu", "tensorrt": "tensorrt", "tensorrt_rtx": "rtx", "polygraphy": "rtx"}
+
+
+class LazyGroup(click.Group):
+    """Imports a command's module, of the same name, when the command is called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(f".{cmd_name}", __package__)
+        command: click.Command = module.command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            import difflib
+
+            near = difflib.get_close_matches(args[0], COMMANDS, n=1)
+            if near:
+                raise click.UsageError(
+                    f"{error.message} Did you mean '{near[0]}'?", ctx=ctx
+                ) from error
+            raise
+
+
+@click.group(
+    cls=LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Start with: propulsion-export doctor. Shell completion: docs/command-line.md.",
+)
+@click.version_option(package_name="propulsion-export")
+def app() -> None:
+    """Propulsion adapters to production: train, fold or keep switchable, ONNX, engines, parity."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the program and exit with its code: 0, 1 out of tolerance, 2, 3, 4, or 130."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        code = app.main(list(arguments), prog_name="propulsion-export", standalone_mode=False)
+    except click.exceptions.Abort:
+        sys.exit(_fail("interrupted", 130, arguments))
+    except KeyboardInterrupt:
+        sys.exit(_fail("interrupted", 130, arguments))
+    except click.UsageError as error:
+        if "--json" not in arguments:
+            error.show()
+            sys.exit(2)
+        sys.exit(_fail(error.format_message(), 2, arguments))
+    except PropulsionExportError as error:
+        if "-v" in arguments or "--verbose" in arguments:
+            raise
+        sys.exit(_fail(str(error), error.exit_code, arguments))
+    except ModuleNotFoundError as error:
+        if error.name not in _EXTRAS:
+            raise
+        remedy = f"Run: pip install 'propulsion-export[{_EXTRAS[error.name]}]'."
+        missing = UnavailableError(f"{error.name} is not installed", remedy=remedy)
+        sys.exit(_fail(str(missing), missing.exit_code, arguments))
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str, code: int, arguments: Sequence[str]) -> int:
+    click.echo(f"propulsion-export: {message}", err=True)
+    if "--json" in arguments:
+        click.echo(json.dumps({"error": message, "exit_code": code}))
+    return code

@@ -1,0 +1,136 @@
+"""What every command shares: where text, progress and JSON go, and the options that say so.
+
+People's text goes to stdout, progress and notes to stderr; with `--json` stdout carries one JSON
+object and nothing else, and the text goes to stderr.
+"""
+
+import functools
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+import click
+
+P = ParamSpec("P")
+R = TypeVar("R")
+DIRECTORY = click.Path(path_type=Path, file_okay=False)
+FILE = click.Path(path_type=Path, dir_okay=False)
+
+
+@dataclass(frozen=True)
+class Console:
+    """Where a command's words go."""
+
+    json: bool
+    quiet: bool
+
+    def result(self, value: dict[str, Any], text: str) -> None:
+        """The outcome, as JSON or as text."""
+        if self.json:
+            click.echo(json.dumps(value))
+        elif not self.quiet:
+            click.echo(text)
+
+    def note(self, text: str) -> None:
+        """Something worth knowing that is not the outcome."""
+        if not self.quiet:
+            click.echo(text, err=True)
+
+    def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+        """Rows under their columns, as wide as they need when nobody watches."""
+        import io
+
+        from rich.console import Console as RichConsole
+        from rich.table import Table
+
+        table = Table(box=None, pad_edge=False)
+        for column in columns:
+            table.add_column(column, overflow="fold")
+        for row in rows:
+            table.add_row(*row)
+        out = io.StringIO()
+        width = None if sys.stdout.isatty() else 160
+        RichConsole(file=out, width=width, markup=False, highlight=False).print(table)
+        return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
+
+    @contextmanager
+    def progress(self) -> Iterator[Callable[[float, str], None]]:
+        """A bar on a terminal, a line per step elsewhere, nothing when quiet."""
+        if self.quiet:
+            yield lambda share, message: None
+        elif sys.stderr.isatty():
+            with _bar() as update:
+                yield update
+        else:
+            said: list[str] = []
+
+            def line(share: float, message: str) -> None:
+                if message not in said[-1:]:
+                    said.append(message)
+                    click.echo(f"[{share:4.0%}] {message}", err=True)
+
+            yield line
+
+
+def console_options(function: Callable[..., R]) -> Callable[..., R]:
+    """Add `--json`, `-q` and `-v`; the command gets a `console` instead."""
+
+    @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+    @click.option("-q", "--quiet", is_flag=True, help="No progress and no text.")
+    @click.option("-v", "--verbose", is_flag=True, help="Show the traceback of a known failure.")
+    @functools.wraps(function)
+    def command(*args: Any, as_json: bool, quiet: bool, verbose: bool, **options: Any) -> R:
+        del verbose  # read by the program itself, see app.main
+        return function(*args, console=Console(as_json, quiet), **options)
+
+    return command
+
+
+def output_options(function: Callable[P, R]) -> Callable[P, R]:
+    """Add `-o` and `--force`."""
+    function = click.option(
+        "--force", is_flag=True, help="Replace what this tool wrote there before."
+    )(function)
+    return click.option(
+        "-o", "--output", type=DIRECTORY, required=True, help="Directory to write."
+    )(function)
+
+
+model_option = click.option(
+    "-m", "--model", help="Base model, path or name.  [default: what the adapter names]"
+)
+trust_option = click.option(
+    "--trust-remote-code", is_flag=True, help="Run code that the model directory brings."
+)
+
+
+@contextmanager
+def _bar() -> Iterator[Callable[[float, str], None]]:
+    from rich.console import Console as RichConsole
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=RichConsole(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=1.0)
+        yield lambda share, message: bar.update(task, completed=share, description=message)
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of all files in a directory."""
+    if path.is_file():
+        return path.stat().st_size
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+
+def human_size(count: int) -> str:
+    """Bytes as people say them: `1.4 MB`."""
+    size = float(count)
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"

@@ -1,0 +1,74 @@
+"""`propulsion-export export`: the road in one go."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .console import Console, console_options, model_option, output_options, trust_option
+from .verdict import exit_code, verdict_line
+
+
+@click.command(
+    epilog="Example: propulsion-export export -a topic=adapters/topic --mode switchable -o release"
+)
+@model_option
+@click.option(
+    "-a", "--adapter", multiple=True, required=True, metavar="[NAME=]DIR", help="Repeatable."
+)
+@click.option(
+    "--mode", type=click.Choice(["folded", "switchable"]), default="folded", show_default=True
+)
+@click.option("--task", default="auto", show_default=True)
+@click.option(
+    "--dtype",
+    type=click.Choice(["keep", "float32", "bfloat16", "float16"]),
+    default="keep",
+    show_default=True,
+)
+@click.option(
+    "--runtime",
+    type=click.Choice(["auto", "tensorrt", "tensorrt-rtx"]),
+    default="auto",
+    show_default=True,
+)
+@click.option(
+    "--target", "targets", multiple=True, default=("auto",), show_default=True, help="Repeatable."
+)
+@click.option("--no-engine", is_flag=True, help="Stop after the ONNX graph.")
+@output_options
+@trust_option
+@console_options
+def command(
+    console: Console,
+    adapter: tuple[str, ...],
+    output: Path,
+    runtime: Any,
+    targets: tuple[str, ...],
+    no_engine: bool,
+    **options: Any,
+) -> int:
+    """The road in one go: adapters in; ONNX, engine and parity reports out.
+
+    Exit 1 when a comparison failed, 3 when the engine asked for could not be built here.
+    """
+    from propulsion_export.engine import BuildOptions
+    from propulsion_export.pipeline.road import export
+
+    engine = None if no_engine else BuildOptions(runtime=runtime, targets=targets)
+    with console.progress() as progress:
+        road = export(adapter, output, engine=engine, progress=progress, **options)
+    lines = [f"{output}/{name}: {verdict_line(report)}" for name, report in road.reports.items()]
+    if road.engine_missing:
+        lines.append(f"{output}/engine: not built ({road.engine_missing})")
+    console.result(
+        {
+            "output": str(output),
+            "parity": {name: report.verdict for name, report in road.reports.items()},
+            "engine": None if road.engine is None else str(road.engine.directory),
+            "engine_missing": road.engine_missing,
+        },
+        "\n".join(lines),
+    )
+    failed = any(exit_code(report) == 1 for report in road.reports.values())
+    return 1 if failed else 3 if road.engine_missing else 0

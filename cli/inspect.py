@@ -1,0 +1,79 @@
+"""`propulsion-export inspect`: what an adapter, artifact or engine is."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .console import DIRECTORY, Console, console_options, human_size, size_of
+
+
+@click.command(epilog="Example: propulsion-export inspect adapters/topic")
+@click.argument("path", metavar="PATH", type=DIRECTORY)
+@console_options
+def command(console: Console, path: Path) -> None:
+    """Say what an adapter, artifact or engine is."""
+    from propulsion_export.adapter import CONFIG_FILE, Adapter
+    from propulsion_export.artifact import MANIFEST_FILE, Artifact
+    from propulsion_export.errors import ArtifactError
+
+    if (path / MANIFEST_FILE).is_file():
+        manifest = Artifact.read(path).manifest
+        value = json.loads(manifest.to_json())
+        del value["base"]["fingerprint"], value["files"]
+    elif (path / CONFIG_FILE).is_file():
+        value = _describe(Adapter.read(path))
+    else:
+        raise ArtifactError(
+            f"{path}: holds neither {MANIFEST_FILE} nor {CONFIG_FILE}, expected an artifact or an "
+            "adapter"
+        )
+    console.result(value, f"{path} ({human_size(size_of(path))})\n" + _text(value))
+
+
+def _describe(adapter: Any) -> dict[str, Any]:
+    return {
+        "kind": "adapter",
+        "name": adapter.name,
+        "task": adapter.task,
+        "labels": adapter.labels,
+        "base": adapter.base,
+        "base_fingerprint": adapter.fingerprint is not None,
+        "digest": adapter.digest,
+        "scales": adapter.size,
+        "biases": sum(bias.size for bias in adapter.biases.values()),
+        "modules": {name: list(values.shape) for name, values in adapter.modules.items()},
+        "modules_scaled": {
+            path: {
+                "side": scale.side,
+                "channels": scale.values.size,
+                "smallest": float(scale.values.min()),
+                "largest": float(scale.values.max()),
+            }
+            for path, scale in adapter.scales.items()
+        },
+    }
+
+
+def _text(value: dict[str, Any]) -> str:
+    lines = []
+    for key, item in value.items():
+        if key == "modules_scaled":
+            lines += [
+                f"  {path}: {scale['channels']} {scale['side']} scales in "
+                f"[{scale['smallest']:.4g}, {scale['largest']:.4g}]"
+                for path, scale in item.items()
+            ]
+        elif key == "layout":
+            lines += [f"{name}: {len(slots)} slots" for name, slots in item.items()]
+        elif key in ("inputs", "outputs"):
+            lines += [f"{key[:-1]} {_tensor(tensor)}" for tensor in item]
+        else:
+            lines.append(f"{key}: {item if isinstance(item, str | int) else json.dumps(item)}")
+    return "\n".join(lines)
+
+
+def _tensor(tensor: dict[str, Any]) -> str:
+    optional = ", optional" if tensor["optional"] else ""
+    return f"{tensor['name']}: {tensor['dtype']} {tensor['shape']}{optional}"

@@ -1,0 +1,51 @@
+"""`propulsion-export merge`: an adapter folded into a checkpoint."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .console import (
+    Console,
+    console_options,
+    human_size,
+    model_option,
+    output_options,
+    size_of,
+    trust_option,
+)
+
+
+@click.command(
+    epilog="Example: propulsion-export merge -a adapters/topic -o merged/topic --dtype float16"
+)
+@model_option
+@click.option("-a", "--adapter", required=True, metavar="[NAME=]DIR", help="Adapter directory.")
+@click.option("--task", default="auto", show_default=True, help="Which head it has.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["keep", "float32", "bfloat16", "float16"]),
+    default="keep",
+    show_default=True,
+)
+@click.option("--max-shard-size", default="5GB", show_default=True)
+@click.option("--untie", is_flag=True, help="Give a scaled, tied weight a copy of its own.")
+@output_options
+@trust_option
+@console_options
+def command(console: Console, adapter: str, output: Path, **options: Any) -> None:
+    """Fold an adapter into the weights of its base model.
+
+    The directory written is a complete checkpoint: AutoModel.from_pretrained loads it without this
+    package.
+    """
+    from propulsion_export.pipeline.merging import merge
+
+    with console.progress() as progress:
+        artifact = merge(adapter, output, progress=progress, **options)
+    size = size_of(output)
+    console.result(
+        {"artifact": str(output), "bytes": size, "dtype": artifact.manifest.dtype},
+        f"{output}: {human_size(size)}, {artifact.manifest.dtype}. Next: propulsion-export parity "
+        f"{output}",
+    )

@@ -1,0 +1,339 @@
+"""An adapter as every stage after training sees it: effective scales by module path.
+
+Read from and written to the directories PEFT keeps (Propulsion and (IA)^3), with numpy and
+safetensors alone. A Propulsion vector z of degree k acts as the scale s = z**k (arXiv 2409.10927);
+it is computed here once, in float64. (IA)^3 vectors are scales already; those of its
+feed-forward modules multiply a layer's INPUT.
+"""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
+
+from propulsion_export.errors import AdapterError
+from propulsion_export.fingerprint import Fingerprint
+
+Array = npt.NDArray[Any]
+Side = Literal["output", "input"]
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+VECTOR_SUFFIX = ".propulsion_z"
+BIAS_SUFFIX = ".propulsion_bias"
+IA3_SUFFIX = ".ia3_l"
+
+TASK_OF_PEFT = {
+    "SEQ_CLS": "text-classification",
+    "TOKEN_CLS": "token-classification",
+    "QUESTION_ANS": "question-answering",
+    "FEATURE_EXTRACTION": "feature-extraction",
+    "CAUSAL_LM": "text-generation",
+    "SEQ_2_SEQ_LM": "text2text-generation",
+}
+
+
+class Scale(NamedTuple):
+    """What one module's output (or, in (IA)^3's feed-forward modules, its input) is multiplied by.
+
+    `values` has shape [channels], float64.
+    """
+
+    values: Array
+    side: Side = "output"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What was trained on top of a frozen base model.
+
+    Attributes:
+        name: what the adapter is called in artifacts; a directory's name unless said otherwise.
+        scales: by module path of the base model.
+        biases: trained biases, shape [channels], by module path; they replace the frozen ones
+            inside the product: (x W^T + b) * s.
+        modules: parameters of modules trained and saved whole (the head), by parameter name.
+        base: name or path of the base model it was trained on.
+        fingerprint: of that base model; None for adapters of other tools.
+        task: such as `text-classification`; None when the adapter does not say.
+        labels: class names in the order of the logits; None when the adapter does not say.
+    """
+
+    name: str
+    scales: Mapping[str, Scale]
+    biases: Mapping[str, Array] = field(default_factory=dict)
+    modules: Mapping[str, Array] = field(default_factory=dict)
+    base: str | None = None
+    fingerprint: Fingerprint | None = None
+    task: str | None = None
+    labels: tuple[str, ...] | None = None
+
+    @property
+    def size(self) -> int:
+        """How many scales there are in all."""
+        return sum(scale.values.size for scale in self.scales.values())
+
+    @property
+    def digest(self) -> str:
+        """`sha256:…` of everything that changes what the adapter computes; not of its name."""
+        digest = hashlib.sha256()
+        for kind, arrays in (
+            ("scale", {path: scale.values for path, scale in self.scales.items()}),
+            ("bias", self.biases),
+            ("module", self.modules),
+        ):
+            for key in sorted(arrays):
+                side = self.scales[key].side if kind == "scale" else ""
+                values = np.ascontiguousarray(arrays[key], dtype=np.float64)
+                digest.update(f"{kind} {key} {side} {values.shape}\n".encode())
+                digest.update(values.tobytes())
+        return f"sha256:{digest.hexdigest()}"
+
+    def is_identity(self) -> bool:
+        """Whether it changes nothing: all scales one, no trained bias, no saved module."""
+        ones = all((scale.values == 1).all() for scale in self.scales.values())
+        return ones and not self.biases and not self.modules
+
+    def renamed(self, name: str) -> "Adapter":
+        """The same adapter under another name."""
+        return replace(self, name=name)
+
+    @classmethod
+    def read(cls, directory: Path | str, name: str | None = None) -> "Adapter":
+        """Read a PEFT adapter directory, `peft_type` PROPULSION or IA3.
+
+        Raises:
+            AdapterError: something is missing, damaged, of the wrong shape, not finite, of another
+                method, or would run code to be read.
+        """
+        directory = Path(directory).expanduser()
+        config = _read_config(directory)
+        tensors = _read_tensors(directory)
+        kind = config.get("peft_type")
+        if kind not in ("PROPULSION", "IA3"):
+            raise AdapterError(
+                f"{directory / CONFIG_FILE}: peft_type is {kind!r}, expected 'PROPULSION' or 'IA3'",
+                remedy="Other methods are not element-wise scales and cannot be exported by this "
+                "tool.",
+            )
+        scales, rest = (_propulsion_scales if kind == "PROPULSION" else _ia3_scales)(
+            directory, config, tensors
+        )
+        if not scales:
+            raise AdapterError(
+                f"{directory / WEIGHTS_FILE}: holds no scale at all, expected one per module"
+            )
+        biases = _strip(rest, BIAS_SUFFIX)
+        modules = {
+            key.removeprefix(PREFIX): values
+            for key, values in rest.items()
+            # PEFT adds a copy of the frozen embedding when that is a target.
+            if not key.endswith(BIAS_SUFFIX) and ".base_layer." not in key
+        }
+        _check_finite(directory, rest)
+        _check_biases(directory, scales, biases)
+        return cls(
+            name=name or directory.resolve().name,
+            scales=scales,
+            biases=biases,
+            modules=modules,
+            base=config.get("base_model_name_or_path"),
+            fingerprint=_fingerprint(directory, config),
+            task=TASK_OF_PEFT.get(str(config.get("task_type"))),
+            labels=_labels(directory, config),
+        )
+
+    def write(self, directory: Path) -> None:
+        """Write as a degree-1 Propulsion adapter, which PEFT reads once this package is imported.
+
+        `directory` must exist. Input-side scales have no Propulsion form.
+
+        Raises:
+            AdapterError: a scale multiplies a module's input.
+        """
+        inputs = [path for path, scale in self.scales.items() if scale.side == "input"]
+        if inputs:
+            raise AdapterError(
+                *(
+                    f"{path}: scales the input, a Propulsion vector scales outputs"
+                    for path in inputs
+                )
+            )
+        tensors = {
+            f"{PREFIX}{path}{VECTOR_SUFFIX}": scale.values.astype(np.float32)
+            for path, scale in self.scales.items()
+        }
+        tensors |= {f"{PREFIX}{path}{BIAS_SUFFIX}": bias for path, bias in self.biases.items()}
+        tensors |= {PREFIX + name: values for name, values in self.modules.items()}
+        peft_task = {task: name for name, task in TASK_OF_PEFT.items()}.get(self.task or "")
+        config = {
+            "peft_type": "PROPULSION",
+            "degree": 1,
+            "target_modules": sorted(self.scales),
+            "train_bias": bool(self.biases),
+            "modules_to_save": sorted({name.split(".")[0] for name in self.modules}) or None,
+            "base_model_name_or_path": self.base,
+            "base_fingerprint": self.fingerprint.to_json() if self.fingerprint else None,
+            "labels": list(self.labels) if self.labels else None,
+            "task_type": peft_task,
+            "inference_mode": True,
+        }
+        (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (directory / WEIGHTS_FILE).write_bytes(save(tensors, metadata={"format": "pt"}))
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    file = directory / CONFIG_FILE
+    if not file.is_file():
+        raise AdapterError(
+            f"{directory}: has no {CONFIG_FILE}, expected a PEFT adapter directory",
+            remedy="`propulsion-export train` writes one.",
+        )
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise AdapterError(f"{file}: is no JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise AdapterError(f"{file}: holds a {type(config).__name__}, expected an object")
+    return config
+
+
+def _read_tensors(directory: Path) -> dict[str, Array]:
+    file = directory / WEIGHTS_FILE
+    if not file.is_file():
+        pickled = (directory / "adapter_model.bin").exists()
+        raise AdapterError(
+            f"{directory}: has no {WEIGHTS_FILE}"
+            + (", only a pickle, which could run code and is not read" if pickled else ""),
+            remedy="Save the adapter with PEFT's save_pretrained, which writes safetensors.",
+        )
+    try:
+        return dict(load_file(file))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise AdapterError(
+            f"{file}: is truncated or damaged ({error})", remedy="Copy or save it again."
+        ) from error
+
+
+def _propulsion_scales(
+    directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Array]
+) -> tuple[dict[str, Scale], dict[str, Array]]:
+    degree = config.get("degree")
+    if isinstance(degree, bool) or not isinstance(degree, int | float) or degree <= 0:
+        raise AdapterError(
+            f"{directory / CONFIG_FILE}: degree is {degree!r}, expected a positive number"
+        )
+    vectors = _strip(tensors, VECTOR_SUFFIX)
+    _check_vectors(directory, vectors)
+    if not math.isclose(degree, round(degree)):
+        negative = [path for path, vector in vectors.items() if (vector < 0).any()]
+        if negative:
+            raise AdapterError(
+                *(
+                    f"{path}: a vector below zero has no real power {degree}, expected z >= 0"
+                    for path in negative
+                )
+            )
+    with np.errstate(over="ignore"):
+        powers = {path: vector.astype(np.float64) ** degree for path, vector in vectors.items()}
+    _check_finite(directory, powers)
+    scales = {path: Scale(values) for path, values in powers.items()}
+    rest = {key: values for key, values in tensors.items() if not key.endswith(VECTOR_SUFFIX)}
+    return scales, rest
+
+
+def _ia3_scales(
+    directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Array]
+) -> tuple[dict[str, Scale], dict[str, Array]]:
+    flat = {path: vector.reshape(-1) for path, vector in _strip(tensors, IA3_SUFFIX).items()}
+    _check_vectors(directory, flat)
+    scales = {
+        path: Scale(vector.astype(np.float64), _ia3_side(path, config))
+        for path, vector in flat.items()
+    }
+    rest = {key: values for key, values in tensors.items() if not key.endswith(IA3_SUFFIX)}
+    return scales, rest
+
+
+def _ia3_side(path: str, config: Mapping[str, Any]) -> Side:
+    """PEFT matches `feedforward_modules` by regex when it is one string, else by ending."""
+    feedforward = config.get("feedforward_modules") or []
+    if isinstance(feedforward, str):
+        return "input" if re.fullmatch(feedforward, path) else "output"
+    return "input" if any(path.endswith(target) for target in feedforward) else "output"
+
+
+def _strip(tensors: Mapping[str, Array], suffix: str) -> dict[str, Array]:
+    return {
+        key.removeprefix(PREFIX).removesuffix(suffix): values
+        for key, values in tensors.items()
+        if key.endswith(suffix)
+    }
+
+
+def _check_vectors(directory: Path, vectors: Mapping[str, Array]) -> None:
+    wrong = [
+        f"{path}: the vector has shape {list(vector.shape)}, expected one dimension"
+        for path, vector in vectors.items()
+        if vector.ndim != 1 or vector.size == 0
+    ]
+    if wrong:
+        raise AdapterError(*(f"{directory / WEIGHTS_FILE}: {finding}" for finding in wrong))
+    _check_finite(directory, vectors)
+
+
+def _check_finite(directory: Path, tensors: Mapping[str, Array]) -> None:
+    bad = [
+        f"{directory / WEIGHTS_FILE}: {key} holds {int((~np.isfinite(values)).sum())} entries "
+        "that are NaN or infinite, expected finite numbers"
+        for key, values in tensors.items()
+        if not np.isfinite(values.astype(np.float64)).all()
+    ]
+    if bad:
+        raise AdapterError(*bad, remedy="The training diverged; train again with a lower rate.")
+
+
+def _check_biases(
+    directory: Path, scales: Mapping[str, Scale], biases: Mapping[str, Array]
+) -> None:
+    wrong = [
+        f"{directory / WEIGHTS_FILE}: {path} has a bias of shape {list(bias.shape)}, expected "
+        f"[{scales[path].values.size}]"
+        if path in scales
+        else f"{directory / WEIGHTS_FILE}: {path} has a trained bias but no scale"
+        for path, bias in biases.items()
+        if path not in scales or bias.shape != scales[path].values.shape
+    ]
+    if wrong:
+        raise AdapterError(*wrong)
+
+
+def _fingerprint(directory: Path, config: Mapping[str, Any]) -> Fingerprint | None:
+    value = config.get("base_fingerprint")
+    if value is None:
+        return None
+    try:
+        return Fingerprint.from_json(value)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise AdapterError(
+            f"{directory / CONFIG_FILE}: base_fingerprint is damaged ({error!r})"
+        ) from error
+
+
+def _labels(directory: Path, config: Mapping[str, Any]) -> tuple[str, ...] | None:
+    labels = config.get("labels")
+    if labels is None:
+        return None
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        raise AdapterError(f"{directory / CONFIG_FILE}: labels is no list of names")
+    return tuple(labels)

@@ -1,0 +1,290 @@
+"""Load a base model for a task, and refuse to go on with weights that nobody trained."""
+
+import json
+import shutil
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers.utils import cached_file
+
+from propulsion_export.adapter import Adapter
+from propulsion_export.errors import BaseModelError, UsageError
+from propulsion_export.quiet import quiet
+
+TASKS = (
+    "feature-extraction",
+    "text-classification",
+    "token-classification",
+    "question-answering",
+    "fill-mask",
+)
+_LABELLED = ("text-classification", "token-classification")
+_TASK_OF_CLASS = {
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+    "ForQuestionAnswering": "question-answering",
+    "ForMaskedLM": "fill-mask",
+    "ForCausalLM": "text-generation",
+    "ForConditionalGeneration": "text2text-generation",
+}
+# Copied verbatim, so that any version of transformers reads what its own made.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tokenizer.model",
+)
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model ready for an adapter.
+
+    Attributes:
+        model: in evaluation mode, in the dtype asked for.
+        source: its name or path.
+        task: never `auto`.
+        missing: names of parameters that the checkpoint does not have.
+        label_parameters: names of parameters whose first dimension counts labels.
+    """
+
+    model: PreTrainedModel
+    source: str
+    task: str
+    missing: frozenset[str]
+    label_parameters: frozenset[str]
+
+    def check_complete(self, supplied: Collection[str]) -> None:
+        """Refuse parameters that neither the checkpoint nor `supplied` (an adapter's head) has.
+
+        Raises:
+            BaseModelError: naming them; exported, they would be random numbers.
+        """
+        random = sorted(self.missing - set(supplied))
+        if random:
+            raise BaseModelError(
+                *(
+                    f"{self.source}: {name} is neither in the checkpoint nor in the adapter"
+                    for name in random
+                ),
+                remedy=f"Give another --task than {self.task}, or train the head with the adapter.",
+            )
+
+
+def resolve_task(task: str, config: PretrainedConfig, adapters: Sequence[Adapter] = ()) -> str:
+    """Turn `auto` into a task: the adapters' own, else that of the checkpoint's architecture.
+
+    Raises:
+        UsageError: the adapters are of different tasks, or the task is not one of `TASKS`.
+    """
+    if task == "auto":
+        told = {adapter.task for adapter in adapters if adapter.task}
+        if len(told) > 1:
+            raise UsageError(
+                f"the adapters are of the tasks {', '.join(sorted(told))}, expected one",
+                remedy="Say which with --task.",
+            )
+        task = told.pop() if told else _task_of_architecture(config)
+    if task not in TASKS:
+        raise UsageError(
+            f"task {task!r} is not supported, expected one of auto, {', '.join(TASKS)}"
+        )
+    return task
+
+
+def read_config(source: str, *, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The configuration of a checkpoint, by path or name.
+
+    Raises:
+        BaseModelError: there is none, or it cannot be read.
+    """
+    directory = Path(source).expanduser()
+    if directory.is_dir() and not (directory / "config.json").is_file():
+        raise BaseModelError(f"{source}: has no config.json, expected a transformers checkpoint")
+    try:
+        with quiet():
+            return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise BaseModelError(
+            f"{source}: no transformers checkpoint can be loaded from there ({_first_line(error)})",
+            remedy="Give its directory with -m.",
+        ) from error
+
+
+def load_base(
+    source: str,
+    *,
+    task: str,
+    dtype: torch.dtype | None = None,
+    labels: Sequence[str] | int | None = None,
+    trust_remote_code: bool = False,
+) -> Base:
+    """Load a checkpoint's safetensors for `task`, in `dtype` (None: the checkpoint's own).
+
+    Args:
+        source: directory or name.
+        task: one of `TASKS`.
+        dtype: floating-point type of the weights.
+        labels: class names, or how many there are; None keeps the checkpoint's.
+        trust_remote_code: run code that the checkpoint brings.
+
+    Raises:
+        BaseModelError: it cannot be loaded.
+    """
+    config = read_config(source, trust_remote_code=trust_remote_code)
+    if labels is not None and task in _LABELLED:
+        set_labels(config, labels)
+    model_class = model_class_of(task)
+    model, missing = _load(model_class, source, config, dtype, trust_remote_code)
+    poolerless = {name for name in missing if ".pooler." in f".{name}"}
+    if task == "feature-extraction" and poolerless:
+        # The checkpoint has no pooling layer: leave it out rather than export a random one.
+        model, missing = _load(
+            model_class, source, config, dtype, trust_remote_code, add_pooling_layer=False
+        )
+    return Base(
+        model=model.eval().requires_grad_(False),
+        source=source,
+        task=task,
+        missing=frozenset(missing),
+        label_parameters=label_parameters(model_class, config, task),
+    )
+
+
+def load_empty(
+    config: PretrainedConfig, task: str, adapter: Adapter, *, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The model for `task` without its weights, on the meta device, its head sized for `adapter`.
+
+    Its configuration names the adapter's labels.
+    """
+    model_class = model_class_of(task)
+    growing = label_parameters(model_class, config, task)
+    count = next((v.shape[0] for name, v in adapter.modules.items() if name in growing), None)
+    if count is not None:
+        set_labels(config, adapter.labels or count)
+    with torch.device("meta"), quiet():
+        model = model_class.from_config(config, trust_remote_code=trust_remote_code)
+    return model.eval()
+
+
+def save_config(model: PreTrainedModel, directory: Path, dtype: str) -> None:
+    """Write `config.json` as the model class would, without the path it was loaded from."""
+    config = model.config
+    config.dtype = dtype
+    config.architectures = [type(model).__name__]
+    with quiet():
+        config.save_pretrained(directory)
+    file = directory / "config.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    content.pop("_name_or_path", None)
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def set_labels(config: PretrainedConfig, labels: Sequence[str] | int) -> None:
+    """Name the classes in a configuration, in the order of the logits."""
+    names = [f"LABEL_{index}" for index in range(labels)] if isinstance(labels, int) else labels
+    config.num_labels = len(names)
+    config.id2label = dict(enumerate(names))
+    config.label2id = {name: index for index, name in enumerate(names)}
+
+
+def label_parameters(model_class: Any, config: PretrainedConfig, task: str) -> frozenset[str]:
+    """Names of parameters whose shape depends on the number of labels, found by trying two."""
+    if task not in _LABELLED:
+        return frozenset()
+    shapes = []
+    for count in (3, 5):
+        trial = type(config).from_dict(config.to_dict())
+        set_labels(trial, count)
+        with torch.device("meta"), quiet():
+            model = model_class.from_config(trial)
+        shapes.append({name: value.shape for name, value in model.named_parameters()})
+    return frozenset(name for name, shape in shapes[0].items() if shapes[1][name] != shape)
+
+
+def model_class_of(task: str) -> Any:
+    """The transformers auto class of a task, from optimum's table."""
+    with quiet():
+        from optimum.exporters.tasks import TasksManager
+
+        return TasksManager.get_model_class_for_task(task)
+
+
+def copy_tokenizer(source: str, directory: Path) -> None:
+    """Copy the tokenizer's files, unchanged, from a checkpoint; there may be none."""
+    for name in TOKENIZER_FILES:
+        with quiet():
+            file = cached_file(
+                source,
+                name,
+                _raise_exceptions_for_missing_entries=False,
+                _raise_exceptions_for_connection_errors=False,
+                _raise_exceptions_for_gated_repo=False,
+            )
+        if file is not None:
+            shutil.copyfile(file, directory / name)
+
+
+def read_tokenizer(source: str | Path) -> Any | None:
+    """The tokenizer of a checkpoint or artifact, or None when it has none."""
+    directory = Path(source)
+    if directory.is_dir() and not any((directory / name).is_file() for name in TOKENIZER_FILES):
+        return None
+    try:
+        with quiet():
+            return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _load(
+    model_class: Any,
+    source: str,
+    config: PretrainedConfig,
+    dtype: torch.dtype | None,
+    trust_remote_code: bool,
+    **constructor: bool,
+) -> tuple[PreTrainedModel, set[str]]:
+    try:
+        with quiet():
+            model, info = model_class.from_pretrained(
+                source,
+                config=config,
+                dtype=dtype or "auto",
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                trust_remote_code=trust_remote_code,
+                **constructor,
+            )
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise BaseModelError(
+            f"{source}: cannot be loaded ({_first_line(error)})",
+            remedy="Expected a complete transformers checkpoint in safetensors.",
+        ) from error
+    # A head of another size is as good as missing: it was made at random.
+    mismatched = {entry[0] for entry in info["mismatched_keys"]}
+    return model, set(info["missing_keys"]) | mismatched
+
+
+def _task_of_architecture(config: PretrainedConfig) -> str:
+    for architecture in config.architectures or ():
+        for ending, task in _TASK_OF_CLASS.items():
+            if architecture.endswith(ending):
+                return task
+    return "feature-extraction"
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,0 +1,227 @@
+"""Build an engine from an ONNX artifact."""
+
+import hashlib
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from propulsion_export.artifact import ENGINE_FILE, GRAPH_FILE, Artifact, EngineEntry, Manifest
+from propulsion_export.engine.network import Network, parse, specs_of
+from propulsion_export.engine.options import BuildOptions, check_options
+from propulsion_export.engine.profiles import Profile, choose_profile, longest_sequence
+from propulsion_export.engine.source import packed_inputs, read_graph, require_inputs_
+from propulsion_export.engine.targets import (
+    Runtime,
+    choose_runtime,
+    choose_targets,
+    compute_capability,
+    load,
+)
+from propulsion_export.errors import ArtifactError, ToolError
+from propulsion_export.machine import tool_versions
+from propulsion_export.output import replace_file
+
+_MEBIBYTE = 2**20
+_COMPATIBILITY = {"ampere+": "AMPERE_PLUS", "same-cc": "SAME_COMPUTE_CAPABILITY"}
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A checked order: the module that builds, for which GPUs and shapes, and how."""
+
+    trt: Any
+    runtime: Runtime
+    targets: tuple[str, ...]
+    profile: Profile
+    options: BuildOptions
+
+
+def build_engine(
+    artifact: Artifact,
+    directory: Path,
+    options: BuildOptions,
+    progress: Callable[[str], None] | None = None,
+) -> Manifest:
+    """Write `model.engine`, and what else an engine artifact needs, into an empty directory.
+
+    The scales of a switchable artifact become an input that must be fed: TensorRT has no defaults.
+
+    Args:
+        artifact: of kind `onnx`.
+        directory: exists and is empty; the caller writes the manifest.
+        options: how to build.
+        progress: is told each step, in words.
+
+    Returns:
+        The engine's manifest, inputs and outputs as in the network that was built.
+
+    Raises:
+        UsageError: options that contradict each other, the model or the target.
+        UnavailableError: the runtime is not installed, or this machine lacks the GPU it needs.
+        ArtifactError: not an ONNX artifact, or one that keeps weights outside its directory.
+        ToolError: TensorRT refuses the graph, drops a part of it or builds nothing.
+    """
+    if artifact.manifest.kind != "onnx":
+        raise ArtifactError(
+            f"{artifact.directory}: is a {artifact.manifest.kind} artifact, expected onnx"
+        )
+    job = _order(artifact, options)
+    tell = progress or (lambda _: None)
+    tell(f"parsing {GRAPH_FILE}")
+    graph = read_graph(artifact.directory)
+    refittable = packed_inputs(graph) if options.refit == "scales" else ()
+    require_inputs_(graph, constant=refittable)
+    network = parse(job.trt, graph, artifact.directory)
+    manifest = _manifest(artifact, network, job)
+    tell(f"building for {', '.join(job.targets)} with {job.runtime} {job.trt.__version__}")
+    config = _configure(job, network)
+    _mark_refittable(job.trt, network, config, refittable)
+    plan = build(network, config, options.timing_cache)
+    (directory / ENGINE_FILE).write_bytes(plan)
+    _copy_rest(artifact, directory)
+    return manifest
+
+
+def onnx_digest(artifact: Artifact) -> str:
+    """`sha256:…` over the graph and its weights, which lie in a file of their own."""
+    lines = sorted(
+        f"{name} {digest}\n" for name, digest in artifact.manifest.files.items() if _is_graph(name)
+    )
+    return f"sha256:{hashlib.sha256(''.join(lines).encode()).hexdigest()}"
+
+
+def build(network: Network, config: Any, timing_cache: Path | None) -> memoryview:
+    """The engine's bytes; the timing cache is read where it exists, and written afterwards.
+
+    Raises:
+        ToolError: TensorRT logged an error, here or while it was configured, or built nothing.
+    """
+    if timing_cache is not None:
+        read_timing_cache(config, timing_cache)
+    network.log.check(GRAPH_FILE)
+    plan = network.builder.build_serialized_network(network.definition, config)
+    network.log.check(GRAPH_FILE)
+    if plan is None:
+        raise ToolError(f"{GRAPH_FILE}: TensorRT built no engine and did not say why")
+    if timing_cache is not None:
+        replace_file(timing_cache, bytes(config.get_timing_cache().serialize()))
+    return memoryview(plan)
+
+
+def read_timing_cache(config: Any, file: Path) -> None:
+    """Give the builder what it measured before; the first time, an empty cache to fill."""
+    content = file.read_bytes() if file.exists() else b""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if not config.set_timing_cache(config.create_timing_cache(content), False):
+        raise ToolError(
+            f"{file}: is no timing cache of this version and GPU",
+            remedy="Remove it, or name another file.",
+        )
+
+
+def _order(artifact: Artifact, options: BuildOptions) -> _Job:
+    manifest = artifact.manifest
+    runtime = choose_runtime(options.runtime)
+    check_options(options, runtime, manifest.mode)
+    targets = choose_targets(options.targets, runtime, manifest.dtype)
+    given = (options.min_shapes, options.opt_shapes, options.max_shapes)
+    longest = longest_sequence(artifact.directory / "config.json")
+    profile = choose_profile(manifest.inputs, given, longest)
+    return _Job(load(runtime), runtime, targets, profile, options)
+
+
+def _manifest(artifact: Artifact, network: Network, job: _Job) -> Manifest:
+    source = artifact.manifest
+    entry = EngineEntry(
+        runtime=job.runtime,
+        version=job.trt.__version__,
+        targets=job.targets,
+        profiles=(job.profile,),
+        options=dict(job.options.recorded()),
+        onnx_digest=onnx_digest(artifact),
+    )
+    return replace(
+        source,
+        kind="engine",
+        inputs=specs_of(network.inputs, source.inputs),
+        outputs=specs_of(network.outputs, source.outputs),
+        engine=entry,
+        # The versions that made the graph stay; TensorRT's is that of this build.
+        tools=tool_versions() | source.tools | {job.runtime: job.trt.__version__},
+        files={},
+    )
+
+
+def _configure(job: _Job, network: Network) -> Any:
+    trt, options = job.trt, job.options
+    config = network.builder.create_builder_config()
+    # On by default, it rounds a float32 model's products to 10 bits: precision is the graph's.
+    config.clear_flag(trt.BuilderFlag.TF32)
+    if options.strip_weights:
+        config.set_flag(trt.BuilderFlag.STRIP_PLAN)
+    if options.version_compatible:
+        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+    if options.hardware_compatibility != "none":
+        level = _COMPATIBILITY[options.hardware_compatibility]
+        config.hardware_compatibility_level = getattr(trt.HardwareCompatibilityLevel, level)
+    if options.builder_optimization_level is not None:
+        config.builder_optimization_level = options.builder_optimization_level
+    if options.workspace is not None:
+        limit = options.workspace * _MEBIBYTE
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, limit)
+    if job.runtime == "tensorrt-rtx":
+        set_targets(trt, config, job.targets)
+    _add_profile(network, config, job.profile)
+    return config
+
+
+def set_targets(trt: Any, config: Any, targets: tuple[str, ...]) -> None:
+    """Name the GPUs to build for; TensorRT-RTX only.
+
+    Raises:
+        ToolError: it refuses one.
+    """
+    config.num_compute_capabilities = len(targets)
+    for index, target in enumerate(targets):
+        capability = trt.ComputeCapability(compute_capability(target))
+        if not config.set_compute_capability(capability, index):
+            raise ToolError(f"--target: TensorRT refuses {target}")
+
+
+def _add_profile(network: Network, config: Any, profile: Profile) -> None:
+    if not profile:
+        return
+    entry = network.builder.create_optimization_profile()
+    for name, shapes in profile.items():
+        try:
+            entry.set_shape(name, shapes["min"], shapes["opt"], shapes["max"])
+        except (RuntimeError, ValueError) as error:
+            raise ToolError(f"{name}: TensorRT refuses the shapes {shapes} ({error})") from error
+    added = config.add_optimization_profile(entry)
+    network.log.check("shapes")
+    if added < 0:
+        raise ToolError(f"shapes: TensorRT refuses the profile {profile}")
+
+
+def _mark_refittable(trt: Any, network: Network, config: Any, weights: tuple[str, ...]) -> None:
+    """Mark these and no others, so that the rest of the network keeps its fusions."""
+    if not weights:
+        return
+    config.set_flag(trt.BuilderFlag.REFIT_INDIVIDUAL)
+    unknown = [name for name in weights if not network.definition.mark_weights_refittable(name)]
+    if unknown:
+        raise ToolError(*(f"{name}: TensorRT has no weights of that name" for name in unknown))
+
+
+def _is_graph(name: str) -> bool:
+    return name.startswith(GRAPH_FILE)
+
+
+def _copy_rest(artifact: Artifact, directory: Path) -> None:
+    """Adapters, config.json and the tokenizer: all that is recorded but the graph."""
+    for name in artifact.manifest.files:
+        if not _is_graph(name):
+            (directory / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(artifact.directory / name, directory / name)

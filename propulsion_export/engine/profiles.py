@@ -1,0 +1,214 @@
+"""The optimization profile: for which shapes an engine is built, and for which it is best.
+
+Symbolic dimensions are what counts: every input that shares one gets the same range, so that
+shapes given for one input are enough for the others. A range is a triple min, opt, max.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from propulsion_export.artifact import TensorSpec
+from propulsion_export.errors import ArtifactError, UsageError
+
+Shapes = Mapping[str, tuple[int, ...]]
+Range = tuple[int, int, int]
+Profile = dict[str, dict[str, list[int]]]
+
+LEVELS = ("min", "opt", "max")
+_OPTIONS = ("--min-shapes", "--opt-shapes", "--max-shapes")
+_BATCH: Range = (1, 8, 32)
+_LENGTH = 512  # the longest default sequence
+_TYPICAL = 128
+# How config.json names the longest sequence, most common first.
+_LIMITS = ("max_position_embeddings", "n_positions")
+
+
+def parse_shapes(text: str) -> dict[str, tuple[int, ...]]:
+    """Read trtexec's syntax: `input_ids:1x8,attention_mask:1x8`.
+
+    Raises:
+        UsageError: an item is not `NAME:NUMBERxNUMBER…`, or a name comes twice.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    wrong = []
+    for item in text.split(","):
+        # From the right: names may hold colons, shapes may not.
+        found = re.fullmatch(r"(.+):(\d+(?:x\d+)*)", item.strip())
+        if not found:
+            wrong.append(f"shapes: found {item!r}, expected NAME:1x8")
+        elif found[1] in shapes:
+            wrong.append(f"shapes: found {found[1]!r} twice, expected one shape an input")
+        else:
+            shapes[found[1]] = tuple(int(size) for size in found[2].split("x"))
+    if wrong:
+        raise UsageError(*wrong, remedy="Write NAME:1x8,OTHER:4x128 with the shapes in numbers.")
+    return shapes
+
+
+def longest_sequence(config: Path) -> int | None:
+    """The longest sequence the model has positions for, from its config.json; None: unknown.
+
+    Raises:
+        ArtifactError: config.json is damaged.
+    """
+    if not config.is_file():
+        return None
+    try:
+        settings = json.loads(config.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ArtifactError(f"{config}: is no JSON ({error})") from error
+    for part in (settings, settings.get("text_config") or {}):
+        for name in _LIMITS:
+            if isinstance(part.get(name), int):
+                return int(part[name])
+    return None
+
+
+def choose_profile(
+    inputs: Sequence[TensorSpec], given: Sequence[Shapes], longest: int | None
+) -> Profile:
+    """Choose min, opt and max for every input with a symbolic dimension.
+
+    What is not given is filled in: a batch (a symbolic first axis) is 1 / 8 / 32, a sequence
+    1 / 128 / min(512, `longest`); with a cache the two share that length and the past may be empty.
+    A default never contradicts a given shape: it moves out of its way.
+
+    Args:
+        inputs: of the graph.
+        given: by input name, the shapes for min, opt and max; each may be empty.
+        longest: the longest sequence the model can take, if known.
+
+    Raises:
+        UsageError: an unknown input, a wrong rank, a fixed dimension changed, two values for one
+            dimension, min > opt or opt > max, or a sequence longer than `longest`.
+    """
+    roles = {
+        size: _role(size, axis)
+        for spec in inputs
+        for axis, size in reversed(list(enumerate(spec.shape)))
+        if isinstance(size, str)
+    }
+    _check_fit(inputs, given)
+    values = [_values(inputs, *level) for level in zip(given, _OPTIONS, strict=True)]
+    defaults = _defaults(set(roles.values()), longest)
+    ranges: dict[str, Range] = {}
+    for symbol, role in sorted(roles.items(), key=lambda item: item[1] == "total"):
+        default = _sum(roles, ranges) if role == "total" else defaults[role]
+        ranges[symbol] = _filled([level.get(symbol) for level in values], default)
+    _check_ranges(roles, ranges, longest)
+    return {
+        spec.name: {
+            level: [size if isinstance(size, int) else ranges[size][index] for size in spec.shape]
+            for index, level in enumerate(LEVELS)
+        }
+        for spec in inputs
+        if any(isinstance(size, str) for size in spec.shape)
+    }
+
+
+def _role(symbol: str, axis: int) -> str:
+    if axis == 0:
+        return "batch"
+    if "+" in symbol or "total" in symbol:
+        return "total"  # past and new tokens together: the width of a decoder's attention mask
+    return "past" if "past" in symbol else "sequence"
+
+
+def _defaults(roles: set[str], longest: int | None) -> dict[str, Range]:
+    length = min(_LENGTH, longest or _LENGTH)
+    if "past" in roles:
+        half = length // 2
+        sequence, past = (1, 1, length - half), (0, half // 2, half)
+    else:
+        sequence, past = (1, min(_TYPICAL, length), length), (0, 0, 0)
+    return {"batch": _BATCH, "sequence": sequence, "past": past}
+
+
+def _sum(roles: Mapping[str, str], ranges: Mapping[str, Range]) -> Range:
+    """The range of past and sequence together, from the first of each."""
+    parts: dict[str, Range] = {}
+    for symbol, values in ranges.items():
+        parts.setdefault(roles[symbol], values)
+    zero = (0, 0, 0)
+    low, typical, high = (
+        past + new
+        for past, new in zip(parts.get("past", zero), parts.get("sequence", zero), strict=True)
+    )
+    return low, typical, high
+
+
+def _filled(given: Sequence[int | None], default: Range) -> Range:
+    known = [value for value in given if value is not None]
+    low = given[0] if given[0] is not None else min([default[0], *known])
+    high = given[2] if given[2] is not None else max([default[2], *known])
+    typical = given[1] if given[1] is not None else min(max(default[1], low), high)
+    return low, typical, high
+
+
+def _check_fit(inputs: Sequence[TensorSpec], given: Sequence[Shapes]) -> None:
+    specs = {spec.name: spec for spec in inputs}
+    wrong = [
+        f"{option}: {misfit}"
+        for shapes, option in zip(given, _OPTIONS, strict=True)
+        for name, shape in shapes.items()
+        if (misfit := _misfit(name, shape, specs))
+    ]
+    if wrong:
+        raise UsageError(*wrong, remedy="`propulsion-export inspect` shows the inputs.")
+
+
+def _misfit(name: str, shape: tuple[int, ...], specs: Mapping[str, TensorSpec]) -> str:
+    if name not in specs:
+        return f"found the input {name!r}, expected one of {', '.join(specs)}"
+    expected = specs[name].shape
+    fits = len(shape) == len(expected) and all(
+        isinstance(size, str) or size == value for value, size in zip(shape, expected, strict=True)
+    )
+    shown = "x".join(str(value) for value in shape)
+    return "" if fits else f"found {name}:{shown}, expected {'x'.join(map(str, expected))}"
+
+
+def _values(inputs: Sequence[TensorSpec], shapes: Shapes, option: str) -> dict[str, int]:
+    """What one option says about each symbolic dimension."""
+    values: dict[str, int] = {}
+    wrong = []
+    for spec, symbol, value in _named_sizes(inputs, shapes):
+        if values.setdefault(symbol, value) != value:
+            wrong.append(
+                f"{option}: found {symbol} {value} in {spec.name}, expected {values[symbol]} as in "
+                "the inputs before it"
+            )
+    if wrong:
+        raise UsageError(*wrong, remedy="Inputs that share a dimension must agree on it.")
+    return values
+
+
+def _named_sizes(
+    inputs: Sequence[TensorSpec], shapes: Shapes
+) -> Iterator[tuple[TensorSpec, str, int]]:
+    for spec in inputs:
+        for size, value in zip(spec.shape, shapes.get(spec.name, ()), strict=False):
+            if isinstance(size, str):
+                yield spec, size, value
+
+
+def _check_ranges(
+    roles: Mapping[str, str], ranges: Mapping[str, Range], longest: int | None
+) -> None:
+    wrong = []
+    for symbol, (low, typical, high) in ranges.items():
+        smallest = 0 if roles[symbol] == "past" else 1
+        if not smallest <= low <= typical <= high:
+            wrong.append(
+                f"shapes: found {symbol} min {low}, opt {typical}, max {high}, "
+                f"expected {smallest} <= min <= opt <= max"
+            )
+        if longest is not None and roles[symbol] != "batch" and high > longest:
+            wrong.append(
+                f"--max-shapes: found {symbol} {high}, expected at most {longest}, "
+                "the positions the model has"
+            )
+    if wrong:
+        raise UsageError(*wrong)

@@ -1,0 +1,99 @@
+"""Read an artifact's ONNX graph and make it one that TensorRT keeps whole."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from propulsion_export.artifact import GRAPH_FILE, PACKED_INPUTS
+from propulsion_export.errors import ArtifactError
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+
+def read_graph(directory: Path) -> "ir.Model":
+    """Load `model.onnx`, its weights left on disk.
+
+    Raises:
+        ArtifactError: it is no ONNX file, or keeps weights outside the directory.
+    """
+    import onnx_ir as ir
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+    file = directory / GRAPH_FILE
+    try:
+        model = ir.load(file)
+    except DecodeError as error:
+        raise ArtifactError(f"{file}: is no ONNX file ({error})") from error
+    inside = directory.resolve()
+    escaping = [
+        f"{file}: keeps weights in {location!r}, expected a file inside its directory"
+        for location in external_files(model)
+        if ".." in Path(location).parts
+        or not (directory / location).resolve().is_relative_to(inside)
+    ]
+    if escaping:
+        raise ArtifactError(*escaping, remedy="Export it again.")
+    return model
+
+
+def external_files(model: "ir.Model") -> tuple[str, ...]:
+    """The files beside the graph that its weights lie in."""
+    import onnx_ir as ir
+
+    tensors = (
+        tensor.location for tensor in _tensors(model) if isinstance(tensor, ir.ExternalTensor)
+    )
+    return tuple(dict.fromkeys(str(location) for location in tensors))
+
+
+def require_inputs_(model: "ir.Model", *, constant: Sequence[str] = ()) -> None:
+    """Take the defaults of inputs out, in place: the parser drops inputs that have one.
+
+    Inputs named in `constant` go the other way: they keep their default and are inputs no more.
+    Fixed dimensions that were exported as symbols of digits become numbers.
+    """
+    graph = model.graph
+    for value in list(graph.inputs):
+        _fix_digits_(value)
+        if value.name is None or value.name not in graph.initializers:
+            continue
+        if value.name in constant:
+            graph.inputs.remove(value)
+        else:
+            graph.initializers.pop(value.name)
+            value.const_value = None
+    for value in graph.outputs:
+        _fix_digits_(value)
+
+
+def packed_inputs(model: "ir.Model") -> tuple[str, ...]:
+    """Those of the graph's inputs that carry an adapter."""
+    names = {value.name for value in model.graph.inputs}
+    return tuple(name for name in PACKED_INPUTS if name in names)
+
+
+def _tensors(model: "ir.Model") -> Iterator[Any]:
+    import onnx_ir as ir
+
+    for graph in _graphs(model):
+        yield from (value.const_value for value in graph.initializers.values())
+        for attribute in (item for node in graph for item in node.attributes.values()):
+            if isinstance(attribute, ir.Attr) and attribute.type == ir.AttributeType.TENSOR:
+                yield attribute.value
+
+
+def _graphs(model: "ir.Model") -> Iterator["ir.Graph"]:
+    yield from model.graphs()
+    for function in model.functions.values():
+        yield from (function.graph, *function.subgraphs())
+
+
+def _fix_digits_(value: "ir.Value") -> None:
+    import onnx_ir as ir
+
+    if value.shape is not None:
+        value.shape = ir.Shape(
+            int(text) if (text := str(getattr(size, "value", size))).isdigit() else size
+            for size in value.shape
+        )

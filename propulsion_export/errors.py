@@ -1,0 +1,75 @@
+"""What a caller may catch; each class carries the exit code the command line ends with.
+
+    PropulsionExportError
+    ├── UsageError              2   the call asks for something that cannot be
+    ├── UnavailableError        3   this machine cannot do it: shown as *not run*, never as passed
+    └── InvalidInputError       4   what was handed in is invalid, damaged or of another base
+        ├── AdapterError            an adapter directory
+        ├── ArtifactError           an artifact directory or its manifest
+        ├── BaseModelError          a base model, or one that is not the adapter's
+        ├── DataError               training or evaluation data
+        └── ToolError               an exporter, parser or builder refused the input
+
+A mismatch of results is not an error but a report with `passed == False`.
+"""
+
+_SHOWN = 4
+
+
+class PropulsionExportError(Exception):
+    """Something the user can act on, told in one line.
+
+    Args:
+        findings: one text per offender, `where: what was found, what was expected`, all of them.
+        remedy: one sentence with the likeliest way out.
+    """
+
+    exit_code: int = 4
+
+    def __init__(self, *findings: str, remedy: str = "") -> None:
+        self.findings = findings
+        self.remedy = remedy
+        super().__init__(*findings, remedy)
+
+    def __str__(self) -> str:
+        shown = "; ".join(self.findings[:_SHOWN])
+        if len(self.findings) > _SHOWN:
+            shown += f"; and {len(self.findings) - _SHOWN} more"
+        ending = "" if shown.endswith((".", "?")) or not self.remedy else "."
+        return " ".join(f"{shown}{ending} {self.remedy}".split())
+
+
+class UsageError(PropulsionExportError):
+    """The call asks for something that cannot be."""
+
+    exit_code = 2
+
+
+class UnavailableError(PropulsionExportError):
+    """This machine cannot do it: a package is missing or too old, or there is no GPU."""
+
+    exit_code = 3
+
+
+class InvalidInputError(PropulsionExportError):
+    """What was handed in is invalid, damaged, or does not belong together."""
+
+
+class AdapterError(InvalidInputError):
+    """An adapter directory cannot be used."""
+
+
+class ArtifactError(InvalidInputError):
+    """An artifact directory or its manifest cannot be used."""
+
+
+class BaseModelError(InvalidInputError):
+    """A base model cannot be used, or is not the one the adapter was trained on."""
+
+
+class DataError(InvalidInputError):
+    """Training or evaluation data cannot be used."""
+
+
+class ToolError(InvalidInputError):
+    """An exporter, parser or builder refused the input; its own first message is in the finding."""

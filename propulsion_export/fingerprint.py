@@ -1,0 +1,88 @@
+"""Recognise a base model by a few of its weights.
+
+An adapter fits the model it was trained on and no other of the same shape. A fingerprint keeps a
+few entries of up to 64 weight matrices, chosen by the hash of their names, so that it costs the
+same for 20 million and for 7 billion parameters, and so that a model with one matrix more or less
+(a pooling layer) chooses nearly the same ones. Entries are compared within the rounding of the
+coarser of the two dtypes, because one base is loaded in fp32 here and in bf16 there.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+_MATRICES = 64
+_ENTRIES = 8
+# Unit roundoffs; a value may have been rounded twice (fp32 -> fp16 -> bf16).
+_ROUNDING = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
+_SMALLEST = {"float64": 0.0, "float32": 0.0, "float16": 2.0**-24, "bfloat16": 0.0}
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """A few entries of a base model's weight matrices.
+
+    Attributes:
+        dtype: the floating-point type the weights had, such as `float32`.
+        entries: by weight name without the head model's prefix, 8 entries spread over the matrix.
+    """
+
+    dtype: str
+    entries: Mapping[str, tuple[float, ...]]
+
+    @classmethod
+    def of(cls, weights: Mapping[str, Any]) -> "Fingerprint":
+        """Take the fingerprint of named weights, torch tensors or numpy arrays of any dtype.
+
+        Biases, norms and what is made at random on load (pooler, heads) should be left out by the
+        caller or are left out here: only matrices count, and none of a `pooler`.
+        """
+        matrices = {
+            name: weight
+            for name, weight in weights.items()
+            if len(weight.shape) == 2 and not name.startswith("pooler.")
+        }
+        by_hash = sorted(matrices, key=lambda name: hashlib.sha256(name.encode()).digest())
+        chosen = sorted(by_hash[:_MATRICES])
+        dtypes = {str(matrices[name].dtype).removeprefix("torch.") for name in chosen}
+        coarsest = max(dtypes, key=lambda dtype: _ROUNDING.get(dtype, 0.0), default="float32")
+        return cls(coarsest, {name: _sample(matrices[name]) for name in chosen})
+
+    def difference(self, other: "Fingerprint") -> str | None:
+        """Say where two fingerprints differ beyond rounding, or None when it is the same base."""
+        common = self.entries.keys() & other.entries.keys()
+        needed = max(1, 3 * min(len(self.entries), len(other.entries)) // 4)
+        if len(common) < needed:
+            missing = sorted(self.entries.keys() ^ other.entries.keys())
+            return f"the weight matrices have other names ({missing[0] if missing else 'none'}, …)"
+        coarser = max(self.dtype, other.dtype, key=lambda dtype: _ROUNDING.get(dtype, 0.0))
+        relative, absolute = _ROUNDING.get(coarser, 2.0**-7), _SMALLEST.get(coarser, 0.0)
+        for name in sorted(common):
+            for ours, theirs in zip(self.entries[name], other.entries[name], strict=True):
+                # Written so that NaN counts as a difference.
+                if not abs(ours - theirs) <= relative * max(abs(ours), abs(theirs)) + absolute:
+                    return f"{name} holds {theirs:.6g} where {ours:.6g} was recorded"
+        return None
+
+    def to_json(self) -> dict[str, Any]:
+        """The fingerprint as plain JSON values."""
+        return {"dtype": self.dtype, "entries": {n: list(v) for n, v in self.entries.items()}}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "Fingerprint":
+        """The inverse of `to_json`; raises KeyError, TypeError or ValueError on anything else."""
+        entries = {
+            str(name): tuple(float(entry) for entry in entries)
+            for name, entries in value["entries"].items()
+        }
+        if any(len(row) != _ENTRIES for row in entries.values()):
+            raise ValueError(f"expected {_ENTRIES} entries a matrix")
+        return cls(str(value["dtype"]), entries)
+
+
+def _sample(weight: Any) -> tuple[float, ...]:
+    """8 entries of a matrix, in equal steps over its elements, as Python floats."""
+    rows, columns = weight.shape
+    positions = [index * (rows * columns - 1) // (_ENTRIES - 1) for index in range(_ENTRIES)]
+    return tuple(float(weight[position // columns, position % columns]) for position in positions)

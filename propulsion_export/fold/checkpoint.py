@@ -1,0 +1,290 @@
+"""Fold an adapter into a checkpoint on disk, tensor by tensor.
+
+The model is built without its weights to learn names, module kinds and ties. Tensors are then read,
+folded and written one module at a time, so that memory is bounded by the largest module whatever
+the size of the checkpoint.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+
+from propulsion_export.adapter import Adapter
+from propulsion_export.errors import AdapterError, BaseModelError
+from propulsion_export.fingerprint import Fingerprint
+from propulsion_export.fold.shards import DTYPE_NAMES, ShardWriter, plan_shards
+from propulsion_export.folding_rules import folded_parameters
+from propulsion_export.model_fingerprint import base_weights
+from propulsion_export.quiet import quiet
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The safetensors of a checkpoint: which file holds which tensor."""
+
+    source: str
+    files: Mapping[str, Path]
+
+    @classmethod
+    def find(cls, source: str) -> "Checkpoint":
+        """Locate a checkpoint's weight files by directory or name.
+
+        Raises:
+            BaseModelError: it has none, or one is missing, truncated or damaged.
+        """
+        index = _locate(source, SAFE_WEIGHTS_INDEX_NAME)
+        if index is not None:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        else:
+            names = {SAFE_WEIGHTS_NAME}
+        files: dict[str, Path] = {}
+        for name in sorted(names):
+            file = _locate(source, name)
+            if file is None:
+                raise BaseModelError(
+                    f"{source}: has no {name}, expected weights in safetensors",
+                    remedy="Save it with save_pretrained, or copy it again.",
+                )
+            files |= dict.fromkeys(_keys(file), file)
+        return cls(source, files)
+
+    def read(self, key: str) -> torch.Tensor:
+        """One tensor."""
+        with safe_open(self.files[key], framework="pt") as content:
+            return content.get_tensor(key)  # type: ignore[no-any-return]
+
+    def key_of(self, name: str, prefix: str) -> str | None:
+        """The key a parameter is stored under, with or without the head model's prefix."""
+        names = [name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"]
+        # Names from before PyTorch's own LayerNorm, which transformers still reads.
+        names += [
+            n.removesuffix(f".{new}") + f".{old}"
+            for n in names
+            for new, old in (("weight", "gamma"), ("bias", "beta"))
+            if n.endswith(f"LayerNorm.{new}")
+        ]
+        return next((n for n in names if n in self.files), None)
+
+
+def fold_checkpoint(
+    checkpoint: Checkpoint,
+    model: PreTrainedModel,
+    adapter: Adapter,
+    directory: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_size: int = 5 * 10**9,
+) -> torch.dtype:
+    """Write the folded weights of `checkpoint` into `directory`, in shards with an index.
+
+    Args:
+        checkpoint: of the base model.
+        model: the model for the task on the meta device; ties that shall be undone are undone.
+        adapter: what to fold in.
+        directory: exists; gets `model.safetensors`, or shards of at most `max_shard_size` bytes.
+        dtype: of all floating-point tensors written; None keeps each as stored.
+        max_shard_size: in bytes.
+
+    Returns:
+        The floating-point type of the weights written, the widest if there are several.
+
+    Raises:
+        BaseModelError: a parameter is neither in the checkpoint nor in the adapter.
+        AdapterError: not one weight changes.
+    """
+    names = _names_to_write(model)
+    plan = _plan(checkpoint, model, adapter, names)
+    dtypes = {
+        name: _written_dtype(_stored_dtype(checkpoint, key, adapter, name), dtype)
+        for name, key in plan.items()
+    }
+    shards = plan_shards(names, dtypes, max_shard_size)
+    writer = ShardWriter(directory, names, dtypes, shards)
+    changed = bool(adapter.modules)
+    with writer:
+        for path, parameters in _by_module(names).items():
+            stored = {
+                name: torch.from_numpy(adapter.modules[name])
+                if plan[name] is None
+                else checkpoint.read(str(plan[name]))
+                for name in parameters
+            }
+            folded = _fold(model.get_submodule(path), path, stored, adapter, dtype)
+            for name, value in folded.items():
+                written = value.to(dtypes[name])
+                changed |= path in adapter.scales and not torch.equal(
+                    written, stored[name].to(written.dtype)
+                )
+                writer.write(name, written)
+    if not changed:
+        raise AdapterError(
+            f"adapter {adapter.name}: changes no weight of {checkpoint.source}, expected an effect",
+            remedy="Is this the trained adapter?",
+        )
+    return max((t for t in dtypes.values() if t.is_floating_point), key=lambda t: t.itemsize)
+
+
+def fingerprint_of_checkpoint(checkpoint: Checkpoint, model: PreTrainedModel) -> Fingerprint:
+    """The fingerprint of a checkpoint's base, reading single entries only.
+
+    `model` is the empty model for any task; it tells which weights are the base's.
+    """
+    weights = {}
+    for name in base_weights(model):
+        key = checkpoint.key_of(name, model.base_model_prefix)
+        if key is not None:
+            weights[name] = _Stored(checkpoint.files[key], key)
+    return Fingerprint.of(weights)
+
+
+class _Stored:
+    """A matrix on disk that can tell its shape and single entries."""
+
+    def __init__(self, file: Path, key: str) -> None:
+        with safe_open(file, framework="pt") as content:
+            part = content.get_slice(key)
+            self.shape = tuple(part.get_shape())
+            self.dtype = _torch_dtype(part.get_dtype())
+        self._file, self._key = file, key
+
+    def __getitem__(self, place: tuple[int, int]) -> float:
+        row, column = place
+        with safe_open(self._file, framework="pt") as content:
+            part = content.get_slice(self._key)[row : row + 1, column : column + 1]
+            return float(part.item())
+
+
+def _torch_dtype(name: str) -> torch.dtype:
+    return {text: dtype for dtype, text in DTYPE_NAMES.items()}[name]
+
+
+def _locate(source: str, name: str) -> Path | None:
+    with quiet():
+        file = cached_file(
+            source,
+            name,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+            _raise_exceptions_for_gated_repo=False,
+        )
+    return Path(file) if file is not None else None
+
+
+def _keys(file: Path) -> list[str]:
+    try:
+        with safe_open(file, framework="pt") as content:
+            return list(content.keys())
+    except (SafetensorError, OSError) as error:
+        raise BaseModelError(
+            f"{file}: is truncated or damaged ({error})", remedy="Copy it again."
+        ) from error
+
+
+def _names_to_write(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Every persistent tensor once; of tied ones only the first."""
+    seen: set[int] = set()
+    names: dict[str, torch.Tensor] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            names[name] = tensor
+    return names
+
+
+def _plan(
+    checkpoint: Checkpoint,
+    model: PreTrainedModel,
+    adapter: Adapter,
+    names: Mapping[str, torch.Tensor],
+) -> dict[str, str | None]:
+    """The checkpoint's key for every tensor; None where the adapter brings it."""
+    plan: dict[str, str | None] = {}
+    missing = []
+    tied = _ties(model)
+    for name, tensor in names.items():
+        key = checkpoint.key_of(name, model.base_model_prefix)
+        if key is None and name in tied:
+            key = checkpoint.key_of(tied[name], model.base_model_prefix)
+        plan[name] = None if name in adapter.modules else key
+        if key is None and name not in adapter.modules:
+            missing.append(
+                f"{checkpoint.source}: {name} is neither in the checkpoint nor in the adapter"
+            )
+        elif plan[name] is not None:
+            _check_shape(checkpoint, str(key), tensor)
+    if missing:
+        raise BaseModelError(
+            *missing, remedy="Choose another --task, or train the head with the adapter."
+        )
+    return plan
+
+
+def _ties(model: PreTrainedModel) -> dict[str, str]:
+    """Where a tied parameter, no longer shared, has its value from."""
+    ties = getattr(model, "_tied_weights_keys", None) or {}
+    return dict(ties) if isinstance(ties, dict) else {}
+
+
+def _check_shape(checkpoint: Checkpoint, key: str, tensor: torch.Tensor) -> None:
+    with safe_open(checkpoint.files[key], framework="pt") as content:
+        shape = content.get_slice(key).get_shape()
+    if list(shape) != list(tensor.shape):
+        raise BaseModelError(
+            f"{checkpoint.source}: {key} has shape {list(shape)}, expected {list(tensor.shape)} by "
+            "its config.json"
+        )
+
+
+def _stored_dtype(
+    checkpoint: Checkpoint, key: str | None, adapter: Adapter, name: str
+) -> torch.dtype:
+    if key is None:
+        return torch.from_numpy(adapter.modules[name][:0]).dtype
+    with safe_open(checkpoint.files[key], framework="pt") as content:
+        named = content.get_slice(key).get_dtype()
+    return _torch_dtype(named)
+
+
+def _written_dtype(stored: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
+    return wanted if wanted is not None and stored.is_floating_point else stored
+
+
+def _by_module(names: Mapping[str, Any]) -> dict[str, list[str]]:
+    modules: dict[str, list[str]] = {}
+    for name in names:
+        modules.setdefault(name.rpartition(".")[0], []).append(name)
+    return modules
+
+
+def _fold(
+    module: nn.Module,
+    path: str,
+    stored: Mapping[str, torch.Tensor],
+    adapter: Adapter,
+    dtype: torch.dtype | None,
+) -> Mapping[str, torch.Tensor]:
+    if path not in adapter.scales:
+        return stored
+    for name, value in stored.items():
+        setattr(module, name.rpartition(".")[2], nn.Parameter(value, requires_grad=False))
+    scale, bias = adapter.scales[path], adapter.biases.get(path)
+    folded = folded_parameters(
+        module,
+        torch.from_numpy(scale.values),
+        side=scale.side,
+        bias=None if bias is None else torch.from_numpy(bias),
+        dtype=dtype,
+    )
+    for name, value in stored.items():  # give the memory back
+        setattr(
+            module, name.rpartition(".")[2], nn.Parameter(value.to("meta"), requires_grad=False)
+        )
+    return {**stored, **{f"{path}.{name}": value for name, value in folded.items()}}

@@ -1,0 +1,82 @@
+"""Make many initializers one flat graph input, cut into parts at the top of the graph."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import onnx_ir as ir
+
+from propulsion_export.artifact import Slot
+
+
+class PackInitializers(ir.passes.InPlacePass):
+    """Replace initializers by slices of one graph input, `name` of shape [D].
+
+    Attributes:
+        name: of the new input, appended after those there are.
+        parts: slot by initializer name, in the order of their offsets, without gaps.
+
+    The input has no default yet: an optimiser would take that for a constant and fold it away.
+    """
+
+    def __init__(self, name: str, parts: Mapping[str, Slot]) -> None:
+        super().__init__()
+        self.name = name
+        self.parts = parts
+
+    def requires(self, model: ir.Model) -> None:
+        missing = [name for name in self.parts if name not in model.graph.initializers]
+        if missing:
+            raise ir.passes.PreconditionError(
+                f"{len(missing)} of {len(self.parts)} tensors are not in the graph: {missing[0]}, …"
+            )
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        graph = model.graph
+        values = [graph.initializers[name] for name in self.parts]
+        total = sum(slot.length for slot in self.parts.values())
+        packed = ir.Value(
+            name=self.name, type=ir.TensorType(_dtype_of(values)), shape=ir.Shape([total])
+        )
+        graph.inputs.append(packed)
+        lengths = self._constant(graph, "lengths", [slot.length for slot in self.parts.values()])
+        split = ir.node("Split", [packed, lengths], {"axis": 0}, num_outputs=len(values))
+        nodes = [split]
+        for (name, slot), old, part in zip(self.parts.items(), values, split.outputs, strict=True):
+            part.name, part.type = f"{name}.flat", packed.type
+            part.shape = ir.Shape([slot.length])
+            new = part
+            if len(slot.shape) > 1:
+                shape = self._constant(graph, f"{name}.shape", list(slot.shape))
+                reshape = ir.node("Reshape", [part, shape])
+                nodes.append(reshape)
+                new = reshape.outputs[0]
+                new.type, new.shape = packed.type, ir.Shape(list(slot.shape))
+            # The uses take the new value's name; the old initializer gives it up first.
+            graph.initializers.pop(name)
+            new.name = f"{name}.part"
+            ir.convenience.replace_all_uses_with(old, new)
+        graph.insert_before(next(iter(graph)), nodes)
+        return ir.passes.PassResult(model, modified=True)
+
+    def ensures(self, model: ir.Model) -> None:
+        left = [name for name in self.parts if name in model.graph.initializers]
+        if left:
+            raise ir.passes.PostconditionError(f"still initializers: {left}")
+
+    def _constant(self, graph: ir.Graph, name: str, numbers: list[int]) -> ir.Value:
+        tensor = ir.tensor(np.array(numbers, np.int64), name=f"{self.name}.{name}")
+        value = ir.Value(
+            name=tensor.name,
+            type=ir.TensorType(tensor.dtype),
+            shape=ir.Shape([len(numbers)]),
+            const_value=tensor,
+        )
+        graph.register_initializer(value)
+        return value
+
+
+def _dtype_of(values: list[ir.Value]) -> ir.DataType:
+    dtypes = {value.dtype for value in values}
+    if len(dtypes) != 1 or None in dtypes:
+        raise ir.passes.PreconditionError(f"the tensors are of the types {dtypes}, expected one")
+    return dtypes.pop()  # type: ignore[return-value]

@@ -1,0 +1,161 @@
+"""Where every tensor of an adapter lies in the packed, flat inputs of a switchable graph.
+
+`propulsion_scales` holds all scales, `propulsion_biases` all trained biases, `propulsion_modules`
+all parameters of modules saved whole (the head). One file of these three vectors is one adapter,
+ready to be fed. An adapter that says nothing of a slot leaves the base model's value there.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from propulsion_export.adapter import Adapter
+from propulsion_export.artifact import (
+    BIASES_INPUT,
+    MODULES_INPUT,
+    SCALES_INPUT,
+    Slot,
+    Tensors,
+    numpy_dtype,
+)
+from propulsion_export.errors import AdapterError, UsageError
+
+Array = npt.NDArray[Any]
+Layout = Mapping[str, tuple[Slot, ...]]
+
+# A stored scale may be off by this share before the dtype is said not to hold it.
+_ROUNDING = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
+
+
+def plan_layout(
+    adapters: Sequence[Adapter], order: Sequence[str], label_parameters: Iterable[str] = ()
+) -> Layout:
+    """Give every tensor of any adapter its slot.
+
+    Args:
+        adapters: those to be exported together.
+        order: all module paths and parameter names of the model, in the model's own order.
+        label_parameters: parameters whose first dimension counts labels; they get the room of the
+            adapter with the most labels.
+
+    Raises:
+        AdapterError: two adapters give one tensor different shapes.
+    """
+    position = {name: index for index, name in enumerate(order)}
+    scales: dict[tuple[str, str], tuple[int, ...]] = {}
+    biases: dict[tuple[str, str], tuple[int, ...]] = {}
+    modules: dict[tuple[str, str], tuple[int, ...]] = {}
+    growing = set(label_parameters)
+    for adapter in adapters:
+        for path, scale in adapter.scales.items():
+            _reserve(scales, (path, scale.side), scale.values.shape, adapter)
+        for path, bias in adapter.biases.items():
+            _reserve(biases, (path, "output"), bias.shape, adapter)
+        for name, values in adapter.modules.items():
+            _reserve(modules, (name, "output"), values.shape, adapter, grows=name in growing)
+    wanted = {SCALES_INPUT: scales, BIASES_INPUT: biases, MODULES_INPUT: modules}
+    return {
+        packed: _slots(sorted(shapes.items(), key=lambda item: (position[item[0][0]], item[0][1])))
+        for packed, shapes in wanted.items()
+        if shapes
+    }
+
+
+def pack(adapter: Adapter, layout: Layout, defaults: Tensors) -> dict[str, Array]:
+    """The feeds of the packed inputs for one adapter, shape [D] each, in the dtype of `defaults`.
+
+    Raises:
+        AdapterError: the layout has no slot for one of the adapter's tensors, or one too small.
+    """
+    feeds = {name: np.array(values) for name, values in defaults.items()}
+    missing: list[str] = []
+    for packed, tensors in _tensors(adapter).items():
+        slots = {(slot.path, str(slot.side)): slot for slot in layout.get(packed, ())}
+        for key, values in tensors.items():
+            slot = slots.get(key)
+            if slot is None or not _fits(values.shape, slot.shape):
+                room = f"room for shape {list(slot.shape)}" if slot else "no slot for it"
+                missing.append(
+                    f"{adapter.name}: {key[0]} has shape {list(values.shape)}, the artifact {room}"
+                )
+                continue
+            part = np.zeros(slot.shape, np.float64)
+            part[: values.shape[0]] = values
+            with np.errstate(over="ignore"):
+                feeds[packed][slot.offset : slot.offset + slot.length] = part.reshape(-1).astype(
+                    feeds[packed].dtype
+                )
+    if missing:
+        raise AdapterError(
+            *missing, remedy="Export again with this adapter among those given by -a."
+        )
+    return feeds
+
+
+def check_range(adapter: Adapter, dtype: str) -> None:
+    """Refuse scales that overflow, vanish or round badly in `dtype`.
+
+    Raises:
+        UsageError: naming each module path with its worst channel.
+    """
+    target = numpy_dtype(dtype)
+    findings = []
+    for path, scale in adapter.scales.items():
+        with np.errstate(over="ignore", under="ignore"):
+            stored = scale.values.astype(target).astype(np.float64)
+            off = np.abs(stored - scale.values) / np.where(
+                scale.values == 0, 1, np.abs(scale.values)
+            )
+        off = np.where(np.isfinite(stored), off, np.inf)
+        channel = int(off.argmax())
+        if off[channel] > _ROUNDING[dtype]:
+            findings.append(
+                f"{path}: scale {scale.values[channel]:.4g} of channel {channel} becomes "
+                f"{stored[channel]:.4g} in {dtype} ({int((off > _ROUNDING[dtype]).sum())} such "
+                "channels)"
+            )
+    if findings:
+        raise UsageError(
+            *findings, remedy="Export in float32, or accept the rounding with --allow-range."
+        )
+
+
+def _tensors(adapter: Adapter) -> dict[str, dict[tuple[str, str], Array]]:
+    return {
+        SCALES_INPUT: {(path, s.side): s.values for path, s in adapter.scales.items()},
+        BIASES_INPUT: {(path, "output"): bias for path, bias in adapter.biases.items()},
+        MODULES_INPUT: {(name, "output"): values for name, values in adapter.modules.items()},
+    }
+
+
+def _reserve(
+    shapes: dict[tuple[str, str], tuple[int, ...]],
+    key: tuple[str, str],
+    shape: tuple[int, ...],
+    adapter: Adapter,
+    *,
+    grows: bool = False,
+) -> None:
+    known = shapes.get(key, shape)
+    if known[1:] != shape[1:] or (known != shape and not grows):
+        raise AdapterError(
+            f"{adapter.name}: {key[0]} has shape {list(shape)}, another adapter's {list(known)}",
+            remedy="Adapters of one artifact must be trained on one base model.",
+        )
+    shapes[key] = (max(known[0], shape[0]), *shape[1:])
+
+
+def _slots(shapes: Iterable[tuple[tuple[str, str], tuple[int, ...]]]) -> tuple[Slot, ...]:
+    slots, offset = [], 0
+    for (path, side), shape in shapes:
+        length = int(np.prod(shape))
+        slots.append(Slot(path, offset, length, shape, "input" if side == "input" else "output"))
+        offset += length
+    return tuple(slots)
+
+
+def _fits(shape: tuple[int, ...], room: tuple[int, ...]) -> bool:
+    """Only the first dimension may be smaller: fewer labels than the artifact has room for."""
+    return len(shape) == len(room) and shape[0] <= room[0] and shape[1:] == room[1:]

@@ -1,0 +1,108 @@
+"""The verdict of a parity run, and its JSON form."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from propulsion_export.parity.comparison import DECADES, FACTOR, OutputErrors
+
+SCHEMA_VERSION = 1
+Verdict = Literal["passed", "failed", "not run"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was compared.
+
+    Attributes:
+        case: `parity`, `effect`, `switching`, `padding` or `labels`.
+        adapter: name of the adapter it was done with; `base` for none.
+        passed: whether it holds.
+        detail: one line: what was found against what was allowed.
+        outputs: the errors behind it, output by output.
+    """
+
+    case: Literal["parity", "effect", "switching", "padding", "labels"]
+    adapter: str
+    passed: bool
+    detail: str
+    outputs: tuple[OutputErrors, ...] = ()
+
+
+@dataclass(frozen=True)
+class NotRun:
+    """Something that could not be compared on this machine, and why."""
+
+    what: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """What was compared and what came of it.
+
+    Attributes:
+        artifact: the directory that was judged.
+        kind: `merged`, `onnx` or `engine`.
+        dtype: precision of the artifact, at which PyTorch's own error was measured.
+        runner: what ran it, such as `onnxruntime CPUExecutionProvider`.
+        inputs: how many inputs (rows) the errors are pooled over.
+        seed: of the inputs made; None for inputs given.
+        checks: all that ran.
+        not_run: all that could not.
+        tools: versions.
+    """
+
+    artifact: str
+    kind: str
+    dtype: str
+    runner: str
+    inputs: int
+    seed: int | None
+    checks: tuple[Check, ...] = ()
+    not_run: tuple[NotRun, ...] = ()
+    tools: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def verdict(self) -> Verdict:
+        """With nothing run there is no pass."""
+        if not self.checks:
+            return "not run"
+        return "passed" if all(check.passed for check in self.checks) else "failed"
+
+    @property
+    def passed(self) -> bool:
+        """Whether something ran and all of it holds."""
+        return self.verdict == "passed"
+
+    @property
+    def margin(self) -> float | None:
+        """The smallest share of allowed error that is left over all outputs; None if none ran."""
+        margins = [errors.margin for check in self.checks for errors in check.outputs]
+        # NaN must not get lost in min().
+        return min(margins, key=lambda m: m if m == m else float("-inf")) if margins else None
+
+    def to_json(self) -> str:
+        """The report as JSON text; numbers that are not finite become strings."""
+        value: dict[str, Any] = {
+            "schema_version": SCHEMA_VERSION,
+            "verdict": self.verdict,
+            "margin": self.margin,
+            "factor": FACTOR,
+            "histogram_decades": list(DECADES),
+        } | asdict(self)
+        for check, written in zip(self.checks, value["checks"], strict=True):
+            for errors, output in zip(check.outputs, written["outputs"], strict=True):
+                output |= {"passed": errors.passed, "margin": errors.margin}
+        return json.dumps(_finite(value), indent=2, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no NaN."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and value - value != 0:
+        return str(value)
+    return value

@@ -1,0 +1,109 @@
+"""`adapter add`, `remove`, `list`: change what a switchable artifact can switch to."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from safetensors.numpy import save
+
+from propulsion_export.artifact import (
+    ADAPTERS,
+    BASE_FEEDS,
+    BASE_NAME,
+    AdapterEntry,
+    Artifact,
+    Manifest,
+    digest_of,
+)
+from propulsion_export.errors import ArtifactError, UsageError
+from propulsion_export.layout import check_range, pack
+from propulsion_export.output import replace_file
+from propulsion_export.pipeline.inputs import (
+    check_base,
+    check_identity,
+    check_name,
+    read_adapters,
+    source_of,
+)
+
+
+def add_adapter(
+    artifact: Path, adapter: str | Path, *, allow_range: bool = False, force: bool = False
+) -> Artifact:
+    """Add an adapter, `NAME=DIR` or a directory, to a switchable artifact.
+
+    The artifact is whole at every moment: the manifest is replaced last.
+
+    Raises:
+        ArtifactError: the artifact is not switchable.
+        AdapterError: the adapter has a tensor that the graph has no input for.
+        BaseModelError: it was trained on another base model.
+        UsageError: there is one of that name and `force` is off.
+    """
+    read = _read_switchable(artifact)
+    (new,) = read_adapters([adapter])
+    check_identity(new)
+    if new.name in read.manifest.adapters and not force:
+        raise UsageError(
+            f"{artifact}: has an adapter {new.name!r} already",
+            remedy="Choose another name, or replace it with --force.",
+        )
+    check_base(read.manifest.base.fingerprint, read.manifest.base.source, [new])
+    if not allow_range:
+        check_range(new, read.manifest.dtype)
+    feeds = pack(new, read.manifest.layout, read.feeds(BASE_NAME))
+    replaced = read.manifest.adapters.get(new.name)
+    file = f"{ADAPTERS}/{new.name}.safetensors"
+    if replaced is not None:
+        # Until the manifest is replaced the old file counts, so the new one lies beside it.
+        file = f"{ADAPTERS}/{new.name}.{new.digest.removeprefix('sha256:')[:12]}.safetensors"
+    replace_file(read.directory / file, save(feeds))
+    entry = AdapterEntry(new.digest, source_of(adapter), new.size, file, new.labels)
+    changed = replace(
+        read.manifest,
+        adapters=read.manifest.adapters | {new.name: entry},
+        files=read.manifest.files | {file: digest_of(read.directory / file)},
+    )
+    return _commit(read, changed)
+
+
+def remove_adapter(artifact: Path, name: str) -> Artifact:
+    """Take an adapter out of a switchable artifact.
+
+    Raises:
+        ArtifactError: the artifact is not switchable.
+        UsageError: it has no adapter of that name, or no other.
+    """
+    read = _read_switchable(artifact)
+    check_name(name)
+    entries = dict(read.manifest.adapters)
+    if name not in entries:
+        raise UsageError(
+            f"{artifact}: has no adapter {name!r}, expected one of {', '.join(sorted(entries))}"
+        )
+    if len(entries) == 1:
+        raise UsageError(f"{artifact}: {name!r} is its only adapter and is not removed")
+    del entries[name]
+    return _commit(read, replace(read.manifest, adapters=entries))
+
+
+def _commit(before: Artifact, manifest: Manifest) -> Artifact:
+    """Make the manifest true in one step, then remove adapter files that it no longer names."""
+    named = {entry.file for entry in manifest.adapters.values()} | {BASE_FEEDS}
+    dropped = {
+        path for path in manifest.files if path.startswith(f"{ADAPTERS}/") and path not in named
+    }
+    files = {path: digest for path, digest in manifest.files.items() if path not in dropped}
+    after = before.with_manifest(replace(manifest, files=files))
+    for path in dropped:
+        (before.directory / path).unlink(missing_ok=True)
+    return after
+
+
+def _read_switchable(artifact: Path) -> Artifact:
+    read = Artifact.read(artifact)
+    if read.manifest.mode != "switchable" or read.manifest.kind == "merged":
+        raise ArtifactError(
+            f"{artifact}: is {read.manifest.mode}, expected a switchable artifact",
+            remedy="Export with --mode switchable to change adapters later.",
+        )
+    return read

@@ -1,0 +1,43 @@
+"""`trt`: an ONNX artifact becomes an engine artifact."""
+
+from pathlib import Path
+
+from propulsion_export.artifact import Artifact
+from propulsion_export.engine import BuildOptions, build_engine
+from propulsion_export.errors import ArtifactError
+from propulsion_export.output import check_replaceable, staged_directory
+from propulsion_export.pipeline.inputs import Progress, silent
+
+
+def build(
+    artifact: Path,
+    output: Path,
+    options: BuildOptions,
+    *,
+    force: bool = False,
+    progress: Progress = silent,
+) -> Artifact:
+    """Build a TensorRT or TensorRT-RTX engine from an ONNX artifact.
+
+    Args:
+        artifact: directory that `export_onnx` wrote.
+        output: directory to write `model.engine` to, with all the serving side needs beside it.
+        options: runtime, targets, shapes and the like.
+        force: replace an earlier output.
+        progress: told how far it is.
+
+    Raises:
+        PropulsionExportError: as its subclasses say; nothing is left at `output` then.
+    """
+    check_replaceable(output, force=force)
+    read = Artifact.read(artifact)
+    if read.manifest.kind != "onnx":
+        raise ArtifactError(
+            f"{artifact}: is a {read.manifest.kind} artifact, expected an ONNX export",
+            remedy="`propulsion-export onnx` makes one.",
+        )
+    with staged_directory(output, force=force) as directory:
+        manifest = build_engine(read, directory, options, lambda m: progress(0.5, m))
+        Artifact.write(directory, manifest)
+    progress(1.0, f"wrote {output}")
+    return Artifact.read(output)

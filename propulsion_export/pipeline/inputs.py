@@ -1,0 +1,148 @@
+"""What every verb starts with: adapters read, the base model found and recognised."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from propulsion_export.adapter import Adapter, Array
+from propulsion_export.artifact import BASE_NAME
+from propulsion_export.errors import AdapterError, BaseModelError, UsageError
+from propulsion_export.fingerprint import Fingerprint
+
+# Told how far a verb has come: a share between 0 and 1, and what is being done.
+Progress = Callable[[float, str], None]
+
+
+def silent(share: float, message: str) -> None:
+    """The progress of nobody watching."""
+
+
+def read_adapters(specifications: Sequence[str | Path]) -> list[Adapter]:
+    """Read `DIR` or `NAME=DIR` each; names are unique and fit into file names.
+
+    Raises:
+        UsageError: two of one name, or a name that is reserved or unfit.
+        AdapterError: one cannot be read.
+    """
+    adapters: list[Adapter] = []
+    for specification in specifications:
+        name, separator, path = str(specification).partition("=")
+        if separator and not Path(str(specification)).exists():
+            adapter = Adapter.read(path, check_name(name))
+        else:
+            adapter = Adapter.read(specification)
+            check_name(adapter.name)
+        if adapter.name in {other.name for other in adapters}:
+            raise UsageError(
+                f"two adapters are called {adapter.name!r}, expected names of their own",
+                remedy="Name them: -a one=DIR -a two=DIR.",
+            )
+        adapters.append(adapter)
+    return adapters
+
+
+def check_name(name: str) -> str:
+    """The name, if an adapter may be called so.
+
+    Raises:
+        UsageError: it is reserved, or no file could have it.
+    """
+    if name == BASE_NAME or not name or set(name) & set("/\\=\0") or name.startswith("."):
+        raise UsageError(
+            f"an adapter cannot be called {name!r}: {BASE_NAME!r} means the base model without "
+            "one, and the name becomes a file's",
+            remedy="Name it: -a NAME=DIR.",
+        )
+    return name
+
+
+def source_of(specification: str | Path) -> str:
+    """Where an adapter given as `DIR` or `NAME=DIR` lies, absolute."""
+    text = str(specification)
+    path = text if Path(text).exists() else text.partition("=")[2]
+    return str(Path(path).expanduser().resolve())
+
+
+def base_source(model: str | None, adapters: Sequence[Adapter]) -> str:
+    """Where the base model is: as said, else where the adapters say.
+
+    Raises:
+        UsageError: nobody says.
+    """
+    if model is not None:
+        return absolute(model)
+    told = {adapter.base for adapter in adapters if adapter.base}
+    if len(told) != 1:
+        found = f"name the bases {', '.join(sorted(told))}" if told else "do not name a base model"
+        raise UsageError(f"the adapters {found}, expected one", remedy="Give it with -m.")
+    return told.pop()
+
+
+def absolute(source: str) -> str:
+    """A local path made absolute, so that an artifact finds it from anywhere; a name as it is."""
+    directory = Path(source).expanduser()
+    return str(directory.resolve()) if directory.exists() else source
+
+
+def check_base(found: Fingerprint, source: str, adapters: Sequence[Adapter]) -> None:
+    """Refuse adapters that were trained on another base model.
+
+    Raises:
+        BaseModelError: naming the adapter and where the weights differ.
+    """
+    strangers = [
+        f"{source}: is not the base model of adapter {adapter.name} ({difference})"
+        for adapter in adapters
+        if adapter.fingerprint and (difference := adapter.fingerprint.difference(found))
+    ]
+    if strangers:
+        raise BaseModelError(*strangers, remedy="Give the model it was trained on with -m.")
+
+
+def labels_of(adapters: Sequence[Adapter], label_parameters: frozenset[str]) -> int | None:
+    """The most labels that any adapter's head has; None when none brings a head."""
+    counts = [
+        values.shape[0]
+        for adapter in adapters
+        for name, values in adapter.modules.items()
+        if name in label_parameters
+    ]
+    return max(counts, default=None)
+
+
+def with_room(adapter: Adapter, labels: int | None, label_parameters: frozenset[str]) -> Adapter:
+    """The adapter with its head padded by zero rows to `labels` labels."""
+    if labels is None:
+        return adapter
+    modules = {
+        name: _padded(values, labels) if name in label_parameters else values
+        for name, values in adapter.modules.items()
+    }
+    return replace(adapter, modules=modules)
+
+
+def without_scales(adapter: Adapter) -> Adapter:
+    """What is left when the scales and trained biases are taken away: the head."""
+    return replace(adapter, scales={}, biases={})
+
+
+def check_identity(adapter: Adapter) -> None:
+    """Refuse an adapter that does nothing.
+
+    Raises:
+        AdapterError: all its scales are one and it brings nothing else.
+    """
+    if adapter.is_identity():
+        raise AdapterError(
+            f"adapter {adapter.name}: all its scales are 1 and it brings no bias and no head, so "
+            "it changes nothing",
+            remedy="Is this the trained adapter?",
+        )
+
+
+def _padded(values: Array, rows: int) -> Array:
+    padded = np.zeros((rows, *values.shape[1:]), values.dtype)
+    padded[: values.shape[0]] = values
+    return padded

@@ -1,0 +1,63 @@
+"""Keep the libraries' own chatter off the terminal while we call them.
+
+They print banners, progress bars and version-drift notes on stdout, stderr and through `logging`
+and `warnings`. Standard output belongs to `--json`, and a known failure is one line.
+"""
+
+import contextlib
+import io
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_LOGGERS = (
+    "transformers",
+    "torch.onnx",
+    "torch.export",
+    "onnxscript",
+    "onnx_ir",
+    "peft",
+    "datasets",
+)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence libraries inside the block; exceptions pass through untouched."""
+    levels = {name: logging.getLogger(name).level for name in _LOGGERS}
+    environment = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"}
+    before = {name: os.environ.get(name) for name in environment}
+    os.environ.update(environment)
+    for name in _LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            _transformers_progress_off(),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
+def _transformers_progress_off() -> Iterator[None]:
+    from transformers.utils import logging as transformers_logging
+
+    was_on = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_on:
+            transformers_logging.enable_progress_bar()

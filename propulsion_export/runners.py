@@ -1,0 +1,129 @@
+"""Each runtime as a callable from tensors to tensors.
+
+| runner | runs | needs |
+|---|---|---|
+| `torch_runner` | a torch module | torch |
+| `onnxruntime_runner` | an ONNX file | onnxruntime |
+| `reference_runner` | an ONNX file, slowly, in every dtype ONNX has | onnx |
+| `tensorrt_runner` | an engine | a GPU, TensorRT or TensorRT-RTX, polygraphy |
+"""
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from propulsion_export.artifact import Runner, Tensors
+from propulsion_export.errors import ToolError, UnavailableError
+from propulsion_export.machine import cuda_devices, cuda_reason
+
+_NO_BFLOAT16 = "ONNX Runtime has no bfloat16 kernels for this provider"
+
+
+def torch_runner(model: Any) -> Runner:
+    """Run a torch module; outputs that are no tensors (caches) are left out."""
+    import torch
+
+    device = next(model.parameters()).device
+
+    def run(inputs: Tensors) -> Tensors:
+        tensors = {name: torch.from_numpy(np.asarray(v)).to(device) for name, v in inputs.items()}
+        with torch.inference_mode():
+            outputs = model(**tensors)
+        return {
+            name: _to_numpy(value)
+            for name, value in outputs.items()
+            if isinstance(value, torch.Tensor)
+        }
+
+    return run
+
+
+def onnxruntime_runner(path: Path, provider: str = "CPUExecutionProvider") -> Runner:
+    """Run an ONNX model in ONNX Runtime; the session lives as long as the runner.
+
+    Raises:
+        UnavailableError: onnxruntime is missing, or has no kernel for a node of the graph.
+        ToolError: it cannot load the model.
+    """
+    try:
+        import onnxruntime
+    except ModuleNotFoundError as error:
+        raise UnavailableError(
+            "onnxruntime is not installed", remedy="Run: pip install 'propulsion-export[cpu]'."
+        ) from error
+    if provider not in onnxruntime.get_available_providers():
+        raise UnavailableError(
+            f"ONNX Runtime here has no {provider}, only "
+            f"{', '.join(onnxruntime.get_available_providers())}",
+            remedy="Run: pip install 'propulsion-export[gpu]'.",
+        )
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # it tells of every optional input, on stderr
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=[provider])
+    except Exception as error:  # its exceptions have no public base class
+        reason = str(error).strip().splitlines()[0]
+        if "NOT_IMPLEMENTED" in reason:
+            raise UnavailableError(f"{path}: {_NO_BFLOAT16} ({reason})") from error
+        raise ToolError(f"{path}: ONNX Runtime cannot load it ({reason})") from error
+    known = {value.name for value in session.get_inputs()}
+    known |= {value.name for value in session.get_overridable_initializers()}
+    names = [output.name for output in session.get_outputs()]
+
+    def run(inputs: Tensors) -> Tensors:
+        feeds = {name: values for name, values in inputs.items() if name in known}
+        return dict(zip(names, session.run(names, feeds), strict=True))
+
+    return run
+
+
+def reference_runner(path: Path) -> Runner:
+    """Run an ONNX model in onnx's own evaluator: slow, but it knows every dtype."""
+    from onnx.reference import ReferenceEvaluator
+
+    evaluator = ReferenceEvaluator(str(path))
+    known = set(evaluator.input_names)
+
+    def run(inputs: Tensors) -> Tensors:
+        feeds = {name: values for name, values in inputs.items() if name in known}
+        return dict(zip(evaluator.output_names, evaluator.run(None, feeds), strict=True))
+
+    return run
+
+
+def tensorrt_runner(path: Path, runtime: Literal["tensorrt", "tensorrt-rtx"]) -> Runner:
+    """Run an engine through polygraphy.
+
+    Raises:
+        UnavailableError: there is no GPU, or a package is missing.
+    """
+    if not cuda_devices():
+        raise UnavailableError(f"{path}: an engine runs on a GPU only, and {cuda_reason()}")
+    os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = str(int(runtime == "tensorrt-rtx"))
+    try:
+        from polygraphy.backend.common import BytesFromPath
+        from polygraphy.backend.trt import EngineFromBytes, TrtRunner
+    except ModuleNotFoundError as error:
+        extra = "rtx" if runtime == "tensorrt-rtx" else "tensorrt"
+        raise UnavailableError(
+            f"{error.name} is not installed",
+            remedy=f"Run: pip install 'propulsion-export[{extra}]'.",
+        ) from error
+    engine = TrtRunner(EngineFromBytes(BytesFromPath(str(path))))
+    engine.activate()
+    known = set(engine.get_input_metadata())
+
+    def run(inputs: Tensors) -> Tensors:
+        feeds = {name: np.ascontiguousarray(v) for name, v in inputs.items() if name in known}
+        return {name: np.array(values) for name, values in engine.infer(feeds).items()}
+
+    return run
+
+
+def _to_numpy(value: Any) -> Any:
+    import torch
+
+    # numpy has no bfloat16 of its own; every bfloat16 is a float32.
+    return (value.float() if value.dtype == torch.bfloat16 else value).cpu().numpy()

@@ -1,0 +1,73 @@
+"""Inputs made for a model: to trace it with, and to judge it by."""
+
+import inspect
+from typing import Any
+
+import numpy as np
+from transformers import PretrainedConfig
+
+from propulsion_export.artifact import Tensors
+
+_LONGEST = 48
+_BATCHES, _ROWS = 4, 4
+
+
+def input_names(model_class: type, config: PretrainedConfig) -> tuple[str, ...]:
+    """Which of the usual encoder inputs a model reads, in the order of its forward."""
+    accepted = inspect.signature(model_class.forward).parameters  # type: ignore[attr-defined]
+    names = [name for name in ("input_ids", "attention_mask") if name in accepted]
+    if "token_type_ids" in accepted and getattr(config, "type_vocab_size", 0) > 1:
+        names.append("token_type_ids")
+    return tuple(names)
+
+
+def trace_inputs(names: tuple[str, ...], config: PretrainedConfig) -> Tensors:
+    """One padded batch, int64 [3, length], whose sizes the tracer cannot confuse with others.
+
+    A mask of ones would vanish from the graph, and a size of 0, 1, or one that the configuration
+    also holds, would be taken for a constant.
+    """
+    taken = {value for value in config.to_dict().values() if isinstance(value, int)}
+    length = next(size for size in range(11, 1000) if size not in taken)
+    lengths = (length, length - 4, length - 6)
+    return _batch(names, config, lengths, np.random.default_rng(0))
+
+
+def parity_inputs(
+    names: tuple[str, ...], config: PretrainedConfig, *, seed: int, longest: int | None = None
+) -> tuple[Tensors, ...]:
+    """4 padded batches of 4 rows of random tokens, of 3 to `longest` tokens, 16 inputs in all."""
+    chooser = np.random.default_rng(seed)
+    # RoBERTa's positions start behind the padding index, so not all of them are to be had.
+    room = int(getattr(config, "max_position_embeddings", _LONGEST)) - 4
+    longest = min(longest or _LONGEST, room)
+    return tuple(
+        _batch(names, config, tuple(chooser.integers(3, longest + 1, _ROWS)), chooser)
+        for _ in range(_BATCHES)
+    )
+
+
+def text_inputs(names: tuple[str, ...], tokenizer: Any, texts: list[str], limit: int) -> Tensors:
+    """Tokenized texts as one padded int64 batch [len(texts), longest], cut at `limit` tokens."""
+    encoded = tokenizer(texts, truncation=True, max_length=limit, padding=True, return_tensors="np")
+    return {name: encoded[name].astype(np.int64) for name in names if name in encoded}
+
+
+def _batch(
+    names: tuple[str, ...],
+    config: PretrainedConfig,
+    lengths: tuple[int, ...],
+    chooser: np.random.Generator,
+) -> Tensors:
+    shape = (len(lengths), max(lengths))
+    mask = (np.arange(shape[1]) < np.array(lengths)[:, None]).astype(np.int64)
+    padding = config.pad_token_id or 0
+    # Neither padding nor the first entries, which are special tokens in most vocabularies.
+    first = min(padding + 1 + config.vocab_size // 20, config.vocab_size - 1)
+    tokens = chooser.integers(first, config.vocab_size, shape)
+    made = {
+        "input_ids": np.where(mask == 1, tokens, padding).astype(np.int64),
+        "attention_mask": mask,
+        "token_type_ids": np.zeros(shape, np.int64),
+    }
+    return {name: made[name] for name in names}

@@ -1,0 +1,184 @@
+"""The base model with a fresh task head and its tokenizer, and the adapter put onto it."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import get_peft_model
+from torch import nn
+
+from propulsion_export.errors import BaseModelError
+from propulsion_export.training.options import TrainOptions
+from propulsion_export.tuning import PropulsionConfig
+
+_AUTO_CLASSES = {
+    "text-classification": transformers.AutoModelForSequenceClassification,
+    "token-classification": transformers.AutoModelForTokenClassification,
+}
+PEFT_TASKS = {"text-classification": "SEQ_CLS", "token-classification": "TOKEN_CLS"}
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model under a task head, as loaded.
+
+    Attributes:
+        name: the resolved path of a local model, else its name on a hub.
+        model: with a head for the classes.
+        tokenizer: with a padding token.
+        heads: names of the children of `model` that are not the base model and hold parameters.
+        absent: module paths inside the base model whose weights are not in the checkpoint, so that
+            they start at random and have to be trained and saved like a head.
+    """
+
+    name: str
+    model: Any
+    tokenizer: Any
+    heads: tuple[str, ...]
+    absent: tuple[str, ...]
+
+
+def load_base(model: str | Path, classes: Sequence[str], options: TrainOptions) -> Base:
+    """Load a base model for classification; the seed fixes the values of its new head.
+
+    Raises:
+        BaseModelError: there is no such model, it has no safetensors weights, or transformers
+            knows no such head for it.
+    """
+    name = _resolved(model)
+    transformers.set_seed(options.seed)
+    with _load_errors_in_words(name):
+        tokenizer = _tokenizer(name, options)
+        config = _config(name, tokenizer, classes, options)
+        loaded, report = _AUTO_CLASSES[options.task].from_pretrained(
+            name,
+            config=config,
+            dtype=getattr(torch, options.dtype),
+            # A checkpoint may bring a head for other classes.
+            ignore_mismatched_sizes=True,
+            use_safetensors=True,
+            trust_remote_code=options.trust_remote_code,
+            output_loading_info=True,
+        )
+    heads = _heads(name, loaded)
+    owners = {key.rpartition(".")[0] for key in report["missing_keys"]}
+    absent = sorted(owner for owner in owners if owner.split(".")[0] not in heads)
+    return Base(name, loaded, tokenizer, heads, tuple(absent))
+
+
+def add_adapter(base: Base, classes: Sequence[str], options: TrainOptions) -> Any:
+    """Freeze the base model and put vectors on it; heads and absent modules train in float32.
+
+    Returns a `PeftModel`; `base.model` is changed in place.
+    """
+    saved = [*base.heads, *base.absent]
+    config = PropulsionConfig(
+        task_type=PEFT_TASKS[options.task],
+        target_modules=options.placement,
+        degree=options.degree,
+        train_bias=options.train_bias,
+        modules_to_save=list(saved),
+        labels=list(classes),
+    )
+    model = get_peft_model(base.model, config)
+    recorded = model.peft_config["default"]
+    recorded.base_model_name_or_path = base.name
+    recorded.modules_to_save = saved  # PEFT had added the names of heads that may not exist
+    if options.dtype != "float32":
+        for path in saved:
+            _train_in_float32_(base.model.get_submodule(path), inside=path in base.absent)
+    return model
+
+
+def longest_input(base: Base, options: TrainOptions) -> int:
+    """How many tokens a text may have: as many as asked for, if the base model takes them."""
+    positions = getattr(base.model.config, "max_position_embeddings", None) or options.max_length
+    return int(min(options.max_length, base.tokenizer.model_max_length, positions))
+
+
+def _resolved(model: str | Path) -> str:
+    path = Path(model).expanduser()
+    if path.exists():
+        return str(path.resolve())
+    if isinstance(model, Path) or str(model).startswith((".", "/", "~")):
+        raise BaseModelError(f"{model}: does not exist, expected a directory with a base model")
+    return model
+
+
+@contextmanager
+def _load_errors_in_words(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise BaseModelError(f"{name}: cannot be loaded ({reason})") from error
+
+
+def _tokenizer(name: str, options: TrainOptions) -> Any:
+    trust = options.trust_remote_code
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
+    if options.task == "token-classification":
+        if not tokenizer.is_fast:
+            raise BaseModelError(
+                f"{name}: has a tokenizer that cannot tell which word a token belongs to, expected "
+                "a fast tokenizer (tokenizer.json)"
+            )
+        if getattr(tokenizer, "add_prefix_space", None) is False:
+            # Byte-level tokenizers take words only when they put the space before each.
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                name, trust_remote_code=trust, add_prefix_space=True
+            )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token  # GPT-type models have none
+    return tokenizer
+
+
+def _config(name: str, tokenizer: Any, classes: Sequence[str], options: TrainOptions) -> Any:
+    config = transformers.AutoConfig.from_pretrained(
+        name,
+        trust_remote_code=options.trust_remote_code,
+        id2label=dict(enumerate(classes)),
+        label2id={label: index for index, label in enumerate(classes)},
+    )
+    if options.task == "text-classification":
+        config.problem_type = "single_label_classification"
+    if getattr(config, "pad_token_id", None) is None:
+        config.pad_token_id = tokenizer.pad_token_id
+    return config
+
+
+def _heads(name: str, model: Any) -> tuple[str, ...]:
+    heads = tuple(
+        child
+        for child, module in model.named_children()
+        if child != model.base_model_prefix and next(module.parameters(), None) is not None
+    )
+    if not heads or not hasattr(model, model.base_model_prefix):
+        raise BaseModelError(
+            f"{name}: {type(model).__name__} has no base model and head that can be told apart"
+        )
+    return heads
+
+
+def _train_in_float32_(module: nn.Module, *, inside: bool) -> None:
+    """Make a trained module float32 in a bfloat16 model, where small steps would be lost.
+
+    What it gets is widened; what it gives is narrowed again when it stands `inside` the base model.
+    """
+    module.float()
+
+    def widen(_: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        return tuple(map(_wide, args)), {name: _wide(value) for name, value in kwargs.items()}
+
+    module.register_forward_pre_hook(widen, with_kwargs=True)
+    if inside:
+        module.register_forward_hook(lambda _, args, output: output.to(args[0].dtype))
+
+
+def _wide(value: Any) -> Any:
+    floating = isinstance(value, torch.Tensor) and value.is_floating_point()
+    return value.float() if floating else value

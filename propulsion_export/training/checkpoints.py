@@ -1,0 +1,98 @@
+"""Where an interrupted run can go on: the hidden directory beside the output."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from propulsion_export.errors import UsageError
+from propulsion_export.training.data import Example
+from propulsion_export.training.options import TrainOptions
+
+_RUN_FILE = "run.json"
+# transformers writes this one last, so a checkpoint that has it is whole.
+_STATE_FILE = "trainer_state.json"
+# These do not change what is trained.
+_FREE_OPTIONS = ("validation", "head_only", "resume", "force", "trust_remote_code")
+
+Run = Mapping[str, Any]
+
+
+def describe_run(
+    model: str, training: Sequence[Example], validation: Sequence[Example], options: TrainOptions
+) -> Run:
+    """What must be the same for a checkpoint to be continued, as JSON values."""
+    free = {name: asdict(options)[name] for name in _FREE_OPTIONS}
+    digest = hashlib.sha256()
+    for example in (*training, None, *validation):
+        digest.update(repr(example).encode())
+    described = {name: value for name, value in asdict(options).items() if name not in free}
+    return {"model": model, "data": digest.hexdigest()} | described
+
+
+def is_main_process() -> bool:
+    """Whether this process writes; `accelerate launch` and `torchrun` number the processes."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+@contextmanager
+def checkpoints(output: Path, run: Run, *, resume: bool) -> Iterator[tuple[Path, Path | None]]:
+    """Yield the directory for checkpoints and the one to go on from, None for a fresh start.
+
+    Removed on success; after an interruption it stays if it holds a whole checkpoint.
+
+    Raises:
+        UsageError: the checkpoint to resume is of another run.
+    """
+    directory = output.with_name(f".{output.name}.checkpoints")
+    latest = _latest(directory) if resume else None
+    if latest:
+        _check_same_run(directory, run)
+    elif is_main_process():
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir(parents=True)
+        (directory / _RUN_FILE).write_text(json.dumps(run), encoding="utf-8")
+    finished = False
+    try:
+        yield directory, latest
+        finished = True
+    finally:
+        if is_main_process() and (finished or not _latest(directory)):
+            shutil.rmtree(directory, ignore_errors=True)
+
+
+def _latest(directory: Path) -> Path | None:
+    whole = [path for path in directory.glob("checkpoint-*") if _is_whole(path)]
+    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        json.loads((checkpoint / _STATE_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _check_same_run(directory: Path, run: Run) -> None:
+    try:
+        left = json.loads((directory / _RUN_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"{directory / _RUN_FILE}: is damaged, so the checkpoint cannot be continued",
+            remedy="Train without --resume.",
+        ) from error
+    different = [
+        f"{directory}: was left by a run with {name} {left.get(name)!r}, expected {value!r}"
+        for name, value in run.items()
+        if left.get(name) != value
+    ]
+    if different:
+        raise UsageError(
+            *different, remedy="Use the options of the interrupted run, or train without --resume."
+        )

@@ -1,0 +1,186 @@
+"""A frozen layer with a trainable scale on its output."""
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import nn
+
+from propulsion_export.errors import AdapterError, UsageError
+from propulsion_export.folding_rules import folded_parameters, output_width
+from propulsion_export.tuning.config import PropulsionConfig
+
+
+class Float32Parameters(nn.ParameterDict):
+    """Parameters by adapter name that follow the model to another device but stay fp32.
+
+    In bf16 a z near 1 does not move: AdamW's steps are smaller than its spacing there.
+    """
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "Float32Parameters":
+        def moved(tensor: torch.Tensor) -> torch.Tensor:
+            changed: torch.Tensor = fn(tensor)
+            same = changed.dtype == tensor.dtype
+            return changed if same else tensor.to(changed.device)
+
+        super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+
+class PropulsionLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
+    """Returns the wrapped layer's output times z**degree (arXiv 2409.10927).
+
+    `propulsion_z[adapter]` has shape [output channels], fp32, and starts at 1;
+    `propulsion_bias[adapter]`, where it is trained, replaces the layer's own bias inside the
+    product; fp32 too, starting at the frozen one. With several active adapters their scales
+    multiply.
+
+    The output has the wrapped layer's dtype; a power beyond that dtype's range gives inf there
+    (fp16: z above 2.09 at degree 15). A z of 0 has no gradient from degree 2 on.
+    """
+
+    adapter_layer_names = ("propulsion_z", "propulsion_bias")
+    other_param_names = ("degree",)
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: PropulsionConfig) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.propulsion_z = Float32Parameters()
+        self.propulsion_bias = Float32Parameters()
+        self.degree: dict[str, float] = {}
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        # The frozen parameters while folded ones stand in for them.
+        self._frozen: dict[str, nn.Parameter] = {}
+        self._active_adapter: str | list[str] = adapter_name
+        self.update_layer(adapter_name, config)
+
+    def update_layer(self, adapter_name: str, config: PropulsionConfig) -> None:
+        """Add an adapter's vector, of ones, and where asked for its bias, equal to the frozen."""
+        base = self.get_base_layer()
+        # Not the weight's dtype; see Float32Parameters.
+        ones = torch.ones(output_width(base), dtype=torch.float32, device=self.weight.device)
+        self.propulsion_z[adapter_name] = nn.Parameter(ones)
+        self.degree[adapter_name] = config.degree
+        bias = getattr(base, "bias", None)
+        if config.train_bias and bias is not None:
+            copy = bias.detach().to(torch.float32, copy=True)
+            self.propulsion_bias[adapter_name] = nn.Parameter(copy)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        output: torch.Tensor = self.base_layer(x, *args, **kwargs)
+        names = [name for name in self.active_adapters if name in self.propulsion_z]
+        if self.disable_adapters or self.merged or not names:
+            return output
+        dtype = torch.float64 if output.dtype == torch.float64 else torch.float32
+        scaled = output
+        trained = self._trained_bias(names)
+        if trained is not None:
+            # The frozen bias is in the output already; the difference starts at exactly zero.
+            scaled = scaled + (trained.to(dtype) - self.get_base_layer().bias.to(dtype))
+        # The product of a bf16 output and an fp32 scale is computed in fp32; the next layer wants
+        # the dtype the base model gave it.
+        return (scaled * self._scale(names, dtype)).to(output.dtype)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Fold adapters, by default the active ones, into new parameters of the wrapped layer.
+
+        The frozen parameters are kept aside, so `unmerge` is exact, and not written to, so a
+        tensor tied to them elsewhere stays as it was.
+
+        Args:
+            safe_merge: PEFT's switch; the result is checked in any case.
+            adapter_names: the adapters to fold in.
+
+        Raises:
+            AdapterError: a folded value is not finite in the weight's dtype.
+            BaseModelError: the layer cannot be folded into exactly.
+        """
+        asked = check_adapters_to_merge(self, adapter_names) or []
+        names = [name for name in asked if name in self.propulsion_z]
+        if not names:
+            return
+        base = self.get_base_layer()
+        every = [*self.merged_adapters, *names]
+        trained = self._trained_bias(every)
+        self._restore()
+        folded = folded_parameters(base, self._scale(every, torch.float64), bias=trained)
+        _check_finite(type(base).__name__, folded, every)
+        self._frozen = {name: base.get_parameter(name) for name in folded}
+        for name, values in folded.items():
+            setattr(base, name, nn.Parameter(values, requires_grad=False))
+        self.merged_adapters = every
+
+    def unmerge(self) -> None:
+        """Put the frozen parameters back, bit for bit."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        self._restore()
+
+    def _restore(self) -> None:
+        for name, parameter in self._frozen.items():
+            setattr(self.get_base_layer(), name, parameter)
+        self._frozen = {}
+        self.merged_adapters = []
+
+    def _scale(self, names: list[str], dtype: torch.dtype) -> torch.Tensor:
+        scales = [self.propulsion_z[name].to(dtype) ** self.degree[name] for name in names]
+        product: torch.Tensor = math.prod(scales[1:], start=scales[0])
+        return product
+
+    def _trained_bias(self, names: list[str]) -> torch.Tensor | None:
+        having = [name for name in names if name in self.propulsion_bias]
+        if len(having) > 1:
+            raise UsageError(
+                f"adapters {', '.join(having)}: each has its own trained bias, expected at most "
+                "one of those active at a time",
+                remedy="Activate one of them.",
+            )
+        bias: torch.Tensor | None = self.propulsion_bias[having[0]] if having else None
+        return bias
+
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | None = None
+    ) -> None:
+        """Move an adapter where the layer is; PEFT's own method would cast it as well."""
+        target = device or self.weight.device
+        for parameters in (self.propulsion_z, self.propulsion_bias):
+            if adapter_name in parameters and parameters[adapter_name].device.type != "meta":
+                parameters[adapter_name].data = parameters[adapter_name].data.to(target)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "PropulsionLayer":
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for parameter in self._frozen.values():
+            parameter.data = fn(parameter.data)
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # Model code reads `padding_idx`, `embed_scale` and the like; names with an underscore
+            # are hooks and flags that other libraries put on one module.
+            if name.startswith("_") or name == "base_layer":
+                raise
+            return getattr(self.base_layer, name)
+
+    def __repr__(self) -> str:
+        return f"propulsion.{super().__repr__()}"
+
+
+def _check_finite(where: str, folded: dict[str, torch.Tensor], adapters: list[str]) -> None:
+    bad = [
+        f"{where}.{name}: {int((~values.isfinite()).sum())} folded values are not finite in "
+        f"{values.dtype}, adapters {', '.join(adapters)}"
+        for name, values in folded.items()
+        if not values.isfinite().all()
+    ]
+    if bad:
+        raise AdapterError(*bad, remedy="Merge in a dtype with a wider range, such as float32.")

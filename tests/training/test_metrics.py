@@ -1,0 +1,50 @@
+"""The numbers of a report follow from the Trainer's log and the predictions."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from propulsion_export.training.encode import IGNORED
+from propulsion_export.training.metrics import accuracy, history_of, kind_of, loss_curve
+
+LOG = [
+    {"loss": 4.0, "step": 2, "epoch": 0.67},
+    {"loss": 1.0, "step": 3, "epoch": 1.0},
+    {"eval_loss": 2.5, "eval_accuracy": 0.5, "step": 3, "epoch": 1.0},
+    {"loss": 0.5, "step": 6, "epoch": 2.0},
+    {"eval_loss": 2.0, "eval_accuracy": 0.75, "step": 6, "epoch": 2.0},
+    {"train_loss": 9.0, "step": 6, "epoch": 2.0},
+]
+
+
+def test_an_epochs_loss_is_the_mean_over_its_steps():
+    first, second = history_of(LOG)
+
+    assert first["train_loss"] == pytest.approx((4.0 * 2 + 1.0) / 3)
+    assert second == {
+        "epoch": 2,
+        "train_loss": 0.5,
+        "validation_loss": 2.0,
+        "validation_accuracy": 0.75,
+    }
+    assert loss_curve(LOG) == [(0.67, 4.0), (1.0, 1.0), (2.0, 0.5)]
+
+
+def test_tokens_without_a_class_count_neither_as_right_nor_as_wrong():
+    prediction = SimpleNamespace(
+        predictions=np.array([[1, 0, 1], [2, 1, IGNORED]]),
+        label_ids=np.array([[1, 1, IGNORED], [2, IGNORED, IGNORED]]),
+    )
+
+    assert accuracy(prediction) == {"accuracy": pytest.approx(2 / 3)}
+
+
+def test_a_parameter_is_counted_by_what_its_name_says():
+    names = {
+        "base_model.model.bert.pooler.dense.propulsion_z.default": "vectors",
+        "base_model.model.bert.pooler.dense.propulsion_bias.default": "biases",
+        "base_model.model.classifier.modules_to_save.default.weight": "head",
+    }
+
+    assert {name: kind_of(name) for name in names} == names
