@@ -3,6 +3,7 @@
 import importlib
 import json
 import sys
+import traceback
 from collections.abc import Sequence
 
 import click
@@ -85,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(_fail(error.format_message(), 2, arguments))
     except PropulsionExportError as error:
         if "-v" in arguments or "--verbose" in arguments:
-            raise
+            traceback.print_exc()
         sys.exit(_fail(str(error), error.exit_code, arguments))
     except ModuleNotFoundError as error:
         if error.name not in _EXTRAS:

@@ -7,6 +7,8 @@ this package loads no framework; it only tells PEFT, once that is imported, that
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from propulsion_export.registration import register_with_peft
+
 if TYPE_CHECKING:
     from propulsion_export.adapter import Adapter
     from propulsion_export.artifact import Artifact
@@ -54,6 +56,9 @@ __all__ = [
     "remove_adapter",
     "train",
 ]
+
+
+register_with_peft()
 
 
 def __getattr__(name: str) -> Any:

@@ -8,7 +8,6 @@ feed-forward modules multiply a layer's INPUT.
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -32,6 +31,9 @@ PREFIX = "base_model.model."
 VECTOR_SUFFIX = ".propulsion_z"
 BIAS_SUFFIX = ".propulsion_bias"
 IA3_SUFFIX = ".ia3_l"
+
+# Any vector of two different numbers overflows or vanishes long before.
+_LARGEST_DEGREE = 2**53
 
 TASK_OF_PEFT = {
     "SEQ_CLS": "text-classification",
@@ -122,7 +124,8 @@ class Adapter:
         kind = config.get("peft_type")
         if kind not in ("PROPULSION", "IA3"):
             raise AdapterError(
-                f"{directory / CONFIG_FILE}: peft_type is {kind!r}, expected 'PROPULSION' or 'IA3'",
+                f"{directory / CONFIG_FILE}: peft_type is {_short(kind)}, expected "
+                "'PROPULSION' or 'IA3'",
                 remedy="Other methods are not element-wise scales and cannot be exported by this "
                 "tool.",
             )
@@ -147,7 +150,7 @@ class Adapter:
             scales=scales,
             biases=biases,
             modules=modules,
-            base=config.get("base_model_name_or_path"),
+            base=_base(directory, config),
             fingerprint=_fingerprint(directory, config),
             task=TASK_OF_PEFT.get(str(config.get("task_type"))),
             labels=_labels(directory, config),
@@ -156,10 +159,11 @@ class Adapter:
     def write(self, directory: Path) -> None:
         """Write as a degree-1 Propulsion adapter, which PEFT reads once this package is imported.
 
-        `directory` must exist. Input-side scales have no Propulsion form.
+        `directory` must exist. Input-side scales have no Propulsion form; scales are rounded to
+        float32, the rest keeps its dtype.
 
         Raises:
-            AdapterError: a scale multiplies a module's input.
+            AdapterError: a scale multiplies a module's input, or is too large for float32.
         """
         inputs = [path for path, scale in self.scales.items() if scale.side == "input"]
         if inputs:
@@ -169,19 +173,29 @@ class Adapter:
                     for path in inputs
                 )
             )
-        tensors = {
-            f"{PREFIX}{path}{VECTOR_SUFFIX}": scale.values.astype(np.float32)
-            for path, scale in self.scales.items()
-        }
+        with np.errstate(over="ignore"):
+            tensors = {
+                f"{PREFIX}{path}{VECTOR_SUFFIX}": scale.values.astype(np.float32)
+                for path, scale in self.scales.items()
+            }
+        overflowing = [
+            f"{key.removeprefix(PREFIX)}: holds a scale that float32 has no number for"
+            for key, values in tensors.items()
+            if not np.isfinite(values).all()
+        ]
+        if overflowing:
+            raise AdapterError(*overflowing)
         tensors |= {f"{PREFIX}{path}{BIAS_SUFFIX}": bias for path, bias in self.biases.items()}
         tensors |= {PREFIX + name: values for name, values in self.modules.items()}
+        # safetensors writes memory as it lies, whatever the strides say.
+        tensors = {key: np.ascontiguousarray(values) for key, values in tensors.items()}
         peft_task = {task: name for name, task in TASK_OF_PEFT.items()}.get(self.task or "")
         config = {
             "peft_type": "PROPULSION",
             "degree": 1,
             "target_modules": sorted(self.scales),
             "train_bias": bool(self.biases),
-            "modules_to_save": sorted({name.split(".")[0] for name in self.modules}) or None,
+            "modules_to_save": sorted({name.rpartition(".")[0] for name in self.modules}) or None,
             "base_model_name_or_path": self.base,
             "base_fingerprint": self.fingerprint.to_json() if self.fingerprint else None,
             "labels": list(self.labels) if self.labels else None,
@@ -201,7 +215,9 @@ def _read_config(directory: Path) -> dict[str, Any]:
         )
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except OSError as error:
+        raise AdapterError(f"{file}: cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
         raise AdapterError(f"{file}: is no JSON ({error})") from error
     if not isinstance(config, dict):
         raise AdapterError(f"{file}: holds a {type(config).__name__}, expected an object")
@@ -217,25 +233,43 @@ def _read_tensors(directory: Path) -> dict[str, Array]:
             + (", only a pickle, which could run code and is not read" if pickled else ""),
             remedy="Save the adapter with PEFT's save_pretrained, which writes safetensors.",
         )
+    # Registers bfloat16 with numpy, which safetensors needs to load it.
+    import ml_dtypes  # noqa: F401
+
     try:
-        return dict(load_file(file))
+        tensors = dict(load_file(file))
     except (SafetensorError, OSError, ValueError) as error:
         raise AdapterError(
             f"{file}: is truncated or damaged ({error})", remedy="Copy or save it again."
         ) from error
+    except (AttributeError, TypeError, KeyError) as error:  # what it does for a float8
+        raise AdapterError(
+            f"{file}: holds a dtype that numpy does not have ({error})",
+            remedy="Save the adapter in float32, float16 or bfloat16.",
+        ) from error
+    _check_keys(file, tensors)
+    return tensors
+
+
+def _check_keys(file: Path, tensors: Mapping[str, Array]) -> None:
+    strangers = [
+        f"{file}: has the key {key!r}, expected one that starts with {PREFIX!r}"
+        for key in tensors
+        if not key.startswith(PREFIX)
+    ]
+    if strangers:
+        raise AdapterError(
+            *strangers, remedy="Save the adapter with PEFT's save_pretrained, which names them."
+        )
 
 
 def _propulsion_scales(
     directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Array]
 ) -> tuple[dict[str, Scale], dict[str, Array]]:
-    degree = config.get("degree")
-    if isinstance(degree, bool) or not isinstance(degree, int | float) or degree <= 0:
-        raise AdapterError(
-            f"{directory / CONFIG_FILE}: degree is {degree!r}, expected a positive number"
-        )
+    degree = _degree(directory, config)
     vectors = _strip(tensors, VECTOR_SUFFIX)
     _check_vectors(directory, vectors)
-    if not math.isclose(degree, round(degree)):
+    if not degree.is_integer():
         negative = [path for path, vector in vectors.items() if (vector < 0).any()]
         if negative:
             raise AdapterError(
@@ -252,11 +286,35 @@ def _propulsion_scales(
     return scales, rest
 
 
+def _degree(directory: Path, config: Mapping[str, Any]) -> float:
+    degree: Any = config.get("degree")
+    number = isinstance(degree, int | float) and not isinstance(degree, bool)
+    # Compared before it is converted: JSON has integers beyond every float, NaN and Infinity too.
+    if not number or not 0 < degree < _LARGEST_DEGREE:
+        raise AdapterError(
+            f"{directory / CONFIG_FILE}: degree is {_short(degree)}, expected a positive number"
+        )
+    return float(degree)
+
+
+def _short(value: Any) -> str:
+    """A value as a message shows it."""
+    if isinstance(value, int) and abs(value) > _LARGEST_DEGREE:
+        return "a huge number"  # Python refuses to print integers of many digits
+    text = repr(value)
+    return text if len(text) < 80 else f"{text[:80]}…"
+
+
 def _ia3_scales(
     directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Array]
 ) -> tuple[dict[str, Scale], dict[str, Array]]:
-    flat = {path: vector.reshape(-1) for path, vector in _strip(tensors, IA3_SUFFIX).items()}
+    # One dimension counts the channels, the others are 1, whatever the layer's kind.
+    flat = {
+        path: vector.reshape(-1) if vector.size in vector.shape else vector
+        for path, vector in _strip(tensors, IA3_SUFFIX).items()
+    }
     _check_vectors(directory, flat)
+    _check_feedforward(directory, config)
     scales = {
         path: Scale(vector.astype(np.float64), _ia3_side(path, config))
         for path, vector in flat.items()
@@ -271,6 +329,20 @@ def _ia3_side(path: str, config: Mapping[str, Any]) -> Side:
     if isinstance(feedforward, str):
         return "input" if re.fullmatch(feedforward, path) else "output"
     return "input" if any(path.endswith(target) for target in feedforward) else "output"
+
+
+def _check_feedforward(directory: Path, config: Mapping[str, Any]) -> None:
+    feedforward = config.get("feedforward_modules") or []
+    file = directory / CONFIG_FILE
+    if isinstance(feedforward, str):
+        try:
+            re.compile(feedforward)
+        except re.error as error:
+            raise AdapterError(
+                f"{file}: feedforward_modules is no regular expression ({error})"
+            ) from error
+    elif not _is_names(feedforward):
+        raise AdapterError(f"{file}: feedforward_modules is no list of names")
 
 
 def _strip(tensors: Mapping[str, Array], suffix: str) -> dict[str, Array]:
@@ -334,6 +406,19 @@ def _labels(directory: Path, config: Mapping[str, Any]) -> tuple[str, ...] | Non
     labels = config.get("labels")
     if labels is None:
         return None
-    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+    if not _is_names(labels):
         raise AdapterError(f"{directory / CONFIG_FILE}: labels is no list of names")
     return tuple(labels)
+
+
+def _base(directory: Path, config: Mapping[str, Any]) -> str | None:
+    base = config.get("base_model_name_or_path")
+    if base is not None and not isinstance(base, str):
+        raise AdapterError(
+            f"{directory / CONFIG_FILE}: base_model_name_or_path is {_short(base)}, expected a name"
+        )
+    return base
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)

@@ -7,6 +7,7 @@ Reading checks all of it, so that nothing downstream has to.
 
 import hashlib
 import json
+import math
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -191,10 +192,11 @@ class Artifact:
         """What to feed the packed inputs for one adapter by name; `None` or `base`: no adapter.
 
         Raises:
-            ArtifactError: the artifact has no adapter of that name.
+            ArtifactError: the artifact has no adapter of that name, or its file cannot be read.
         """
         # Registers bfloat16 with numpy, which safetensors needs to load it.
         import ml_dtypes  # noqa: F401
+        from safetensors import SafetensorError
         from safetensors.numpy import load_file
 
         if self.manifest.mode == "folded":
@@ -206,7 +208,7 @@ class Artifact:
                     remedy="Export with --mode switchable to choose adapters at run time.",
                 )
             return {}
-        name = adapter or BASE_NAME
+        name = BASE_NAME if adapter is None else adapter
         if name != BASE_NAME and name not in self.manifest.adapters:
             known = ", ".join(sorted(self.manifest.adapters))
             raise ArtifactError(
@@ -214,8 +216,19 @@ class Artifact:
                 remedy="`propulsion-export adapter add` adds one.",
             )
         file = BASE_FEEDS if name == BASE_NAME else self.manifest.adapters[name].file
-        assert file is not None
-        return dict(load_file(self.directory / file))
+        if file not in self.manifest.files:
+            raise ArtifactError(
+                f"{self.directory / MANIFEST_FILE}: files has no {file}, what to feed for {name!r}",
+                remedy="Export again.",
+            )
+        try:
+            return dict(load_file(self.directory / file))
+        except (SafetensorError, OSError, AttributeError, TypeError, KeyError) as error:
+            # The last three are what it does for a dtype that numpy does not have.
+            raise ArtifactError(
+                f"{self.directory / file}: holds no feeds that can be read ({error})",
+                remedy="Copy the whole directory again, or export again.",
+            ) from error
 
     def with_manifest(self, manifest: Manifest) -> Self:
         """Replace the manifest alone, in one step; files keep the digests it names."""
@@ -239,10 +252,12 @@ def numpy_dtype(dtype: str) -> np.dtype[Any]:
 def _parse(file: Path) -> Manifest:
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except OSError as error:
+        raise ArtifactError(f"{file}: cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{file}: is no JSON ({error})") from error
     version = value.get("schema_version") if isinstance(value, dict) else None
-    if version != SCHEMA_VERSION:
+    if type(version) is not int or version != SCHEMA_VERSION:  # True equals 1 too
         newer = isinstance(version, int) and version > SCHEMA_VERSION
         raise ArtifactError(
             f"{file}: schema_version is {version!r}, expected {SCHEMA_VERSION}",
@@ -250,9 +265,45 @@ def _parse(file: Path) -> Manifest:
         )
     del value["schema_version"]
     try:
-        return typing.cast(Manifest, _convert(Manifest, value, "manifest"))
+        manifest = typing.cast(Manifest, _convert(Manifest, value, "manifest"))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ArtifactError(f"{file}: {error}") from error
+    if findings := [*_contradictions(manifest), *_misplaced_slots(manifest)]:
+        raise ArtifactError(*(f"{file}: {finding}" for finding in findings))
+    return manifest
+
+
+def _contradictions(manifest: Manifest) -> list[str]:
+    """What the types allow and no artifact of ours says."""
+    found = []
+    if BASE_NAME in manifest.adapters:
+        found.append(f"an adapter is called {BASE_NAME!r}, which means the base model")
+    if (manifest.kind == "engine") != (manifest.engine is not None):
+        found.append(f"engine is {manifest.engine!r} in an artifact of kind {manifest.kind!r}")
+    if manifest.mode == "switchable" and manifest.kind == "merged":
+        found.append("mode is 'switchable' in a merged checkpoint, expected 'folded'")
+    if manifest.mode == "folded" and len(manifest.adapters) != 1:
+        found.append(f"{len(manifest.adapters)} adapters are folded in, expected one")
+    return found
+
+
+def _misplaced_slots(manifest: Manifest) -> list[str]:
+    found = [
+        f"layout has the input {packed!r}, expected one of {', '.join(PACKED_INPUTS)}"
+        for packed in manifest.layout
+        if packed not in PACKED_INPUTS
+    ]
+    for packed, slots in manifest.layout.items():
+        offset = 0
+        for slot in slots:
+            if min((slot.length, *slot.shape)) < 1 or slot.length != math.prod(slot.shape):
+                found.append(
+                    f"{packed}: {slot.path} has length {slot.length} and shape {list(slot.shape)}"
+                )
+            if slot.offset != offset:
+                found.append(f"{packed}: {slot.path} is at {slot.offset}, expected {offset}")
+            offset = slot.offset + slot.length
+    return found
 
 
 def _convert(kind: Any, value: Any, where: str) -> Any:
@@ -313,12 +364,11 @@ def _expect(value: Any, kind: type, where: str) -> Any:
 
 
 def _check_files(directory: Path, manifest: Manifest) -> None:
-    inside = directory.resolve()
     named = [*manifest.files, *(e.file for e in manifest.adapters.values() if e.file)]
     escaping = [
         f"{directory / MANIFEST_FILE}: the path {name!r} leads out of the directory"
         for name in named
-        if not (directory / name).resolve().is_relative_to(inside)
+        if not _leads_inside(directory, name)
     ]
     if escaping:
         raise ArtifactError(*escaping)
@@ -337,3 +387,13 @@ def _check_files(directory: Path, manifest: Manifest) -> None:
     ]
     if changed:
         raise ArtifactError(*changed, remedy="Copy the whole directory again, or export again.")
+
+
+def _leads_inside(directory: Path, name: str) -> bool:
+    """Whether a path, followed to its end, stays in the directory; unusable ones do not."""
+    try:
+        path = (directory / name).resolve()
+        path.is_file()
+    except (OSError, ValueError, RuntimeError):  # too long, a zero byte, a loop of links
+        return False
+    return path.is_relative_to(directory.resolve())

@@ -11,21 +11,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from propulsion_export.adapter import Adapter, Side
-from propulsion_export.errors import AdapterError
+from propulsion_export.adapter import Adapter, Scale, Side
+from propulsion_export.errors import AdapterError, BaseModelError
 from propulsion_export.folding_rules import input_width, output_width
 
 BUFFERS: Mapping[Side, str] = {
     "output": "propulsion_scale",
     "input": "propulsion_input_scale",
 }
+# Embeddings that are never called: a scale on the output acts on nothing, one folded in would.
+_READ_DIRECTLY = (("DebertaEncoder", "rel_embeddings"), ("DebertaV2Encoder", "rel_embeddings"))
 
 
 @contextmanager
 def attached(model: nn.Module, adapter: Adapter) -> Iterator[None]:
     """Let `model` compute with `adapter` inside the block; afterwards it is as it was.
 
-    Scales and biases are rounded once, from float64 to the dtype of the module they act on.
+    Scales and biases are rounded from float64 to the dtype of the module they act on.
 
     Raises:
         AdapterError: the model has no such module or parameter, or one of another width; nothing
@@ -49,18 +51,11 @@ def check_fits(model: nn.Module, adapter: Adapter) -> None:
     """
     modules = dict(model.named_modules())
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    misfits = []
-    for path, scale in adapter.scales.items():
-        if path not in modules:
-            misfits.append(f"{path}: the model has no such module")
-            continue
-        widths = {"output": output_width, "input": input_width}
-        width = widths[scale.side](modules[path])
-        if width != scale.values.size:
-            misfits.append(
-                f"{path}: the adapter has {scale.values.size} scales, the model {width} "
-                f"{scale.side}s"
-            )
+    misfits = [
+        f"{path}: {problem}"
+        for path, scale in adapter.scales.items()
+        if (problem := _scale_misfit(modules, path, scale))
+    ]
     for path, bias in adapter.biases.items():
         shape = tuple(parameters[f"{path}.bias"].shape) if f"{path}.bias" in parameters else None
         if shape != bias.shape:
@@ -77,6 +72,23 @@ def check_fits(model: nn.Module, adapter: Adapter) -> None:
             *(f"adapter {adapter.name}: {misfit}" for misfit in misfits),
             remedy="Was it trained on this base model and task?",
         )
+
+
+def _scale_misfit(modules: Mapping[str, nn.Module], path: str, scale: Scale) -> str | None:
+    if path not in modules:
+        return "the model has no such module"
+    module, (owner, _, name) = modules[path], path.rpartition(".")
+    reader = type(modules[owner]).__name__
+    if (reader, name) in _READ_DIRECTLY and not (scale.values == 1).all():
+        return f"{reader} reads its weight past its output, so a scale there has no exact meaning"
+    widths = {"output": output_width, "input": input_width}
+    try:
+        width = widths[scale.side](module)
+    except BaseModelError as error:
+        return error.findings[0]
+    if width == scale.values.size:
+        return None
+    return f"the adapter has {scale.values.size} scales, the model {width} {scale.side}s"
 
 
 def _attach_(model: nn.Module, adapter: Adapter, undo: list[Any]) -> None:

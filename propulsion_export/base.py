@@ -1,5 +1,6 @@
 """Load a base model for a task, and refuse to go on with weights that nobody trained."""
 
+import inspect
 import json
 import shutil
 from collections.abc import Collection, Sequence
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
@@ -147,7 +149,7 @@ def load_base(
     model_class = model_class_of(task)
     model, missing = _load(model_class, source, config, dtype, trust_remote_code)
     poolerless = {name for name in missing if ".pooler." in f".{name}"}
-    if task == "feature-extraction" and poolerless:
+    if task == "feature-extraction" and poolerless and _may_drop_pooler(model):
         # The checkpoint has no pooling layer: leave it out rather than export a random one.
         model, missing = _load(
             model_class, source, config, dtype, trust_remote_code, add_pooling_layer=False
@@ -268,7 +270,7 @@ def _load(
                 trust_remote_code=trust_remote_code,
                 **constructor,
             )
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise BaseModelError(
             f"{source}: cannot be loaded ({_first_line(error)})",
             remedy="Expected a complete transformers checkpoint in safetensors.",
@@ -276,6 +278,10 @@ def _load(
     # A head of another size is as good as missing: it was made at random.
     mismatched = {entry[0] for entry in info["mismatched_keys"]}
     return model, set(info["missing_keys"]) | mismatched
+
+
+def _may_drop_pooler(model: PreTrainedModel) -> bool:
+    return "add_pooling_layer" in inspect.signature(type(model).__init__).parameters
 
 
 def _task_of_architecture(config: PretrainedConfig) -> str:

@@ -13,6 +13,8 @@
 A mismatch of results is not an error but a report with `passed == False`.
 """
 
+from typing import Any
+
 _SHOWN = 4
 
 
@@ -29,14 +31,25 @@ class PropulsionExportError(Exception):
     def __init__(self, *findings: str, remedy: str = "") -> None:
         self.findings = findings
         self.remedy = remedy
-        super().__init__(*findings, remedy)
+        super().__init__(*findings)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exceptions are rebuilt from their positional arguments, which would lose the remedy when
+        # one crosses a process boundary (data loaders, launchers).
+        return _rebuild, (type(self), self.findings, self.remedy)
 
     def __str__(self) -> str:
         shown = "; ".join(self.findings[:_SHOWN])
         if len(self.findings) > _SHOWN:
             shown += f"; and {len(self.findings) - _SHOWN} more"
-        ending = "" if shown.endswith((".", "?")) or not self.remedy else "."
+        ending = "" if not shown or shown.endswith((".", "?")) or not self.remedy else "."
         return " ".join(f"{shown}{ending} {self.remedy}".split())
+
+
+def _rebuild(
+    kind: type[PropulsionExportError], findings: tuple[str, ...], remedy: str
+) -> PropulsionExportError:
+    return kind(*findings, remedy=remedy)
 
 
 class UsageError(PropulsionExportError):

@@ -8,6 +8,7 @@ coarser of the two dtypes, because one base is loaded in fp32 here and in bf16 t
 """
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,8 @@ _MATRICES = 64
 _ENTRIES = 8
 # Unit roundoffs; a value may have been rounded twice (fp32 -> fp16 -> bf16).
 _ROUNDING = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
-_SMALLEST = {"float64": 0.0, "float32": 0.0, "float16": 2.0**-24, "bfloat16": 0.0}
+# float16's step below its normal range; bfloat16 values may have been float16 before.
+_SMALLEST = {"float64": 0.0, "float32": 0.0, "float16": 2.0**-24, "bfloat16": 2.0**-24}
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Fingerprint:
         matrices = {
             name: weight
             for name, weight in weights.items()
-            if len(weight.shape) == 2 and not name.startswith("pooler.")
+            if len(weight.shape) == 2 and 0 not in weight.shape and not name.startswith("pooler.")
         }
         by_hash = sorted(matrices, key=lambda name: hashlib.sha256(name.encode()).digest())
         chosen = sorted(by_hash[:_MATRICES])
@@ -60,8 +62,9 @@ class Fingerprint:
         relative, absolute = _ROUNDING.get(coarser, 2.0**-7), _SMALLEST.get(coarser, 0.0)
         for name in sorted(common):
             for ours, theirs in zip(self.entries[name], other.entries[name], strict=True):
-                # Written so that NaN counts as a difference.
-                if not abs(ours - theirs) <= relative * max(abs(ours), abs(theirs)) + absolute:
+                # Written so that NaN and infinity count as a difference.
+                largest = max(abs(ours), abs(theirs))
+                if not abs(ours - theirs) <= relative * largest + absolute < math.inf:
                     return f"{name} holds {theirs:.6g} where {ours:.6g} was recorded"
         return None
 
@@ -71,14 +74,28 @@ class Fingerprint:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Fingerprint":
-        """The inverse of `to_json`; raises KeyError, TypeError or ValueError on anything else."""
+        """The inverse of `to_json`; raises one of the errors below on anything else.
+
+        Raises:
+            KeyError, TypeError, ValueError, AttributeError: it is no fingerprint.
+        """
         entries = {
-            str(name): tuple(float(entry) for entry in entries)
+            str(name): tuple(_number(entry) for entry in entries)
             for name, entries in value["entries"].items()
         }
         if any(len(row) != _ENTRIES for row in entries.values()):
             raise ValueError(f"expected {_ENTRIES} entries a matrix")
-        return cls(str(value["dtype"]), entries)
+        if not isinstance(value["dtype"], str):
+            raise TypeError(f"dtype is {value['dtype']!r}, expected a name")
+        return cls(value["dtype"], entries)
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"an entry is {value!r}, expected a number")
+    if isinstance(value, int) and abs(value) > 2**1023:
+        raise ValueError("an entry is beyond every float")
+    return float(value)
 
 
 def _sample(weight: Any) -> tuple[float, ...]:

@@ -41,9 +41,10 @@ def plan_layout(
             adapter with the most labels.
 
     Raises:
-        AdapterError: two adapters give one tensor different shapes.
+        AdapterError: two adapters give one tensor different shapes, or one is not in `order`.
     """
     position = {name: index for index, name in enumerate(order)}
+    _check_known(adapters, position)
     scales: dict[tuple[str, str], tuple[int, ...]] = {}
     biases: dict[tuple[str, str], tuple[int, ...]] = {}
     modules: dict[tuple[str, str], tuple[int, ...]] = {}
@@ -75,14 +76,14 @@ def pack(adapter: Adapter, layout: Layout, defaults: Tensors) -> dict[str, Array
         slots = {(slot.path, str(slot.side)): slot for slot in layout.get(packed, ())}
         for key, values in tensors.items():
             slot = slots.get(key)
-            if slot is None or not _fits(values.shape, slot.shape):
+            if slot is None or not _fits(values.shape, slot.shape, packed):
                 room = f"room for shape {list(slot.shape)}" if slot else "no slot for it"
                 missing.append(
                     f"{adapter.name}: {key[0]} has shape {list(values.shape)}, the artifact {room}"
                 )
                 continue
             part = np.zeros(slot.shape, np.float64)
-            part[: values.shape[0]] = values
+            part[tuple(map(slice, values.shape))] = values
             with np.errstate(over="ignore"):
                 feeds[packed][slot.offset : slot.offset + slot.length] = part.reshape(-1).astype(
                     feeds[packed].dtype
@@ -130,6 +131,17 @@ def _tensors(adapter: Adapter) -> dict[str, dict[tuple[str, str], Array]]:
     }
 
 
+def _check_known(adapters: Sequence[Adapter], position: Mapping[str, int]) -> None:
+    unknown = [
+        f"{adapter.name}: {name} is not in the base model"
+        for adapter in adapters
+        for name in (*adapter.scales, *adapter.biases, *adapter.modules)
+        if name not in position
+    ]
+    if unknown:
+        raise AdapterError(*unknown, remedy="Was the adapter trained on this base model?")
+
+
 def _reserve(
     shapes: dict[tuple[str, str], tuple[int, ...]],
     key: tuple[str, str],
@@ -138,8 +150,10 @@ def _reserve(
     *,
     grows: bool = False,
 ) -> None:
-    known = shapes.get(key, shape)
-    if known[1:] != shape[1:] or (known != shape and not grows):
+    known = shapes.setdefault(key, shape)
+    if known == shape:
+        return
+    if not grows or not known or not shape or known[1:] != shape[1:]:
         raise AdapterError(
             f"{adapter.name}: {key[0]} has shape {list(shape)}, another adapter's {list(known)}",
             remedy="Adapters of one artifact must be trained on one base model.",
@@ -156,6 +170,8 @@ def _slots(shapes: Iterable[tuple[tuple[str, str], tuple[int, ...]]]) -> tuple[S
     return tuple(slots)
 
 
-def _fits(shape: tuple[int, ...], room: tuple[int, ...]) -> bool:
-    """Only the first dimension may be smaller: fewer labels than the artifact has room for."""
-    return len(shape) == len(room) and shape[0] <= room[0] and shape[1:] == room[1:]
+def _fits(shape: tuple[int, ...], room: tuple[int, ...], packed: str) -> bool:
+    """Whether there is room: exactly, but a head may have fewer labels than the artifact."""
+    if shape == room or packed != MODULES_INPUT:
+        return shape == room
+    return len(shape) == len(room) > 0 and shape[0] <= room[0] and shape[1:] == room[1:]

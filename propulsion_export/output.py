@@ -3,8 +3,8 @@
 import errno
 import os
 import re
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,16 +28,15 @@ def staged_directory(destination: Path, *, force: bool = False) -> Iterator[Path
     """
     destination = destination.expanduser().resolve()
     with _disk_errors_in_words(destination, _FULL | _FORBIDDEN):
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(destination)
         check_replaceable(destination, force=force)
+        destination.parent.mkdir(parents=True, exist_ok=True)
         partial = _aside(destination, "partial")
         partial.mkdir()
     try:
         with _disk_errors_in_words(destination):
             yield partial
             _sync(partial)
-            _move_into_place(partial, destination)
+            _move_into_place(partial, destination, force=force)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -45,16 +44,29 @@ def staged_directory(destination: Path, *, force: bool = False) -> Iterator[Path
 def check_replaceable(destination: Path, *, force: bool) -> None:
     """Refuse a destination that holds something which must not be lost.
 
-    Commands call it before long work, so that the refusal comes at once.
+    Commands call it before long work, so that the refusal comes at once. What a killed process
+    left is swept first: it may have moved an earlier output aside, which is given back.
 
     Raises:
         UsageError: it exists, and is no empty directory, and `force` is off or would be unsafe.
     """
     destination = destination.expanduser().resolve()
+    with _disk_errors_in_words(destination, _FORBIDDEN):
+        _sweep(destination)
+        _refuse_to_lose(destination, force=force)
+
+
+def _refuse_to_lose(destination: Path, *, force: bool) -> None:
+    _refuse_unwritable(destination)
     if not destination.exists():
         return
     if not destination.is_dir():
         raise UsageError(f"{destination}: is a file, expected a directory to write to")
+    if destination.is_mount():
+        raise UsageError(
+            f"{destination}: is a mount point, expected a directory that can be moved",
+            remedy="Choose a directory inside it.",
+        )
     if not any(destination.iterdir()):
         return
     if not force:
@@ -72,17 +84,36 @@ def check_replaceable(destination: Path, *, force: bool) -> None:
         raise UsageError(f"{destination}: the current directory lies inside, it is not replaced")
 
 
+def _refuse_unwritable(destination: Path) -> None:
+    above = next(path for path in destination.parents if path.exists())
+    if not above.is_dir():
+        raise UsageError(f"{above}: is a file, expected a directory to write {destination} in")
+    if not os.access(above, os.W_OK):
+        raise UsageError(
+            f"{above}: no permission to write here", remedy="Choose another place for the output."
+        )
+
+
 def replace_file(path: Path, content: bytes) -> None:
-    """Write a file so that a crash at any byte leaves the old or the new content."""
+    """Write a file so that a crash at any byte leaves the old or the new content.
+
+    Missing directories above it are made. A killed process leaves only a hidden
+    `.NAME.partial-PID-…` behind, which the next call sweeps.
+
+    Raises:
+        UsageError: `path` is a directory or cannot be written to; the disk is full.
+    """
     with _disk_errors_in_words(path, _FULL | _FORBIDDEN):
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        aside = Path(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(path)
+        # Two threads may replace one file: each writes aside under a name of its own.
+        partial = _aside(path, "partial")
+        aside = partial.with_name(f"{partial.name}-{secrets.token_hex(4)}")
         try:
-            with os.fdopen(handle, "wb") as file:
+            with aside.open("xb") as file:  # not tempfile: its files are 0600 whatever the umask
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            aside.chmod(0o644)
             aside.replace(path)
         finally:
             aside.unlink(missing_ok=True)
@@ -92,32 +123,43 @@ def _aside(destination: Path, what: str) -> Path:
     return destination.with_name(f".{destination.name}.{what}-{os.getpid()}")
 
 
-def _move_into_place(partial: Path, destination: Path) -> None:
-    if not destination.exists():
-        partial.rename(destination)
-        return
+def _move_into_place(partial: Path, destination: Path, *, force: bool) -> None:
+    # Again, because another process may have written there while this one worked.
+    _refuse_to_lose(destination, force=force)
     replaced = _aside(destination, "replaced")
-    destination.rename(replaced)
-    partial.rename(destination)
+    try:
+        if destination.exists():
+            destination.rename(replaced)
+        partial.rename(destination)
+    except BaseException:
+        if replaced.exists() and not destination.exists():
+            replaced.rename(destination)
+        raise
     shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _sweep(destination: Path) -> None:
     """Remove what killed processes left; give back what one was about to replace."""
-    pattern = re.compile(re.escape(f".{destination.name}.") + r"(partial|replaced)-(\d+)")
+    if not destination.parent.is_dir():
+        return
+    pattern = re.compile(
+        re.escape(f".{destination.name}.") + r"(partial|replaced)-([1-9]\d{0,8})(-[0-9a-f]{8})?"
+    )
     for left in destination.parent.iterdir():
         match = pattern.fullmatch(left.name)
-        if not match or _alive(int(match[2])):
+        if not match or _alive(int(match[2]), may_be_ours=match[3] is not None):
             continue
         if match[1] == "replaced" and not destination.exists():
             left.rename(destination)
-        else:
+        elif left.is_dir():
             shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
 
 
-def _alive(process: int) -> bool:
+def _alive(process: int, *, may_be_ours: bool) -> bool:
     if process == os.getpid():
-        return False  # our own earlier call in this process has ended
+        return may_be_ours  # else it is from an earlier call in this process, which has ended
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -128,14 +170,15 @@ def _alive(process: int) -> bool:
 
 
 def _sync(directory: Path) -> None:
-    """Flush every file, so that the rename cannot survive a crash that the content does not."""
-    for file in directory.rglob("*"):
-        if file.is_file():
-            descriptor = os.open(file, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+    """Flush everything, so that the rename cannot survive a crash that the content does not."""
+    for path in (*directory.rglob("*"), directory):
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+            continue
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 _FULL = {
@@ -146,8 +189,12 @@ _FULL = {
 _FORBIDDEN = {
     errno.EACCES: "no permission to write here",
     errno.ENOTDIR: "a part of the path is a file",
+    errno.EEXIST: "a part of the path is a file",
     errno.ENAMETOOLONG: "the name is too long",
+    errno.EISDIR: "is a directory, expected a file to write",
 }
+# numpy's tofile says it without an error number: `1000 requested and 10 written`.
+_UNNUMBERED = {errno.ENOSPC: re.compile(r"\d+ requested and \d+ written")}
 
 
 @contextmanager
@@ -167,6 +214,11 @@ def _disk_errors_in_words(destination: Path, reasons: Mapping[int, str] = _FULL)
 
 def _is(error: Exception, code: int) -> bool:
     """Whether the system refused with `code`; writers in Rust and C++ say it in the text only."""
-    return (isinstance(error, OSError) and error.errno == code) or (
-        f"os error {code}" in str(error) or os.strerror(code) in str(error)
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno == code
+    text, unnumbered = str(error), _UNNUMBERED.get(code)
+    return (
+        re.search(rf"os error {code}\b", text) is not None
+        or os.strerror(code) in text
+        or (unnumbered is not None and unnumbered.search(text) is not None)
     )

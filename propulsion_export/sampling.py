@@ -49,8 +49,17 @@ def parity_inputs(
 
 def text_inputs(names: tuple[str, ...], tokenizer: Any, texts: list[str], limit: int) -> Tensors:
     """Tokenized texts as one padded int64 batch [len(texts), longest], cut at `limit` tokens."""
-    encoded = tokenizer(texts, truncation=True, max_length=limit, padding=True, return_tensors="np")
-    return {name: encoded[name].astype(np.int64) for name in names if name in encoded}
+    encoded = tokenizer(
+        texts,
+        truncation=True,
+        max_length=limit,
+        padding=True,
+        # Not every tokenizer makes them by itself, and a graph requires what its model reads.
+        return_token_type_ids="token_type_ids" in names,
+        return_attention_mask=True,
+        return_tensors="np",
+    )
+    return {name: encoded[name].astype(np.int64) for name in names}
 
 
 def _batch(
@@ -62,9 +71,9 @@ def _batch(
     shape = (len(lengths), max(lengths))
     mask = (np.arange(shape[1]) < np.array(lengths)[:, None]).astype(np.int64)
     padding = config.pad_token_id or 0
-    # Neither padding nor the first entries, which are special tokens in most vocabularies.
-    first = min(padding + 1 + config.vocab_size // 20, config.vocab_size - 1)
-    tokens = chooser.integers(first, config.vocab_size, shape)
+    # Neither padding, wherever it stands, nor the first entries, special tokens in most models.
+    tokens = chooser.integers(config.vocab_size // 20, config.vocab_size - 1, shape)
+    tokens += tokens >= padding
     made = {
         "input_ids": np.where(mask == 1, tokens, padding).astype(np.int64),
         "attention_mask": mask,

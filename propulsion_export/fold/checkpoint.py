@@ -22,7 +22,7 @@ from propulsion_export.errors import AdapterError, BaseModelError
 from propulsion_export.fingerprint import Fingerprint
 from propulsion_export.fold.shards import DTYPE_NAMES, ShardWriter, plan_shards
 from propulsion_export.folding_rules import folded_parameters
-from propulsion_export.model_fingerprint import base_weights
+from propulsion_export.model_fingerprint import base_weights, inner_base_model
 from propulsion_export.quiet import quiet
 
 
@@ -40,11 +40,11 @@ class Checkpoint:
         Raises:
             BaseModelError: it has none, or one is missing, truncated or damaged.
         """
-        index = _locate(source, SAFE_WEIGHTS_INDEX_NAME)
-        if index is not None:
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        else:
-            names = {SAFE_WEIGHTS_NAME}
+        # As transformers does: the single file goes before the index.
+        index = None
+        if _locate(source, SAFE_WEIGHTS_NAME) is None:
+            index = _locate(source, SAFE_WEIGHTS_INDEX_NAME)
+        names = {SAFE_WEIGHTS_NAME} if index is None else _names_in_index(index)
         files: dict[str, Path] = {}
         for name in sorted(names):
             file = _locate(source, name)
@@ -101,11 +101,10 @@ def fold_checkpoint(
         AdapterError: not one weight changes.
     """
     names = _names_to_write(model)
+    for name in _absent_pooler(checkpoint, model, adapter, names):
+        del names[name]
     plan = _plan(checkpoint, model, adapter, names)
-    dtypes = {
-        name: _written_dtype(_stored_dtype(checkpoint, key, adapter, name), dtype)
-        for name, key in plan.items()
-    }
+    dtypes = _dtypes_to_write(checkpoint, plan, dtype)
     shards = plan_shards(names, dtypes, max_shard_size)
     writer = ShardWriter(directory, names, dtypes, shards)
     changed = bool(adapter.modules)
@@ -163,19 +162,40 @@ class _Stored:
 
 
 def _torch_dtype(name: str) -> torch.dtype:
-    return {text: dtype for dtype, text in DTYPE_NAMES.items()}[name]
+    known = {text: dtype for dtype, text in DTYPE_NAMES.items()}
+    if name not in known:
+        raise BaseModelError(
+            f"a tensor of the checkpoint is of the type {name}, expected one of {', '.join(known)}",
+            remedy="Save the base model without quantisation.",
+        )
+    return known[name]
 
 
 def _locate(source: str, name: str) -> Path | None:
-    with quiet():
-        file = cached_file(
-            source,
-            name,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-            _raise_exceptions_for_gated_repo=False,
-        )
+    try:
+        with quiet():
+            file = cached_file(
+                source,
+                name,
+                _raise_exceptions_for_missing_entries=False,
+                _raise_exceptions_for_connection_errors=False,
+                _raise_exceptions_for_gated_repo=False,
+            )
+    except OSError:  # neither a directory nor a possible name
+        return None
     return Path(file) if file is not None else None
+
+
+def _names_in_index(index: Path) -> set[str]:
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BaseModelError(
+            f"{index}: is no index of weight files ({error!r})", remedy="Copy it again."
+        ) from error
+    if outside := sorted(str(name) for name in names if name != Path(str(name)).name):
+        raise BaseModelError(f"{index}: names {outside[0]}, expected a file beside it")
+    return names
 
 
 def _keys(file: Path) -> list[str]:
@@ -229,8 +249,7 @@ def _plan(
 
 def _ties(model: PreTrainedModel) -> dict[str, str]:
     """Where a tied parameter, no longer shared, has its value from."""
-    ties = getattr(model, "_tied_weights_keys", None) or {}
-    return dict(ties) if isinstance(ties, dict) else {}
+    return dict(getattr(model, "all_tied_weights_keys", None) or {})
 
 
 def _check_shape(checkpoint: Checkpoint, key: str, tensor: torch.Tensor) -> None:
@@ -243,18 +262,36 @@ def _check_shape(checkpoint: Checkpoint, key: str, tensor: torch.Tensor) -> None
         )
 
 
-def _stored_dtype(
-    checkpoint: Checkpoint, key: str | None, adapter: Adapter, name: str
-) -> torch.dtype:
-    if key is None:
-        return torch.from_numpy(adapter.modules[name][:0]).dtype
-    with safe_open(checkpoint.files[key], framework="pt") as content:
-        named = content.get_slice(key).get_dtype()
-    return _torch_dtype(named)
+def _dtypes_to_write(
+    checkpoint: Checkpoint,
+    plan: Mapping[str, str | None],
+    wanted: torch.dtype | None,
+) -> dict[str, torch.dtype]:
+    """By name. What the adapter brings takes the base's type, not the one it was trained in."""
+    stored = {name: _Stored(checkpoint.files[key], key).dtype for name, key in plan.items() if key}
+    floating = [dtype for dtype in stored.values() if dtype.is_floating_point]
+    widest = max(floating, key=lambda dtype: dtype.itemsize, default=torch.float32)
+    dtypes = {name: stored.get(name, widest) for name in plan}
+    return {
+        name: wanted if wanted is not None and dtype.is_floating_point else dtype
+        for name, dtype in dtypes.items()
+    }
 
 
-def _written_dtype(stored: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
-    return wanted if wanted is not None and stored.is_floating_point else stored
+def _absent_pooler(
+    checkpoint: Checkpoint, model: PreTrainedModel, adapter: Adapter, names: Mapping[str, Any]
+) -> list[str]:
+    """A pooling layer that the checkpoint of a model without a head does not have."""
+    if inner_base_model(model) is not model:
+        return []
+    return [
+        name
+        for name in names
+        if name.startswith("pooler.")
+        and name.rpartition(".")[0] not in adapter.scales
+        and name not in adapter.modules
+        and checkpoint.key_of(name, str(model.base_model_prefix)) is None
+    ]
 
 
 def _by_module(names: Mapping[str, Any]) -> dict[str, list[str]]:

@@ -1,5 +1,6 @@
 """Fold an adapter into a model in memory."""
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -23,7 +24,8 @@ def fold_(
             and `untie` is off.
     """
     check_fits(model, adapter)
-    check_untied(model, adapter, untie=untie)
+    shared = _shared(model, adapter)
+    _refuse(shared, untie=untie)
     folded = {
         path: _folded(model.get_submodule(path), adapter, path, dtype) for path in adapter.scales
     }
@@ -33,42 +35,88 @@ def fold_(
             f"adapter {adapter.name}: changes no weight of the model, expected an effect",
             remedy="Is this the trained adapter?",
         )
+    if shared:
+        _untie_(model)
     for path, parameters in folded.items():
         _replace_(model.get_submodule(path), parameters)
     for name, values in adapter.modules.items():
         owner, _, attribute = name.rpartition(".")
         old = model.get_parameter(name)
-        value = torch.from_numpy(values).to(old.device, old.dtype, copy=True)
+        value = torch.from_numpy(values).to(old.device, dtype or old.dtype, copy=True)
         _replace_(model.get_submodule(owner), {attribute: value})
     if dtype is not None:
         model.to(dtype)
 
 
 def check_untied(model: nn.Module, adapter: Adapter, *, untie: bool) -> None:
-    """Refuse to fold into a weight that two modules share, unless they may be untied.
+    """Refuse to fold into parameters that two modules share, or untie them when that is allowed.
+
+    Untied, every parameter of `model` is its own, also one on the meta device, and the model's
+    configuration says so.
 
     Raises:
         BaseModelError: naming the pair and what untying costs.
     """
-    owners: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name)
-    shared = []
-    for path in adapter.scales:
-        weight = getattr(model.get_submodule(path), "weight", None)
-        others = [n for n in owners.get(id(weight), []) if n != f"{path}.weight"]
-        if isinstance(weight, torch.Tensor) and others:
-            size = weight.numel() * weight.element_size() / 2**20
-            shared.append(
-                f"{path}: shares its weight with {others[0]}, which the scale must not change; "
-                f"untying them adds {size:.1f} MiB"
-            )
+    shared = _shared(model, adapter)
+    _refuse(shared, untie=untie)
+    if shared:
+        _untie_(model)
+
+
+def _refuse(shared: list[str], *, untie: bool) -> None:
     if shared and not untie:
         raise BaseModelError(
             *shared,
             remedy="Accept that with --untie, or keep the scale separate with --mode switchable.",
         )
-    if shared and hasattr(model, "config"):
+
+
+def _shared(model: nn.Module, adapter: Adapter) -> list[str]:
+    """A finding for each parameter that the adapter changes and another module must keep."""
+    owners: dict[int, list[str]] = {}
+    for name, parameter in _own_parameters(model):
+        owners.setdefault(id(parameter), []).append(name)
+    findings = []
+    for name, parameter in _own_parameters(model):
+        scaled = name.rpartition(".")[0] in adapter.scales
+        if scaled or name in adapter.modules:
+            others = [n for n in owners[id(parameter)] if n != name and not _same(adapter, name, n)]
+            what = "shares its weight with" if scaled else "is shared with"
+            subject = name.removesuffix(".weight") if scaled else name
+            size = parameter.numel() * parameter.element_size() / 2**20
+            findings += [
+                f"{subject}: {what} {other}, which the adapter must not change; untying them adds "
+                f"{size:.1f} MiB"
+                for other in others[:1]
+            ]
+    return findings
+
+
+def _own_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Every parameter of every module, tied ones once for each module."""
+    return [
+        (f"{path}.{name}" if path else name, parameter)
+        for path, module in model.named_modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None
+    ]
+
+
+def _same(adapter: Adapter, one: str, other: str) -> bool:
+    """Whether the adapter gives both tied parameters one value, so that the tie may stay."""
+    values, others = adapter.modules.get(one), adapter.modules.get(other)
+    return values is not None and others is not None and np.array_equal(values, others)
+
+
+def _untie_(model: nn.Module) -> None:
+    """Give every parameter that is tied to an earlier one a copy of its own."""
+    seen: set[int] = set()
+    for name, parameter in _own_parameters(model):
+        if id(parameter) in seen:
+            owner, _, attribute = name.rpartition(".")
+            _replace_(model.get_submodule(owner), {attribute: parameter.detach().clone()})
+        seen.add(id(parameter))
+    if hasattr(model, "config"):
         model.config.tie_word_embeddings = False  # type: ignore[union-attr]
 
 

@@ -22,11 +22,15 @@ class SetDefaults(ir.passes.InPlacePass):
         self.defaults = defaults
 
     def requires(self, model: ir.Model) -> None:
-        shapes = {value.name: value.shape for value in model.graph.inputs}
+        inputs = {value.name: value for value in model.graph.inputs}
         for name, values in self.defaults.items():
-            if name not in shapes or shapes[name] != values.shape:
+            if name not in inputs:
+                raise ir.passes.PreconditionError(f"{name}: is no input, so it has no default")
+            shape, dtype = inputs[name].shape, inputs[name].dtype
+            if shape != values.shape or dtype != ir.DataType.from_numpy(values.dtype):
                 raise ir.passes.PreconditionError(
-                    f"{name}: the default has shape {values.shape}, the input {shapes.get(name)}"
+                    f"{name}: the default is {values.dtype} of shape {list(values.shape)}, the "
+                    f"input {dtype} of shape {shape}"
                 )
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:

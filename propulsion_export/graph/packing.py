@@ -29,14 +29,26 @@ class PackInitializers(ir.passes.InPlacePass):
             raise ir.passes.PreconditionError(
                 f"{len(missing)} of {len(self.parts)} tensors are not in the graph: {missing[0]}, …"
             )
+        values = [model.graph.initializers[name] for name in self.parts]
+        dtypes = {str(value.dtype) for value in values}
+        if len(dtypes) != 1:
+            raise ir.passes.PreconditionError(
+                f"the tensors are of the types {', '.join(sorted(dtypes))}, expected one"
+            )
+        offset = 0
+        for value, (name, slot) in zip(values, self.parts.items(), strict=True):
+            if value.shape != slot.shape or slot.offset != offset:
+                raise ir.passes.PreconditionError(
+                    f"{name}: has shape {value.shape} and offset {offset}, its slot "
+                    f"{list(slot.shape)} and {slot.offset}"
+                )
+            offset += slot.length
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         graph = model.graph
         values = [graph.initializers[name] for name in self.parts]
         total = sum(slot.length for slot in self.parts.values())
-        packed = ir.Value(
-            name=self.name, type=ir.TensorType(_dtype_of(values)), shape=ir.Shape([total])
-        )
+        packed = ir.Value(name=self.name, type=values[0].type, shape=ir.Shape([total]))
         graph.inputs.append(packed)
         lengths = self._constant(graph, "lengths", [slot.length for slot in self.parts.values()])
         split = ir.node("Split", [packed, lengths], {"axis": 0}, num_outputs=len(values))
@@ -73,10 +85,3 @@ class PackInitializers(ir.passes.InPlacePass):
         )
         graph.register_initializer(value)
         return value
-
-
-def _dtype_of(values: list[ir.Value]) -> ir.DataType:
-    dtypes = {value.dtype for value in values}
-    if len(dtypes) != 1 or None in dtypes:
-        raise ir.passes.PreconditionError(f"the tensors are of the types {dtypes}, expected one")
-    return dtypes.pop()  # type: ignore[return-value]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from propulsion_export.artifact import Runner, Tensors
-from propulsion_export.parity.comparison import OutputErrors, compare, mismatch
+from propulsion_export.parity.comparison import OutputErrors, compare, has_positions, mismatch
 from propulsion_export.parity.report import Check
 
 # How many times larger than the candidate's error the adapter's effect has to be.
@@ -60,7 +60,7 @@ def judge(
         if subject.unscaled is not None:
             checks.append(_effect(subject, errors))
         if "attention_mask" in inputs[0]:
-            checks.append(_padding(subject, inputs[0], candidate, errors))
+            checks.append(_padding(subject, inputs, candidate, errors))
     if len(subjects) > 1:
         checks.append(_switching(subjects, inputs[0], candidate))
     return tuple(checks)
@@ -99,21 +99,27 @@ def _effect(subject: Subject, errors: Sequence[OutputErrors]) -> Check:
 
 
 def _padding(
-    subject: Subject, batch: Tensors, candidate: Runner, errors: Sequence[OutputErrors]
+    subject: Subject,
+    inputs: Sequence[Tensors],
+    candidate: Runner,
+    errors: Sequence[OutputErrors],
 ) -> Check:
     allowed = {output.output: output.allowed for output in errors}
+    positional = {name for name in allowed if has_positions(name, inputs, subject.oracle)}
     shares: dict[str, float] = {}
+    batch = inputs[0]
     mask = batch["attention_mask"]
     for row in range(mask.shape[0]):
         length = int(mask[row].sum())
         alone = candidate(
             {**{name: v[row : row + 1, :length] for name, v in batch.items()}, **subject.feeds}
         )
+        expected = {name: subject.oracle[0][name][row : row + 1] for name in allowed}
+        expected |= {name: expected[name][:, :length] for name in positional}
+        if problem := mismatch(expected, alone):
+            return Check("padding", subject.name, False, f"row {row} alone: {problem}")
         for name, bound in allowed.items():
-            expected = subject.oracle[0][name][row]
-            if expected.ndim and expected.shape[0] == mask.shape[1]:
-                expected = expected[:length]
-            error = float(np.abs(alone[name][0].astype(np.float64) - expected).max(initial=0))
+            error = float(np.abs(alone[name].astype(np.float64) - expected[name]).max(initial=0))
             shares[f"row {row}, {name}"] = error / bound if bound else (error and float("inf"))
     # numpy's maximum, unlike Python's, is NaN as soon as one share is.
     where = list(shares)[int(np.argmax(list(shares.values())))]

@@ -96,6 +96,31 @@ def compare(
     ]
 
 
+def has_positions(name: str, inputs: Sequence[Tensors], oracle: Sequence[Tensors]) -> bool:
+    """Whether an output's second dimension counts the positions of the input.
+
+    It has to in every batch: that of class scores can be as long as one batch's texts by chance.
+    """
+    return all(
+        "attention_mask" in feeds and batch[name].shape[:2] == feeds["attention_mask"].shape
+        for feeds, batch in zip(inputs, oracle, strict=True)
+    )
+
+
+def hidden_positions(
+    name: str, inputs: Sequence[Tensors], oracle: Sequence[Tensors]
+) -> list[Array]:
+    """Batch by batch, True where the attention mask hides the position an element belongs to."""
+    if not has_positions(name, inputs, oracle):
+        return [np.zeros(batch[name].shape, np.bool_) for batch in oracle]
+    hidden = []
+    for feeds, batch in zip(inputs, oracle, strict=True):
+        mask = feeds["attention_mask"] == 0
+        column = mask.reshape(*mask.shape, *[1] * (batch[name].ndim - 2))
+        hidden.append(np.broadcast_to(column, batch[name].shape))
+    return hidden
+
+
 def _compare_output(
     name: str,
     inputs: Sequence[Tensors],
@@ -104,9 +129,11 @@ def _compare_output(
     candidate: Sequence[Tensors],
     dtype: str,
 ) -> OutputErrors:
-    errors = _pooled_errors(name, inputs, oracle, candidate)
-    reference_errors = _pooled_errors(name, inputs, oracle, reference)
-    scale = _largest([np.abs(batch[name]) for batch in oracle])
+    hidden = hidden_positions(name, inputs, oracle)
+    errors = _pooled_errors(name, hidden, oracle, candidate)
+    reference_errors = _pooled_errors(name, hidden, oracle, reference)
+    sizes = zip(hidden, oracle, strict=True)
+    scale = _largest([np.where(here, 0.0, np.abs(batch[name])) for here, batch in sizes])
     own = _largest(reference_errors)
     floor = UNIT_ROUNDOFF[dtype] * scale
     return OutputErrors(
@@ -124,18 +151,14 @@ def _compare_output(
 
 
 def _pooled_errors(
-    name: str, inputs: Sequence[Tensors], oracle: Sequence[Tensors], other: Sequence[Tensors]
+    name: str, hidden: Sequence[Array], oracle: Sequence[Tensors], other: Sequence[Tensors]
 ) -> list[Array]:
     """Absolute errors in float64, batch by batch; 0 at hidden positions, NaN wherever NaN is."""
     pooled = []
-    for feeds, expected, actual in zip(inputs, oracle, other, strict=True):
-        difference = np.abs(actual[name].astype(np.float64) - expected[name])
-        mask = feeds.get("attention_mask")
-        if mask is not None and difference.shape[:2] == mask.shape:
-            hidden = np.broadcast_to(
-                (mask == 0).reshape(*mask.shape, *[1] * (difference.ndim - 2)), difference.shape
-            )
-            difference = np.where(hidden & np.isfinite(difference), 0.0, difference)
+    for here, expected, actual in zip(hidden, oracle, other, strict=True):
+        with np.errstate(invalid="ignore"):  # infinity minus infinity
+            difference = np.abs(actual[name].astype(np.float64) - expected[name])
+        difference = np.where(here & np.isfinite(difference), 0.0, difference)
         pooled.append(np.where(np.isfinite(difference), difference, np.nan))
     return pooled
 

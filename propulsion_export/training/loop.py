@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 import transformers
+from torch.nn import functional
 
-from propulsion_export.errors import UsageError
+from propulsion_export.errors import UnavailableError, UsageError
+from propulsion_export.training.encode import IGNORED
 from propulsion_export.training.metrics import history_of, kind_of
 from propulsion_export.training.options import TrainOptions
 
@@ -21,13 +23,32 @@ TRAINED = 0.98
 _CURVE_POINTS = 20  # training losses in the picture, an epoch
 
 
+def mean_cross_entropy(
+    outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The loss over what has a class, as a mean over the batch of all processes.
+
+    A model's own loss is a mean over one process's share, which the Trainer then takes for a share
+    of the whole mean and multiplies by the number of processes (transformers 5.24).
+
+    Args:
+        outputs: with `logits` of shape [..., classes].
+        labels: class numbers, shape [...]; negative ones are not counted.
+        num_items_in_batch: how many are counted in all processes together.
+    """
+    logits = outputs.logits.float().flatten(0, -2)
+    count = (labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+    total = functional.cross_entropy(logits, labels.flatten(), reduction="sum")
+    return total / count
+
+
 def batch_per_process(options: TrainOptions) -> int:
     """How many examples each process takes of a batch.
 
     Raises:
         UsageError: the processes cannot share a batch evenly.
     """
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = _processes()
     if options.batch_size % processes:
         raise UsageError(
             f"--batch-size is {options.batch_size}, expected a multiple of the {processes} "
@@ -40,7 +61,7 @@ def training_arguments(directory: Path, options: TrainOptions, rows: int) -> Any
     """The Trainer's settings; checkpoints go to `directory`, once an epoch."""
     steps = math.ceil(rows / options.batch_size)
     stops = options.early_stopping is not None
-    return transformers.TrainingArguments(
+    arguments = transformers.TrainingArguments(
         output_dir=str(directory),
         num_train_epochs=options.epochs,
         per_device_train_batch_size=batch_per_process(options),
@@ -62,7 +83,21 @@ def training_arguments(directory: Path, options: TrainOptions, rows: int) -> Any
         disable_tqdm=True,
         log_level="error",
         report_to="none",
+        # Without this, processes on a machine that has only CPUs would not find each other.
+        use_cpu=not torch.accelerator.is_available(),
     )
+    if arguments.world_size != _processes():
+        raise UnavailableError(
+            f"distributed training: {_processes()} processes were started, {arguments.world_size} "
+            "found each other"
+        )
+    # One process uses one GPU: DataParallel would multiply the batch by the number of GPUs.
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    return arguments
+
+
+def _processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 class AdapterTrainer(transformers.Trainer):  # type: ignore[misc]

@@ -4,8 +4,9 @@ import importlib.metadata
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import numpy as np
+import torch
 from torch import nn
+from torch.nn import functional
 
 from propulsion_export.training.encode import IGNORED
 
@@ -15,11 +16,26 @@ _PACKAGES = ("propulsion-export", "torch", "transformers", "peft")
 History = list[dict[str, float]]
 
 
-def accuracy(prediction: Any) -> dict[str, float]:
-    """The share of right class numbers, of rows or of the first tokens of words."""
+def guesses_and_losses(
+    logits: torch.Tensor, labels: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The likeliest class of each row or token, and its cross-entropy, both of `labels`' shape.
+
+    Small enough to be gathered, where logits are not; a mean over gathered losses counts no row
+    twice, as the Trainer's own does when processes do not share the last batch evenly.
+    """
+    losses = functional.cross_entropy(
+        logits.float().flatten(0, -2), labels.flatten(), reduction="none"
+    )
+    return logits.argmax(-1), losses.view(labels.shape)
+
+
+def scores(prediction: Any) -> dict[str, float]:
+    """The share of right guesses and the mean loss, over what has a class."""
+    guesses, losses = prediction.predictions
     counted = prediction.label_ids != IGNORED
-    right = (prediction.predictions == prediction.label_ids) & counted
-    return {"accuracy": float(np.sum(right) / np.sum(counted))}
+    right = guesses[counted] == prediction.label_ids[counted]
+    return {"accuracy": float(right.mean()), "mean_loss": float(losses[counted].mean())}
 
 
 def kind_of(parameter: str) -> str:
@@ -51,13 +67,13 @@ def history_of(log: Iterable[Mapping[str, float]]) -> History:
         if "loss" in entry:
             losses.append((entry["loss"], int(entry["step"]) - step))
             step = int(entry["step"])
-        elif "eval_loss" in entry:
+        elif "eval_mean_loss" in entry:
             steps = sum(count for _, count in losses)
             history.append(
                 {
                     "epoch": len(history) + 1,
                     "train_loss": sum(loss * count for loss, count in losses) / steps,
-                    "validation_loss": entry["eval_loss"],
+                    "validation_loss": entry["eval_mean_loss"],
                     "validation_accuracy": entry["eval_accuracy"],
                 }
             )

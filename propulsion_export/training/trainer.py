@@ -30,12 +30,14 @@ from propulsion_export.training.loop import (
     Progress,
     Watch,
     batch_per_process,
+    mean_cross_entropy,
     training_arguments,
 )
 from propulsion_export.training.metrics import (
-    accuracy,
+    guesses_and_losses,
     history_of,
     loss_curve,
+    scores,
     trainable_parameters,
     versions,
 )
@@ -87,6 +89,7 @@ def train(
     Raises:
         UsageError: the options do not fit, the output may not be replaced, the checkpoint to
             resume is of another run, or the training diverged.
+        UnavailableError: processes that were launched together do not find each other.
         DataError: the data cannot be used; nothing was written.
         BaseModelError: the base model cannot be used.
     """
@@ -141,8 +144,9 @@ class _Session:
             data_collator=self.rows.collate,
             train_dataset=list(self.rows.training),
             eval_dataset=list(self.rows.validation),
-            compute_metrics=accuracy,
-            preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
+            compute_loss_func=mean_cross_entropy,
+            compute_metrics=scores,
+            preprocess_logits_for_metrics=guesses_and_losses,
             callbacks=self._callbacks(),
         )
         self.trainer.head_learning_rate = self.options.head_learning_rate

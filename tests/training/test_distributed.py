@@ -16,37 +16,40 @@ import sys
 from pathlib import Path
 from propulsion_export.training import TrainOptions, train
 
-base, data, validation, output = sys.argv[1:]
-options = TrainOptions(validation=Path(validation), epochs=2, batch_size=16, learning_rate=5e-3)
+task, base, data, validation, output = sys.argv[1:]
+options = TrainOptions(
+    task=task, validation=Path(validation), epochs=2, batch_size=16, learning_rate=5e-3
+)
 train(base, data, output, options=options, progress=lambda fraction, message: print(message))
 """
-LAUNCHERS = {
-    "torchrun": ["torch.distributed.run", "--standalone", "--nproc_per_node=2"],
-    "accelerate": ["accelerate.commands.launch", "--cpu", "--num_processes=2"],
-}
 
 
 def history_of(directory):
     return json.loads((directory / "metrics.json").read_text(encoding="utf-8"))["epochs"]
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_two_processes_train_the_adapter_of_one(
-    launcher, tiny_base, texts, held_out_texts, options, tmp_path
-):
-    program = tmp_path / "program.py"
-    program.write_text(PROGRAM, encoding="utf-8")
-    arguments = [program, tiny_base, texts, held_out_texts, tmp_path / "two"]
-    finished = subprocess.run(
-        [sys.executable, "-m", *LAUNCHERS[launcher], *map(str, arguments)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        timeout=110,
-        check=False,
+@pytest.fixture(name="data_of")
+def make_data_of(texts, held_out_texts, tagged_rows, write_jsonl, tmp_path):
+    """By task, training and validation data; sentences of unequal length share batches."""
+    for row in tagged_rows[::3]:
+        row["tokens"], row["labels"] = row["tokens"][:2], row["labels"][:2]
+    tagged = write_jsonl(tmp_path / "tagged.jsonl", tagged_rows)
+    return {
+        "text-classification": (texts, held_out_texts),
+        "token-classification": (tagged, tagged),
+    }
+
+
+@pytest.mark.parametrize("task", ["text-classification", "token-classification"])
+def test_two_processes_train_the_adapter_of_one(task, tiny_base, data_of, options, tmp_path):
+    data, validation = data_of[task]
+    (tmp_path / "program.py").write_text(PROGRAM, encoding="utf-8")
+    finished = launch_two(
+        tmp_path / "program.py", task, tiny_base, data, validation, tmp_path / "two"
     )
     assert finished.returncode == 0, finished.stderr
-    train(tiny_base, texts, tmp_path / "one", options=replace(options, head_only=True))
+    options = replace(options, task=task, validation=validation, head_only=True)
+    train(tiny_base, data, tmp_path / "one", options=options)
 
     one, two = Adapter.read(tmp_path / "one"), Adapter.read(tmp_path / "two")
     for path, scale in one.scales.items():
@@ -62,3 +65,15 @@ def test_two_processes_train_the_adapter_of_one(
     assert finished.stdout.count("epoch 2 of 2") == 1
     assert finished.stdout.count("wrote") == 1
     assert not list(tmp_path.glob(".*"))
+
+
+def launch_two(program, *arguments):
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", program]
+    return subprocess.run(
+        [sys.executable, *command, *map(str, arguments)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=False,
+    )

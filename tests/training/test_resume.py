@@ -84,10 +84,8 @@ def test_a_resumed_training_gives_the_adapter_of_an_uninterrupted_one(
     assert not list(tmp_path.glob(".*"))
 
 
-def test_a_resumed_early_stop_remembers_its_patience(
-    interrupted, dropout_base, texts, options, tmp_path
-):
-    options = replace(options, epochs=8, early_stopping=1, learning_rate=1e-9)
+def test_a_resumed_early_stop_remembers_its_patience(dropout_base, texts, options, tmp_path):
+    options = replace(options, epochs=8, early_stopping=2, learning_rate=1e-9)
     options = replace(options, head_learning_rate=1e-9)  # the accuracy never rises
     stopped = train(dropout_base, texts, tmp_path / "whole", options=options)
     with pytest.raises(KeyboardInterrupt):
@@ -96,12 +94,12 @@ def test_a_resumed_early_stop_remembers_its_patience(
             texts,
             tmp_path / "early",
             options=options,
-            progress=interrupt_at("epoch 1 of 8"),
+            progress=interrupt_at("epoch 2 of 8"),
         )
 
     resumed = train(dropout_base, texts, tmp_path / "early", options=replace(options, resume=True))
 
-    assert len(stopped.metrics["epochs"]) == 2
+    assert len(stopped.metrics["epochs"]) == 3
     assert resumed.metrics["epochs"] == stopped.metrics["epochs"]
     assert resumed.metrics["kept_epoch"] == 1
     assert weights_of(tmp_path / "early") == weights_of(tmp_path / "whole")

@@ -99,6 +99,18 @@ def test_metrics_count_what_the_adapter_holds_and_follow_the_epochs(trained):
     assert metrics["versions"]["peft"] == peft.__version__
 
 
+def test_an_epochs_loss_does_not_depend_on_how_often_it_is_logged(
+    tiny_base, texts, options, tmp_path, monkeypatch
+):
+    options = replace(options, batch_size=14)  # 7 steps an epoch
+    often = train(tiny_base, texts, tmp_path / "often", options=options).metrics
+    monkeypatch.setattr(loop_module, "_CURVE_POINTS", 3)  # after every second step
+    seldom = train(tiny_base, texts, tmp_path / "seldom", options=options).metrics
+
+    for left, right in zip(often["epochs"], seldom["epochs"], strict=True):
+        assert left == pytest.approx(right, rel=1e-5)
+
+
 def test_the_directory_holds_what_it_should_and_no_checkpoint_is_left(trained):
     names = {file.name for file in trained.directory.iterdir()}
 
@@ -306,7 +318,9 @@ def test_token_classification_learns_which_words_are_nouns(
 
 def test_early_stopping_keeps_the_best_epoch(tiny_base, texts, options, tmp_path, monkeypatch):
     accuracies = iter([0.5, 0.9, 0.6, 0.7, 0.8])
-    monkeypatch.setattr(trainer_module, "accuracy", lambda _: {"accuracy": next(accuracies)})
+    monkeypatch.setattr(
+        trainer_module, "scores", lambda _: {"accuracy": next(accuracies), "mean_loss": 1.0}
+    )
     options = replace(options, epochs=5)
     metrics = train(
         tiny_base, texts, tmp_path / "best", options=replace(options, early_stopping=2)
@@ -451,3 +465,29 @@ def test_a_batch_that_processes_cannot_share_is_refused(
 
     with pytest.raises(UsageError, match="--batch-size is 16, expected a multiple of the 3"):
         train(tiny_base, texts, tmp_path / "out", options=options)
+
+
+@peft_reads_an_old_name
+def test_a_token_classification_adapter_predicts_the_same_when_peft_loads_it(
+    tiny_base, tagged_rows, write_jsonl, tmp_path
+):
+    data = write_jsonl(tmp_path / "data.jsonl", tagged_rows)
+    options = TrainOptions(
+        task="token-classification", validation=data, epochs=1, batch_size=16, head_only=False
+    )
+    metrics = train(tiny_base, data, tmp_path / "out", options=options).metrics
+    auto = transformers.AutoModelForTokenClassification
+    base = auto.from_pretrained(tiny_base, num_labels=2)
+    model = peft.PeftModel.from_pretrained(base, tmp_path / "out").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_base)
+
+    right = counted = 0
+    for row in tagged_rows:
+        inputs = tokenizer(row["tokens"], is_split_into_words=True, return_tensors="pt")
+        guesses = model(**inputs).logits[0].argmax(-1).tolist()
+        words = inputs.word_ids()
+        for word, label in enumerate(row["labels"]):
+            right += metrics["labels"][guesses[words.index(word)]] == label
+            counted += 1
+
+    assert right / counted == pytest.approx(metrics["validation_accuracy"])

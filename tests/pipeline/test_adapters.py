@@ -1,0 +1,91 @@
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+
+from propulsion_export.adapter import Adapter
+from propulsion_export.artifact import Artifact
+from propulsion_export.errors import AdapterError, ArtifactError, BaseModelError, UsageError
+from propulsion_export.pipeline.adapters import add_adapter, remove_adapter
+from propulsion_export.pipeline.verifying import check_parity
+
+
+@pytest.fixture
+def copy(switchable, tmp_path):
+    return shutil.copytree(switchable, tmp_path / "copy")
+
+
+def test_an_added_adapter_passes_parity_without_a_new_trace(world, copy):
+    graph = (copy / "model.onnx").read_bytes()
+
+    add_adapter(copy, f"four={world.five}")
+
+    report = check_parity(copy)
+    assert report.passed, [check.detail for check in report.checks]
+    assert ("parity", "four") in {(check.case, check.adapter) for check in report.checks}
+    assert (copy / "model.onnx").read_bytes() == graph
+
+
+def test_replacing_takes_force_and_leaves_no_old_file(world, copy):
+    with pytest.raises(UsageError, match="has an adapter 'three' already"):
+        add_adapter(copy, f"three={world.five}")
+
+    changed = add_adapter(copy, f"three={world.five}", force=True)
+
+    assert changed.manifest.adapters["three"].digest == Adapter.read(world.five).digest
+    assert check_parity(copy).passed
+    kept = {path.name for path in (copy / "adapters").iterdir()}
+    assert len(kept) == 3
+    assert "three.safetensors" not in kept
+
+
+def test_a_crash_before_the_manifest_leaves_the_old_state(world, copy, monkeypatch):
+    before = {path.name: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    monkeypatch.setattr(Artifact, "with_manifest", lambda *_: 1 / 0)
+
+    with pytest.raises(ZeroDivisionError):
+        add_adapter(copy, f"three={world.five}", force=True)
+
+    monkeypatch.undo()
+    assert Artifact.read(copy).manifest.adapters["three"].digest == Adapter.read(world.three).digest
+    assert all(before[name] == next(copy.rglob(name)).read_bytes() for name in before)
+
+
+def test_a_removed_adapter_is_gone(copy):
+    remove_adapter(copy, "five")
+
+    assert list(Artifact.read(copy).manifest.adapters) == ["three"]
+    assert not (copy / "adapters" / "five.safetensors").exists()
+    with pytest.raises(UsageError, match="is its only adapter"):
+        remove_adapter(copy, "three")
+    with pytest.raises(UsageError, match="has no adapter 'nine'"):
+        remove_adapter(copy, "nine")
+
+
+def test_an_adapter_of_another_base_is_refused(world, copy, tmp_path, write_adapter, tiny_model):
+    from propulsion_export.model_fingerprint import fingerprint_of_model
+
+    strange = fingerprint_of_model(tiny_model("bert", "feature-extraction", seed=9))
+    write_adapter(replace(Adapter.read(world.three), fingerprint=strange), tmp_path / "stranger")
+
+    with pytest.raises(BaseModelError, match="is not the base model of adapter stranger"):
+        add_adapter(copy, tmp_path / "stranger")
+
+
+def test_a_scale_without_a_slot_is_refused(world, copy, tmp_path, write_adapter):
+    adapter = Adapter.read(world.three)
+    scale = next(iter(adapter.scales.values()))
+    more = replace(adapter, scales={**adapter.scales, "bert.nowhere": scale})
+    write_adapter(more, tmp_path / "more")
+    before = json.loads((copy / "propulsion.json").read_text())
+
+    with pytest.raises(AdapterError, match=r"bert\.nowhere has shape .* no slot"):
+        add_adapter(copy, tmp_path / "more")
+
+    assert json.loads((copy / "propulsion.json").read_text()) == before
+
+
+def test_a_folded_artifact_cannot_change_its_adapter(world, folded):
+    with pytest.raises(ArtifactError, match="expected a switchable artifact"):
+        add_adapter(folded, world.five)

@@ -1,0 +1,147 @@
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from propulsion_export.adapter import Adapter, Scale
+from propulsion_export.artifact import Artifact
+from propulsion_export.attach import attached
+from propulsion_export.errors import AdapterError, BaseModelError, UsageError
+from propulsion_export.model_fingerprint import fingerprint_of_model
+from propulsion_export.pipeline.merging import merge, parse_size
+from propulsion_export.pipeline.verifying import check_parity
+
+
+def test_merged_checkpoint_passes_parity_and_names_its_labels(world, tmp_path):
+    merge(world.three, tmp_path / "out")
+
+    report = check_parity(tmp_path / "out")
+
+    assert report.passed, [check.detail for check in report.checks]
+    config = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").config
+    assert config.id2label == {0: "three-0", 1: "three-1", 2: "three-2"}
+
+
+def test_plain_transformers_loads_it_without_this_package(world, tmp_path):
+    merge(world.three, tmp_path / "out")
+    program = (
+        "import sys, transformers\n"
+        "m = transformers.AutoModelForSequenceClassification.from_pretrained(sys.argv[1])\n"
+        "transformers.AutoTokenizer.from_pretrained(sys.argv[1])\n"
+        "assert 'propulsion_export' not in sys.modules\n"
+        "print(m.config.num_labels)\n"
+    )
+
+    done = subprocess.run(
+        [sys.executable, "-c", program, tmp_path / "out"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+    assert done.stdout.strip() == "3"
+    assert "MISSING" not in done.stderr
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")("ba be").input_ids
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_merging_into_half_precision_passes_at_that_precision(dtype, world, tmp_path):
+    artifact = merge(world.three, tmp_path / "out", dtype=dtype, max_shard_size="10KB")
+
+    assert artifact.manifest.dtype == dtype
+    assert (tmp_path / "out" / "model.safetensors.index.json").is_file()
+    assert check_parity(tmp_path / "out").passed
+
+
+def test_another_base_model_is_refused_and_nothing_is_left(world, tmp_path, tiny_model):
+    tiny_model("bert", "feature-extraction", seed=9).save_pretrained(tmp_path / "stranger")
+
+    with pytest.raises(BaseModelError, match="is not the base model of adapter three"):
+        merge(world.three, tmp_path / "out", model=str(tmp_path / "stranger"))
+
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["stranger"]
+
+
+def test_a_merge_that_changes_nothing_is_refused(world, tmp_path, write_adapter):
+    adapter = Adapter.read(world.three)
+    ones = {path: Scale(np.ones_like(scale.values)) for path, scale in adapter.scales.items()}
+    nothing = replace(adapter, scales=ones, biases={}, modules={})
+    write_adapter(nothing, tmp_path / "nothing")
+
+    with pytest.raises(AdapterError, match="changes nothing"):
+        merge(tmp_path / "nothing", tmp_path / "out")
+
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_merge_that_rounding_swallows_is_refused(
+    tmp_path, tiny_model, tiny_checkpoint, write_adapter, positive_adapter
+):
+    """Scales this near to one round back to the same bfloat16 weights."""
+    base = tiny_checkpoint("bert", "feature-extraction")
+    model = tiny_model("bert", "feature-extraction")
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "half")
+    adapter = positive_adapter(model, name="near")
+    near = {path: Scale(np.full_like(s.values, 1 + 1e-4)) for path, s in adapter.scales.items()}
+    write_adapter(replace(adapter, scales=near, base=str(base)), tmp_path / "near")
+
+    with pytest.raises(AdapterError, match="changes no weight"):
+        merge(tmp_path / "near", tmp_path / "out", model=str(tmp_path / "half"))
+
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_shared_weight_is_untied_only_when_asked(
+    tmp_path, tiny_model, tiny_checkpoint, write_adapter, positive_adapter
+):
+    base = tiny_checkpoint("bert", "fill-mask")
+    model = tiny_model("bert", "fill-mask")
+    adapter = replace(
+        positive_adapter(model, name="one", only="word_embeddings"),
+        base=str(base),
+        fingerprint=fingerprint_of_model(model),
+    )
+    write_adapter(adapter, tmp_path / "one")
+    tokens = torch.tensor([[2, 9, 30, 3]])
+    reference = AutoModelForMaskedLM.from_pretrained(base).eval()
+    with attached(reference, adapter), torch.no_grad():
+        expected = reference(tokens).logits
+
+    with pytest.raises(BaseModelError, match=r"shares its weight .* untying them adds 0\.0 MiB"):
+        merge(tmp_path / "one", tmp_path / "out", task="fill-mask")
+    merge(tmp_path / "one", tmp_path / "out", task="fill-mask", untie=True)
+
+    merged = AutoModelForMaskedLM.from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(merged(tokens).logits, expected)
+    assert check_parity(tmp_path / "out").passed
+
+
+def test_force_replaces_an_earlier_merge_and_nothing_else(world, tmp_path):
+    merge(world.three, tmp_path / "out")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("ten years")
+
+    merge(world.five, tmp_path / "out", force=True)
+    with pytest.raises(UsageError, match="this tool did not write it"):
+        merge(world.five, tmp_path / "mine", force=True)
+
+    assert list(Artifact.read(tmp_path / "out").manifest.adapters) == ["five"]
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "ten years"
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("5GB", 5 * 10**9), ("500MiB", 500 * 2**20), ("7", 7), ("2 kb", 2000)]
+)
+def test_sizes_are_read_as_people_write_them(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "0", "big", "-1GB", "1.5GB"])
+def test_other_sizes_are_refused(text):
+    with pytest.raises(UsageError, match="is no size"):
+        parse_size(text)
