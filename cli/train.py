@@ -1,5 +1,6 @@
 """`propulsion-export train`: labelled text in, an adapter out."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,8 @@ def command(
     """
     from propulsion_export.training import TrainOptions, train
 
+    if os.environ.get("RANK", "0") != "0":  # of several processes, the first tells
+        console = Console(json=False, quiet=True)
     chosen = TrainOptions(head_only=not no_head_only, **options)
     with console.progress() as progress:
         result = train(model, data, output, options=chosen, progress=progress)

@@ -1,4 +1,4 @@
-"""One ONNX graph, two adapters, fed by hand in ONNX Runtime: no code of this package at run time."""
+"""One ONNX graph, two adapters, fed by hand in ONNX Runtime, without this package at run time."""
 
 import sys
 from pathlib import Path

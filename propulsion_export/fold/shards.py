@@ -98,7 +98,9 @@ class ShardWriter:
             out.truncate(8 + len(text) + offset)
 
     def __enter__(self) -> "ShardWriter":
-        self._open = {file: file.open("r+b") for file, _ in self._places.values()}
+        self._open = {
+            file: file.open("r+b") for file in {file for file, _ in self._places.values()}
+        }
         return self
 
     def write(self, name: str, tensor: torch.Tensor) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from propulsion_export.adapter import Adapter
-from propulsion_export.artifact import BASE_NAME, Artifact, Runner, Tensors
+from propulsion_export.artifact import BASE_NAME, MODULES_INPUT, Artifact, Runner, Tensors
 from propulsion_export.errors import AdapterError, UnavailableError, UsageError
 from propulsion_export.machine import tool_versions
 from propulsion_export.output import check_replaceable, staged_directory
@@ -290,10 +290,23 @@ def _states(artifact: Artifact, base: "Base", adapters: Sequence[Adapter]) -> li
     roomy = [with_room(adapter, room, base.label_parameters) for adapter in adapters]
     states = [_State(adapter.name, adapter, without_scales(adapter)) for adapter in roomy]
     if artifact.manifest.mode == "switchable":
-        head = without_scales(roomy[0])
-        missing = {name: v for name, v in head.modules.items() if name in base.missing}
-        states.append(_State(BASE_NAME, replace(head, modules=missing), None))
+        states.append(_State(BASE_NAME, _default_head(artifact, base), None))
     return states
+
+
+def _default_head(artifact: Artifact, base: "Base") -> Adapter:
+    """What stands in for a head that the base model's checkpoint does not have.
+
+    The artifact's own default: the adapter that it came from may be gone by now.
+    """
+    flat = artifact.feeds(BASE_NAME).get(MODULES_INPUT)
+    slots = artifact.manifest.layout.get(MODULES_INPUT, ())
+    modules = {
+        slot.path: flat[slot.offset : slot.offset + slot.length].reshape(slot.shape).astype(float)
+        for slot in slots
+        if flat is not None and slot.path in base.missing
+    }
+    return Adapter(BASE_NAME, scales={}, modules=modules)
 
 
 def _batches(base: "Base", inputs: Path | None, seed: int, *, short: bool) -> tuple[Tensors, ...]:

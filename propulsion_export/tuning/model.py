@@ -16,6 +16,9 @@ from propulsion_export.tuning.config import PropulsionConfig
 from propulsion_export.tuning.layer import PropulsionLayer
 from propulsion_export.tuning.placement import is_excluded, resolve_targets
 
+# The heads that PEFT trains for a task, by its own names.
+_HEADS = {"TOKEN_CLS": ["classifier", "score"], "QUESTION_ANS": ["qa_outputs"]}
+
 
 class PropulsionModel(BaseTuner):  # type: ignore[misc]
     """A base model with Propulsion adapters, as `peft.get_peft_model` makes it.
@@ -29,7 +32,11 @@ class PropulsionModel(BaseTuner):  # type: ignore[misc]
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, **options: Any) -> None:
         # The fingerprint goes into a copy: the caller may use one configuration for two models.
-        self.peft_config[adapter_name] = copy(self.peft_config[adapter_name])
+        config = copy(self.peft_config[adapter_name])
+        self.peft_config[adapter_name] = config
+        if config.modules_to_save is None:
+            # For these tasks PEFT fills it in later, on the caller's configuration alone.
+            config.modules_to_save = _HEADS.get(config.task_type)
         super().inject_adapter(model, adapter_name, **options)
 
     def _prepare_adapter_config(

@@ -1,5 +1,6 @@
 """Shards written tensor by tensor are safetensors files like any other."""
 
+import itertools
 import json
 
 import pytest
@@ -36,7 +37,7 @@ def test_every_tensor_is_in_one_shard_in_order_and_shards_keep_the_limit(sizes, 
     assert [name for shard in shards for name in shard] == list(tensors)
     for shard in shards:
         assert len(shard) == 1 or sum(4 * tensors[name].numel() for name in shard) <= limit
-    for shard, following in zip(shards, shards[1:], strict=False):
+    for shard, following in itertools.pairwise(shards):
         together = sum(4 * tensors[name].numel() for name in [*shard, following[0]])
         assert together > limit  # not a shard more than needed
 

@@ -22,7 +22,7 @@ DEGREE = 15
 
 @pytest.fixture(scope="session")
 def write_adapter():
-    """`write_adapter(adapter, directory)`: a Propulsion directory of degree 15, as trained ones are.
+    """`write_adapter(adapter, directory)`: a Propulsion directory of degree 15, as trained.
 
     Scales must be above zero.
     """

@@ -40,12 +40,30 @@ def make_data_of(texts, held_out_texts, tagged_rows, write_jsonl, tmp_path):
     }
 
 
-@pytest.mark.parametrize("task", ["text-classification", "token-classification"])
-def test_two_processes_train_the_adapter_of_one(task, tiny_base, data_of, options, tmp_path):
+LAUNCHERS = {
+    "torchrun": ("torch.distributed.run", "--standalone", "--nproc_per_node=2"),
+    # `--cpu` would start one process only; on a machine without a GPU this is how two are had.
+    "accelerate": (
+        *("accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1"),
+        *("--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"),
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("launcher", "task"),
+    [
+        ("accelerate", "text-classification"),
+        ("torchrun", "token-classification"),
+    ],
+)
+def test_two_processes_train_the_adapter_of_one(
+    launcher, task, tiny_base, data_of, options, tmp_path
+):
     data, validation = data_of[task]
     (tmp_path / "program.py").write_text(PROGRAM, encoding="utf-8")
     finished = launch_two(
-        tmp_path / "program.py", task, tiny_base, data, validation, tmp_path / "two"
+        launcher, tmp_path / "program.py", task, tiny_base, data, validation, tmp_path / "two"
     )
     assert finished.returncode == 0, finished.stderr
     options = replace(options, task=task, validation=validation, head_only=True)
@@ -67,11 +85,11 @@ def test_two_processes_train_the_adapter_of_one(task, tiny_base, data_of, option
     assert not list(tmp_path.glob(".*"))
 
 
-def launch_two(program, *arguments):
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", program]
+def launch_two(launcher, program, *arguments):
+    command = ["-m", *LAUNCHERS[launcher], program]
     return subprocess.run(
         [sys.executable, *command, *map(str, arguments)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
         capture_output=True,
         text=True,
         timeout=110,

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+import transformers
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file
 from torch import nn
@@ -480,3 +481,26 @@ def test_under_rotary_positions_only_where_equal_inside_each_pair(equal_in_pairs
     moved(peft_model, ("q_proj", "k_proj"), head.repeat(2))
 
     assert torch.allclose(logits(peft_model), before, rtol=0, atol=1e-5) is equal_in_pairs
+
+
+@pytest.mark.parametrize(
+    ("model_class", "task_type", "head"),
+    [
+        pytest.param("BertForTokenClassification", "TOKEN_CLS", "classifier", id="tokens"),
+        pytest.param("BertForQuestionAnswering", "QUESTION_ANS", "qa_outputs", id="answers"),
+        pytest.param("BertForSequenceClassification", "SEQ_CLS", "classifier", id="texts"),
+    ],
+)
+def test_peft_trains_the_head_of_a_task_without_being_told_which(
+    model_class, task_type, head, tmp_path
+):
+    config = transformers.BertConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    model = get_peft_model(
+        getattr(transformers, model_class)(config), PropulsionConfig(task_type=task_type)
+    )
+
+    model.save_pretrained(tmp_path)
+
+    assert f"{head}.weight" in Adapter.read(tmp_path).modules
