@@ -7,12 +7,14 @@ import click
 from .console import DIRECTORY, Console, console_options
 
 
-@click.group()
+@click.group(epilog="\b\nExample: propulsion-export adapter list onnx/switchable")
 def command() -> None:
     """Add, remove and list a switchable artifact's adapters, without tracing again."""
 
 
-@command.command(epilog="Example: propulsion-export adapter add onnx/switchable pos=adapters/pos")
+@command.command(
+    epilog="\b\nExample: propulsion-export adapter add onnx/switchable pos=adapters/pos"
+)
 @click.argument("artifact", metavar="DIR", type=DIRECTORY)
 @click.argument("adapter", metavar="[NAME=]ADAPTER")
 @click.option("--allow-range", is_flag=True, help="Accept scales that the dtype rounds badly.")
@@ -27,7 +29,7 @@ def add(console: Console, artifact: Path, adapter: str, allow_range: bool, force
     console.result({"adapters": names}, f"{artifact}: {', '.join(names)}")
 
 
-@command.command(epilog="Example: propulsion-export adapter remove onnx/switchable pos")
+@command.command(epilog="\b\nExample: propulsion-export adapter remove onnx/switchable pos")
 @click.argument("artifact", metavar="DIR", type=DIRECTORY)
 @click.argument("name")
 @console_options
@@ -40,7 +42,7 @@ def remove(console: Console, artifact: Path, name: str) -> None:
     console.result({"adapters": names}, f"{artifact}: {', '.join(names)}")
 
 
-@command.command("list", epilog="Example: propulsion-export adapter list onnx/switchable")
+@command.command("list", epilog="\b\nExample: propulsion-export adapter list onnx/switchable")
 @click.argument("artifact", metavar="DIR", type=DIRECTORY)
 @console_options
 def list_(console: Console, artifact: Path) -> None:

@@ -1,13 +1,14 @@
 """What every command shares: where text, progress and JSON go, and the options that say so.
 
 People's text goes to stdout, progress and notes to stderr; with `--json` stdout carries one JSON
-object and nothing else, and the text goes to stderr.
+object and nothing else.
 """
 
 import functools
 import json
+import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,7 @@ class Console:
     def result(self, value: dict[str, Any], text: str) -> None:
         """The outcome, as JSON or as text."""
         if self.json:
-            click.echo(json.dumps(value))
+            click.echo(json.dumps(_finite(value), allow_nan=False))
         elif not self.quiet:
             click.echo(text)
 
@@ -74,6 +75,15 @@ class Console:
                     click.echo(f"[{share:4.0%}] {message}", err=True)
 
             yield line
+
+
+def _finite(value: Any) -> Any:
+    """The value with null for NaN and infinity, which JSON has no words for."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def console_options(function: Callable[..., R]) -> Callable[..., R]:

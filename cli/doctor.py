@@ -5,7 +5,7 @@ import click
 from .console import Console, console_options
 
 
-@click.command(epilog="Example: propulsion-export doctor --json")
+@click.command(epilog="\b\nExample: propulsion-export doctor --json")
 @console_options
 def command(console: Console) -> None:
     """What this machine can do, what is missing, and how to get it."""

@@ -10,7 +10,8 @@ from .verdict import exit_code, verdict_line
 
 
 @click.command(
-    epilog="Example: propulsion-export export -a topic=adapters/topic --mode switchable -o release"
+    epilog="\b\nExample: propulsion-export export -a topic=adapters/topic --mode switchable "
+    "-o release"
 )
 @model_option
 @click.option(

@@ -9,7 +9,7 @@ import click
 from .console import DIRECTORY, Console, console_options, human_size, size_of
 
 
-@click.command(epilog="Example: propulsion-export inspect adapters/topic")
+@click.command(epilog="\b\nExample: propulsion-export inspect adapters/topic")
 @click.argument("path", metavar="PATH", type=DIRECTORY)
 @console_options
 def command(console: Console, path: Path) -> None:

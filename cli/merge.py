@@ -17,7 +17,7 @@ from .console import (
 
 
 @click.command(
-    epilog="Example: propulsion-export merge -a adapters/topic -o merged/topic --dtype float16"
+    epilog="\b\nExample: propulsion-export merge -a adapters/topic -o merged/topic --dtype float16"
 )
 @model_option
 @click.option("-a", "--adapter", required=True, metavar="[NAME=]DIR", help="Adapter directory.")

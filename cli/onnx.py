@@ -18,7 +18,7 @@ from .verdict import exit_code, verdict_line
 
 
 @click.command(
-    epilog="Example: propulsion-export onnx -a topic=adapters/topic -a pos=adapters/pos "
+    epilog="\b\nExample: propulsion-export onnx -a topic=adapters/topic -a pos=adapters/pos "
     "--mode switchable -o onnx/switchable"
 )
 @model_option

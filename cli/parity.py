@@ -10,7 +10,7 @@ from .verdict import exit_code, verdict_line
 
 
 @click.command(
-    epilog="Example: propulsion-export parity onnx/switchable --report parity/switchable "
+    epilog="\b\nExample: propulsion-export parity onnx/switchable --report parity/switchable "
     "--junit parity.xml"
 )
 @click.argument("artifact", metavar="DIR", type=DIRECTORY)

@@ -10,7 +10,7 @@ from .console import DIRECTORY, FILE, Console, console_options
 
 
 @click.command(
-    epilog='Example: propulsion-export run onnx/switchable --adapter topic --text "a large cat"'
+    epilog='\b\nExample: propulsion-export run onnx/switchable --adapter topic --text "a large cat"'
 )
 @click.argument("artifact", metavar="DIR", type=DIRECTORY)
 @click.option("--text", multiple=True, help="A text; repeatable.")

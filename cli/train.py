@@ -11,7 +11,7 @@ from .console import Console, console_options, output_options, trust_option
 
 
 @click.command(
-    epilog="Example: propulsion-export train -m ./all-MiniLM-L6-v2 -d train.jsonl "
+    epilog="\b\nExample: propulsion-export train -m ./all-MiniLM-L6-v2 -d train.jsonl "
     "--validation held-out.jsonl -o adapters/topic"
 )
 @click.option("-m", "--model", required=True, help="Base model, path or name.")

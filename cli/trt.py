@@ -9,8 +9,8 @@ from .console import DIRECTORY, FILE, Console, console_options, human_size, outp
 
 
 @click.command(
-    epilog="Example: propulsion-export trt onnx/switchable -o engines/switchable --target sm_89 "
-    "--max-shapes input_ids:32x256"
+    epilog="\b\nExample: propulsion-export trt onnx/switchable -o engines/switchable "
+    "--target sm_89 --max-shapes input_ids:32x256"
 )
 @click.argument("artifact", metavar="ONNX_DIR", type=DIRECTORY)
 @click.option(

@@ -11,7 +11,7 @@ import math
 import types
 import typing
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -337,9 +337,12 @@ def _convert_container(origin: type, arguments: tuple[Any, ...], value: Any, whe
 def _convert_dataclass(kind: type, value: Any, where: str) -> Any:
     _expect(value, dict, where)
     hints = typing.get_type_hints(kind)
-    known = {item.name for item in fields(kind)}
-    if unknown := value.keys() - known:
+    defaults = {item.name: (item.default, item.default_factory) for item in fields(kind)}
+    if unknown := value.keys() - defaults.keys():
         raise ValueError(f"{where} has the unknown field {min(unknown)!r}")
+    needed = {name for name, default in defaults.items() if default == (MISSING, MISSING)}
+    if lacking := needed - value.keys():
+        raise ValueError(f"{where} lacks the field {min(lacking)!r}")
     return kind(**{k: _convert(hints[k], item, f"{where}.{k}") for k, item in value.items()})
 
 

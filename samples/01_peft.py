@@ -4,9 +4,9 @@ import tempfile
 
 import peft
 import torch
-from minilm import model_directory
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from minilm import model_directory
 from propulsion_export import PropulsionConfig
 
 torch.manual_seed(0)

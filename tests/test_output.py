@@ -144,6 +144,24 @@ def test_a_strict_umask_is_respected(tmp_path):
     assert [oct(mode) for mode in modes] == ["0o700", "0o600"]
 
 
+def test_everything_is_on_the_disk_before_it_appears(tmp_path, monkeypatch):
+    """Else a power cut could leave the name without the content."""
+    out, flushed = tmp_path / "out", []
+
+    def fsync(descriptor):
+        assert not out.exists()
+        flushed.append(os.fstat(descriptor).st_ino)
+
+    monkeypatch.setattr(output.os, "fsync", fsync)
+    with staged_directory(out) as staged:
+        (staged / "deep").mkdir()
+        (staged / "deep" / "a").write_bytes(b"1")
+        (staged / "link").symlink_to("gone")
+
+    paths = [out, out / "deep", out / "deep" / "a"]
+    assert sorted(flushed) == sorted(path.stat().st_ino for path in paths)
+
+
 # What is refused, and what is replaced
 
 

@@ -214,11 +214,8 @@ def test_switching_case_catches_a_candidate_with_a_memory():
     seen = []
 
     def stateful(feeds):
-        scales = feeds.get("scales", np.ones(2))
-        # The first set of scales that follows another one is taken late, by a hair.
-        drift = 1e-12 * len({tuple(s) for s in seen})
-        seen.append(scales)
-        return model(feeds, error=drift)
+        seen.append(feeds)
+        return model(feeds, error=1e-10 * len(seen))  # far less than parity allows
 
     checks = judged(stateful, "base", "one")
 

@@ -1,7 +1,7 @@
 import pytest
-from propulsion_export.cli import main
 
 from propulsion_export.artifact import Artifact
+from propulsion_export.cli import main
 from propulsion_export.engine import BuildOptions
 from propulsion_export.errors import ArtifactError
 from propulsion_export.pipeline.building import build

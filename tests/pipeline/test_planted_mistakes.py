@@ -6,11 +6,11 @@ from dataclasses import replace
 import numpy as np
 import onnx_ir as ir
 import pytest
-from propulsion_export.cli import main
 from transformers import AutoModel
 
 from propulsion_export.adapter import Adapter, Scale
 from propulsion_export.artifact import Artifact
+from propulsion_export.cli import main
 from propulsion_export.model_fingerprint import fingerprint_of_model
 from propulsion_export.pipeline.exporting import export_onnx
 from propulsion_export.pipeline.verifying import check_parity

@@ -1,9 +1,9 @@
 import json
 
 import pytest
-from propulsion_export.cli import main
 
 from propulsion_export.artifact import Artifact
+from propulsion_export.cli import main
 
 
 def run(*arguments):

@@ -4,10 +4,10 @@ from dataclasses import replace
 from xml.etree import ElementTree
 
 import pytest
-from propulsion_export.cli import main
 
 from propulsion_export.adapter import Adapter
 from propulsion_export.artifact import Artifact
+from propulsion_export.cli import main
 from propulsion_export.errors import AdapterError, BaseModelError, DataError, UsageError
 from propulsion_export.pipeline.verifying import check_parity
 

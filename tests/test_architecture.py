@@ -1,0 +1,443 @@
+import ast
+import json
+import subprocess
+import sys
+import textwrap
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = "propulsion_export"
+LAYERS = [
+    {"errors"},
+    {
+        "output",
+        "fingerprint",
+        "adapter",
+        "artifact",
+        "layout",
+        "machine",
+        "quiet",
+        "folding_rules",
+        "model_fingerprint",
+        "registration",
+    },
+    {
+        "tuning",
+        "training",
+        "base",
+        "attach",
+        "fold",
+        "trace",
+        "sampling",
+        "graph",
+        "engine",
+        "runners",
+        "parity",
+    },
+    {"pipeline"},
+    {"cli"},
+]
+LAYER = {name: index for index, names in enumerate(LAYERS) for name in names}
+# Who of layer 2 may import whom of layer 2: training trains what tuning defines, and a fold refuses
+# what cannot be attached with the same words.
+ALLOWED = {("training", "tuning"), ("fold", "attach")}
+HEAVY = {
+    "torch",
+    "transformers",
+    "peft",
+    "onnx",
+    "onnx_ir",
+    "onnxruntime",
+    "tensorrt",
+    "tensorrt_rtx",
+    "polygraphy",
+    "datasets",
+    "numpy",
+}
+
+
+def modules():
+    """Dotted name and file of every module, in propulsion_export/ and in cli/."""
+    for folder, package in (("propulsion_export", PACKAGE), ("cli", f"{PACKAGE}.cli")):
+        for file in sorted((ROOT / folder).rglob("*.py")):
+            inner = file.relative_to(ROOT / folder).with_suffix("").parts
+            yield ".".join([package, *inner]).removesuffix(".__init__"), file
+
+
+MODULES = dict(modules())
+
+
+def part_of(module):
+    """The entry of the layer diagram that a module belongs to; empty for the package's root."""
+    return module.removeprefix(PACKAGE).lstrip(".").partition(".")[0]
+
+
+def imports_of(source, module, is_package=False):
+    """Every module of ours that the source imports, anywhere, in any spelling."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = module.split(".")[: -node.level + is_package or None]
+                base = ".".join([*parents, *filter(None, [node.module])])
+            found |= {base} if base != PACKAGE else {f"{PACKAGE}.{a.name}" for a in node.names}
+    return {name for name in found if name == PACKAGE or name.startswith(f"{PACKAGE}.")}
+
+
+def violations(source, module, is_package=False):
+    """What a module imports against the rule, as sentences."""
+    own = part_of(module)
+    found = []
+    for target in sorted(imports_of(source, module, is_package)):
+        other = part_of(target)
+        if other == own:
+            continue
+        if other not in LAYER or own not in LAYER:
+            found.append(f"{module} imports {target}, which is in no layer")
+        elif LAYER[other] > LAYER[own]:
+            found.append(f"{module} imports {target}, which is above it")
+        elif LAYER[other] == LAYER[own] > 1 and (own, other) not in ALLOWED:
+            found.append(f"{module} imports {target}, its sibling")
+    return found
+
+
+# The rule, and that it can be broken
+
+
+def test_imports_only_go_down():
+    assert [
+        violation
+        for module, file in MODULES.items()
+        if module != PACKAGE
+        for violation in violations(file.read_text(), module, file.name == "__init__.py")
+    ] == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "expected"),
+    [
+        ("trace", "from propulsion_export.attach import attached", "attach, its sibling"),
+        ("trace", "import propulsion_export.attach", "attach, its sibling"),
+        ("trace", "from propulsion_export import attach", "attach, its sibling"),
+        ("trace", "from . import attach", "attach, its sibling"),
+        ("trace", "from .attach import attached", "attach, its sibling"),
+        ("fold.memory", "from ..tuning.layer import Layer", "tuning.layer, its sibling"),
+        ("tuning.layer", "from ..training import train", "training, its sibling"),
+        (
+            "trace",
+            "def f():\n    from propulsion_export.runners import run",
+            "runners, its sibling",
+        ),
+        ("trace", "if True:\n    import propulsion_export.parity.html as h", "its sibling"),
+        ("adapter", "from propulsion_export.trace import trace", "trace, which is above it"),
+        ("errors", "from propulsion_export.output import x", "output, which is above it"),
+        ("engine.builder", "from ..pipeline.road import export", "road, which is above it"),
+        ("pipeline.road", "from propulsion_export.cli.app import main", "app, which is above it"),
+        ("trace", "from propulsion_export.utils import x", "utils, which is in no layer"),
+        ("utils", "from propulsion_export.errors import x", "errors, which is in no layer"),
+    ],
+)
+def test_a_forbidden_import_is_reported_by_name(module, source, expected):
+    (violation,) = violations(source, f"{PACKAGE}.{module}")
+
+    assert violation.startswith(f"{PACKAGE}.{module} imports {PACKAGE}.")
+    assert violation.endswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("trace", "from propulsion_export.artifact import Tensors"),
+        ("fold.memory", "from ..attach import check_fits"),
+        ("fold.memory", "from .shards import plan_shards"),
+        ("training.base", "from propulsion_export.tuning import PropulsionConfig"),
+        ("cli.run", "from propulsion_export.pipeline.predicting import predict"),
+        ("cli.run", "from .console import Console"),
+        ("layout", "from propulsion_export.adapter import Adapter"),
+        ("trace", "import torch\nfrom torch import nn"),
+    ],
+)
+def test_a_permitted_import_is_not_reported(module, source):
+    assert violations(source, f"{PACKAGE}.{module}") == []
+
+
+def test_a_package_resolves_its_relative_imports_from_itself():
+    assert imports_of("from .layer import x", f"{PACKAGE}.tuning", is_package=True) == {
+        f"{PACKAGE}.tuning.layer"
+    }
+    assert imports_of("from .layer import x", f"{PACKAGE}.tuning.model") == {
+        f"{PACKAGE}.tuning.layer"
+    }
+
+
+def test_every_module_is_in_the_diagram_and_the_diagram_has_no_other():
+    assert {part_of(module) for module in MODULES} - {""} == set(LAYER)
+
+
+def test_layer_one_has_no_cycle():
+    left = {
+        name: {
+            part_of(target)
+            for target in imports_of(MODULES[f"{PACKAGE}.{name}"].read_text(), f"{PACKAGE}.{name}")
+        }
+        & LAYERS[1]
+        for name in LAYERS[1]
+    }
+    while ready := {name for name, needs in left.items() if not needs}:
+        left = {name: needs - ready for name, needs in left.items() if name not in ready}
+
+    assert left == {}
+
+
+def test_every_exception_to_the_rule_is_used():
+    edges = {
+        (part_of(module), part_of(target))
+        for module, file in MODULES.items()
+        for target in imports_of(file.read_text(), module, file.name == "__init__.py")
+    }
+
+    assert edges >= ALLOWED
+
+
+# House rules
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_starts_with_a_sentence(module):
+    docstring = ast.get_docstring(ast.parse(MODULES[module].read_text()))
+
+    assert docstring
+    assert docstring.split("\n\n")[0].endswith((".", "?"))
+
+
+def test_no_module_is_a_drawer_for_everything():
+    drawers = {"utils", "util", "common", "helpers", "misc"}
+
+    assert [module for module in MODULES if drawers & set(module.split("."))] == []
+
+
+def functions(tree):
+    return [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.Lambda)]
+
+
+def test_nobody_tunnels_kwargs():
+    assert [
+        f"{module}:{node.lineno}"
+        for module, file in MODULES.items()
+        for node in functions(ast.parse(file.read_text()))
+        if node.args.kwarg is not None
+        and node.args.kwarg.arg == "kwargs"
+        and node.args.vararg is None  # with *args it hands on a signature that torch or PEFT owns
+    ] == []
+
+
+def test_nobody_swallows_every_exception():
+    assert [
+        f"{module}:{node.lineno}"
+        for module, file in MODULES.items()
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.ExceptHandler)
+        and (node.type is None or ast.unparse(node.type) in ("Exception", "BaseException"))
+        and not any(isinstance(inner, ast.Raise) for inner in ast.walk(node))
+    ] == []
+
+
+def test_library_code_prints_nothing():
+    assert [
+        f"{module}:{node.lineno}"
+        for module, file in MODULES.items()
+        if part_of(module) != "cli"
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("print", "click.echo")
+    ] == []
+
+
+def test_every_package_is_installed():
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    packages = {module for module, file in MODULES.items() if file.name == "__init__.py"}
+
+    assert set(listed) == packages
+    assert sorted(listed) == listed
+
+
+def test_every_public_name_is_where_the_package_says():
+    import propulsion_export
+
+    homes = propulsion_export._HOMES
+    assert set(homes) == set(propulsion_export.__all__)
+    assert sorted(propulsion_export.__all__) == propulsion_export.__all__
+    for home in homes.values():
+        module, _, attribute = home.partition(":")
+        tree = ast.parse(MODULES[f"{PACKAGE}.{module}"].read_text())
+        assert attribute in bound_names(tree), home
+
+
+def bound_names(tree):
+    """What a module defines or imports at its top level."""
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.ImportFrom):
+            yield from (alias.asname or alias.name for alias in node.names)
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    import propulsion_export
+
+    with pytest.raises(AttributeError, match="no attribute 'adaptor'"):
+        _ = propulsion_export.adaptor
+
+
+# What a fresh interpreter loads
+
+PROBE = textwrap.dedent(
+    """
+    import json, sys
+    code = None
+    {statement}
+    print(json.dumps([code, sorted({heavy} & set(sys.modules))]))
+    """
+)
+RUN = textwrap.dedent(
+    """
+    from propulsion_export.cli import main
+    for arguments in {commands!r}:
+        try:
+            main(arguments)
+        except SystemExit as done:
+            code = done.code
+    """
+)
+
+
+def loaded_by(statement):
+    """The heavy modules that a fresh interpreter has loaded after a statement."""
+    script = PROBE.format(statement=statement, heavy=HEAVY)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def loaded_by_command(*commands):
+    return loaded_by(RUN.format(commands=[[str(word) for word in words] for words in commands]))
+
+
+def test_the_probe_sees_what_is_loaded():
+    assert loaded_by("import numpy, onnx_ir")[1] == ["numpy", "onnx", "onnx_ir"]
+
+
+@pytest.mark.parametrize("module", [PACKAGE, f"{PACKAGE}.cli", f"{PACKAGE}.errors"])
+def test_importing_loads_no_framework(module):
+    assert loaded_by(f"import {module}")[1] == []
+
+
+def test_help_and_version_load_no_framework():
+    from propulsion_export.cli.app import COMMANDS
+
+    helps = [[name, "--help"] for name in COMMANDS]
+
+    assert loaded_by_command(["--help"], ["--version"], ["adapter", "add", "--help"], *helps) == [
+        0,
+        [],
+    ]
+
+
+def test_public_classes_of_layer_one_load_no_framework():
+    names = "import propulsion_export as p; p.Adapter, p.Artifact"
+
+    assert loaded_by(names)[1] == ["numpy"]
+
+
+def adapter_directory(directory):
+    import numpy as np
+
+    from propulsion_export.adapter import Adapter, Scale
+
+    directory.mkdir()
+    Adapter("topic", {"dense": Scale(np.array([2.0, 3.0]))}).write(directory)
+    return directory
+
+
+def onnx_directory(directory):
+    """The smallest artifact that an engine can be built from."""
+    import onnx_ir as ir
+
+    from propulsion_export.artifact import AdapterEntry, Artifact, BaseEntry, Manifest, TensorSpec
+    from propulsion_export.fingerprint import Fingerprint
+
+    graph = """
+    <ir_version: 10, opset_import: ["" : 20]>
+    graph (int64[batch, sequence] input_ids) => (float[batch, sequence] logits) {
+        logits = Cast <to = 1> (input_ids)
+    }
+    """
+    directory.mkdir()
+    ir.save(ir.from_onnx_text(graph), directory / "model.onnx")
+    (directory / "config.json").write_text('{"max_position_embeddings": 64}')
+    manifest = Manifest(
+        kind="onnx",
+        mode="folded",
+        task="feature-extraction",
+        dtype="float32",
+        base=BaseEntry("some/model", Fingerprint("float32", {"weight": (0.5,) * 8})),
+        adapters={"topic": AdapterEntry("sha256:00", "adapters/topic", 2)},
+        inputs=(TensorSpec("input_ids", "int64", ("batch", "sequence")),),
+        outputs=(TensorSpec("logits", "float32", ("batch", "sequence")),),
+    )
+    Artifact.write(directory, manifest)
+    return directory
+
+
+def test_looking_at_artifacts_loads_numpy_alone(tmp_path):
+    adapter, artifact = adapter_directory(tmp_path / "a"), onnx_directory(tmp_path / "o")
+
+    assert loaded_by_command(
+        ["inspect", adapter, "-q"],
+        ["inspect", artifact, "-q"],
+        ["adapter", "list", artifact, "-q"],
+    ) == [0, ["numpy"]]
+
+
+def test_doctor_loads_no_torch():
+    code, loaded = loaded_by_command(["doctor", "-q"])
+
+    assert code == 0
+    assert not {"torch", "transformers", "peft", "datasets", "onnx", "polygraphy"} & set(loaded)
+
+
+def test_an_engine_is_built_without_torch(tmp_path):
+    pytest.importorskip("tensorrt_rtx", reason="building needs tensorrt-rtx")
+    artifact = onnx_directory(tmp_path / "onnx")
+    out = tmp_path / "engine"
+
+    code, loaded = loaded_by_command(
+        ["trt", artifact, "-o", out, "--runtime", "tensorrt-rtx", "--target", "sm_86", "-q"]
+    )
+
+    assert code == 0
+    assert (out / "model.engine").is_file()
+    assert "tensorrt_rtx" in loaded
+    assert not {"torch", "transformers", "peft", "datasets", "onnxruntime"} & set(loaded)
+
+
+def test_the_other_commands_load_no_tensorrt(tmp_path):
+    gone, out = tmp_path / "gone", tmp_path / "out"
+
+    code, loaded = loaded_by_command(
+        ["merge", "-a", gone, "-o", out],
+        ["onnx", "-a", gone, "-o", out],
+        ["parity", gone],
+        ["run", gone, "--text", "a"],
+        ["adapter", "add", gone, f"a={gone}"],
+        ["export", "-a", gone, "-o", out, "--no-engine"],
+    )
+
+    assert code == 4
+    assert "torch" in loaded
+    assert not {"tensorrt", "tensorrt_rtx", "polygraphy", "onnxruntime"} & set(loaded)
