@@ -1,6 +1,7 @@
 # `make demo` and `make test` need nothing but Python 3.11+: the environment is made on first use.
 PYTHON ?= python3
 VENV ?= .venv
+INTEROP ?= .venv-interop
 BIN := $(VENV)/bin
 # A shell exit inside a recipe line stops make; every target is safe to run again.
 .PHONY: demo test check slow interop clean
@@ -24,5 +25,15 @@ test: check
 slow: $(VENV)/.ready
 	$(BIN)/pytest -m slow
 
+# optimum-onnx needs an older transformers than the project.
+$(INTEROP)/.ready: constraints-interop.txt
+	$(PYTHON) -m venv $(INTEROP)
+	$(INTEROP)/bin/pip install --quiet --constraint constraints-interop.txt optimum-onnx onnxruntime torch
+	touch $@
+
+interop: $(VENV)/.ready $(INTEROP)/.ready
+	PYTHONPATH=samples $(BIN)/python tests/interop/export.py build/interop
+	$(INTEROP)/bin/python tests/interop/check_optimum.py build/interop
+
 clean:
-	rm -rf $(VENV) .venv-interop build *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(INTEROP) build *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -20,7 +20,6 @@ import numpy as np
 import torch
 
 from propulsion_export import Adapter, Artifact, export_onnx
-from propulsion_export.adapter import Scale
 from propulsion_export.base import load_base
 from propulsion_export.folding_rules import output_width
 from propulsion_export.graph.dimensions import NameDimensions
@@ -29,6 +28,7 @@ from propulsion_export.graph.finishing import optimise
 from propulsion_export.model_fingerprint import fingerprint_of_model
 from propulsion_export.runners import onnxruntime_runner
 from propulsion_export.sampling import input_names, trace_inputs
+from propulsion_export.scales import Scale
 from propulsion_export.trace import trace
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "samples"))

@@ -27,6 +27,9 @@ COMMANDS = {
 _EXTRAS = {"onnxruntime": "cpu", "tensorrt": "tensorrt", "tensorrt_rtx": "rtx", "polygraphy": "rtx"}
 
 
+_BUG = 70  # EX_SOFTWARE of sysexits.h
+
+
 class LazyGroup(click.Group):
     """Imports a command's module, of the same name, when the command is called."""
 
@@ -71,30 +74,34 @@ def app() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the program and exit with its code: 0, 1 out of tolerance, 2, 3, 4, or 130."""
+    """Run the program and exit: 0, 1 out of tolerance, 2, 3, 4, 70 for a bug, or 130."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
         code = app.main(list(arguments), prog_name="propulsion-export", standalone_mode=False)
-    except click.exceptions.Abort:
-        sys.exit(_fail("interrupted", 130, arguments))
-    except KeyboardInterrupt:
-        sys.exit(_fail("interrupted", 130, arguments))
-    except click.UsageError as error:
-        if "--json" not in arguments:
-            error.show()
-            sys.exit(2)
-        sys.exit(_fail(error.format_message(), 2, arguments))
-    except PropulsionExportError as error:
-        if "-v" in arguments or "--verbose" in arguments:
-            traceback.print_exc()
-        sys.exit(_fail(str(error), error.exit_code, arguments))
-    except ModuleNotFoundError as error:
-        if error.name not in _EXTRAS:
-            raise
-        remedy = f"Run: pip install 'propulsion-export[{_EXTRAS[error.name]}]'."
-        missing = UnavailableError(f"{error.name} is not installed", remedy=remedy)
-        sys.exit(_fail(str(missing), missing.exit_code, arguments))
+    except (KeyboardInterrupt, Exception) as error:
+        sys.exit(_explain(error, arguments))
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _explain(error: BaseException, arguments: Sequence[str]) -> int:
+    """Tell what went wrong, in one line unless it is a bug; return the exit code."""
+    if isinstance(error, KeyboardInterrupt | click.exceptions.Abort):
+        return _fail("interrupted", 130, arguments)
+    if isinstance(error, click.UsageError):
+        if "--json" in arguments:
+            return _fail(error.format_message(), 2, arguments)
+        error.show()
+        return 2
+    if isinstance(error, ModuleNotFoundError) and error.name in _EXTRAS:
+        remedy = f"Run: pip install 'propulsion-export[{_EXTRAS[error.name]}]'."
+        error = UnavailableError(f"{error.name} is not installed", remedy=remedy)
+    if isinstance(error, PropulsionExportError):
+        if "-v" in arguments or "--verbose" in arguments:
+            traceback.print_exception(error)
+        return _fail(str(error), error.exit_code, arguments)
+    # A bug keeps its traceback; Python's own exit code, 1, is the one of a failed comparison here.
+    traceback.print_exception(error)
+    return _BUG
 
 
 def _fail(message: str, code: int, arguments: Sequence[str]) -> int:

@@ -14,9 +14,11 @@ from .console import DIRECTORY, Console, console_options, human_size, size_of
 @console_options
 def command(console: Console, path: Path) -> None:
     """Say what an adapter, artifact or engine is."""
-    from propulsion_export.adapter import CONFIG_FILE, Adapter
-    from propulsion_export.artifact import MANIFEST_FILE, Artifact
+    from propulsion_export.adapter import Adapter
+    from propulsion_export.artifact import Artifact
     from propulsion_export.errors import ArtifactError
+    from propulsion_export.manifest import MANIFEST_FILE
+    from propulsion_export.peft_directory import CONFIG_FILE
 
     if (path / MANIFEST_FILE).is_file():
         manifest = Artifact.read(path).manifest

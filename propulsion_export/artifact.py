@@ -1,147 +1,32 @@
 """The currency between stages: a directory with one model in one format, and its manifest.
 
-The manifest, `propulsion.json`, says what goes in and what comes out, where every scale sits in the
-packed graph inputs, from which base model and adapters the artifact was made and with which tools.
-Reading checks all of it, so that nothing downstream has to.
+Reading checks the manifest and every file it names, so that nothing downstream has to.
 """
 
 import hashlib
-import json
-import math
-import types
-import typing
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from propulsion_export.errors import ArtifactError
-from propulsion_export.fingerprint import Fingerprint
+from propulsion_export.manifest import (
+    BASE_FEEDS,
+    BASE_NAME,
+    ENGINE_FILE,
+    GRAPH_FILE,
+    MANIFEST_FILE,
+    Manifest,
+    read_manifest,
+)
 from propulsion_export.output import replace_file
 
 # Named arrays: what flows inside a run. A runner is any callable from tensors to tensors.
 Tensors = Mapping[str, npt.NDArray[Any]]
 Runner = Callable[[Tensors], Tensors]
-
-MANIFEST_FILE = "propulsion.json"
-SCHEMA_VERSION = 1
-GRAPH_FILE = "model.onnx"
-ENGINE_FILE = "model.engine"
-ADAPTERS = "adapters"
-BASE_NAME = "base"  # no adapter: the base model; no adapter may be called so
-BASE_FEEDS = f"{ADAPTERS}/{BASE_NAME}.safetensors"
-
-SCALES_INPUT = "propulsion_scales"
-BIASES_INPUT = "propulsion_biases"
-MODULES_INPUT = "propulsion_modules"
-PACKED_INPUTS = (SCALES_INPUT, BIASES_INPUT, MODULES_INPUT)
-
-Kind = Literal["merged", "onnx", "engine"]
-Mode = Literal["folded", "switchable"]
-Dtype = Literal["float32", "float16", "bfloat16"]
-Side = Literal["output", "input"]
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """One input or output of a model.
-
-    `shape` holds numbers and names of symbolic dimensions, such as `("batch", "sequence")`; an
-    `optional` input has a default inside the graph.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int | str, ...]
-    optional: bool = False
-
-
-@dataclass(frozen=True)
-class Slot:
-    """Where one tensor lies in a packed, flat graph input.
-
-    `path` is a module path for scales and biases, a parameter name for saved modules; `offset` and
-    `length` count elements; `shape` is the tensor's own.
-    """
-
-    path: str
-    offset: int
-    length: int
-    shape: tuple[int, ...]
-    side: Side = "output"
-
-
-@dataclass(frozen=True)
-class AdapterEntry:
-    """One adapter of an artifact.
-
-    `file` holds the complete feeds of the packed inputs (switchable only); `source` says where the
-    adapter lay when the artifact was made; `labels` are its class names in the order of the first
-    `len(labels)` logits, the rest is padding.
-    """
-
-    digest: str
-    source: str
-    size: int
-    file: str | None = None
-    labels: tuple[str, ...] | None = None
-
-
-@dataclass(frozen=True)
-class BaseEntry:
-    """The base model an artifact was made from: where it lay, and how to recognise it."""
-
-    source: str
-    fingerprint: Fingerprint
-
-
-@dataclass(frozen=True)
-class EngineEntry:
-    """What an engine was built for and how."""
-
-    runtime: Literal["tensorrt", "tensorrt-rtx"]
-    version: str
-    targets: tuple[str, ...]
-    profiles: tuple[dict[str, dict[str, list[int]]], ...]
-    options: dict[str, Any]
-    onnx_digest: str
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What `propulsion.json` says.
-
-    Attributes:
-        kind: `merged` (a transformers checkpoint), `onnx` or `engine`.
-        mode: `folded` (the adapter is in the weights) or `switchable` (its scales are inputs).
-        task: such as `text-classification`.
-        dtype: of weights and activations.
-        layout: by packed input, the slots in it; empty when folded.
-        adapters: by name; exactly one when folded.
-        files: `sha256:…` by path inside the directory.
-    """
-
-    kind: Kind
-    mode: Mode
-    task: str
-    dtype: Dtype
-    base: BaseEntry
-    adapters: dict[str, AdapterEntry]
-    inputs: tuple[TensorSpec, ...] = ()
-    outputs: tuple[TensorSpec, ...] = ()
-    layout: dict[str, tuple[Slot, ...]] = field(default_factory=dict)
-    engine: EngineEntry | None = None
-    tools: dict[str, str] = field(default_factory=dict)
-    files: dict[str, str] = field(default_factory=dict)
-
-    def to_json(self) -> str:
-        """The manifest as JSON text, keys in the order above."""
-        value = {"schema_version": SCHEMA_VERSION} | asdict(self)
-        value["base"]["fingerprint"] = self.base.fingerprint.to_json()
-        return json.dumps(value, indent=2) + "\n"
 
 
 @dataclass(frozen=True)
@@ -166,7 +51,7 @@ class Artifact:
                 f"{directory}: has no {MANIFEST_FILE}, expected a directory written by "
                 "`propulsion-export merge`, `onnx` or `trt`"
             )
-        manifest = _parse(file)
+        manifest = read_manifest(file)
         _check_files(directory, manifest)
         return cls(directory, manifest)
 
@@ -247,123 +132,6 @@ def numpy_dtype(dtype: str) -> np.dtype[Any]:
     import ml_dtypes
 
     return np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
-
-
-def _parse(file: Path) -> Manifest:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ArtifactError(f"{file}: cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"{file}: is no JSON ({error})") from error
-    version = value.get("schema_version") if isinstance(value, dict) else None
-    if type(version) is not int or version != SCHEMA_VERSION:  # True equals 1 too
-        newer = isinstance(version, int) and version > SCHEMA_VERSION
-        raise ArtifactError(
-            f"{file}: schema_version is {version!r}, expected {SCHEMA_VERSION}",
-            remedy="Upgrade propulsion-export to read it." if newer else "Export it again.",
-        )
-    del value["schema_version"]
-    try:
-        manifest = typing.cast(Manifest, _convert(Manifest, value, "manifest"))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ArtifactError(f"{file}: {error}") from error
-    if findings := [*_contradictions(manifest), *_misplaced_slots(manifest)]:
-        raise ArtifactError(*(f"{file}: {finding}" for finding in findings))
-    return manifest
-
-
-def _contradictions(manifest: Manifest) -> list[str]:
-    """What the types allow and no artifact of ours says."""
-    found = []
-    if BASE_NAME in manifest.adapters:
-        found.append(f"an adapter is called {BASE_NAME!r}, which means the base model")
-    if (manifest.kind == "engine") != (manifest.engine is not None):
-        found.append(f"engine is {manifest.engine!r} in an artifact of kind {manifest.kind!r}")
-    if manifest.mode == "switchable" and manifest.kind == "merged":
-        found.append("mode is 'switchable' in a merged checkpoint, expected 'folded'")
-    if manifest.mode == "folded" and len(manifest.adapters) != 1:
-        found.append(f"{len(manifest.adapters)} adapters are folded in, expected one")
-    return found
-
-
-def _misplaced_slots(manifest: Manifest) -> list[str]:
-    found = [
-        f"layout has the input {packed!r}, expected one of {', '.join(PACKED_INPUTS)}"
-        for packed in manifest.layout
-        if packed not in PACKED_INPUTS
-    ]
-    for packed, slots in manifest.layout.items():
-        offset = 0
-        for slot in slots:
-            if min((slot.length, *slot.shape)) < 1 or slot.length != math.prod(slot.shape):
-                found.append(
-                    f"{packed}: {slot.path} has length {slot.length} and shape {list(slot.shape)}"
-                )
-            if slot.offset != offset:
-                found.append(f"{packed}: {slot.path} is at {slot.offset}, expected {offset}")
-            offset = slot.offset + slot.length
-    return found
-
-
-def _convert(kind: Any, value: Any, where: str) -> Any:
-    """Turn plain JSON values into the annotated type; anything unknown is a ValueError."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if kind is Any:
-        return value
-    if kind is Fingerprint:
-        return Fingerprint.from_json(value)
-    if is_dataclass(kind):
-        return _convert_dataclass(typing.cast(type, kind), value, where)
-    if origin is Literal:
-        if value not in arguments:
-            raise ValueError(f"{where} is {value!r}, expected one of {', '.join(arguments)}")
-        return value
-    if origin in (typing.Union, types.UnionType):
-        return _convert_union(arguments, value, where)
-    if origin is None:
-        return _expect(value, kind, where)
-    return _convert_container(origin, arguments, value, where)
-
-
-def _convert_container(origin: type, arguments: tuple[Any, ...], value: Any, where: str) -> Any:
-    if origin is dict:
-        _expect(value, dict, where)
-        return {k: _convert(arguments[1], item, f"{where}.{k}") for k, item in value.items()}
-    _expect(value, list, where)
-    return origin(_convert(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
-
-
-def _convert_dataclass(kind: type, value: Any, where: str) -> Any:
-    _expect(value, dict, where)
-    hints = typing.get_type_hints(kind)
-    defaults = {item.name: (item.default, item.default_factory) for item in fields(kind)}
-    if unknown := value.keys() - defaults.keys():
-        raise ValueError(f"{where} has the unknown field {min(unknown)!r}")
-    needed = {name for name, default in defaults.items() if default == (MISSING, MISSING)}
-    if lacking := needed - value.keys():
-        raise ValueError(f"{where} lacks the field {min(lacking)!r}")
-    return kind(**{k: _convert(hints[k], item, f"{where}.{k}") for k, item in value.items()})
-
-
-def _convert_union(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
-    if value is None and types.NoneType in kinds:
-        return None
-    reason = f"{where} is {value!r}"
-    for kind in kinds:
-        if kind is types.NoneType:
-            continue
-        try:
-            return _convert(kind, value, where)
-        except ValueError as error:
-            reason = str(error)
-    raise ValueError(reason)
-
-
-def _expect(value: Any, kind: type, where: str) -> Any:
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise ValueError(f"{where} is {value!r}, expected {kind.__name__}")
-    return value
 
 
 def _check_files(directory: Path, manifest: Manifest) -> None:

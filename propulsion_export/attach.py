@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from propulsion_export.adapter import Adapter, Scale, Side
+from propulsion_export.adapter import Adapter
 from propulsion_export.errors import AdapterError, BaseModelError
-from propulsion_export.folding_rules import input_width, output_width
+from propulsion_export.folding_rules import input_width, narrowed, output_width
+from propulsion_export.scales import Scale, Side
 
 BUFFERS: Mapping[Side, str] = {
     "output": "propulsion_scale",
@@ -27,7 +28,7 @@ _READ_DIRECTLY = (("DebertaEncoder", "rel_embeddings"), ("DebertaV2Encoder", "re
 def attached(model: nn.Module, adapter: Adapter) -> Iterator[None]:
     """Let `model` compute with `adapter` inside the block; afterwards it is as it was.
 
-    Scales and biases are rounded from float64 to the dtype of the module they act on.
+    Scales are rounded once, from float64 to the dtype of the module they act on.
 
     Raises:
         AdapterError: the model has no such module or parameter, or one of another width; nothing
@@ -96,7 +97,7 @@ def _attach_(model: nn.Module, adapter: Adapter, undo: list[Any]) -> None:
         module = model.get_submodule(path)
         name = BUFFERS[scale.side]
         like = next(module.parameters())
-        values = torch.from_numpy(scale.values).to(like.device, like.dtype)
+        values = narrowed(torch.from_numpy(scale.values), like.dtype).to(like.device)
         module.register_buffer(name, values, persistent=False)
         undo.append(lambda module=module, name=name: delattr(module, name))
         hook = (

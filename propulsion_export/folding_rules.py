@@ -8,6 +8,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from propulsion_export.errors import AdapterError, BaseModelError
+from propulsion_export.rounding import rounded_to_odd
 
 # Norms of transformers share no class with torch's, only the ending of their name.
 _NORM_ENDINGS = ("RMSNorm", "LayerNorm")
@@ -109,7 +110,18 @@ def folded_parameters(
         changed = {"weight": _scaled_weight(module, weight, wide)}
         if bias is not None or module._parameters.get("bias") is not None:
             changed["bias"] = _bias_inside(module, bias) * wide
-    return {name: values.to(dtype or _own(module, name).dtype) for name, values in changed.items()}
+    return {
+        name: narrowed(values, dtype or _own(module, name).dtype)
+        for name, values in changed.items()
+    }
+
+
+def narrowed(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Float64 `values` as `dtype`, on the same device, rounded once."""
+    if dtype.itemsize >= torch.float32.itemsize:
+        return values.to(dtype)
+    odd = torch.from_numpy(rounded_to_odd(values.cpu().numpy()))
+    return odd.to(values.device, dtype)
 
 
 def _scaled_weight(module: nn.Module, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

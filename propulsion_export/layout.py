@@ -6,23 +6,16 @@ ready to be fed. An adapter that says nothing of a slot leaves the base model's 
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from propulsion_export.adapter import Adapter
-from propulsion_export.artifact import (
-    BIASES_INPUT,
-    MODULES_INPUT,
-    SCALES_INPUT,
-    Slot,
-    Tensors,
-    numpy_dtype,
-)
+from propulsion_export.artifact import Tensors, numpy_dtype
 from propulsion_export.errors import AdapterError, UsageError
+from propulsion_export.manifest import BIASES_INPUT, MODULES_INPUT, SCALES_INPUT, Slot
+from propulsion_export.rounding import rounded
+from propulsion_export.scales import Array
 
-Array = npt.NDArray[Any]
 Layout = Mapping[str, tuple[Slot, ...]]
 
 # A stored scale may be off by this share before the dtype is said not to hold it.
@@ -84,10 +77,8 @@ def pack(adapter: Adapter, layout: Layout, defaults: Tensors) -> dict[str, Array
                 continue
             part = np.zeros(slot.shape, np.float64)
             part[tuple(map(slice, values.shape))] = values
-            with np.errstate(over="ignore"):
-                feeds[packed][slot.offset : slot.offset + slot.length] = part.reshape(-1).astype(
-                    feeds[packed].dtype
-                )
+            place = slice(slot.offset, slot.offset + slot.length)
+            feeds[packed][place] = rounded(part.reshape(-1), feeds[packed].dtype)
     if missing:
         raise AdapterError(
             *missing, remedy="Export again with this adapter among those given by -a."
@@ -96,7 +87,7 @@ def pack(adapter: Adapter, layout: Layout, defaults: Tensors) -> dict[str, Array
 
 
 def check_range(adapter: Adapter, dtype: str) -> None:
-    """Refuse scales that overflow, vanish or round badly in `dtype`.
+    """Refuse scales that overflow, vanish or round badly in `dtype`, and others that overflow.
 
     Raises:
         UsageError: naming each module path with its worst channel.
@@ -104,8 +95,8 @@ def check_range(adapter: Adapter, dtype: str) -> None:
     target = numpy_dtype(dtype)
     findings = []
     for path, scale in adapter.scales.items():
-        with np.errstate(over="ignore", under="ignore"):
-            stored = scale.values.astype(target).astype(np.float64)
+        stored = rounded(scale.values, target).astype(np.float64)
+        with np.errstate(over="ignore"):
             off = np.abs(stored - scale.values) / np.where(
                 scale.values == 0, 1, np.abs(scale.values)
             )
@@ -117,6 +108,10 @@ def check_range(adapter: Adapter, dtype: str) -> None:
                 f"{stored[channel]:.4g} in {dtype} ({int((off > _ROUNDING[dtype]).sum())} such "
                 "channels)"
             )
+    for name, values in {**adapter.biases, **adapter.modules}.items():
+        beyond = ~np.isfinite(rounded(values, target))
+        if beyond.any():
+            findings.append(f"{name}: {int(beyond.sum())} trained values are too large for {dtype}")
     if findings:
         raise UsageError(
             *findings, remedy="Export in float32, or accept the rounding with --allow-range."

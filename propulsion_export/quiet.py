@@ -51,6 +51,27 @@ def quiet() -> Iterator[None]:
 
 
 @contextmanager
+def quiet_while_training() -> Iterator[None]:
+    """Silence transformers alone: a caller's callback may print and warn inside the block.
+
+    A head that is not in the checkpoint is what training is for, no cause for a warning.
+    """
+    from transformers.utils import logging as transformers_logging
+
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings(), _transformers_progress_off():
+            # PEFT reads the old name. Remove when it no longer does (0.21.2 does).
+            warnings.filterwarnings(
+                "ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning
+            )
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
+@contextmanager
 def _transformers_progress_off() -> Iterator[None]:
     from transformers.utils import logging as transformers_logging
 

@@ -18,7 +18,8 @@ them does not show.
 import numpy as np
 import pytest
 
-from propulsion_export.adapter import Adapter, Scale
+from propulsion_export.adapter import Adapter
+from propulsion_export.scales import Scale
 
 KINDS = ("bert", "roberta", "distilbert", "electra", "deberta-v2", "albert", "mpnet")
 TASKS = (

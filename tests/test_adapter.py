@@ -2,6 +2,7 @@ import hashlib
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,10 @@ from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_torch_file
 from torch import nn
 
-from propulsion_export.adapter import Adapter, Scale
+from propulsion_export.adapter import Adapter
 from propulsion_export.errors import AdapterError
 from propulsion_export.fingerprint import Fingerprint
+from propulsion_export.scales import Scale
 
 PREFIX = "base_model.model."
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -556,7 +558,7 @@ def test_the_digest_ignores_names_order_and_where_the_adapter_came_from():
     turned = dict(reversed(adapter.scales.items()))
 
     others = [
-        adapter.renamed("b"),
+        replace(adapter, name="b"),
         an_adapter(scales=turned),
         an_adapter(base="x", task="text-classification", labels=("a",)),
         an_adapter(modules={"head.weight": np.array([[1.0, 2.0]], np.float64)}),
@@ -565,7 +567,7 @@ def test_the_digest_ignores_names_order_and_where_the_adapter_came_from():
 
     assert {other.digest for other in others} == {adapter.digest}
     assert re.fullmatch(r"sha256:[0-9a-f]{64}", adapter.digest)
-    assert adapter.renamed("b").name == "b"
+    assert replace(adapter, name="b").name == "b"
 
 
 @pytest.mark.parametrize(

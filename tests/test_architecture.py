@@ -23,6 +23,10 @@ LAYERS = [
         "folding_rules",
         "model_fingerprint",
         "registration",
+        "manifest",
+        "peft_directory",
+        "rounding",
+        "scales",
     },
     {
         "tuning",
@@ -357,7 +361,8 @@ def test_public_classes_of_layer_one_load_no_framework():
 def adapter_directory(directory):
     import numpy as np
 
-    from propulsion_export.adapter import Adapter, Scale
+    from propulsion_export.adapter import Adapter
+    from propulsion_export.scales import Scale
 
     directory.mkdir()
     Adapter("topic", {"dense": Scale(np.array([2.0, 3.0]))}).write(directory)
@@ -368,8 +373,9 @@ def onnx_directory(directory):
     """The smallest artifact that an engine can be built from."""
     import onnx_ir as ir
 
-    from propulsion_export.artifact import AdapterEntry, Artifact, BaseEntry, Manifest, TensorSpec
+    from propulsion_export.artifact import Artifact
     from propulsion_export.fingerprint import Fingerprint
+    from propulsion_export.manifest import AdapterEntry, BaseEntry, Manifest, TensorSpec
 
     graph = """
     <ir_version: 10, opset_import: ["" : 20]>

@@ -11,22 +11,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from propulsion_export.artifact import (
+from propulsion_export.artifact import Artifact, digest_of, numpy_dtype
+from propulsion_export.errors import ArtifactError
+from propulsion_export.fingerprint import Fingerprint
+from propulsion_export.manifest import (
     BASE_FEEDS,
     PACKED_INPUTS,
     SCALES_INPUT,
     AdapterEntry,
-    Artifact,
     BaseEntry,
     EngineEntry,
     Manifest,
     Slot,
     TensorSpec,
-    digest_of,
-    numpy_dtype,
 )
-from propulsion_export.errors import ArtifactError
-from propulsion_export.fingerprint import Fingerprint
 
 MANIFEST = "propulsion.json"
 TOPIC = "adapters/topic.safetensors"

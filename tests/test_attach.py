@@ -9,9 +9,10 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from propulsion_export.adapter import Adapter, Scale
+from propulsion_export.adapter import Adapter
 from propulsion_export.attach import attached
 from propulsion_export.errors import AdapterError
+from propulsion_export.scales import Scale
 from propulsion_export.tuning import PropulsionConfig
 
 IDS = torch.tensor([[7, 12, 44, 99, 3], [20, 21, 22, 0, 0]])

@@ -11,23 +11,24 @@ import pytest
 from safetensors.numpy import save_file
 
 from propulsion_export import machine
-from propulsion_export.adapter import Adapter, Scale
-from propulsion_export.artifact import (
-    SCALES_INPUT,
-    AdapterEntry,
-    Artifact,
-    BaseEntry,
-    Manifest,
-    Slot,
-    TensorSpec,
-)
+from propulsion_export.adapter import Adapter
+from propulsion_export.artifact import Artifact
 from propulsion_export.cli import main
 from propulsion_export.cli.app import COMMANDS, app
 from propulsion_export.cli.console import Console, human_size, size_of
 from propulsion_export.cli.verdict import exit_code, verdict_line
 from propulsion_export.errors import AdapterError, UnavailableError, UsageError
 from propulsion_export.fingerprint import Fingerprint
+from propulsion_export.manifest import (
+    SCALES_INPUT,
+    AdapterEntry,
+    BaseEntry,
+    Manifest,
+    Slot,
+    TensorSpec,
+)
 from propulsion_export.parity.report import Check, NotRun, ParityReport
+from propulsion_export.scales import Scale
 
 BASE = Fingerprint("float32", {"weight": (0.5,) * 8})
 OTHER_BASE = Fingerprint("float32", {"weight": (0.25,) * 8})
@@ -354,14 +355,17 @@ def test_verbose_shows_the_traceback_and_keeps_the_rest(run, monkeypatch, flag):
     ],
     ids=repr,
 )
-def test_a_bug_keeps_its_traceback(monkeypatch, capsys, error, options):
+def test_a_bug_keeps_its_traceback_and_is_no_verdict(monkeypatch, capsys, error, options):
     broken_doctor(monkeypatch, error)
 
-    with pytest.raises(type(error)) as caught:
+    with pytest.raises(SystemExit) as exit:
         main(["doctor", *options])
 
-    assert caught.value is error
-    assert capsys.readouterr() == ("", "")
+    told = capsys.readouterr()
+    assert exit.value.code == 70
+    assert told.out == ""
+    assert told.err.startswith("Traceback")
+    assert str(error) in told.err
 
 
 def test_the_installed_program_ends_with_the_code(tmp_path):

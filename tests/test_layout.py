@@ -1,4 +1,5 @@
 import re
+from dataclasses import replace
 
 import ml_dtypes
 import numpy as np
@@ -6,10 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from propulsion_export.adapter import Adapter, Scale
-from propulsion_export.artifact import BIASES_INPUT, MODULES_INPUT, SCALES_INPUT, Slot
+from propulsion_export.adapter import Adapter
 from propulsion_export.errors import AdapterError, UsageError
 from propulsion_export.layout import check_range, pack, plan_layout
+from propulsion_export.manifest import BIASES_INPUT, MODULES_INPUT, SCALES_INPUT, Slot
+from propulsion_export.scales import Scale
 
 ORDER = ["b.up", "a.down", "c", "head.weight", "head.bias", "temperature"]
 LABELS = ("head.weight", "head.bias")
@@ -202,7 +204,7 @@ def test_four_labels_in_a_slot_for_twelve_leave_zeros():
 
 def test_a_saved_scalar_travels_too():
     adapter = Adapter("a", scales(c=[2.0]), modules={"temperature": np.array(0.25)})
-    layout = plan_layout([adapter, adapter.renamed("b")], ORDER)
+    layout = plan_layout([adapter, replace(adapter, name="b")], ORDER)
 
     feeds = pack(adapter, layout, defaults_of(layout))
 

@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from propulsion_export.adapter import Adapter, Scale
-from propulsion_export.artifact import Slot
+from propulsion_export.adapter import Adapter
 from propulsion_export.attach import BUFFERS, attached
 from propulsion_export.errors import ToolError, UnavailableError
 from propulsion_export.fold.memory import fold_
@@ -17,8 +16,10 @@ from propulsion_export.graph.dimensions import NameDimensions
 from propulsion_export.graph.files import write_graph
 from propulsion_export.graph.finishing import SetDefaults, optimise, signature
 from propulsion_export.graph.packing import PackInitializers
+from propulsion_export.manifest import Slot
 from propulsion_export.runners import onnxruntime_runner, reference_runner, torch_runner
 from propulsion_export.sampling import input_names, parity_inputs, trace_inputs
+from propulsion_export.scales import Scale
 from propulsion_export.trace import trace
 
 SLOW = pytest.mark.slow  # each trace takes about four seconds

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from propulsion_export.artifact import ENGINE_FILE, GRAPH_FILE, Artifact, EngineEntry, Manifest
+from propulsion_export.artifact import Artifact
 from propulsion_export.engine.network import Network, parse, specs_of
 from propulsion_export.engine.options import BuildOptions, check_options
 from propulsion_export.engine.profiles import Profile, choose_profile, longest_sequence
@@ -21,6 +21,7 @@ from propulsion_export.engine.targets import (
 )
 from propulsion_export.errors import ArtifactError, ToolError
 from propulsion_export.machine import tool_versions
+from propulsion_export.manifest import ENGINE_FILE, GRAPH_FILE, EngineEntry, Manifest
 from propulsion_export.output import replace_file
 
 _MEBIBYTE = 2**20

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from propulsion_export.artifact import GRAPH_FILE, TensorSpec
 from propulsion_export.engine.source import external_files
 from propulsion_export.errors import ArtifactError, ToolError
+from propulsion_export.manifest import GRAPH_FILE, TensorSpec
 
 if TYPE_CHECKING:
     import onnx_ir as ir

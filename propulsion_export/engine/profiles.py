@@ -9,8 +9,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from propulsion_export.artifact import TensorSpec
 from propulsion_export.errors import ArtifactError, UsageError
+from propulsion_export.manifest import TensorSpec
 
 Shapes = Mapping[str, tuple[int, ...]]
 Range = tuple[int, int, int]

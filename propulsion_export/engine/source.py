@@ -4,8 +4,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from propulsion_export.artifact import GRAPH_FILE, PACKED_INPUTS
 from propulsion_export.errors import ArtifactError
+from propulsion_export.manifest import GRAPH_FILE, PACKED_INPUTS
 
 if TYPE_CHECKING:
     import onnx_ir as ir

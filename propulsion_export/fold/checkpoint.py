@@ -5,73 +5,21 @@ folded and written one module at a time, so that memory is bounded by the larges
 the size of the checkpoint.
 """
 
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from propulsion_export.adapter import Adapter
 from propulsion_export.errors import AdapterError, BaseModelError
 from propulsion_export.fingerprint import Fingerprint
-from propulsion_export.fold.shards import DTYPE_NAMES, ShardWriter, plan_shards
-from propulsion_export.folding_rules import folded_parameters
+from propulsion_export.fold.memory import folded_module
+from propulsion_export.fold.shards import ShardWriter, plan_shards
+from propulsion_export.fold.source import Checkpoint, StoredTensor
 from propulsion_export.model_fingerprint import base_weights, inner_base_model
-from propulsion_export.quiet import quiet
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """The safetensors of a checkpoint: which file holds which tensor."""
-
-    source: str
-    files: Mapping[str, Path]
-
-    @classmethod
-    def find(cls, source: str) -> "Checkpoint":
-        """Locate a checkpoint's weight files by directory or name.
-
-        Raises:
-            BaseModelError: it has none, or one is missing, truncated or damaged.
-        """
-        # As transformers does: the single file goes before the index.
-        index = None
-        if _locate(source, SAFE_WEIGHTS_NAME) is None:
-            index = _locate(source, SAFE_WEIGHTS_INDEX_NAME)
-        names = {SAFE_WEIGHTS_NAME} if index is None else _names_in_index(index)
-        files: dict[str, Path] = {}
-        for name in sorted(names):
-            file = _locate(source, name)
-            if file is None:
-                raise BaseModelError(
-                    f"{source}: has no {name}, expected weights in safetensors",
-                    remedy="Save it with save_pretrained, or copy it again.",
-                )
-            files |= dict.fromkeys(_keys(file), file)
-        return cls(source, files)
-
-    def read(self, key: str) -> torch.Tensor:
-        """One tensor."""
-        with safe_open(self.files[key], framework="pt") as content:
-            return content.get_tensor(key)  # type: ignore[no-any-return]
-
-    def key_of(self, name: str, prefix: str) -> str | None:
-        """The key a parameter is stored under, with or without the head model's prefix."""
-        names = [name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"]
-        # Names from before PyTorch's own LayerNorm, which transformers still reads.
-        names += [
-            n.removesuffix(f".{new}") + f".{old}"
-            for n in names
-            for new, old in (("weight", "gamma"), ("bias", "beta"))
-            if n.endswith(f"LayerNorm.{new}")
-        ]
-        return next((n for n in names if n in self.files), None)
 
 
 def fold_checkpoint(
@@ -94,7 +42,7 @@ def fold_checkpoint(
         max_shard_size: in bytes.
 
     Returns:
-        The floating-point type of the weights written, the widest if there are several.
+        The floating-point type of the weights written, the coarsest if there are several.
 
     Raises:
         BaseModelError: a parameter is neither in the checkpoint nor in the adapter.
@@ -128,7 +76,13 @@ def fold_checkpoint(
             f"adapter {adapter.name}: changes no weight of {checkpoint.source}, expected an effect",
             remedy="Is this the trained adapter?",
         )
-    return max((t for t in dtypes.values() if t.is_floating_point), key=lambda t: t.itemsize)
+    return coarsest(dtypes.values())
+
+
+def coarsest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """The floating-point type that limits the precision of a model with all of them."""
+    floating = [dtype for dtype in dtypes if dtype.is_floating_point]
+    return min(floating, key=lambda dtype: dtype.itemsize, default=torch.float32)
 
 
 def fingerprint_of_checkpoint(checkpoint: Checkpoint, model: PreTrainedModel) -> Fingerprint:
@@ -140,72 +94,8 @@ def fingerprint_of_checkpoint(checkpoint: Checkpoint, model: PreTrainedModel) ->
     for name in base_weights(model):
         key = checkpoint.key_of(name, model.base_model_prefix)
         if key is not None:
-            weights[name] = _Stored(checkpoint.files[key], key)
+            weights[name] = StoredTensor(checkpoint.files[key], key)
     return Fingerprint.of(weights)
-
-
-class _Stored:
-    """A matrix on disk that can tell its shape and single entries."""
-
-    def __init__(self, file: Path, key: str) -> None:
-        with safe_open(file, framework="pt") as content:
-            part = content.get_slice(key)
-            self.shape = tuple(part.get_shape())
-            self.dtype = _torch_dtype(part.get_dtype())
-        self._file, self._key = file, key
-
-    def __getitem__(self, place: tuple[int, int]) -> float:
-        row, column = place
-        with safe_open(self._file, framework="pt") as content:
-            part = content.get_slice(self._key)[row : row + 1, column : column + 1]
-            return float(part.item())
-
-
-def _torch_dtype(name: str) -> torch.dtype:
-    known = {text: dtype for dtype, text in DTYPE_NAMES.items()}
-    if name not in known:
-        raise BaseModelError(
-            f"a tensor of the checkpoint is of the type {name}, expected one of {', '.join(known)}",
-            remedy="Save the base model without quantisation.",
-        )
-    return known[name]
-
-
-def _locate(source: str, name: str) -> Path | None:
-    try:
-        with quiet():
-            file = cached_file(
-                source,
-                name,
-                _raise_exceptions_for_missing_entries=False,
-                _raise_exceptions_for_connection_errors=False,
-                _raise_exceptions_for_gated_repo=False,
-            )
-    except OSError:  # neither a directory nor a possible name
-        return None
-    return Path(file) if file is not None else None
-
-
-def _names_in_index(index: Path) -> set[str]:
-    try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BaseModelError(
-            f"{index}: is no index of weight files ({error!r})", remedy="Copy it again."
-        ) from error
-    if outside := sorted(str(name) for name in names if name != Path(str(name)).name):
-        raise BaseModelError(f"{index}: names {outside[0]}, expected a file beside it")
-    return names
-
-
-def _keys(file: Path) -> list[str]:
-    try:
-        with safe_open(file, framework="pt") as content:
-            return list(content.keys())
-    except (SafetensorError, OSError) as error:
-        raise BaseModelError(
-            f"{file}: is truncated or damaged ({error})", remedy="Copy it again."
-        ) from error
 
 
 def _names_to_write(model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -253,8 +143,7 @@ def _ties(model: PreTrainedModel) -> dict[str, str]:
 
 
 def _check_shape(checkpoint: Checkpoint, key: str, tensor: torch.Tensor) -> None:
-    with safe_open(checkpoint.files[key], framework="pt") as content:
-        shape = content.get_slice(key).get_shape()
+    shape = StoredTensor(checkpoint.files[key], key).shape
     if list(shape) != list(tensor.shape):
         raise BaseModelError(
             f"{checkpoint.source}: {key} has shape {list(shape)}, expected {list(tensor.shape)} by "
@@ -268,10 +157,10 @@ def _dtypes_to_write(
     wanted: torch.dtype | None,
 ) -> dict[str, torch.dtype]:
     """By name. What the adapter brings takes the base's type, not the one it was trained in."""
-    stored = {name: _Stored(checkpoint.files[key], key).dtype for name, key in plan.items() if key}
-    floating = [dtype for dtype in stored.values() if dtype.is_floating_point]
-    widest = max(floating, key=lambda dtype: dtype.itemsize, default=torch.float32)
-    dtypes = {name: stored.get(name, widest) for name in plan}
+    stored = {
+        name: StoredTensor(checkpoint.files[key], key).dtype for name, key in plan.items() if key
+    }
+    dtypes = {name: stored.get(name, coarsest(stored.values())) for name in plan}
     return {
         name: wanted if wanted is not None and dtype.is_floating_point else dtype
         for name, dtype in dtypes.items()
@@ -312,14 +201,7 @@ def _fold(
         return stored
     for name, value in stored.items():
         setattr(module, name.rpartition(".")[2], nn.Parameter(value, requires_grad=False))
-    scale, bias = adapter.scales[path], adapter.biases.get(path)
-    folded = folded_parameters(
-        module,
-        torch.from_numpy(scale.values),
-        side=scale.side,
-        bias=None if bias is None else torch.from_numpy(bias),
-        dtype=dtype,
-    )
+    folded = folded_module(module, path, adapter, dtype)
     for name, value in stored.items():  # give the memory back
         setattr(
             module, name.rpartition(".")[2], nn.Parameter(value.to("meta"), requires_grad=False)

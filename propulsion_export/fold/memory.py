@@ -27,7 +27,8 @@ def fold_(
     shared = _shared(model, adapter)
     _refuse(shared, untie=untie)
     folded = {
-        path: _folded(model.get_submodule(path), adapter, path, dtype) for path in adapter.scales
+        path: folded_module(model.get_submodule(path), path, adapter, dtype)
+        for path in adapter.scales
     }
     changed = _changes(model, folded) or bool(adapter.modules)
     if not changed:
@@ -46,6 +47,33 @@ def fold_(
         _replace_(model.get_submodule(owner), {attribute: value})
     if dtype is not None:
         model.to(dtype)
+
+
+def folded_module(
+    module: nn.Module, path: str, adapter: Adapter, dtype: torch.dtype | None
+) -> dict[str, torch.Tensor]:
+    """New values for the parameters of one scaled module, by name, rounded once to `dtype`.
+
+    Raises:
+        AdapterError: one of them is beyond what `dtype` (None: the parameter's own) can hold.
+    """
+    scale = adapter.scales[path]
+    bias = adapter.biases.get(path)
+    folded = folded_parameters(
+        module,
+        torch.from_numpy(scale.values),
+        side=scale.side,
+        bias=None if bias is None else torch.from_numpy(bias),
+        dtype=dtype,
+    )
+    beyond = [name for name, value in folded.items() if not value.isfinite().all()]
+    if beyond:
+        raise AdapterError(
+            f"{path}: folded, its {' and '.join(beyond)} would hold values that "
+            f"{str(folded[beyond[0]].dtype).removeprefix('torch.')} has no number for",
+            remedy="Write float32 or bfloat16 with --dtype.",
+        )
+    return folded
 
 
 def check_untied(model: nn.Module, adapter: Adapter, *, untie: bool) -> None:
@@ -118,20 +146,6 @@ def _untie_(model: nn.Module) -> None:
         seen.add(id(parameter))
     if hasattr(model, "config"):
         model.config.tie_word_embeddings = False  # type: ignore[union-attr]
-
-
-def _folded(
-    module: nn.Module, adapter: Adapter, path: str, dtype: torch.dtype | None
-) -> dict[str, torch.Tensor]:
-    scale = adapter.scales[path]
-    bias = adapter.biases.get(path)
-    return folded_parameters(
-        module,
-        torch.from_numpy(scale.values),
-        side=scale.side,
-        bias=None if bias is None else torch.from_numpy(bias),
-        dtype=dtype,
-    )
 
 
 def _changes(model: nn.Module, folded: dict[str, dict[str, torch.Tensor]]) -> bool:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from propulsion_export.artifact import GRAPH_FILE
+from propulsion_export.manifest import GRAPH_FILE
 
 # Shapes and split lengths must be inside the graph: runtimes read them while inferring shapes.
 _INLINE_BYTES = 64 * 1024

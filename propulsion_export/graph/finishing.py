@@ -2,7 +2,8 @@
 
 import onnx_ir as ir
 
-from propulsion_export.artifact import Tensors, TensorSpec
+from propulsion_export.artifact import Tensors
+from propulsion_export.manifest import TensorSpec
 from propulsion_export.quiet import quiet
 
 

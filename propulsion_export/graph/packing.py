@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 import onnx_ir as ir
 
-from propulsion_export.artifact import Slot
+from propulsion_export.manifest import Slot
 
 
 class PackInitializers(ir.passes.InPlacePass):

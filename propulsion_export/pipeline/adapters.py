@@ -5,17 +5,10 @@ from pathlib import Path
 
 from safetensors.numpy import save
 
-from propulsion_export.artifact import (
-    ADAPTERS,
-    BASE_FEEDS,
-    BASE_NAME,
-    AdapterEntry,
-    Artifact,
-    Manifest,
-    digest_of,
-)
+from propulsion_export.artifact import Artifact, digest_of
 from propulsion_export.errors import ArtifactError, UsageError
 from propulsion_export.layout import check_range, pack
+from propulsion_export.manifest import ADAPTERS, BASE_FEEDS, BASE_NAME, AdapterEntry, Manifest
 from propulsion_export.output import replace_file
 from propulsion_export.pipeline.inputs import (
     check_base,

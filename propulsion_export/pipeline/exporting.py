@@ -7,26 +7,24 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from propulsion_export.adapter import Adapter, Scale
-from propulsion_export.artifact import (
+from propulsion_export.adapter import Adapter
+from propulsion_export.artifact import Artifact, Tensors, numpy_dtype
+from propulsion_export.errors import UsageError
+from propulsion_export.layout import Layout, check_range, pack, plan_layout
+from propulsion_export.machine import tool_versions
+from propulsion_export.manifest import (
     ADAPTERS,
     BASE_NAME,
     BIASES_INPUT,
     MODULES_INPUT,
     SCALES_INPUT,
     AdapterEntry,
-    Artifact,
     BaseEntry,
     Dtype,
     Manifest,
     Mode,
     Slot,
-    Tensors,
-    numpy_dtype,
 )
-from propulsion_export.errors import UsageError
-from propulsion_export.layout import Layout, check_range, pack, plan_layout
-from propulsion_export.machine import tool_versions
 from propulsion_export.output import check_replaceable, staged_directory
 from propulsion_export.pipeline.inputs import (
     Progress,
@@ -39,6 +37,8 @@ from propulsion_export.pipeline.inputs import (
     source_of,
     with_room,
 )
+from propulsion_export.rounding import rounded
+from propulsion_export.scales import Scale
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -242,7 +242,7 @@ def _defaults(
             if name in base.missing and name in first.modules:
                 own = first.modules[name]
             values[slot.offset : slot.offset + slot.length] = own.reshape(-1)
-        defaults[packed] = values.astype(dtype)
+        defaults[packed] = rounded(values, dtype)
     return defaults
 
 

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
-from propulsion_export.adapter import Adapter, Array
-from propulsion_export.artifact import BASE_NAME
+from propulsion_export.adapter import Adapter
 from propulsion_export.errors import AdapterError, BaseModelError, UsageError
 from propulsion_export.fingerprint import Fingerprint
+from propulsion_export.manifest import BASE_NAME
+from propulsion_export.scales import Array
 
 # Told how far a verb has come: a share between 0 and 1, and what is being done.
 Progress = Callable[[float, str], None]

@@ -3,9 +3,10 @@
 import re
 from pathlib import Path
 
-from propulsion_export.artifact import AdapterEntry, Artifact, BaseEntry, Manifest
+from propulsion_export.artifact import Artifact
 from propulsion_export.errors import UsageError
 from propulsion_export.machine import tool_versions
+from propulsion_export.manifest import AdapterEntry, BaseEntry, Manifest
 from propulsion_export.output import check_replaceable, staged_directory
 from propulsion_export.pipeline.inputs import (
     Progress,
@@ -54,12 +55,9 @@ def merge(
 
     from propulsion_export import base
     from propulsion_export.attach import check_fits
-    from propulsion_export.fold.checkpoint import (
-        Checkpoint,
-        fingerprint_of_checkpoint,
-        fold_checkpoint,
-    )
+    from propulsion_export.fold.checkpoint import fingerprint_of_checkpoint, fold_checkpoint
     from propulsion_export.fold.memory import check_untied
+    from propulsion_export.fold.source import Checkpoint
 
     check_replaceable(output, force=force)
     shard_size = parse_size(max_shard_size)

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from propulsion_export.artifact import BASE_NAME, Artifact, Tensors
+from propulsion_export.artifact import Artifact, Tensors
 from propulsion_export.errors import DataError, UsageError
+from propulsion_export.manifest import BASE_NAME
 from propulsion_export.pipeline.verifying import RunnerName, choose_runner, open_runner
 
 

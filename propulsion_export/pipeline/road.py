@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from propulsion_export.artifact import Artifact, Mode
+from propulsion_export.artifact import Artifact
 from propulsion_export.engine import BuildOptions
 from propulsion_export.errors import UnavailableError
+from propulsion_export.manifest import Mode
 from propulsion_export.output import check_replaceable
 from propulsion_export.parity.report import ParityReport
 from propulsion_export.pipeline.building import build

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from propulsion_export.adapter import Adapter
-from propulsion_export.artifact import BASE_NAME, MODULES_INPUT, Artifact, Runner, Tensors
+from propulsion_export.artifact import Artifact, Runner, Tensors
 from propulsion_export.errors import AdapterError, UnavailableError, UsageError
 from propulsion_export.machine import tool_versions
+from propulsion_export.manifest import BASE_NAME, MODULES_INPUT
 from propulsion_export.output import check_replaceable, staged_directory
 from propulsion_export.parity.cases import Subject, judge
 from propulsion_export.parity.report import Check, NotRun, ParityReport

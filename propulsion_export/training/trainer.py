@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from propulsion_export.output import check_replaceable, staged_directory
+from propulsion_export.quiet import quiet_while_training
 from propulsion_export.training.base import Base, add_adapter, load_base, longest_input
 from propulsion_export.training.card import model_card, write_loss_curve
 from propulsion_export.training.checkpoints import checkpoints, describe_run, is_main_process
@@ -42,7 +43,6 @@ from propulsion_export.training.metrics import (
     versions,
 )
 from propulsion_export.training.options import TrainOptions
-from propulsion_export.training.quiet import quiet_libraries
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def train(
     batch_per_process(options)
     examples = _read(Path(data).expanduser(), options)
     report(0.02, f"read {len(examples.training)} training rows")
-    with quiet_libraries():
+    with quiet_while_training():
         base = load_base(model, examples.classes, options)
         run = describe_run(base.name, examples.training, examples.validation, options)
         with checkpoints(output, run, resume=options.resume) as (directory, latest):

@@ -21,16 +21,14 @@ from transformers import (
 )
 
 from propulsion_export import base
-from propulsion_export.adapter import Adapter, Scale
+from propulsion_export.adapter import Adapter
 from propulsion_export.attach import attached
 from propulsion_export.errors import AdapterError, BaseModelError
-from propulsion_export.fold.checkpoint import (
-    Checkpoint,
-    fingerprint_of_checkpoint,
-    fold_checkpoint,
-)
+from propulsion_export.fold.checkpoint import fingerprint_of_checkpoint, fold_checkpoint
 from propulsion_export.fold.memory import check_untied
+from propulsion_export.fold.source import Checkpoint
 from propulsion_export.model_fingerprint import fingerprint_of_model
+from propulsion_export.scales import Scale
 
 KINDS = ["bert", "roberta", "distilbert", "electra", "deberta-v2", "albert", "mpnet"]
 IDS = torch.tensor([[7, 12, 44, 99, 3], [20, 21, 22, 8, 9]])
@@ -417,8 +415,10 @@ FOLD_IN_A_PROCESS = """
     from pathlib import Path
     import numpy as np, torch
     from propulsion_export import base
-    from propulsion_export.adapter import Adapter, Scale
-    from propulsion_export.fold.checkpoint import Checkpoint, fold_checkpoint
+    from propulsion_export.adapter import Adapter
+    from propulsion_export.scales import Scale
+    from propulsion_export.fold.checkpoint import fold_checkpoint
+    from propulsion_export.fold.source import Checkpoint
 
     source, out = sys.argv[1], Path(sys.argv[2])
     empty = base.load_empty(base.read_config(source), "feature-extraction", Adapter("a", {}))

@@ -5,8 +5,8 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
-from propulsion_export.artifact import TensorSpec
 from propulsion_export.graph.finishing import SetDefaults, optimise, signature
+from propulsion_export.manifest import TensorSpec
 from propulsion_export.runners import onnxruntime_runner
 
 SCALED = """

@@ -4,9 +4,9 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from propulsion_export.artifact import Slot
 from propulsion_export.graph.finishing import SetDefaults
 from propulsion_export.graph.packing import PackInitializers
+from propulsion_export.manifest import Slot
 from propulsion_export.runners import onnxruntime_runner, reference_runner
 
 GRAPH = """

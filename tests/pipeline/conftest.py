@@ -11,11 +11,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from propulsion_export.adapter import Adapter, Scale
+from propulsion_export.adapter import Adapter
 from propulsion_export.artifact import Artifact
 from propulsion_export.layout import pack
 from propulsion_export.model_fingerprint import fingerprint_of_model
 from propulsion_export.pipeline.exporting import export_onnx
+from propulsion_export.scales import Scale
 
 DEGREE = 15
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from propulsion_export.adapter import Adapter, Scale
+from propulsion_export.adapter import Adapter
 from propulsion_export.artifact import Artifact
 from propulsion_export.errors import AdapterError, BaseModelError, UsageError
 from propulsion_export.graph.dimensions import NameDimensions
@@ -18,6 +18,7 @@ from propulsion_export.pipeline.exporting import export_onnx
 from propulsion_export.pipeline.verifying import check_parity
 from propulsion_export.runners import onnxruntime_runner
 from propulsion_export.sampling import input_names, parity_inputs, trace_inputs
+from propulsion_export.scales import Scale
 from propulsion_export.trace import trace
 
 

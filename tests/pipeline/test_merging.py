@@ -7,13 +7,14 @@ import pytest
 import torch
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from propulsion_export.adapter import Adapter, Scale
+from propulsion_export.adapter import Adapter
 from propulsion_export.artifact import Artifact
 from propulsion_export.attach import attached
 from propulsion_export.errors import AdapterError, BaseModelError, UsageError
 from propulsion_export.model_fingerprint import fingerprint_of_model
 from propulsion_export.pipeline.merging import merge, parse_size
 from propulsion_export.pipeline.verifying import check_parity
+from propulsion_export.scales import Scale
 
 
 def test_merged_checkpoint_passes_parity_and_names_its_labels(world, tmp_path):

@@ -8,12 +8,13 @@ import onnx_ir as ir
 import pytest
 from transformers import AutoModel
 
-from propulsion_export.adapter import Adapter, Scale
+from propulsion_export.adapter import Adapter
 from propulsion_export.artifact import Artifact
 from propulsion_export.cli import main
 from propulsion_export.model_fingerprint import fingerprint_of_model
 from propulsion_export.pipeline.exporting import export_onnx
 from propulsion_export.pipeline.verifying import check_parity
+from propulsion_export.scales import Scale
 
 VALUE = "bert.encoder.layer.1.attention.self.value"
 QUERY = "bert.encoder.layer.0.attention.self.query"
