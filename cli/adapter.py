@@ -4,7 +4,8 @@ from pathlib import Path
 
 import click
 
-from .console import DIRECTORY, Console, console_options
+from .console import Console, console_options
+from .options import DIRECTORY
 
 
 @click.group(epilog="\b\nExample: propulsion-export adapter list onnx/switchable")

@@ -18,8 +18,6 @@ import click
 
 P = ParamSpec("P")
 R = TypeVar("R")
-DIRECTORY = click.Path(path_type=Path, file_okay=False)
-FILE = click.Path(path_type=Path, dir_okay=False)
 
 
 @dataclass(frozen=True)
@@ -98,24 +96,6 @@ def console_options(function: Callable[..., R]) -> Callable[..., R]:
         return function(*args, console=Console(as_json, quiet), **options)
 
     return command
-
-
-def output_options(function: Callable[P, R]) -> Callable[P, R]:
-    """Add `-o` and `--force`."""
-    function = click.option(
-        "--force", is_flag=True, help="Replace what this tool wrote there before."
-    )(function)
-    return click.option(
-        "-o", "--output", type=DIRECTORY, required=True, help="Directory to write."
-    )(function)
-
-
-model_option = click.option(
-    "-m", "--model", help="Base model, path or name.  [default: what the adapter names]"
-)
-trust_option = click.option(
-    "--trust-remote-code", is_flag=True, help="Run code that the model directory brings."
-)
 
 
 @contextmanager

@@ -5,7 +5,18 @@ from typing import Any
 
 import click
 
-from .console import Console, console_options, model_option, output_options, trust_option
+from .console import Console, console_options
+from .options import (
+    adapters_option,
+    dtype_option,
+    mode_option,
+    model_option,
+    output_options,
+    runtime_option,
+    target_option,
+    task_option,
+    trust_option,
+)
 from .verdict import exit_code, verdict_line
 
 
@@ -14,28 +25,12 @@ from .verdict import exit_code, verdict_line
     "-o release"
 )
 @model_option
-@click.option(
-    "-a", "--adapter", multiple=True, required=True, metavar="[NAME=]DIR", help="Repeatable."
-)
-@click.option(
-    "--mode", type=click.Choice(["folded", "switchable"]), default="folded", show_default=True
-)
-@click.option("--task", default="auto", show_default=True)
-@click.option(
-    "--dtype",
-    type=click.Choice(["keep", "float32", "bfloat16", "float16"]),
-    default="keep",
-    show_default=True,
-)
-@click.option(
-    "--runtime",
-    type=click.Choice(["auto", "tensorrt", "tensorrt-rtx"]),
-    default="auto",
-    show_default=True,
-)
-@click.option(
-    "--target", "targets", multiple=True, default=("auto",), show_default=True, help="Repeatable."
-)
+@adapters_option
+@mode_option
+@task_option
+@dtype_option
+@runtime_option
+@target_option
 @click.option("--no-engine", is_flag=True, help="Stop after the ONNX graph.")
 @output_options
 @trust_option

@@ -6,7 +6,8 @@ from typing import Any
 
 import click
 
-from .console import DIRECTORY, Console, console_options, human_size, size_of
+from .console import Console, console_options, human_size, size_of
+from .options import DIRECTORY
 
 
 @click.command(epilog="\b\nExample: propulsion-export inspect adapters/topic")

@@ -5,14 +5,14 @@ from typing import Any
 
 import click
 
-from .console import (
-    Console,
-    console_options,
-    human_size,
+from .console import Console, console_options, human_size, size_of
+from .options import (
+    dtype_option,
     model_option,
     output_options,
-    size_of,
+    task_option,
     trust_option,
+    untie_option,
 )
 
 
@@ -21,15 +21,10 @@ from .console import (
 )
 @model_option
 @click.option("-a", "--adapter", required=True, metavar="[NAME=]DIR", help="Adapter directory.")
-@click.option("--task", default="auto", show_default=True, help="Which head it has.")
-@click.option(
-    "--dtype",
-    type=click.Choice(["keep", "float32", "bfloat16", "float16"]),
-    default="keep",
-    show_default=True,
-)
+@task_option
+@dtype_option
 @click.option("--max-shard-size", default="5GB", show_default=True)
-@click.option("--untie", is_flag=True, help="Give a scaled, tied weight a copy of its own.")
+@untie_option
 @output_options
 @trust_option
 @console_options

@@ -5,14 +5,16 @@ from typing import Any
 
 import click
 
-from .console import (
-    Console,
-    console_options,
-    human_size,
+from .console import Console, console_options, human_size, size_of
+from .options import (
+    adapters_option,
+    dtype_option,
+    mode_option,
     model_option,
     output_options,
-    size_of,
+    task_option,
     trust_option,
+    untie_option,
 )
 from .verdict import exit_code, verdict_line
 
@@ -22,25 +24,12 @@ from .verdict import exit_code, verdict_line
     "--mode switchable -o onnx/switchable"
 )
 @model_option
-@click.option(
-    "-a", "--adapter", multiple=True, required=True, metavar="[NAME=]DIR", help="Repeatable."
-)
-@click.option(
-    "--mode",
-    type=click.Choice(["folded", "switchable"]),
-    default="folded",
-    show_default=True,
-    help="In the weights, or an optional input.",
-)
-@click.option("--task", default="auto", show_default=True, help="Which head the graph has.")
-@click.option(
-    "--dtype",
-    type=click.Choice(["keep", "float32", "bfloat16", "float16"]),
-    default="keep",
-    show_default=True,
-)
+@adapters_option
+@mode_option
+@task_option
+@dtype_option
 @click.option("--opset", type=click.IntRange(18, 23), default=20, show_default=True)
-@click.option("--untie", is_flag=True, help="Give a scaled, tied weight a copy of its own.")
+@untie_option
 @click.option("--allow-range", is_flag=True, help="Accept scales that the dtype rounds badly.")
 @click.option("--no-parity", is_flag=True, help="Do not compare with PyTorch afterwards.")
 @output_options

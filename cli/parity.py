@@ -5,7 +5,8 @@ from typing import Any
 
 import click
 
-from .console import DIRECTORY, FILE, Console, console_options, model_option, trust_option
+from .console import Console, console_options
+from .options import DIRECTORY, FILE, model_option, runner_option, trust_option
 from .verdict import exit_code, verdict_line
 
 
@@ -18,14 +19,7 @@ from .verdict import exit_code, verdict_line
 @click.option(
     "-a", "--adapter", multiple=True, metavar="NAME=DIR", help="Where an adapter lies now."
 )
-@click.option(
-    "--runner",
-    type=click.Choice(
-        ["auto", "torch", "onnxruntime", "onnxruntime-cuda", "reference", "tensorrt"]
-    ),
-    default="auto",
-    show_default=True,
-)
+@runner_option
 @click.option("--inputs", type=FILE, help="Texts to compare on, .txt or .jsonl.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the inputs made.")
 @click.option("--report", type=DIRECTORY, help="Directory for parity.json and parity.html.")

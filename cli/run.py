@@ -6,7 +6,8 @@ from typing import Any
 
 import click
 
-from .console import DIRECTORY, FILE, Console, console_options
+from .console import Console, console_options
+from .options import DIRECTORY, FILE, runner_option
 
 
 @click.command(
@@ -18,14 +19,7 @@ from .console import DIRECTORY, FILE, Console, console_options
 @click.option(
     "--adapter", multiple=True, metavar="NAME", help="One for all texts, or one for each."
 )
-@click.option(
-    "--runner",
-    type=click.Choice(
-        ["auto", "torch", "onnxruntime", "onnxruntime-cuda", "reference", "tensorrt"]
-    ),
-    default="auto",
-    show_default=True,
-)
+@runner_option
 @console_options
 def command(console: Console, artifact: Path, **options: Any) -> None:
     """Predict with an artifact."""

@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from .console import Console, console_options, output_options, trust_option
+from .console import Console, console_options
+from .options import output_options, trust_option
 
 
 @click.command(

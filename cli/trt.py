@@ -5,7 +5,8 @@ from typing import Any
 
 import click
 
-from .console import DIRECTORY, FILE, Console, console_options, human_size, output_options, size_of
+from .console import Console, console_options, human_size, size_of
+from .options import DIRECTORY, FILE, output_options, runtime_option, target_option
 
 
 @click.command(
@@ -13,20 +14,8 @@ from .console import DIRECTORY, FILE, Console, console_options, human_size, outp
     "--target sm_89 --max-shapes input_ids:32x256"
 )
 @click.argument("artifact", metavar="ONNX_DIR", type=DIRECTORY)
-@click.option(
-    "--runtime",
-    type=click.Choice(["auto", "tensorrt", "tensorrt-rtx"]),
-    default="auto",
-    show_default=True,
-)
-@click.option(
-    "--target",
-    "targets",
-    multiple=True,
-    default=("auto",),
-    show_default=True,
-    help="sm_75, sm_80, sm_86, sm_89, sm_90, sm_100, sm_120 or auto; repeatable.",
-)
+@runtime_option
+@target_option
 @click.option("--min-shapes", metavar="NAME:1x8,...", help="Smallest shapes, trtexec's syntax.")
 @click.option("--opt-shapes", metavar="NAME:8x128,...", help="Shapes to be best at.")
 @click.option("--max-shapes", metavar="NAME:32x512,...", help="Largest shapes.")

@@ -33,6 +33,9 @@ _TASK_OF_CLASS = {
     "ForCausalLM": "text-generation",
     "ForConditionalGeneration": "text2text-generation",
 }
+# Where transformers 4 (and optimum-onnx) looks for rotary settings. Version 5 saves them elsewhere,
+# in rope_parameters, and an older reader would compute with its defaults without a word.
+_ROTARY_SETTINGS = ("rope_", "rotary_", "partial_rotary_", "global_rope_", "local_rope_")
 # Copied verbatim, so that any version of transformers reads what its own made.
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -181,7 +184,10 @@ def load_empty(
 
 
 def save_config(model: PreTrainedModel, directory: Path, dtype: str) -> None:
-    """Write `config.json` as the model class would, without the path it was loaded from."""
+    """Write `config.json` as the model class would, without the path it was loaded from.
+
+    Rotary settings stay, besides, where the base model's own file has them.
+    """
     config = model.config
     config.dtype = dtype
     config.architectures = [type(model).__name__]
@@ -190,6 +196,7 @@ def save_config(model: PreTrainedModel, directory: Path, dtype: str) -> None:
     file = directory / "config.json"
     content = json.loads(file.read_text(encoding="utf-8"))
     content.pop("_name_or_path", None)
+    content = _rotary_settings(config) | content
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
@@ -278,6 +285,15 @@ def _load(
     # A head of another size is as good as missing: it was made at random.
     mismatched = {entry[0] for entry in info["mismatched_keys"]}
     return model, set(info["missing_keys"]) | mismatched
+
+
+def _rotary_settings(config: PretrainedConfig) -> dict[str, Any]:
+    """What the file that a configuration was read from says of rotary embeddings, verbatim."""
+    if not config._name_or_path:
+        return {}
+    with quiet():
+        written, _ = PretrainedConfig.get_config_dict(config._name_or_path)
+    return {name: value for name, value in written.items() if name.startswith(_ROTARY_SETTINGS)}
 
 
 def _may_drop_pooler(model: PreTrainedModel) -> bool:

@@ -7,7 +7,7 @@ from transformers import pipeline
 
 from propulsion_export import check_parity, merge
 
-adapter, output = Path(sys.argv[1]), Path(sys.argv[2])  # such as demo-output/adapters/topic, merged
+adapter, output = map(Path, sys.argv[1:])  # an adapter directory, and where to write
 
 merge(adapter, output)
 

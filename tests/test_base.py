@@ -250,3 +250,37 @@ def test_checkpoint_without_a_tokenizer_has_none_to_copy(tiny_bert, tmp_path):
 
     assert not list((tmp_path / "out").iterdir())
     assert base.read_tokenizer(tmp_path / "source") is None
+
+
+SCALING = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "rotary"),
+    [
+        ("llama", {"rope_theta": 500000.0}),
+        ("llama", {"rope_theta": 500000.0, "rope_scaling": SCALING}),
+        ("modernbert", {"global_rope_theta": 12345.0, "local_rope_theta": 54321.0}),
+        ("gpt_neox", {"rotary_emb_base": 12345, "rotary_pct": 0.5}),
+    ],
+)
+def test_rotary_settings_stay_where_older_readers_look(kind, rotary, tmp_path):
+    source, saved = tmp_path / "source", tmp_path / "saved"
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 9}
+    source.mkdir()
+    saved.mkdir()
+    sizes |= {"intermediate_size": 37, "pad_token_id": 0}
+    written = {"model_type": kind, **sizes, **rotary}
+    (source / "config.json").write_text(json.dumps(written))
+    config = base.read_config(str(source))
+    model = base.load_empty(config, "text-classification", adapter_for("text-classification"))
+
+    base.save_config(model, saved, "float32")
+
+    content = json.loads((saved / "config.json").read_text())
+    assert {name: content[name] for name in rotary} == rotary
+    again = base.read_config(str(saved))
+    assert again.rope_parameters == config.rope_parameters

@@ -1,5 +1,5 @@
 """The road, one verb a module: each knows the order of the stages it needs, and no stage does.
 
 `merging`, `exporting`, `building`, `verifying`, `predicting` and `adapters` are the commands'
-functions; `road` strings them together; `inputs` is what all of them start with.
+functions; `road` strings them together; `inputs` is what they start with, `running` picks runners.
 """

@@ -1,5 +1,6 @@
-"""What every verb starts with: adapters read, the base model found and recognised."""
+"""What every verb starts with: adapters and texts read, the base model found and recognised."""
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from propulsion_export.adapter import Adapter
-from propulsion_export.errors import AdapterError, BaseModelError, UsageError
+from propulsion_export.errors import AdapterError, BaseModelError, DataError, UsageError
 from propulsion_export.fingerprint import Fingerprint
 from propulsion_export.manifest import BASE_NAME
 from propulsion_export.scales import Array
@@ -64,6 +65,34 @@ def source_of(specification: str | Path) -> str:
     text = str(specification)
     path = text if Path(text).exists() else text.partition("=")[2]
     return str(Path(path).expanduser().resolve())
+
+
+def read_texts(file: Path) -> list[str]:
+    """Texts of a file, a line each, or the `text` of each line of a `.jsonl`.
+
+    Raises:
+        DataError: the file is missing, empty, or a line of it has no text.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file}: cannot be read as text ({error})") from error
+    lines = [line for line in lines if line.strip()]
+    if not lines:
+        raise DataError(f"{file}: is empty, expected a text a line")
+    if file.suffix != ".jsonl":
+        return lines
+    texts = []
+    for number, line in enumerate(lines, 1):
+        try:
+            texts.append(json.loads(line)["text"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f"{file}: line {number} is no JSON object with a `text` ({error})"
+            ) from error
+        if not isinstance(texts[-1], str):
+            raise DataError(f"{file}: line {number} has a `text` that is not a string")
+    return texts
 
 
 def base_source(model: str | None, adapters: Sequence[Adapter]) -> str:

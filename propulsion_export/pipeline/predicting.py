@@ -1,6 +1,5 @@
 """`run`: predict with an artifact."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,9 +7,10 @@ from typing import Any
 import numpy as np
 
 from propulsion_export.artifact import Artifact, Tensors
-from propulsion_export.errors import DataError, UsageError
+from propulsion_export.errors import UsageError
 from propulsion_export.manifest import BASE_NAME
-from propulsion_export.pipeline.verifying import RunnerName, choose_runner, open_runner
+from propulsion_export.pipeline.inputs import read_texts
+from propulsion_export.pipeline.running import RunnerName, choose_runner, open_runner
 
 
 def predict(
@@ -54,34 +54,6 @@ def predict(
                 **_describe(read, name, batch, outputs, position),
             }
     return [predictions[row] for row in range(len(texts))]
-
-
-def read_texts(file: Path) -> list[str]:
-    """Texts of a file, a line each, or the `text` of each line of a `.jsonl`.
-
-    Raises:
-        DataError: the file is missing, empty, or a line of it has no text.
-    """
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file}: cannot be read as text ({error})") from error
-    lines = [line for line in lines if line.strip()]
-    if not lines:
-        raise DataError(f"{file}: is empty, expected a text a line")
-    if file.suffix != ".jsonl":
-        return lines
-    texts = []
-    for number, line in enumerate(lines, 1):
-        try:
-            texts.append(json.loads(line)["text"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(
-                f"{file}: line {number} is no JSON object with a `text` ({error})"
-            ) from error
-        if not isinstance(texts[-1], str):
-            raise DataError(f"{file}: line {number} has a `text` that is not a string")
-    return texts
 
 
 def _one_each(artifact: Artifact, given: Sequence[str], count: int) -> list[str | None]:

@@ -4,10 +4,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from propulsion_export.adapter import Adapter
-from propulsion_export.artifact import Artifact, Runner, Tensors
+from propulsion_export.artifact import Artifact, Tensors
 from propulsion_export.errors import AdapterError, UnavailableError, UsageError
 from propulsion_export.machine import tool_versions
 from propulsion_export.manifest import BASE_NAME, MODULES_INPUT
@@ -19,31 +19,20 @@ from propulsion_export.pipeline.inputs import (
     check_base,
     labels_of,
     read_adapters,
+    read_texts,
     silent,
     with_room,
     without_scales,
 )
+from propulsion_export.pipeline.running import (
+    REFERENCE_LENGTH,
+    RunnerName,
+    choose_runner,
+    open_runner,
+)
 
 if TYPE_CHECKING:
     from propulsion_export.base import Base
-
-RunnerName = Literal["auto", "torch", "onnxruntime", "onnxruntime-cuda", "reference", "tensorrt"]
-RUNNERS: tuple[RunnerName, ...] = (
-    "auto",
-    "torch",
-    "onnxruntime",
-    "onnxruntime-cuda",
-    "reference",
-    "tensorrt",
-)
-_RUNNERS_OF_KIND = {
-    "merged": ("torch",),
-    "onnx": ("onnxruntime", "onnxruntime-cuda", "reference"),
-    "engine": ("tensorrt",),
-}
-# The reference evaluator computes in Python: larger graphs and longer inputs take minutes.
-_REFERENCE_BYTES = 16 * 2**20
-_REFERENCE_LENGTH = 8
 
 
 def check_parity(
@@ -117,52 +106,6 @@ def write_report(verdict: ParityReport, directory: Path, *, force: bool = False)
     with staged_directory(directory, force=force) as staged:
         (staged / "parity.html").write_text(to_html(verdict), encoding="utf-8")
         (staged / "parity.json").write_text(verdict.to_json(), encoding="utf-8")
-
-
-def open_runner(artifact: Artifact, name: str) -> Runner:
-    """The artifact as a callable from tensors to tensors.
-
-    Raises:
-        UnavailableError: this machine cannot run it.
-    """
-    from propulsion_export import runners
-
-    if name == "torch":
-        import torch
-
-        from propulsion_export.base import load_base
-
-        dtype = getattr(torch, artifact.manifest.dtype)
-        merged = load_base(str(artifact.directory), task=artifact.manifest.task, dtype=dtype)
-        merged.check_complete(())
-        return runners.torch_runner(merged.model)
-    if name == "reference":
-        return runners.reference_runner(artifact.path)
-    if name == "tensorrt":
-        assert artifact.manifest.engine is not None
-        return runners.tensorrt_runner(artifact.path, artifact.manifest.engine.runtime)
-    provider = "CUDAExecutionProvider" if name.endswith("cuda") else "CPUExecutionProvider"
-    return runners.onnxruntime_runner(artifact.path, provider)
-
-
-def choose_runner(artifact: Artifact, runner: RunnerName) -> str:
-    """The one asked for, if it can run that kind; else what fits the kind and the dtype."""
-    possible = _RUNNERS_OF_KIND[artifact.manifest.kind]
-    if runner != "auto":
-        if runner not in possible:
-            raise UsageError(
-                f"--runner {runner}: cannot run a {artifact.manifest.kind} artifact, expected "
-                f"{' or '.join(possible)}"
-            )
-        return runner
-    if artifact.manifest.kind != "onnx" or artifact.manifest.dtype != "bfloat16":
-        return possible[0]
-    size = sum(file.stat().st_size for file in artifact.directory.glob("model.onnx*"))
-    from propulsion_export.machine import cuda_devices
-
-    if cuda_devices():
-        return "onnxruntime-cuda"
-    return "reference" if size <= _REFERENCE_BYTES else "onnxruntime"
 
 
 def _adapters(artifact: Artifact, given: Sequence[str | Path]) -> list[Adapter]:
@@ -316,10 +259,9 @@ def _batches(base: "Base", inputs: Path | None, seed: int, *, short: bool) -> tu
     config = base.model.config
     names = input_names(type(base.model), config)
     if inputs is None:
-        longest = _REFERENCE_LENGTH if short else None
+        longest = REFERENCE_LENGTH if short else None
         return parity_inputs(names, config, seed=seed, longest=longest)
     from propulsion_export.base import read_tokenizer
-    from propulsion_export.pipeline.predicting import read_texts
 
     tokenizer = read_tokenizer(base.source)
     if tokenizer is None:

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from propulsion_export.training.base import Base
 from propulsion_export.training.encode import IGNORED, Row
+from propulsion_export.training.model import Base
 from propulsion_export.training.options import TrainOptions
 
 _CACHE_BYTES = 2 * 2**30

@@ -12,7 +12,6 @@ import transformers
 
 from propulsion_export.output import check_replaceable, staged_directory
 from propulsion_export.quiet import quiet_while_training
-from propulsion_export.training.base import Base, add_adapter, load_base, longest_input
 from propulsion_export.training.card import model_card, write_loss_curve
 from propulsion_export.training.checkpoints import checkpoints, describe_run, is_main_process
 from propulsion_export.training.data import (
@@ -42,6 +41,7 @@ from propulsion_export.training.metrics import (
     trainable_parameters,
     versions,
 )
+from propulsion_export.training.model import Base, add_adapter, load_base, longest_input
 from propulsion_export.training.options import TrainOptions
 
 

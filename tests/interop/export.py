@@ -20,8 +20,8 @@ from propulsion_export.model_fingerprint import fingerprint_of_model
 
 NAME = "tuned"
 LABELS = ("animal", "artifact", "place")
-# Of different lengths, so that the batch is padded.
-TEXTS = ("a cat", "a sharp tool for cutting wood by hand", "the capital of a country")
+# Of different lengths, so that the batch is padded; a capital, which the tokenizer has to lower.
+TEXTS = ("a cat", "a sharp tool for cutting wood by hand", "The capital of a country")
 
 
 def random_adapter(model: torch.nn.Module) -> Adapter:

@@ -7,9 +7,9 @@ import torch
 import transformers
 
 from propulsion_export.training import TrainOptions, head
-from propulsion_export.training.base import load_base
 from propulsion_export.training.data import classes_of, read_examples
 from propulsion_export.training.encode import encode
+from propulsion_export.training.model import load_base
 
 CPU = torch.device("cpu")
 OPTIONS = TrainOptions(epochs=4, batch_size=16)
