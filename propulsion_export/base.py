@@ -116,6 +116,12 @@ def read_config(source: str, *, trust_remote_code: bool = False) -> PretrainedCo
     directory = Path(source).expanduser()
     if directory.is_dir() and not (directory / "config.json").is_file():
         raise BaseModelError(f"{source}: has no config.json, expected a transformers checkpoint")
+    if not directory.exists() and (source.startswith(("/", ".", "~")) or source.count("/") > 1):
+        # No name on a hub looks so; asking there takes long where there is no network.
+        raise BaseModelError(
+            f"{source}: does not exist, expected a directory with a transformers checkpoint",
+            remedy="Say where the base model lies with -m.",
+        )
     try:
         with quiet():
             return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
@@ -162,7 +168,9 @@ def load_base(
         source=source,
         task=task,
         missing=frozenset(missing),
-        label_parameters=label_parameters(model_class, config, task),
+        label_parameters=label_parameters(
+            model_class, config, task, trust_remote_code=trust_remote_code
+        ),
     )
 
 
@@ -174,7 +182,7 @@ def load_empty(
     Its configuration names the adapter's labels.
     """
     model_class = model_class_of(task)
-    growing = label_parameters(model_class, config, task)
+    growing = label_parameters(model_class, config, task, trust_remote_code=trust_remote_code)
     count = next((v.shape[0] for name, v in adapter.modules.items() if name in growing), None)
     if count is not None:
         set_labels(config, adapter.labels or count)
@@ -208,7 +216,9 @@ def set_labels(config: PretrainedConfig, labels: Sequence[str] | int) -> None:
     config.label2id = {name: index for index, name in enumerate(names)}
 
 
-def label_parameters(model_class: Any, config: PretrainedConfig, task: str) -> frozenset[str]:
+def label_parameters(
+    model_class: Any, config: PretrainedConfig, task: str, *, trust_remote_code: bool = False
+) -> frozenset[str]:
     """Names of parameters whose shape depends on the number of labels, found by trying two."""
     if task not in _LABELLED:
         return frozenset()
@@ -217,7 +227,7 @@ def label_parameters(model_class: Any, config: PretrainedConfig, task: str) -> f
         trial = type(config).from_dict(config.to_dict())
         set_labels(trial, count)
         with torch.device("meta"), quiet():
-            model = model_class.from_config(trial)
+            model = model_class.from_config(trial, trust_remote_code=trust_remote_code)
         shapes.append({name: value.shape for name, value in model.named_parameters()})
     return frozenset(name for name, shape in shapes[0].items() if shapes[1][name] != shape)
 

@@ -284,3 +284,11 @@ def test_rotary_settings_stay_where_older_readers_look(kind, rotary, tmp_path):
     assert {name: content[name] for name in rotary} == rotary
     again = base.read_config(str(saved))
     assert again.rope_parameters == config.rope_parameters
+
+
+@pytest.mark.parametrize("source", ["/nowhere/model", "./nowhere", "~/nowhere", "a/b/c"])
+def test_a_path_that_does_not_exist_is_told_without_asking_a_hub(source, monkeypatch):
+    monkeypatch.setattr(base.AutoConfig, "from_pretrained", lambda *_, **__: 1 / 0)
+
+    with pytest.raises(BaseModelError, match="does not exist, expected a directory"):
+        base.read_config(source)

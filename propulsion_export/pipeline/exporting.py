@@ -170,7 +170,10 @@ def _load(
 
     config = read_config(source, trust_remote_code=trust_remote_code)
     task = resolve_task(task, config, adapters)
-    count = labels_of(adapters, label_parameters(model_class_of(task), config, task))
+    growing = label_parameters(
+        model_class_of(task), config, task, trust_remote_code=trust_remote_code
+    )
+    count = labels_of(adapters, growing)
     largest = next((a.labels for a in adapters if a.labels and len(a.labels) == count), None)
     base = load_base(
         source, task=task, labels=largest or count, trust_remote_code=trust_remote_code

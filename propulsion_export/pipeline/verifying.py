@@ -210,7 +210,9 @@ def _load_base(
     manifest = artifact.manifest
     source = model or manifest.base.source
     config = read_config(source, trust_remote_code=trust_remote_code)
-    growing = label_parameters(model_class_of(manifest.task), config, manifest.task)
+    growing = label_parameters(
+        model_class_of(manifest.task), config, manifest.task, trust_remote_code=trust_remote_code
+    )
     base = load_base(
         source,
         task=manifest.task,
