@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 INTEROP ?= .venv-interop
 BIN := $(VENV)/bin
+# A worker a core, a thread a worker: torch's threads would only get into each other's way.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4
 # A shell exit inside a recipe line stops make; every target is safe to run again.
 .PHONY: demo test check slow interop clean
 
@@ -20,10 +22,10 @@ check: $(VENV)/.ready
 	$(BIN)/mypy
 
 test: check
-	$(BIN)/pytest -m 'not slow and not gpu'
+	$(PYTEST) -m 'not slow and not gpu'
 
 slow: $(VENV)/.ready
-	$(BIN)/pytest -m slow
+	$(PYTEST) -m slow
 
 # optimum-onnx needs an older transformers than the project.
 $(INTEROP)/.ready: constraints-interop.txt
