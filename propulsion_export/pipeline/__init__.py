@@ -1,5 +1,6 @@
 """The road, one verb a module: each knows the order of the stages it needs, and no stage does.
 
 `merging`, `exporting`, `building`, `verifying`, `predicting` and `adapters` are the commands'
-functions; `road` strings them together; `inputs` is what they start with, `running` picks runners.
+functions; `road` strings them together; `inputs` is what they start with, `running` picks
+runners, `oracle` is what PyTorch says.
 """
