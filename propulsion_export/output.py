@@ -35,6 +35,7 @@ def staged_directory(destination: Path, *, force: bool = False) -> Iterator[Path
     try:
         with _disk_errors_in_words(destination):
             yield partial
+            _open_to_readers(partial)
             _sync(partial)
             _move_into_place(partial, destination, force=force)
     finally:
@@ -167,6 +168,14 @@ def _alive(process: int, *, may_be_ours: bool) -> bool:
     except PermissionError:
         return True
     return True
+
+
+def _open_to_readers(directory: Path) -> None:
+    """Give every file the rights that the directory has: safetensors makes its files 0600."""
+    rights = directory.stat().st_mode & 0o666
+    for path in directory.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(rights)
 
 
 def _sync(directory: Path) -> None:

@@ -563,3 +563,16 @@ def test_no_permission_to_write_is_told_before_the_work(tmp_path, monkeypatch):
     with pytest.raises(UsageError, match=f"{tmp_path}: no permission to write here"):
         check_replaceable(tmp_path / "out", force=False)
     check_replaceable(tmp_path.parent / "out", force=False)
+
+
+@pytest.mark.parametrize(("umask", "rights"), [(0o022, 0o644), (0o027, 0o640)])
+def test_files_that_a_writer_made_private_are_opened_to_readers(umask, rights, tmp_path):
+    before = os.umask(umask)
+    try:
+        with staged_directory(tmp_path / "out") as directory:
+            safetensors.numpy.save_file({"scale": np.ones(2)}, directory / "one.safetensors")
+            assert (directory / "one.safetensors").stat().st_mode & 0o777 == 0o600
+    finally:
+        os.umask(before)
+
+    assert (tmp_path / "out" / "one.safetensors").stat().st_mode & 0o777 == rights
