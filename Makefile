@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # A worker a core, a thread a worker: torch's threads would only get into each other's way.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4
 # A shell exit inside a recipe line stops make; every target is safe to run again.
-.PHONY: demo test check slow interop clean
+.PHONY: demo test check slow gpu interop clean
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -26,6 +26,10 @@ test: check
 
 slow: $(VENV)/.ready
 	$(PYTEST) -m slow
+
+# On a machine with a GPU; install the extras `gpu` and `tensorrt` there.
+gpu: $(VENV)/.ready
+	$(BIN)/pytest -m gpu
 
 # optimum-onnx needs an older transformers than the project.
 $(INTEROP)/.ready: constraints-interop.txt
