@@ -1,6 +1,6 @@
 """What scales as inputs cost in ONNX Runtime: base, folded and switchable graph, run in turn.
 
-    python benchmarks/switchable_cost.py [--batch 8] [--length 128] [--rounds 30]
+    python benchmarks/switchable_cost.py [--placement attention] [--batch 8] [--rounds 30]
 
 Every round runs each graph once, so that a machine that slows down slows all of them; the figure is
 the median over rounds of the ratio to the base model's graph in the same round. The adapters are
@@ -34,8 +34,11 @@ from propulsion_export.trace import trace
 sys.path.insert(0, str(Path(__file__).parent.parent / "samples"))
 from minilm import model_directory
 
+# A part of the module paths that each placement scales.
+PLACEMENTS = {"all": "", "attention": "attention.self."}
 
-def prepare(directory: Path) -> dict[str, tuple[Path, dict]]:
+
+def prepare(directory: Path, placement: str) -> dict[str, tuple[Path, dict]]:
     """Graph and extra feeds by name."""
     source = str(model_directory())
     model = load_base(source, task="feature-extraction").model
@@ -44,7 +47,7 @@ def prepare(directory: Path) -> dict[str, tuple[Path, dict]]:
     scales = {
         path: Scale(chooser.uniform(0.9, 1.1, output_width(module)))
         for path, module in model.named_modules()
-        if isinstance(module, kinds)
+        if isinstance(module, kinds) and PLACEMENTS[placement] in path
     }
     adapter = Adapter("random", scales, task="feature-extraction")
     (directory / "adapter").mkdir()
@@ -95,12 +98,13 @@ def measure(graphs: dict[str, tuple[Path, dict]], batch: int, length: int, round
 
 def main() -> None:
     parser = argparse.ArgumentParser()
+    parser.add_argument("--placement", choices=PLACEMENTS, default="all")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=30)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
-        graphs = prepare(Path(directory))
+        graphs = prepare(Path(directory), options.placement)
         result = measure(graphs, options.batch, options.length, options.rounds)
     print(json.dumps(vars(options) | result, indent=2))
 
