@@ -82,10 +82,14 @@ class AdapterEntry:
 
 @dataclass(frozen=True)
 class BaseEntry:
-    """The base model an artifact was made from: where it lay, and how to recognise it."""
+    """The base model an artifact was made from: where it lay, and how to recognise it.
+
+    `labels` are the class names of the head that a switchable artifact has without an adapter.
+    """
 
     source: str
     fingerprint: Fingerprint
+    labels: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -122,7 +122,7 @@ def export_onnx(
             mode=mode,
             task=base.task,
             dtype=name,
-            base=BaseEntry(source, fingerprint),
+            base=BaseEntry(source, fingerprint, _default_labels(base, adapters, mode)),
             adapters=entries,
             inputs=inputs,
             outputs=outputs,
@@ -247,6 +247,18 @@ def _defaults(
             values[slot.offset : slot.offset + slot.length] = own.reshape(-1)
         defaults[packed] = rounded(values, dtype)
     return defaults
+
+
+def _default_labels(
+    base: "Base", adapters: Sequence[Adapter], mode: Mode
+) -> tuple[str, ...] | None:
+    """Class names of the head that `_defaults` chose."""
+    if mode != "switchable" or not base.label_parameters:
+        return None
+    if base.label_parameters & base.missing:
+        return adapters[0].labels
+    names = base.model.config.id2label
+    return tuple(names[index] for index in range(len(names)))
 
 
 def _placeholder(layout: Layout) -> Adapter:

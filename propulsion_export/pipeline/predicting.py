@@ -107,8 +107,7 @@ def _describe(
 def _labels(artifact: Artifact, name: str | None) -> Sequence[str] | None:
     entries = artifact.manifest.adapters
     if name is None or name == BASE_NAME:
-        # The base model's head is its own, or the first adapter's.
-        return next(iter(entries.values())).labels
+        return artifact.manifest.base.labels
     return entries[name].labels
 
 
