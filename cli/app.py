@@ -88,10 +88,8 @@ def _explain(error: BaseException, arguments: Sequence[str]) -> int:
     if isinstance(error, KeyboardInterrupt | click.exceptions.Abort):
         return _fail("interrupted", 130, arguments)
     if isinstance(error, click.UsageError):
-        if "--json" in arguments:
-            return _fail(error.format_message(), 2, arguments)
-        error.show()
-        return 2
+        path = error.ctx.command_path if error.ctx else "propulsion-export"
+        return _fail(f"{error.format_message()} See {path} --help.", 2, arguments)
     if isinstance(error, ModuleNotFoundError) and error.name in _EXTRAS:
         remedy = f"Run: pip install 'propulsion-export[{_EXTRAS[error.name]}]'."
         error = UnavailableError(f"{error.name} is not installed", remedy=remedy)

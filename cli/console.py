@@ -7,6 +7,7 @@ object and nothing else.
 import functools
 import json
 import math
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ import click
 
 P = ParamSpec("P")
 R = TypeVar("R")
+_LEAST_GROWTH = 0.05
 
 
 @dataclass(frozen=True)
@@ -58,21 +60,33 @@ class Console:
 
     @contextmanager
     def progress(self) -> Iterator[Callable[[float, str], None]]:
-        """A bar on a terminal, a line per step elsewhere, nothing when quiet."""
+        """A bar on a terminal, lines elsewhere (of counted steps some), nothing when quiet."""
         if self.quiet:
             yield lambda share, message: None
         elif sys.stderr.isatty():
             with _bar() as update:
                 yield update
         else:
-            said: list[str] = []
+            yield _Lines().report
 
-            def line(share: float, message: str) -> None:
-                if message not in said[-1:]:
-                    said.append(message)
-                    click.echo(f"[{share:4.0%}] {message}", err=True)
 
-            yield line
+class _Lines:
+    """Progress as lines on stderr, for logs.
+
+    A message that only counts (`step 7 of 900`) is left out unless the share has grown by 5 % since
+    the last line; every other message is news.
+    """
+
+    def __init__(self) -> None:
+        self.last = ""
+        self.share = -1.0
+
+    def report(self, share: float, message: str) -> None:
+        counts = re.fullmatch(r"\D*\d+ of \d+", message)
+        if message == self.last or (counts and share < self.share + _LEAST_GROWTH):
+            return
+        self.last, self.share = message, share
+        click.echo(f"[{share:4.0%}] {message}", err=True)
 
 
 def _finite(value: Any) -> Any:

@@ -21,6 +21,8 @@ def command(console: Console, path: Path) -> None:
     from propulsion_export.manifest import MANIFEST_FILE
     from propulsion_export.peft_directory import CONFIG_FILE
 
+    if not path.is_dir():
+        raise ArtifactError(f"{path}: does not exist, expected a directory")
     if (path / MANIFEST_FILE).is_file():
         manifest = Artifact.read(path).manifest
         value = json.loads(manifest.to_json())

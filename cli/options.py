@@ -57,7 +57,7 @@ target_option = click.option(
     multiple=True,
     default=("auto",),
     show_default=True,
-    help="sm_75, sm_80, sm_86, sm_89, sm_90, sm_100, sm_120 or auto; repeatable.",
+    help="Such as sm_89; `doctor` lists those of tensorrt-rtx. Repeatable.",
 )
 trust_option = click.option(
     "--trust-remote-code", is_flag=True, help="Run code that the model directory brings."

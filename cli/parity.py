@@ -21,7 +21,13 @@ from .verdict import exit_code, verdict_line
 )
 @runner_option
 @click.option("--inputs", type=FILE, help="Texts to compare on, .txt or .jsonl.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the inputs made.")
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**32 - 1),
+    default=0,
+    show_default=True,
+    help="Of the inputs made.",
+)
 @click.option("--report", type=DIRECTORY, help="Directory for parity.json and parity.html.")
 @click.option("--junit", type=FILE, help="JUnit XML for a CI.")
 @click.option("--force", is_flag=True, help="Replace an earlier report.")

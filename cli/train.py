@@ -16,7 +16,12 @@ from .options import output_options, trust_option
     "--validation held-out.jsonl -o adapters/topic"
 )
 @click.option("-m", "--model", required=True, help="Base model, path or name.")
-@click.option("-d", "--data", required=True, help="JSONL, CSV or Parquet file, or a data set.")
+@click.option(
+    "-d",
+    "--data",
+    required=True,
+    help="JSONL, CSV or Parquet file, a directory that `datasets` loads, or owner/name on a hub.",
+)
 @click.option(
     "--task",
     type=click.Choice(["text-classification", "token-classification"]),

@@ -30,7 +30,7 @@ from .options import DIRECTORY, FILE, output_options, runtime_option, target_opt
     show_default=True,
 )
 @click.option("--strip-weights", is_flag=True, help="Leave the weights out of the engine.")
-@click.option("--workspace", type=int, metavar="MIB", help="Scratch memory.")
+@click.option("--workspace", type=click.IntRange(1, 2**24), metavar="MIB", help="Scratch memory.")
 @output_options
 @console_options
 def command(console: Console, artifact: Path, output: Path, force: bool, **options: Any) -> None:

@@ -83,9 +83,8 @@ class Adapter:
         return f"sha256:{digest.hexdigest()}"
 
     def is_identity(self) -> bool:
-        """Whether it changes nothing: all scales one, no trained bias, no saved module."""
-        ones = all((scale.values == 1).all() for scale in self.scales.values())
-        return ones and not self.biases and not self.modules
+        """Whether the frozen layers compute as without it: all scales one, no trained bias."""
+        return not self.biases and all((s.values == 1).all() for s in self.scales.values())
 
     @classmethod
     def read(cls, directory: Path | str, name: str | None = None) -> "Adapter":
@@ -151,6 +150,7 @@ class Adapter:
             "base_model_name_or_path": self.base,
             "base_fingerprint": self.fingerprint.to_json() if self.fingerprint else None,
             "labels": list(self.labels) if self.labels else None,
+            "scaled_modules": len(self.scales),
             "task_type": peft_task,
             "inference_mode": True,
         }

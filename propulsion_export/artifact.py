@@ -3,6 +3,7 @@
 Reading checks the manifest and every file it names, so that nothing downstream has to.
 """
 
+import fnmatch
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -23,6 +24,19 @@ from propulsion_export.manifest import (
     read_manifest,
 )
 from propulsion_export.output import replace_file
+
+# Files that a runtime or transformers looks for by name in an artifact's directory.
+_READ = (
+    f"{GRAPH_FILE}*",
+    ENGINE_FILE,
+    "[!.]*.safetensors",
+    "[!.]*.safetensors.index.json",
+    "pytorch_model*.bin*",
+    "config.json",
+    "generation_config.json",
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
+    *("spiece.model", "sentencepiece*.model", "spm.model", "bpe.codes", "chat_template*"),
+)
 
 # Named arrays: what flows inside a run. A runner is any callable from tensors to tensors.
 Tensors = Mapping[str, npt.NDArray[Any]]
@@ -143,8 +157,9 @@ def _check_files(directory: Path, manifest: Manifest) -> None:
     ]
     if escaping:
         raise ArtifactError(*escaping)
-    unrecorded = [name for name in named if name not in manifest.files]
-    missing = [name for name in named if not (directory / name).is_file()]
+    named += [*_needed(manifest), *_read_by_others(directory)]
+    unrecorded = [name for name in dict.fromkeys(named) if name not in manifest.files]
+    missing = [name for name in dict.fromkeys(named) if not (directory / name).is_file()]
     if unrecorded or missing:
         raise ArtifactError(
             *(f"{directory / name}: is missing" for name in missing),
@@ -158,6 +173,30 @@ def _check_files(directory: Path, manifest: Manifest) -> None:
     ]
     if changed:
         raise ArtifactError(*changed, remedy="Copy the whole directory again, or export again.")
+
+
+def _needed(manifest: Manifest) -> list[str]:
+    """What an artifact of its kind cannot be without."""
+    files = {"onnx": [GRAPH_FILE], "engine": [ENGINE_FILE], "merged": ["config.json"]}
+    needed = files[manifest.kind]
+    if manifest.kind == "merged" and not any(f.endswith(".safetensors") for f in manifest.files):
+        needed.append("model.safetensors")
+    if manifest.mode == "switchable":
+        needed.append(BASE_FEEDS)
+    return needed
+
+
+def _read_by_others(directory: Path) -> list[str]:
+    """The files beside the manifest that a runtime or transformers would load by their names.
+
+    Below `adapters/` nothing is read that the manifest does not name: what a killed process left
+    there does no harm.
+    """
+    return [
+        file.name
+        for file in sorted(directory.iterdir())
+        if any(fnmatch.fnmatchcase(file.name, pattern) for pattern in _READ)
+    ]
 
 
 def _leads_inside(directory: Path, name: str) -> bool:

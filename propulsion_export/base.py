@@ -61,6 +61,7 @@ class Base:
         task: never `auto`.
         missing: names of parameters that the checkpoint does not have.
         label_parameters: names of parameters whose first dimension counts labels.
+        own_labels: class names in the checkpoint's configuration, whatever it was loaded with.
     """
 
     model: PreTrainedModel
@@ -68,6 +69,7 @@ class Base:
     task: str
     missing: frozenset[str]
     label_parameters: frozenset[str]
+    own_labels: tuple[str, ...]
 
     def check_complete(self, supplied: Collection[str]) -> None:
         """Refuse parameters that neither the checkpoint nor `supplied` (an adapter's head) has.
@@ -153,6 +155,7 @@ def load_base(
         BaseModelError: it cannot be loaded.
     """
     config = read_config(source, trust_remote_code=trust_remote_code)
+    own_labels = tuple(config.id2label[index] for index in sorted(config.id2label))
     if labels is not None and task in _LABELLED:
         set_labels(config, labels)
     model_class = model_class_of(task)
@@ -171,6 +174,7 @@ def load_base(
         label_parameters=label_parameters(
             model_class, config, task, trust_remote_code=trust_remote_code
         ),
+        own_labels=own_labels,
     )
 
 

@@ -17,13 +17,17 @@ from propulsion_export.errors import ArtifactError
 from propulsion_export.fingerprint import Fingerprint
 from propulsion_export.scales import Side
 
-MANIFEST_FILE = "propulsion.json"
+MANIFEST_FILE: Literal["propulsion.json"] = "propulsion.json"
 SCHEMA_VERSION = 1
 GRAPH_FILE = "model.onnx"
 ENGINE_FILE = "model.engine"
 ADAPTERS = "adapters"
+DEFAULT_OPSET = 20  # the newest that every TensorRT engine builds from
 BASE_NAME = "base"  # no adapter: the base model; no adapter may be called so
 BASE_FEEDS = f"{ADAPTERS}/{BASE_NAME}.safetensors"
+
+# A file's name may have 255 bytes; the rest is for `.0123456789ab.safetensors` and the like.
+_LONGEST_NAME = 200
 
 SCALES_INPUT = "propulsion_scales"
 BIASES_INPUT = "propulsion_biases"
@@ -33,6 +37,15 @@ PACKED_INPUTS = (SCALES_INPUT, BIASES_INPUT, MODULES_INPUT)
 Kind = Literal["merged", "onnx", "engine"]
 Mode = Literal["folded", "switchable"]
 Dtype = Literal["float32", "float16", "bfloat16"]
+Task = Literal[
+    "feature-extraction",
+    "text-classification",
+    "token-classification",
+    "question-answering",
+    "fill-mask",
+    "text-generation",
+    "text2text-generation",
+]
 
 
 @dataclass(frozen=True)
@@ -120,7 +133,7 @@ class Manifest:
 
     kind: Kind
     mode: Mode
-    task: str
+    task: Task
     dtype: Dtype
     base: BaseEntry
     adapters: dict[str, AdapterEntry]
@@ -136,6 +149,17 @@ class Manifest:
         value = {"schema_version": SCHEMA_VERSION} | asdict(self)
         value["base"]["fingerprint"] = self.base.fingerprint.to_json()
         return json.dumps(value, indent=2) + "\n"
+
+
+def is_fit_name(name: str) -> bool:
+    """Whether an adapter may be called so: the name becomes a file's and is printed on one line."""
+    return (
+        name != BASE_NAME
+        and not name.startswith(".")
+        and not set(name) & set("/\\=")
+        and name.isprintable()
+        and 0 < len(name.encode()) <= _LONGEST_NAME
+    )
 
 
 def read_manifest(file: Path) -> Manifest:
@@ -172,10 +196,21 @@ def _contradictions(manifest: Manifest) -> list[str]:
     found = []
     if BASE_NAME in manifest.adapters:
         found.append(f"an adapter is called {BASE_NAME!r}, which means the base model")
+    found += [
+        f"an adapter is called {name!r}, which no file can be called"
+        for name in manifest.adapters
+        if name != BASE_NAME and not is_fit_name(name)
+    ]
     if (manifest.kind == "engine") != (manifest.engine is not None):
         found.append(f"engine is {manifest.engine!r} in an artifact of kind {manifest.kind!r}")
     if manifest.mode == "switchable" and manifest.kind == "merged":
         found.append("mode is 'switchable' in a merged checkpoint, expected 'folded'")
+    if manifest.mode == "switchable":
+        found += [
+            f"the adapter {name!r} has no file, expected what to feed for it"
+            for name, entry in manifest.adapters.items()
+            if not entry.file
+        ]
     if manifest.mode == "folded" and len(manifest.adapters) != 1:
         found.append(f"{len(manifest.adapters)} adapters are folded in, expected one")
     return found

@@ -5,30 +5,45 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal, get_args
 
 from propulsion_export.errors import UsageError
 
-# A directory may be replaced with `force` only when one of these says that we wrote it.
-MARKERS = ("propulsion.json", "adapter_config.json", "parity.json")
+# The file that says what a directory is: an artifact, an adapter, a report. With `force` each of
+# them replaces only its own kind.
+Marker = Literal["propulsion.json", "adapter_config.json", "parity.json"]
+MARKERS: tuple[Marker, ...] = get_args(Marker)
 
 
 @contextmanager
-def staged_directory(destination: Path, *, force: bool = False) -> Iterator[Path]:
+def staged_directory(
+    destination: Path,
+    *,
+    marker: Marker,
+    force: bool = False,
+    inputs: Iterable[Path | str] = (),
+) -> Iterator[Path]:
     """Yield an empty directory beside `destination`; on success it becomes `destination`.
 
     On failure, Ctrl-C included, it is removed and what stood at `destination` stays. A killed
     process leaves only a hidden `.NAME.partial-PID` behind, which the next call sweeps.
 
+    Args:
+        destination: what to make.
+        marker: the file that makes a directory one of the kind that is written, and which an
+            earlier output must have to be replaced.
+        force: replace an earlier output.
+        inputs: what the output is made from, so that it is never written over.
+
     Raises:
-        UsageError: `destination` exists and is not empty and `force` is off; it was not written by
-            this tool; its parent cannot be written to; the disk is full.
+        UsageError: as `check_replaceable` says; the disk is full.
     """
     destination = destination.expanduser().resolve()
     with _disk_errors_in_words(destination, _FULL | _FORBIDDEN):
-        check_replaceable(destination, force=force)
+        check_replaceable(destination, marker=marker, force=force, inputs=inputs)
         destination.parent.mkdir(parents=True, exist_ok=True)
         partial = _aside(destination, "partial")
         partial.mkdir()
@@ -37,27 +52,51 @@ def staged_directory(destination: Path, *, force: bool = False) -> Iterator[Path
             yield partial
             _open_to_readers(partial)
             _sync(partial)
-            _move_into_place(partial, destination, force=force)
+            _move_into_place(partial, destination, marker, force=force)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def check_replaceable(destination: Path, *, force: bool) -> None:
+def check_replaceable(
+    destination: Path, *, marker: Marker, force: bool, inputs: Iterable[Path | str] = ()
+) -> None:
     """Refuse a destination that holds something which must not be lost.
 
     Commands call it before long work, so that the refusal comes at once. What a killed process
     left is swept first: it may have moved an earlier output aside, which is given back.
 
     Raises:
-        UsageError: it exists, and is no empty directory, and `force` is off or would be unsafe.
+        UsageError: it exists, and is no empty directory, and `force` is off or it is not of the
+            kind that `marker` stands for; it is, holds or lies in one of the `inputs`; its parent
+            cannot be written to.
     """
     destination = destination.expanduser().resolve()
     with _disk_errors_in_words(destination, _FORBIDDEN):
         _sweep(destination)
-        _refuse_to_lose(destination, force=force)
+        _refuse_inputs(destination, inputs)
+        _refuse_to_lose(destination, marker, force=force)
 
 
-def _refuse_to_lose(destination: Path, *, force: bool) -> None:
+def _refuse_inputs(destination: Path, inputs: Iterable[Path | str]) -> None:
+    """Refuse to write over what is read; names that are no path here, as a hub's, are no matter."""
+    for given in inputs:
+        path = Path(given).expanduser()
+        if not str(given) or not os.path.lexists(path):  # unlike Path.exists() it never raises
+            continue
+        path = path.resolve()
+        if destination == path:
+            relation = "is an input of this command"
+        elif path.is_relative_to(destination):
+            relation = f"holds {path}, an input of this command"
+        else:
+            continue
+        raise UsageError(
+            f"{destination}: {relation}, expected a directory of its own",
+            remedy="Choose another directory.",
+        )
+
+
+def _refuse_to_lose(destination: Path, marker: Marker, *, force: bool) -> None:
     _refuse_unwritable(destination)
     if not destination.exists():
         return
@@ -75,10 +114,12 @@ def _refuse_to_lose(destination: Path, *, force: bool) -> None:
             f"{destination}: exists and is not empty, expected a new or empty directory",
             remedy="Choose another directory, or replace this one with --force.",
         )
-    if not any((destination / marker).is_file() for marker in MARKERS):
+    found = {known for known in MARKERS if (destination / known).is_file()}
+    if found != {marker}:
+        reason = f"holds {min(found - {marker})}" if found - {marker} else f"holds no {marker}"
         raise UsageError(
-            f"{destination}: holds none of {', '.join(MARKERS)}, so this tool did not write it "
-            "and --force does not replace it",
+            f"{destination}: {reason}, so this command did not write it and --force does not "
+            "replace it",
             remedy="Choose another directory.",
         )
     if Path.cwd().is_relative_to(destination):
@@ -124,9 +165,9 @@ def _aside(destination: Path, what: str) -> Path:
     return destination.with_name(f".{destination.name}.{what}-{os.getpid()}")
 
 
-def _move_into_place(partial: Path, destination: Path, *, force: bool) -> None:
+def _move_into_place(partial: Path, destination: Path, marker: Marker, *, force: bool) -> None:
     # Again, because another process may have written there while this one worked.
-    _refuse_to_lose(destination, force=force)
+    _refuse_to_lose(destination, marker, force=force)
     replaced = _aside(destination, "replaced")
     try:
         if destination.exists():
@@ -200,6 +241,7 @@ _FORBIDDEN = {
     errno.ENOTDIR: "a part of the path is a file",
     errno.EEXIST: "a part of the path is a file",
     errno.ENAMETOOLONG: "the name is too long",
+    errno.ENOENT: "nothing can be made here",
     errno.EISDIR: "is a directory, expected a file to write",
 }
 # numpy's tofile says it without an error number: `1000 requested and 10 written`.

@@ -64,6 +64,7 @@ def read_peft_directory(directory: Path) -> PeftDirectory:
         raise AdapterError(
             f"{directory / WEIGHTS_FILE}: holds no scale at all, expected one per module"
         )
+    _check_complete(directory, config, scales)
     biases = _strip(rest, BIAS_SUFFIX)
     _check_finite(directory, rest)
     _check_biases(directory, scales, biases)
@@ -157,7 +158,14 @@ def _propulsion_scales(
             )
     with np.errstate(over="ignore"):
         powers = {path: vector.astype(np.float64) ** degree for path, vector in vectors.items()}
-    _check_finite(directory, powers)
+    beyond = [
+        f"{directory / WEIGHTS_FILE}: {path} holds a vector whose power {degree:g} is beyond every "
+        "number"
+        for path, values in powers.items()
+        if not np.isfinite(values).all()
+    ]
+    if beyond:
+        raise AdapterError(*beyond, remedy="The training diverged; train again with a lower rate.")
     scales = {path: Scale(values) for path, values in powers.items()}
     rest = {key: values for key, values in tensors.items() if not key.endswith(VECTOR_SUFFIX)}
     return scales, rest
@@ -220,6 +228,19 @@ def _check_feedforward(directory: Path, config: Mapping[str, Any]) -> None:
             ) from error
     elif not _is_names(feedforward):
         raise AdapterError(f"{file}: feedforward_modules is no list of names")
+
+
+def _check_complete(
+    directory: Path, config: Mapping[str, Any], scales: Mapping[str, Scale]
+) -> None:
+    """A vector that got lost would leave its layer at 1, and no comparison could tell."""
+    expected = config.get("scaled_modules")
+    if expected is not None and expected != len(scales):
+        raise AdapterError(
+            f"{directory / WEIGHTS_FILE}: holds vectors for {len(scales)} modules, expected "
+            f"{_short(expected)} by {CONFIG_FILE}",
+            remedy="Copy or save the adapter again.",
+        )
 
 
 def _strip(tensors: Mapping[str, Array], suffix: str) -> dict[str, Array]:

@@ -20,6 +20,7 @@ _LOGGERS = (
     "onnx_ir",
     "peft",
     "datasets",
+    "huggingface_hub",
 )
 
 

@@ -7,6 +7,7 @@ import numpy as np
 from transformers import PretrainedConfig
 
 from propulsion_export.artifact import Tensors
+from propulsion_export.lengths import longest_input
 
 _LONGEST = 48
 _BATCHES, _ROWS = 4, 4
@@ -38,9 +39,7 @@ def parity_inputs(
 ) -> tuple[Tensors, ...]:
     """4 padded batches of 4 rows of random tokens, of 3 to `longest` tokens, 16 inputs in all."""
     chooser = np.random.default_rng(seed)
-    # RoBERTa's positions start behind the padding index, so not all of them are to be had.
-    room = int(getattr(config, "max_position_embeddings", _LONGEST)) - 4
-    longest = min(longest or _LONGEST, room)
+    longest = min(longest or _LONGEST, longest_input(config))
     return tuple(
         _batch(names, config, tuple(chooser.integers(3, longest + 1, _ROWS)), chooser)
         for _ in range(_BATCHES)
@@ -49,8 +48,34 @@ def parity_inputs(
 
 def text_inputs(names: tuple[str, ...], tokenizer: Any, texts: list[str], limit: int) -> Tensors:
     """Tokenized texts as one padded int64 batch [len(texts), longest], cut at `limit` tokens."""
-    encoded = tokenizer(
+    return tensors_of(names, encode_texts(names, tokenizer, texts, limit=limit))
+
+
+def tensors_of(names: tuple[str, ...], encoding: Any) -> Tensors:
+    """The arrays of an encoding that a model reads, int64 [rows, length]."""
+    return {name: encoding[name].astype(np.int64) for name in names}
+
+
+def encode_texts(
+    names: tuple[str, ...],
+    tokenizer: Any,
+    texts: list[str],
+    *,
+    limit: int,
+    contexts: list[str] | None = None,
+) -> Any:
+    """What the tokenizer makes of texts, as transformers' BatchEncoding of one padded batch.
+
+    Args:
+        names: of the arrays wanted.
+        tokenizer: of the model.
+        texts: one a row.
+        limit: in tokens; the longer of text and context is cut.
+        contexts: a second text for each row, where the answer to the first is looked for.
+    """
+    return tokenizer(
         texts,
+        contexts,
         truncation=True,
         max_length=limit,
         padding=True,
@@ -59,7 +84,6 @@ def text_inputs(names: tuple[str, ...], tokenizer: Any, texts: list[str], limit:
         return_attention_mask=True,
         return_tensors="np",
     )
-    return {name: encoded[name].astype(np.int64) for name in names}
 
 
 def _batch(

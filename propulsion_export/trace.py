@@ -13,9 +13,8 @@ from transformers import PreTrainedModel
 
 from propulsion_export.artifact import Tensors
 from propulsion_export.errors import ToolError, UnavailableError
+from propulsion_export.manifest import DEFAULT_OPSET
 from propulsion_export.quiet import quiet
-
-DEFAULT_OPSET = 20  # the newest that every TensorRT engine builds from
 
 
 def trace(model: PreTrainedModel, inputs: Tensors, *, opset: int = DEFAULT_OPSET) -> ir.Model:

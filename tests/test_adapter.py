@@ -222,6 +222,7 @@ def test_the_file_format_is_exactly_this(tmp_path):
         "base_model_name_or_path": "some/base",
         "base_fingerprint": {"dtype": "float32", "entries": {"w": [0.5] * 8}},
         "labels": ["only"],
+        "scaled_modules": 2,
         "task_type": "SEQ_CLS",
         "inference_mode": True,
     }
@@ -613,7 +614,8 @@ def test_only_an_adapter_that_changes_nothing_is_the_identity():
 
     assert an_adapter(scales=ones, biases={}, modules={}).is_identity()
     assert not an_adapter(scales=ones, modules={}).is_identity()
-    assert not an_adapter(scales=ones, biases={}).is_identity()
+    # A head alone is none of the method's doing.
+    assert an_adapter(scales=ones, biases={}).is_identity()
     nearly = ones | {DENSE: Scale(np.nextafter([1.0], 2))}
     assert not an_adapter(scales=nearly, biases={}, modules={}).is_identity()
 
@@ -625,3 +627,13 @@ def test_reading_changes_nothing_on_disk(tmp_path):
 
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     assert set(load_file(tmp_path / WEIGHTS)) == set(tensors_of())
+
+
+def test_a_lost_vector_is_noticed(tmp_path):
+    an_adapter().write(tmp_path)
+    weights = load_file(tmp_path / WEIGHTS)
+    del weights[f"base_model.model.{DENSE}.propulsion_z"]
+    save_file(weights, tmp_path / WEIGHTS)
+
+    with pytest.raises(AdapterError, match="holds vectors for 1 modules, expected 2 by"):
+        Adapter.read(tmp_path)

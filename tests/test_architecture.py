@@ -18,6 +18,7 @@ LAYERS = [
         "adapter",
         "artifact",
         "layout",
+        "lengths",
         "machine",
         "quiet",
         "folding_rules",

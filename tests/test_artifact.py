@@ -3,6 +3,7 @@ import string
 import subprocess
 import sys
 from dataclasses import replace
+from typing import get_args
 
 import ml_dtypes
 import numpy as np
@@ -23,7 +24,9 @@ from propulsion_export.manifest import (
     EngineEntry,
     Manifest,
     Slot,
+    Task,
     TensorSpec,
+    is_fit_name,
 )
 
 MANIFEST = "propulsion.json"
@@ -54,6 +57,13 @@ SWITCHABLE = replace(
     adapters={"topic": AdapterEntry("sha256:00", "adapters/topic", 3, TOPIC, ("no", "yes"))},
     layout={SCALES_INPUT: (Slot("a", 0, 2, (2,)), Slot("b", 2, 1, (1,), "input"))},
 )
+# What an artifact of each kind cannot be without, the model first.
+MODEL_FILES = {
+    "onnx": ("model.onnx",),
+    "engine": ("model.engine",),
+    "merged": ("model.safetensors", "config.json"),
+}
+OTHER = {"digest": "", "source": "", "size": 0, "file": TOPIC}
 
 
 def write_folded(directory):
@@ -148,6 +158,7 @@ def test_the_manifest_on_disk_is_exactly_this(switchable):
         "base": {
             "source": "some/base",
             "fingerprint": {"dtype": "float32", "entries": {"weight": [0.5] * 8}},
+            "labels": None,
         },
         "adapters": {
             "topic": {
@@ -188,8 +199,9 @@ def test_a_digest_is_that_of_sha256(tmp_path):
     )
 
 
-names = st.text(string.ascii_letters + '._-äß\u2028"\\', min_size=1, max_size=6).filter(
-    lambda name: name != "base"
+names = st.text(string.ascii_letters + '._-äß\u2028"\\', min_size=1, max_size=6)
+adapter_names = st.text(string.ascii_letters + "._-äß\"' ", min_size=1, max_size=6).filter(
+    is_fit_name
 )
 texts = st.text(max_size=6)
 fingerprints = st.builds(
@@ -223,6 +235,7 @@ entries = st.builds(
     digest=texts,
     source=texts,
     size=st.integers(0),
+    file=st.just(TOPIC),
     labels=st.none() | st.lists(texts).map(tuple),
 )
 
@@ -248,11 +261,13 @@ def manifests(draw):
     return Manifest(
         kind=kind,
         mode=mode,
-        task=draw(texts),
+        task=draw(st.sampled_from(get_args(Task))),
         dtype=draw(st.sampled_from(["float32", "float16", "bfloat16"])),
         base=BaseEntry(draw(texts), draw(fingerprints)),
         adapters=draw(
-            st.dictionaries(names, entries, min_size=1, max_size=1 if mode == "folded" else 3)
+            st.dictionaries(
+                adapter_names, entries, min_size=1, max_size=1 if mode == "folded" else 3
+            )
         ),
         inputs=tuple(draw(st.lists(specs, max_size=2))),
         outputs=tuple(draw(st.lists(specs, max_size=2))),
@@ -266,10 +281,15 @@ def manifests(draw):
 @given(manifests())
 def test_every_manifest_comes_back_as_it_was(tmp_path_factory, manifest):
     directory = tmp_path_factory.mktemp("artifact")
+    (directory / "adapters").mkdir()
+    for name in (*MODEL_FILES[manifest.kind], BASE_FEEDS, TOPIC):
+        (directory / name).write_bytes(b"1")
 
     Artifact.write(directory, manifest)
 
-    assert Artifact.read(directory).manifest == manifest
+    read = Artifact.read(directory).manifest
+    assert replace(read, files={}) == manifest
+    assert read.files.keys() == {*MODEL_FILES[manifest.kind], BASE_FEEDS, TOPIC}
 
 
 # Refusals
@@ -377,8 +397,9 @@ def test_a_missing_field_is_refused(switchable, path):
         (("kind",), ["onnx"], "manifest.kind is"),
         (("mode",), "bank", "manifest.mode is 'bank', expected one of folded, switchable"),
         (("dtype",), "float64", "manifest.dtype is 'float64'"),
-        (("task",), 1, "manifest.task is 1, expected str"),
-        (("task",), None, "manifest.task is None, expected str"),
+        (("task",), 1, "manifest.task is 1, expected one of feature-extraction, text-"),
+        (("task",), None, "manifest.task is None, expected one of"),
+        (("task",), "text-classificatoin", "manifest.task is 'text-classificatoin', expected one"),
         (("base",), "some/base", "manifest.base is 'some/base', expected dict"),
         (("base", "source"), 1, "manifest.base.source is 1, expected str"),
         (("base", "fingerprint"), {"dtype": "float32"}, "entries"),
@@ -431,14 +452,14 @@ def test_a_value_of_the_wrong_kind_is_refused(switchable, path, value, match):
         (("mode",), "folded", "2 adapters are folded in, expected one"),
         (
             ("adapters", "base"),
-            {"digest": "", "source": "", "size": 0},
+            OTHER,
             "an adapter is called 'base', which means the base model",
         ),
     ],
     ids=lambda value: str(value)[:50],
 )
 def test_a_manifest_that_contradicts_itself_is_refused(switchable, path, value, match):
-    change(switchable, "adapters", "other", to={"digest": "", "source": "", "size": 0})
+    change(switchable, "adapters", "other", to=OTHER)
     Artifact.read(switchable)
 
     change(switchable, *path, to=value)
@@ -450,6 +471,7 @@ def test_an_engine_entry_belongs_to_an_engine(folded):
     written = Artifact.write(folded, replace(FOLDED, engine=ENGINE))
 
     refused(written.directory, "in an artifact of kind 'onnx'")
+    (folded / "model.engine").write_bytes(b"engine")
     Artifact.write(folded, replace(FOLDED, kind="engine", engine=ENGINE))
     assert Artifact.read(folded).manifest.engine == ENGINE
 
@@ -538,10 +560,72 @@ def test_all_damaged_files_are_named_at_once(switchable):
     assert len(caught.value.findings) == 2
 
 
-def test_files_that_the_manifest_does_not_name_are_nobodys_business(folded):
-    (folded / "notes.txt").write_text("mine")
+@pytest.mark.parametrize(
+    "name", ["notes.txt", "README.md", "adapters/left.safetensors", ".model.onnx.partial-1"]
+)
+def test_files_that_nobody_loads_are_nobodys_business(switchable, name):
+    (switchable / name).write_text("mine")
 
-    Artifact.read(folded)
+    Artifact.read(switchable)
+
+
+@pytest.mark.parametrize("kind", MODEL_FILES)
+def test_digests_cannot_be_switched_off(tmp_path, kind):
+    """Without them whoever changes a weight would go unnoticed."""
+    for name in (*MODEL_FILES[kind], "tokenizer.json"):
+        (tmp_path / name).write_bytes(b"1")
+    engine = ENGINE if kind == "engine" else None
+    written = Artifact.write(tmp_path, replace(FOLDED, kind=kind, engine=engine))
+    Artifact.read(tmp_path)
+
+    for name in (*MODEL_FILES[kind], "tokenizer.json"):
+        written.with_manifest(written.manifest)
+        change(tmp_path, "files", name, drop=True)
+        refused(tmp_path, f"{name}: has no digest in the manifest")
+    change(tmp_path, "files", to={})
+    refused(tmp_path, "has no digest in the manifest")
+
+
+@pytest.mark.parametrize("kind", MODEL_FILES)
+def test_an_artifact_without_its_model_is_refused(tmp_path, kind):
+    engine = ENGINE if kind == "engine" else None
+    Artifact.write(tmp_path, replace(FOLDED, kind=kind, engine=engine))
+
+    refused(tmp_path, f"{MODEL_FILES[kind][0]}: is missing")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.onnx.data",
+        "model.onnx.data_1",
+        "config.json",
+        "more.safetensors",
+        "model.safetensors.index.json",
+        "model.engine",
+        "vocab.txt",
+        "tokenizer_config.json",
+    ],
+)
+def test_a_file_put_beside_the_model_is_refused(switchable, name):
+    (switchable / name).write_text("planted")
+
+    refused(switchable, f"{name}: has no digest in the manifest")
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".hidden", "a/b", "a\\b", "a=b", "a\nb", "a\u2028b", "x" * 201]
+)
+def test_an_adapters_name_that_no_file_can_have_is_refused(folded, name):
+    change(folded, "adapters", to={name: OTHER | {"file": None}})
+
+    refused(folded, "which no file can be called")
+
+
+@pytest.mark.parametrize("name", ["topic", "a b", "v1.2", "ä", "x" * 200, "BASE"])
+def test_ordinary_names_are_fit(name):
+    assert is_fit_name(name)
+    assert not is_fit_name("base")
 
 
 # Model files, feeds and the manifest alone
@@ -598,17 +682,19 @@ def test_a_folded_artifact_needs_no_feeds_and_has_no_other_adapter(folded):
             artifact.feeds(other)
 
 
-@pytest.mark.parametrize("adapter", ["topic", "base"])
-def test_an_adapter_without_a_file_to_feed_is_refused(switchable, adapter):
-    if adapter == "topic":
-        change(switchable, "adapters", "topic", "file", to=None)
-    else:
-        change(switchable, "files", BASE_FEEDS, drop=True)
+def test_an_adapter_without_a_file_to_feed_is_refused(switchable):
+    change(switchable, "adapters", "topic", "file", to=None)
 
-    artifact = Artifact.read(switchable)
+    refused(switchable, "the adapter 'topic' has no file, expected what to feed for it")
 
-    with pytest.raises(ArtifactError, match=f"what to feed for '{adapter}'"):
-        artifact.feeds(adapter)
+
+def test_feeds_of_the_base_model_that_are_not_recorded_are_refused(switchable):
+    change(switchable, "files", BASE_FEEDS, drop=True)
+    refused(switchable, "base.safetensors: has no digest in the manifest")
+
+    artifact = Artifact(switchable, replace(SWITCHABLE, files={}))
+    with pytest.raises(ArtifactError, match="what to feed for 'base'"):
+        artifact.feeds(None)
 
 
 def test_feeds_that_are_no_tensors_are_refused(switchable):

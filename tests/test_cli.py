@@ -16,6 +16,7 @@ from propulsion_export.artifact import Artifact
 from propulsion_export.cli import main
 from propulsion_export.cli.app import COMMANDS, app
 from propulsion_export.cli.console import Console, human_size, size_of
+from propulsion_export.cli.run import shown
 from propulsion_export.cli.verdict import exit_code, verdict_line
 from propulsion_export.errors import AdapterError, UnavailableError, UsageError
 from propulsion_export.fingerprint import Fingerprint
@@ -504,6 +505,21 @@ def test_there_are_lines_elsewhere(capsys):
     assert capsys.readouterr() == ("", "[ 10%] loading\n[ 50%] tracing\n")
 
 
+def test_counted_steps_are_told_every_5_percent_and_everything_else_always(capsys):
+    with Console(json=False, quiet=False).progress() as progress:
+        progress(0.1, "loaded")
+        for step in range(1, 1001):
+            progress(0.1 + 0.88 * step / 1000, f"step {step} of 1000")
+            if step % 100 == 0:
+                progress(0.1 + 0.88 * step / 1000, f"epoch {step // 100} of 10: accuracy 0.5")
+        progress(1.0, "wrote out")
+
+    lines = capsys.readouterr().err.splitlines()
+    assert [lines[0], lines[-1]] == ["[ 10%] loaded", "[100%] wrote out"]
+    assert sum("epoch" in line for line in lines) == 10
+    assert 5 <= sum("step" in line for line in lines) <= 20
+
+
 def test_quiet_has_no_progress_not_even_on_a_terminal(monkeypatch, capsys):
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
@@ -512,6 +528,30 @@ def test_quiet_has_no_progress_not_even_on_a_terminal(monkeypatch, capsys):
 
     assert terminal.getvalue() == ""
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("prediction", "told"),
+    [
+        ({"label": "cat", "score": 0.8765}, "cat (87.6%)"),
+        (
+            {"tokens": [{"word": w, "label": n, "score": 1.0} for w, n in ("aA", "bO")]},
+            "a/A b/O",
+        ),
+        (
+            {"answer": "a hill", "start": 3, "end": 9, "score": 0.5},
+            "a hill (50.0%, characters 3 to 9)",
+        ),
+        ({"filled": ["a", "b"]}, "a, b"),
+        (
+            {"embedding": [0.25, -1.0, 0.5, 2.0, 3.0]},
+            "0.25 -1 0.5 2 ... (5 numbers, --json has them all)",
+        ),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_prediction_is_told_in_words(prediction, told):
+    assert shown(prediction) == told
 
 
 def test_a_table_is_never_cut_and_reads_no_markup(capsys):

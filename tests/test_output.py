@@ -17,6 +17,8 @@ from propulsion_export import output
 from propulsion_export.errors import ToolError, UsageError
 from propulsion_export.output import MARKERS, check_replaceable, replace_file, staged_directory
 
+ADAPTER = "adapter_config.json"
+
 
 def content_of(directory):
     return {
@@ -47,7 +49,7 @@ def dead_process():
 def test_the_output_appears_only_when_it_is_whole(tmp_path):
     out = tmp_path / "new" / "out"
 
-    with staged_directory(out) as staged:
+    with staged_directory(out, marker=ADAPTER) as staged:
         (staged / "deep").mkdir()
         (staged / "deep" / "a").write_bytes(b"1")
         assert not out.exists()
@@ -67,7 +69,7 @@ def test_a_failure_leaves_nothing_and_the_old_content(tmp_path, error, force):
     before = content_of(tmp_path)
 
     def work():
-        with staged_directory(out, force=force) as staged:
+        with staged_directory(out, force=force, marker=ADAPTER) as staged:
             (staged / "half").write_bytes(b"1")
             raise error
 
@@ -90,7 +92,10 @@ def test_an_interrupt_between_the_two_renames_gives_the_old_back(tmp_path, monke
         return real(self, target)
 
     monkeypatch.setattr(Path, "rename", rename)
-    with pytest.raises(KeyboardInterrupt), staged_directory(out, force=True) as staged:
+    with (
+        pytest.raises(KeyboardInterrupt),
+        staged_directory(out, force=True, marker=ADAPTER) as staged,
+    ):
         (staged / "new").write_bytes(b"1")
 
     assert calls[0] == "out"
@@ -102,7 +107,7 @@ def test_an_empty_directory_is_filled_without_force(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
 
-    with staged_directory(out) as staged:
+    with staged_directory(out, marker=ADAPTER) as staged:
         (staged / "a").write_bytes(b"1")
 
     assert content_of(tmp_path) == {"out/a": b"1"}
@@ -112,7 +117,7 @@ def test_a_link_to_a_directory_is_written_through(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "out").symlink_to("elsewhere")
 
-    with staged_directory(tmp_path / "out") as staged:
+    with staged_directory(tmp_path / "out", marker=ADAPTER) as staged:
         (staged / "a").write_bytes(b"1")
 
     assert content_of(tmp_path / "elsewhere") == {"a": b"1"}
@@ -122,7 +127,7 @@ def test_a_link_to_a_directory_is_written_through(tmp_path):
 def test_files_and_directories_have_ordinary_modes(tmp_path):
     old = os.umask(0o022)
     try:
-        with staged_directory(tmp_path / "out") as staged:
+        with staged_directory(tmp_path / "out", marker=ADAPTER) as staged:
             replace_file(staged / "a", b"1")
             (staged / "b").write_bytes(b"1")
     finally:
@@ -135,7 +140,7 @@ def test_files_and_directories_have_ordinary_modes(tmp_path):
 def test_a_strict_umask_is_respected(tmp_path):
     old = os.umask(0o077)
     try:
-        with staged_directory(tmp_path / "out") as staged:
+        with staged_directory(tmp_path / "out", marker=ADAPTER) as staged:
             replace_file(staged / "a", b"1")
     finally:
         os.umask(old)
@@ -153,7 +158,7 @@ def test_everything_is_on_the_disk_before_it_appears(tmp_path, monkeypatch):
         flushed.append(os.fstat(descriptor).st_ino)
 
     monkeypatch.setattr(output.os, "fsync", fsync)
-    with staged_directory(out) as staged:
+    with staged_directory(out, marker=ADAPTER) as staged:
         (staged / "deep").mkdir()
         (staged / "deep" / "a").write_bytes(b"1")
         (staged / "link").symlink_to("gone")
@@ -172,7 +177,7 @@ def test_force_replaces_what_this_tool_wrote(tmp_path, marker):
     (out / marker).write_text("{}")
     (out / "old").write_text("1")
 
-    with staged_directory(out, force=True) as staged:
+    with staged_directory(out, force=True, marker=marker) as staged:
         (staged / "new").write_bytes(b"2")
 
     assert content_of(out) == {"new": b"2"}
@@ -183,8 +188,8 @@ def refused(destination, match, *, force):
     """The refusal comes from the check and from the context, before anything is written."""
     top = destination.parent
     before = content_of(top), sorted(top.iterdir())
-    early = functools.partial(check_replaceable, destination, force=force)
-    for attempt in (early, staged_directory(destination, force=force).__enter__):
+    early = functools.partial(check_replaceable, destination, marker=ADAPTER, force=force)
+    for attempt in (early, staged_directory(destination, force=force, marker=ADAPTER).__enter__):
         with pytest.raises(UsageError, match=match) as caught:
             attempt()
         assert caught.value.exit_code == 2
@@ -204,7 +209,77 @@ def test_a_strangers_directory_is_refused_even_with_force(tmp_path):
     (out / "deep" / "propulsion.json").write_bytes(b"1")
     (out / "adapter_config.json").mkdir()
 
-    refused(out, "this tool did not write it", force=True)
+    refused(out, "this command did not write it", force=True)
+
+
+@pytest.mark.parametrize("wanted", MARKERS)
+@pytest.mark.parametrize("found", MARKERS)
+def test_force_replaces_its_own_kind_only(tmp_path, wanted, found):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / found).write_text("{}")
+
+    if wanted == found:
+        check_replaceable(out, marker=wanted, force=True)
+        (out / min(set(MARKERS) - {found})).write_text("{}")  # of two kinds: nothing of ours
+    with pytest.raises(UsageError, match="--force does not replace it") as caught:
+        check_replaceable(out, marker=wanted, force=True)
+
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize(
+    ("destination", "given", "words"),
+    [
+        ("a", "a", "is an input of this command"),
+        ("a", "link", "is an input of this command"),
+        ("link", "a", "is an input of this command"),
+        ("a", "a/deep/data.csv", "holds .*data.csv, an input"),
+        ("a", "link/deep", "holds .*deep, an input"),
+        ("a/../a", "b/../a", "is an input of this command"),
+    ],
+)
+def test_an_output_over_an_input_is_refused(tmp_path, destination, given, words, force):
+    ours(tmp_path / "a")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "a" / "deep").mkdir()
+    (tmp_path / "a" / "deep" / "data.csv").write_text("1")
+    (tmp_path / "link").symlink_to("a")
+    before = content_of(tmp_path)
+    output, inputs = tmp_path / destination, [tmp_path / "b", str(tmp_path / given)]
+    staged = staged_directory(output, marker=ADAPTER, force=force, inputs=inputs)
+
+    with pytest.raises(UsageError, match=words):
+        check_replaceable(output, marker=ADAPTER, force=force, inputs=inputs)
+    with pytest.raises(UsageError, match=words):
+        staged.__enter__()
+
+    assert content_of(tmp_path) == before
+
+
+def test_an_output_beside_its_inputs_is_no_matter(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ours(tmp_path / "a")
+    ours(tmp_path / "ab")
+
+    # The last two are no paths here: a model's name, and what no path can be.
+    for given in ("a", "ab/weights.json", "", "some/model", "x" * 300, "a\0b"):
+        check_replaceable(tmp_path / "ab", marker=ADAPTER, force=True, inputs=[given])
+
+
+@pytest.mark.parametrize("place", ["/proc/x", "/proc/deep/x"])
+def test_where_nothing_can_be_made_is_told_in_words(place):
+    if not Path("/proc/self").exists():
+        pytest.skip("no /proc here")
+
+    with (
+        pytest.raises(UsageError, match=r"nothing (can be made|was written)|no permission"),
+        staged_directory(Path(place), marker=ADAPTER),
+    ):
+        pass
+    with pytest.raises(UsageError, match=r"nothing can be made here|no permission"):
+        replace_file(Path(place), b"1")
 
 
 @pytest.mark.parametrize("below", [".", "deep"])
@@ -228,7 +303,7 @@ def test_a_path_through_a_file_is_refused(tmp_path, below):
     (tmp_path / "file").write_bytes(b"1")
 
     with pytest.raises(UsageError, match="file: is a file, expected a directory"):
-        check_replaceable(tmp_path / below, force=False)
+        check_replaceable(tmp_path / below, force=False, marker=ADAPTER)
     with pytest.raises(UsageError, match="a part of the path is a file"):
         replace_file(tmp_path / below, b"1")
 
@@ -239,7 +314,7 @@ def test_a_path_through_a_file_is_refused(tmp_path, below):
 def test_a_name_that_is_too_long_is_refused(tmp_path, force):
     with (
         pytest.raises(UsageError, match="the name is too long"),
-        staged_directory(tmp_path / ("x" * 300), force=force),
+        staged_directory(tmp_path / ("x" * 300), force=force, marker=ADAPTER),
     ):
         pass
 
@@ -250,7 +325,7 @@ def test_what_another_process_wrote_meanwhile_is_not_replaced(tmp_path):
     out = tmp_path / "out"
 
     def work():
-        with staged_directory(out) as staged:
+        with staged_directory(out, marker=ADAPTER) as staged:
             (staged / "mine").write_bytes(b"1")
             ours(out, b"theirs")
 
@@ -269,7 +344,7 @@ WRITER = textwrap.dedent(
     from pathlib import Path
     from propulsion_export.output import staged_directory
 
-    with staged_directory(Path(sys.argv[1]), force=True) as staged:
+    with staged_directory(Path(sys.argv[1]), force=True, marker="adapter_config.json") as staged:
         (staged / "adapter_config.json").write_text("{}")
         with (staged / "weights").open("wb") as file:
             file.write(b"half")
@@ -297,7 +372,7 @@ def test_a_killed_process_leaves_nothing_that_looks_finished(tmp_path, replacing
     if replacing:
         assert content_of(out)["weights"] == b"old"
 
-    with staged_directory(out, force=True) as staged:
+    with staged_directory(out, force=True, marker=ADAPTER) as staged:
         (staged / "weights").write_bytes(b"whole")
     assert content_of(tmp_path) == {"out/weights": b"whole"}
     assert list(tmp_path.iterdir()) == [out]
@@ -311,7 +386,7 @@ def test_the_next_call_gives_back_what_a_killed_one_moved_aside(tmp_path, force)
     (tmp_path / f".out.partial-{killed}" / "weights").write_bytes(b"maybe half")
 
     error = RuntimeError if force else UsageError
-    with pytest.raises(error), staged_directory(out, force=force):
+    with pytest.raises(error), staged_directory(out, force=force, marker=ADAPTER):
         raise RuntimeError
 
     assert content_of(tmp_path) == {"out/adapter_config.json": b"{}", "out/weights": b"old"}
@@ -322,7 +397,7 @@ def test_the_early_check_gives_it_back_before_hours_of_work(tmp_path):
     ours(tmp_path / f".out.replaced-{dead_process()}")
 
     with pytest.raises(UsageError, match="not empty"):
-        check_replaceable(tmp_path / "out", force=False)
+        check_replaceable(tmp_path / "out", force=False, marker=ADAPTER)
 
     assert (tmp_path / "out" / "weights").read_bytes() == b"old"
 
@@ -332,7 +407,7 @@ def test_an_old_output_left_after_the_new_one_came_is_removed(tmp_path):
     ours(tmp_path / f".out.replaced-{dead_process()}", b"old")
 
     with pytest.raises(UsageError):
-        check_replaceable(out, force=False)
+        check_replaceable(out, force=False, marker=ADAPTER)
 
     assert list(tmp_path.iterdir()) == [out]
     assert (out / "weights").read_bytes() == b"new"
@@ -343,7 +418,7 @@ def test_what_a_living_process_is_writing_is_not_swept(tmp_path):
     busy = tmp_path / f".out.partial-{other.pid}"
     busy.mkdir()
     try:
-        with staged_directory(tmp_path / "out"):
+        with staged_directory(tmp_path / "out", marker=ADAPTER):
             pass
         assert busy.is_dir()
     finally:
@@ -366,7 +441,7 @@ def test_other_names_are_not_swept(tmp_path, name):
     kept = tmp_path / name.replace("PID", str(dead_process()))
     kept.mkdir()
 
-    with staged_directory(tmp_path / "out"):
+    with staged_directory(tmp_path / "out", marker=ADAPTER):
         pass
 
     assert kept.is_dir()
@@ -464,7 +539,7 @@ def test_a_read_only_disk_is_told_before_the_work(small_disk):
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
 
     with pytest.raises(UsageError, match="no permission to write here"):
-        check_replaceable(small_disk / "deep" / "out", force=False)
+        check_replaceable(small_disk / "deep" / "out", force=False, marker=ADAPTER)
     with pytest.raises(UsageError, match="the file system is read-only"):
         replace_file(small_disk / "a", b"1")
 
@@ -499,7 +574,10 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_content(small_disk, write, r
         ours(out)
     before = content_of(small_disk)
 
-    with pytest.raises(UsageError) as caught, staged_directory(out, force=True) as staged:
+    with (
+        pytest.raises(UsageError) as caught,
+        staged_directory(out, force=True, marker=ADAPTER) as staged,
+    ):
         write(staged)
 
     assert caught.value.exit_code == 2
@@ -538,7 +616,7 @@ def test_a_mount_point_is_refused_before_the_work(small_disk, force):
     ],
 )
 def test_disk_errors_are_told_in_words_whoever_says_them(tmp_path, error, words):
-    with pytest.raises(UsageError, match=words), staged_directory(tmp_path / "out"):
+    with pytest.raises(UsageError, match=words), staged_directory(tmp_path / "out", marker=ADAPTER):
         raise error
 
 
@@ -551,7 +629,7 @@ def test_disk_errors_are_told_in_words_whoever_says_them(tmp_path, error, words)
     ],
 )
 def test_other_errors_of_the_work_keep_their_traceback(tmp_path, error):
-    with pytest.raises(type(error)) as caught, staged_directory(tmp_path / "out"):
+    with pytest.raises(type(error)) as caught, staged_directory(tmp_path / "out", marker=ADAPTER):
         raise error
 
     assert caught.value is error
@@ -561,18 +639,28 @@ def test_no_permission_to_write_is_told_before_the_work(tmp_path, monkeypatch):
     monkeypatch.setattr(output.os, "access", lambda path, mode: path != tmp_path)
 
     with pytest.raises(UsageError, match=f"{tmp_path}: no permission to write here"):
-        check_replaceable(tmp_path / "out", force=False)
-    check_replaceable(tmp_path.parent / "out", force=False)
+        check_replaceable(tmp_path / "out", force=False, marker=ADAPTER)
+    check_replaceable(tmp_path.parent / "out", force=False, marker=ADAPTER)
 
 
 @pytest.mark.parametrize(("umask", "rights"), [(0o022, 0o644), (0o027, 0o640)])
 def test_files_that_a_writer_made_private_are_opened_to_readers(umask, rights, tmp_path):
     before = os.umask(umask)
     try:
-        with staged_directory(tmp_path / "out") as directory:
+        with staged_directory(tmp_path / "out", marker=ADAPTER) as directory:
             safetensors.numpy.save_file({"scale": np.ones(2)}, directory / "one.safetensors")
             assert (directory / "one.safetensors").stat().st_mode & 0o777 == 0o600
     finally:
         os.umask(before)
 
     assert (tmp_path / "out" / "one.safetensors").stat().st_mode & 0o777 == rights
+
+
+def test_an_output_inside_an_input_loses_nothing_and_is_allowed(tmp_path):
+    ours(tmp_path / "a")
+    before = content_of(tmp_path)
+
+    with staged_directory(tmp_path / "a" / "new", marker=ADAPTER, inputs=[tmp_path / "a"]) as new:
+        (new / "one").write_text("1")
+
+    assert content_of(tmp_path) == before | {"a/new/one": b"1"}

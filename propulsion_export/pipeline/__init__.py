@@ -2,5 +2,6 @@
 
 `merging`, `exporting`, `building`, `verifying`, `predicting` and `adapters` are the commands'
 functions; `road` strings them together; `inputs` is what they start with, `running` picks
-runners, `oracle` is what PyTorch says.
+runners, `oracle` is what PyTorch says, `agreeing` holds a manifest against its graph,
+`describing` turns outputs into answers.
 """

@@ -1,10 +1,15 @@
 """`adapter add`, `remove`, `list`: change what a switchable artifact can switch to."""
 
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from safetensors.numpy import save
 
+from propulsion_export.adapter import Adapter
 from propulsion_export.artifact import Artifact, digest_of
 from propulsion_export.errors import ArtifactError, UsageError
 from propulsion_export.layout import check_range, pack
@@ -24,7 +29,8 @@ def add_adapter(
 ) -> Artifact:
     """Add an adapter, `NAME=DIR` or a directory, to a switchable artifact.
 
-    The artifact is whole at every moment: the manifest is replaced last.
+    The artifact is whole at every moment: the manifest is replaced last. Processes that change one
+    artifact do so one after the other.
 
     Raises:
         ArtifactError: the artifact is not switchable.
@@ -32,9 +38,14 @@ def add_adapter(
         BaseModelError: it was trained on another base model.
         UsageError: there is one of that name and `force` is off.
     """
-    read = _read_switchable(artifact)
     (new,) = read_adapters([adapter])
     check_identity(new)
+    with _locked(artifact):
+        return _add(artifact, new, source_of(adapter), allow_range=allow_range, force=force)
+
+
+def _add(artifact: Path, new: Adapter, source: str, *, allow_range: bool, force: bool) -> Artifact:
+    read = _read_switchable(artifact)
     if new.name in read.manifest.adapters and not force:
         raise UsageError(
             f"{artifact}: has an adapter {new.name!r} already",
@@ -50,7 +61,7 @@ def add_adapter(
         # Until the manifest is replaced the old file counts, so the new one lies beside it.
         file = f"{ADAPTERS}/{new.name}.{new.digest.removeprefix('sha256:')[:12]}.safetensors"
     replace_file(read.directory / file, save(feeds))
-    entry = AdapterEntry(new.digest, source_of(adapter), new.size, file, new.labels)
+    entry = AdapterEntry(new.digest, source, new.size, file, new.labels)
     changed = replace(
         read.manifest,
         adapters=read.manifest.adapters | {new.name: entry},
@@ -66,8 +77,13 @@ def remove_adapter(artifact: Path, name: str) -> Artifact:
         ArtifactError: the artifact is not switchable.
         UsageError: it has no adapter of that name, or no other.
     """
-    read = _read_switchable(artifact)
     check_name(name)
+    with _locked(artifact):
+        return _remove(artifact, name)
+
+
+def _remove(artifact: Path, name: str) -> Artifact:
+    read = _read_switchable(artifact)
     entries = dict(read.manifest.adapters)
     if name not in entries:
         raise UsageError(
@@ -77,6 +93,35 @@ def remove_adapter(artifact: Path, name: str) -> Artifact:
         raise UsageError(f"{artifact}: {name!r} is its only adapter and is not removed")
     del entries[name]
     return _commit(read, replace(read.manifest, adapters=entries))
+
+
+@contextmanager
+def _locked(artifact: Path) -> Iterator[None]:
+    """Let no other process change the artifact meanwhile.
+
+    The lock is on the directory itself, so that none is left behind, not even by a killed process.
+
+    Raises:
+        ArtifactError: there is no such directory, or its file system has no locks.
+    """
+    try:
+        descriptor = os.open(artifact.expanduser(), os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise ArtifactError(
+            f"{artifact}: cannot be opened ({error.strerror}), expected an artifact directory"
+        ) from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    except OSError as error:
+        os.close(descriptor)
+        raise ArtifactError(
+            f"{artifact}: cannot be locked ({error.strerror})",
+            remedy="Change a copy of it on a local disk.",
+        ) from error
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _commit(before: Artifact, manifest: Manifest) -> Artifact:

@@ -5,6 +5,7 @@ from pathlib import Path
 from propulsion_export.artifact import Artifact
 from propulsion_export.engine import BuildOptions, build_engine
 from propulsion_export.errors import ArtifactError
+from propulsion_export.manifest import MANIFEST_FILE
 from propulsion_export.output import check_replaceable, staged_directory
 from propulsion_export.pipeline.inputs import Progress, silent
 
@@ -29,14 +30,14 @@ def build(
     Raises:
         PropulsionExportError: as its subclasses say; nothing is left at `output` then.
     """
-    check_replaceable(output, force=force)
+    check_replaceable(output, marker=MANIFEST_FILE, force=force, inputs=[artifact])
     read = Artifact.read(artifact)
     if read.manifest.kind != "onnx":
         raise ArtifactError(
             f"{artifact}: is a {read.manifest.kind} artifact, expected an ONNX export",
             remedy="`propulsion-export onnx` makes one.",
         )
-    with staged_directory(output, force=force) as directory:
+    with staged_directory(output, marker=MANIFEST_FILE, force=force) as directory:
         manifest = build_engine(read, directory, options, lambda m: progress(0.5, m))
         Artifact.write(directory, manifest)
     progress(1.0, f"wrote {output}")

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -16,6 +16,8 @@ from propulsion_export.manifest import (
     ADAPTERS,
     BASE_NAME,
     BIASES_INPUT,
+    DEFAULT_OPSET,
+    MANIFEST_FILE,
     MODULES_INPUT,
     SCALES_INPUT,
     AdapterEntry,
@@ -24,6 +26,7 @@ from propulsion_export.manifest import (
     Manifest,
     Mode,
     Slot,
+    Task,
 )
 from propulsion_export.output import check_replaceable, staged_directory
 from propulsion_export.pipeline.inputs import (
@@ -44,8 +47,6 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from propulsion_export.base import Base
-
-DEFAULT_OPSET = 20
 
 
 def export_onnx(
@@ -84,10 +85,11 @@ def export_onnx(
     """
     import torch
 
-    check_replaceable(output, force=force)
     adapters = read_adapters(adapter)
     _check_count(adapters, mode)
     source = base_source(model, adapters)
+    inputs = (*map(source_of, adapter), source)
+    check_replaceable(output, marker=MANIFEST_FILE, force=force, inputs=inputs)
     progress(0.05, f"loading {source}")
     base, fingerprint = _load(source, task, adapters, trust_remote_code)
     wanted = base.model.dtype if dtype == "keep" else getattr(torch, dtype)
@@ -102,7 +104,7 @@ def export_onnx(
                 check_range(each, name)
         made = _switchable(base, adapters, wanted, opset=opset)
     progress(0.8, f"writing {output}")
-    with staged_directory(output, force=force) as directory:
+    with staged_directory(output, marker=MANIFEST_FILE, force=force, inputs=inputs) as directory:
         _write(made, base, directory, name)
         entries = {
             read.name: AdapterEntry(
@@ -116,16 +118,16 @@ def export_onnx(
         }
         from propulsion_export.graph.finishing import signature
 
-        inputs, outputs = signature(made.program)
+        graph_inputs, graph_outputs = signature(made.program)
         manifest = Manifest(
             kind="onnx",
             mode=mode,
-            task=base.task,
+            task=cast(Task, base.task),
             dtype=name,
             base=BaseEntry(source, fingerprint, _default_labels(base, adapters, mode)),
             adapters=entries,
-            inputs=inputs,
-            outputs=outputs,
+            inputs=graph_inputs,
+            outputs=graph_outputs,
             layout=dict(made.layout),
             tools=tool_versions(),
         )
@@ -257,8 +259,7 @@ def _default_labels(
         return None
     if base.label_parameters & base.missing:
         return adapters[0].labels
-    names = base.model.config.id2label
-    return tuple(names[index] for index in range(len(names)))
+    return base.own_labels
 
 
 def _placeholder(layout: Layout) -> Adapter:

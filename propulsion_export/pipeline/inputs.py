@@ -10,7 +10,7 @@ import numpy as np
 from propulsion_export.adapter import Adapter
 from propulsion_export.errors import AdapterError, BaseModelError, DataError, UsageError
 from propulsion_export.fingerprint import Fingerprint
-from propulsion_export.manifest import BASE_NAME
+from propulsion_export.manifest import BASE_NAME, is_fit_name
 from propulsion_export.scales import Array
 
 # Told how far a verb has come: a share between 0 and 1, and what is being done.
@@ -30,12 +30,12 @@ def read_adapters(specifications: Sequence[str | Path]) -> list[Adapter]:
     """
     adapters: list[Adapter] = []
     for specification in specifications:
-        name, separator, path = str(specification).partition("=")
-        if separator and not Path(str(specification)).exists():
-            adapter = Adapter.read(path, check_name(name))
-        else:
-            adapter = Adapter.read(specification)
-            check_name(adapter.name)
+        name, directory = _split(specification)
+        adapter = Adapter.read(
+            directory, check_name(directory.absolute().name if name is None else name)
+        )
+        if adapter.base is not None:
+            adapter = replace(adapter, base=_beside(adapter.base, directory))
         if adapter.name in {other.name for other in adapters}:
             raise UsageError(
                 f"two adapters are called {adapter.name!r}, expected names of their own",
@@ -51,10 +51,14 @@ def check_name(name: str) -> str:
     Raises:
         UsageError: it is reserved, or no file could have it.
     """
-    if name == BASE_NAME or not name or set(name) & set("/\\=\0") or name.startswith("."):
+    if name == BASE_NAME:
         raise UsageError(
-            f"an adapter cannot be called {name!r}: {BASE_NAME!r} means the base model without "
-            "one, and the name becomes a file's",
+            f"an adapter cannot be called {name!r}, which means the base model without one",
+            remedy="Name it: -a NAME=DIR.",
+        )
+    if not is_fit_name(name):
+        raise UsageError(
+            f"an adapter cannot be called {name!r}, because the name becomes a file's",
             remedy="Name it: -a NAME=DIR.",
         )
     return name
@@ -62,9 +66,16 @@ def check_name(name: str) -> str:
 
 def source_of(specification: str | Path) -> str:
     """Where an adapter given as `DIR` or `NAME=DIR` lies, absolute."""
-    text = str(specification)
-    path = text if Path(text).exists() else text.partition("=")[2]
-    return str(Path(path).expanduser().resolve())
+    return str(_split(specification)[1].resolve())
+
+
+def _split(specification: str | Path) -> tuple[str | None, Path]:
+    """Name, if one is given, and directory; a directory that exists is one, `=` or not."""
+    whole = Path(specification).expanduser()
+    name, separator, path = str(specification).partition("=")
+    if separator and not whole.exists():
+        return name, Path(path).expanduser()
+    return None, whole
 
 
 def read_texts(file: Path) -> list[str]:
@@ -74,7 +85,8 @@ def read_texts(file: Path) -> list[str]:
         DataError: the file is missing, empty, or a line of it has no text.
     """
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        # Not splitlines(): it also cuts at U+2028, which JSON allows inside a text.
+        lines = file.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file}: cannot be read as text ({error})") from error
     lines = [line for line in lines if line.strip()]
@@ -107,7 +119,15 @@ def base_source(model: str | None, adapters: Sequence[Adapter]) -> str:
     if len(told) != 1:
         found = f"name the bases {', '.join(sorted(told))}" if told else "do not name a base model"
         raise UsageError(f"the adapters {found}, expected one", remedy="Give it with -m.")
-    return told.pop()
+    return absolute(told.pop())
+
+
+def _beside(base: str, directory: Path) -> str:
+    """A base model named by a relative path, found from here or from the adapter's place."""
+    for place in (Path(base), directory / base, directory.parent / base):
+        if (place / "config.json").is_file():
+            return str(place.resolve())
+    return base
 
 
 def absolute(source: str) -> str:
@@ -159,15 +179,15 @@ def without_scales(adapter: Adapter) -> Adapter:
 
 
 def check_identity(adapter: Adapter) -> None:
-    """Refuse an adapter that does nothing.
+    """Refuse an adapter whose layers do nothing: untrained, or lost on the way.
 
     Raises:
-        AdapterError: all its scales are one and it brings nothing else.
+        AdapterError: all its scales are one.
     """
     if adapter.is_identity():
         raise AdapterError(
-            f"adapter {adapter.name}: all its scales are 1 and it brings no bias and no head, so "
-            "it changes nothing",
+            f"adapter {adapter.name}: all its scales are 1 and no bias was trained, so it changes "
+            "nothing",
             remedy="Is this the trained adapter?",
         )
 

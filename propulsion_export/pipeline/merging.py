@@ -2,11 +2,12 @@
 
 import re
 from pathlib import Path
+from typing import cast
 
 from propulsion_export.artifact import Artifact
 from propulsion_export.errors import UsageError
 from propulsion_export.machine import tool_versions
-from propulsion_export.manifest import AdapterEntry, BaseEntry, Manifest
+from propulsion_export.manifest import MANIFEST_FILE, AdapterEntry, BaseEntry, Manifest, Task
 from propulsion_export.output import check_replaceable, staged_directory
 from propulsion_export.pipeline.inputs import (
     Progress,
@@ -59,11 +60,12 @@ def merge(
     from propulsion_export.fold.memory import check_untied
     from propulsion_export.fold.source import Checkpoint
 
-    check_replaceable(output, force=force)
     shard_size = parse_size(max_shard_size)
     (read,) = read_adapters([adapter])
-    check_identity(read)
     source = base_source(model, [read])
+    inputs = (source_of(adapter), source)
+    check_replaceable(output, marker=MANIFEST_FILE, force=force, inputs=inputs)
+    check_identity(read)
     config = base.read_config(source, trust_remote_code=trust_remote_code)
     task = base.resolve_task(task, config, [read])
     empty = base.load_empty(config, task, read, trust_remote_code=trust_remote_code)
@@ -74,7 +76,7 @@ def merge(
     check_untied(empty, read, untie=untie)
     wanted = None if dtype == "keep" else getattr(torch, dtype)
     progress(0.1, f"folding {read.size:,} scales into {source}")
-    with staged_directory(output, force=force) as directory:
+    with staged_directory(output, marker=MANIFEST_FILE, force=force, inputs=inputs) as directory:
         written = fold_checkpoint(
             checkpoint, empty, read, directory, dtype=wanted, max_shard_size=shard_size
         )
@@ -84,7 +86,7 @@ def merge(
         manifest = Manifest(
             kind="merged",
             mode="folded",
-            task=task,
+            task=cast(Task, task),
             dtype=name,  # type: ignore[arg-type]
             base=BaseEntry(source, fingerprint),
             adapters={

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from propulsion_export.adapter import Adapter
 from propulsion_export.artifact import Artifact, Tensors
 from propulsion_export.errors import BaseModelError, DataError, UsageError
+from propulsion_export.lengths import longest_input
 from propulsion_export.manifest import BASE_NAME, MODULES_INPUT
 from propulsion_export.parity.cases import Subject
 from propulsion_export.pipeline.inputs import (
@@ -93,7 +94,7 @@ def make_batches(
             f"{inputs}: has {len(texts)} texts, expected at least {FEWEST_INPUTS}: errors are "
             "pooled over them"
         )
-    limit = int(getattr(config, "max_position_embeddings", 512))
+    limit = longest_input(config, tokenizer)
     return tuple(
         text_inputs(names, tokenizer, texts[start : start + 4], limit)
         for start in range(0, len(texts), 4)

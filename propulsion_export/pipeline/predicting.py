@@ -1,16 +1,21 @@
 """`run`: predict with an artifact."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from propulsion_export.artifact import Artifact, Tensors
+from propulsion_export.artifact import Artifact, Runner
 from propulsion_export.errors import UsageError
+from propulsion_export.lengths import longest_input
 from propulsion_export.manifest import BASE_NAME
+from propulsion_export.pipeline.describing import Outcome, describe
 from propulsion_export.pipeline.inputs import read_texts
 from propulsion_export.pipeline.running import RunnerName, choose_runner, open_runner
+
+_ROWS = 32  # in a batch, at most: what an engine takes by default
+# Their predictions are spans of the text, which only a fast tokenizer can find again.
+_OF_SPANS = ("token-classification", "question-answering")
 
 
 def predict(
@@ -18,20 +23,26 @@ def predict(
     *,
     text: Sequence[str] = (),
     inputs: Path | None = None,
+    context: Sequence[str] = (),
     adapter: Sequence[str] = (),
     runner: RunnerName = "auto",
 ) -> list[dict[str, Any]]:
     """Predict for texts; one plain JSON value a text.
 
+    Beside `text` and `adapter` it has, by task: `label` and `score`; `tokens`, a list of `word`,
+    `label` and `score`; `answer`, `start`, `end` (characters of the context) and `score`;
+    `filled`, a word a mask; or `embedding`. A text longer than the model's positions is cut.
+
     Args:
         artifact: directory of a merged checkpoint, an ONNX export or an engine.
-        text: the texts.
+        text: the texts; for question answering, the questions.
         inputs: more of them, a line each (.txt) or JSONL with `text`.
+        context: where the answers stand, one for all questions or one for each.
         adapter: names, one for all texts or one for each; default: the only one, or the base model.
         runner: what runs it.
 
     Raises:
-        UsageError: there is no text, or another number of adapters than of texts.
+        UsageError: there is no text, or another number of adapters or contexts than of texts.
         ArtifactError: the artifact has no such adapter.
         UnavailableError: this machine cannot run it.
     """
@@ -39,69 +50,125 @@ def predict(
     texts = [*text, *(read_texts(inputs) if inputs else ())]
     if not texts:
         raise UsageError("no text is given, expected some", remedy="Give --text or --inputs.")
-    names = _one_each(read, adapter, len(texts))
+    names = _adapters(read, adapter, len(texts))
+    contexts = _contexts(read.manifest.task, context, len(texts))
+    encoder = _encoder(read)
     run = open_runner(read, choose_runner(read, runner))
     predictions: dict[int, dict[str, Any]] = {}
-    # One adapter for a whole batch: rows of the same adapter go together.
-    for name in dict.fromkeys(names):
-        rows = [index for index, other in enumerate(names) if other == name]
-        batch = _encode(read, [texts[row] for row in rows])
-        outputs = run({**batch, **read.feeds(name)})
-        for position, row in enumerate(rows):
-            predictions[row] = {
-                "text": texts[row],
-                "adapter": name or BASE_NAME,
-                **_describe(read, name, batch, outputs, position),
-            }
+    for name, rows in _batches(names):
+        batch = _Batch(name, [texts[row] for row in rows], [contexts[row] for row in rows])
+        told = (
+            {"text": texts[row], "adapter": name or BASE_NAME, **described}
+            for row, described in zip(rows, _run(read, run, encoder, batch), strict=True)
+        )
+        predictions.update(zip(rows, told, strict=True))
     return [predictions[row] for row in range(len(texts))]
 
 
-def _one_each(artifact: Artifact, given: Sequence[str], count: int) -> list[str | None]:
-    if len(given) > 1 and len(given) != count:
-        raise UsageError(f"{len(given)} adapters for {count} texts, expected one, or one each")
+@dataclass(frozen=True)
+class _Encoder:
+    """The artifact's tokenizer, the inputs its model reads, and how many tokens it takes."""
+
+    tokenizer: Any
+    names: tuple[str, ...]
+    limit: int
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Texts that are run together: all of one adapter."""
+
+    adapter: str | None
+    texts: list[str]
+    contexts: list[str | None]
+
+    @property
+    def sources(self) -> list[str]:
+        """The texts that predictions are spans of."""
+        pairs = zip(self.texts, self.contexts, strict=True)
+        return [text if context is None else context for text, context in pairs]
+
+
+def _adapters(artifact: Artifact, given: Sequence[str], count: int) -> Sequence[str | None]:
     if given:
-        return [*given] if len(given) == count else [given[0]] * count
+        return _one_each("adapters", given, count)
     known = artifact.manifest.adapters
     return [next(iter(known)) if len(known) == 1 else None] * count
 
 
-def _encode(artifact: Artifact, texts: list[str]) -> Tensors:
+def _contexts(task: str, given: Sequence[str], count: int) -> Sequence[str | None]:
+    if task == "question-answering":
+        if not given:
+            raise UsageError(
+                "question-answering: no context is given, expected the text that holds the answer",
+                remedy="Give --context.",
+            )
+        return _one_each("contexts", given, count)
+    if given:
+        raise UsageError(f"--context: is for question-answering, the artifact is for {task}")
+    return [None] * count
+
+
+def _one_each(what: str, given: Sequence[str], count: int) -> Sequence[str]:
+    if len(given) not in (1, count):
+        raise UsageError(f"{len(given)} {what} for {count} texts, expected one, or one each")
+    return given if len(given) == count else [given[0]] * count
+
+
+def _batches(names: Sequence[str | None]) -> Iterator[tuple[str | None, list[int]]]:
+    """The numbers of the rows that go together, by adapter: one is fed to a whole batch."""
+    for name in dict.fromkeys(names):
+        rows = [index for index, other in enumerate(names) if other == name]
+        for start in range(0, len(rows), _ROWS):
+            yield name, rows[start : start + _ROWS]
+
+
+def _encoder(artifact: Artifact) -> _Encoder:
     from propulsion_export.base import read_config, read_tokenizer
-    from propulsion_export.sampling import text_inputs
 
     tokenizer = read_tokenizer(artifact.directory)
     if tokenizer is None:
         raise UsageError(f"{artifact.directory}: has no tokenizer to read texts with")
+    if artifact.manifest.task in _OF_SPANS and not tokenizer.is_fast:
+        raise UsageError(
+            f"{artifact.directory}: has a tokenizer that cannot tell where in a text a token "
+            "stands, expected a fast tokenizer (tokenizer.json)"
+        )
     config = read_config(str(artifact.directory))
     names: tuple[str, ...] = ("input_ids", "attention_mask", "token_type_ids")
-    if artifact.manifest.inputs:
-        known = {spec.name for spec in artifact.manifest.inputs}
-        names = tuple(name for name in names if name in known)
-    limit = int(getattr(config, "max_position_embeddings", 512))
-    return text_inputs(names, tokenizer, texts, limit)
+    known = {spec.name for spec in artifact.manifest.inputs} or set(names)
+    if getattr(config, "type_vocab_size", 0) <= 1:
+        known -= {"token_type_ids"}  # a second text would be of a type that the model has not
+    names = tuple(name for name in names if name in known)
+    return _Encoder(tokenizer, names, longest_input(config, tokenizer))
 
 
-def _describe(
-    artifact: Artifact, name: str | None, batch: Tensors, outputs: Tensors, row: int
-) -> dict[str, Any]:
-    """What a person wants to know of one row's outputs, by task."""
-    task = artifact.manifest.task
-    length = int(batch["attention_mask"][row].sum()) if "attention_mask" in batch else None
-    if task == "text-classification":
-        return _best(outputs["logits"][row], _labels(artifact, name))
-    if task == "token-classification":
-        labels = _labels(artifact, name)
-        return {"tokens": [_best(token, labels) for token in outputs["logits"][row][:length]]}
-    if task == "question-answering":
-        return {
-            "start": int(outputs["start_logits"][row][:length].argmax()),
-            "end": int(outputs["end_logits"][row][:length].argmax()),
-        }
-    if task == "fill-mask":
-        return _fill(artifact, batch["input_ids"][row], outputs["logits"][row])
-    hidden = outputs["last_hidden_state"][row][:length].astype(np.float64)
-    mean = hidden.mean(axis=0)
-    return {"embedding": [round(float(value), 6) for value in mean]}
+def _run(
+    artifact: Artifact, run: Runner, encoder: _Encoder, batch: _Batch
+) -> Iterator[dict[str, Any]]:
+    """The predictions for a batch, in the order of its texts."""
+    from propulsion_export.sampling import encode_texts, tensors_of
+
+    contexts = [context for context in batch.contexts if context is not None]
+    encoding = encode_texts(
+        encoder.names,
+        encoder.tokenizer,
+        batch.texts,
+        limit=encoder.limit,
+        contexts=contexts or None,
+    )
+    tensors = tensors_of(encoder.names, encoding)
+    outputs = run({**tensors, **artifact.feeds(batch.adapter)})
+    for row, source in enumerate(batch.sources):
+        outcome = Outcome(
+            source=source,
+            tokens=encoding.encodings[row] if encoding.encodings else None,
+            ids=encoding["input_ids"][row],
+            mask=encoding["attention_mask"][row].astype(bool),
+            outputs={name: values[row] for name, values in outputs.items()},
+            labels=_labels(artifact, batch.adapter),
+        )
+        yield describe(artifact.manifest.task, outcome, encoder.tokenizer)
 
 
 def _labels(artifact: Artifact, name: str | None) -> Sequence[str] | None:
@@ -109,24 +176,3 @@ def _labels(artifact: Artifact, name: str | None) -> Sequence[str] | None:
     if name is None or name == BASE_NAME:
         return artifact.manifest.base.labels
     return entries[name].labels
-
-
-def _best(logits: Any, labels: Sequence[str] | None) -> dict[str, Any]:
-    """The likeliest class and its probability, among the adapter's own labels only."""
-    wide = np.asarray(logits, dtype=np.float64)[: len(labels) if labels else None]
-    shares = np.exp(wide - wide.max())
-    shares /= shares.sum()
-    best = int(shares.argmax())
-    return {
-        "label": labels[best] if labels else f"LABEL_{best}",
-        "score": round(float(shares[best]), 6),
-    }
-
-
-def _fill(artifact: Artifact, tokens: Any, logits: Any) -> dict[str, Any]:
-    from propulsion_export.base import read_tokenizer
-
-    tokenizer = read_tokenizer(artifact.directory)
-    places = [int(p) for p in np.flatnonzero(tokens == tokenizer.mask_token_id)]  # type: ignore[union-attr]
-    best = [tokenizer.decode([int(logits[place].argmax())]).strip() for place in places]  # type: ignore[union-attr]
-    return {"filled": best}

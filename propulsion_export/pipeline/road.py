@@ -7,13 +7,19 @@ from pathlib import Path
 from propulsion_export.artifact import Artifact
 from propulsion_export.engine import BuildOptions
 from propulsion_export.errors import UnavailableError
-from propulsion_export.manifest import Mode
-from propulsion_export.output import check_replaceable
+from propulsion_export.manifest import MANIFEST_FILE, Mode
+from propulsion_export.output import Marker, check_replaceable
 from propulsion_export.parity.report import ParityReport
 from propulsion_export.pipeline.building import build
 from propulsion_export.pipeline.exporting import export_onnx
-from propulsion_export.pipeline.inputs import Progress, silent
-from propulsion_export.pipeline.verifying import check_parity
+from propulsion_export.pipeline.inputs import (
+    Progress,
+    base_source,
+    read_adapters,
+    silent,
+    source_of,
+)
+from propulsion_export.pipeline.verifying import REPORT_FILE, check_parity
 
 
 @dataclass(frozen=True)
@@ -48,8 +54,10 @@ def export(
         PropulsionExportError: as the stages say.
     """
     parts = {name: output / name for name in ("onnx", "engine", "parity-onnx", "parity-engine")}
-    for part in parts.values():
-        check_replaceable(part, force=force)
+    inputs = (*map(source_of, adapter), base_source(model, read_adapters(adapter)))
+    for name, part in parts.items():
+        marker: Marker = REPORT_FILE if name.startswith("parity") else MANIFEST_FILE
+        check_replaceable(part, marker=marker, force=force, inputs=inputs)
     exported = export_onnx(
         adapter,
         parts["onnx"],

@@ -17,7 +17,7 @@ _REFERENCE_BYTES = 16 * 2**20
 REFERENCE_LENGTH = 8
 
 
-def open_runner(artifact: Artifact, name: str) -> Runner:
+def open_runner(artifact: Artifact, name: str, *, trust_remote_code: bool = False) -> Runner:
     """The artifact as a callable from tensors to tensors.
 
     Raises:
@@ -31,7 +31,12 @@ def open_runner(artifact: Artifact, name: str) -> Runner:
         from propulsion_export.base import load_base
 
         dtype = getattr(torch, artifact.manifest.dtype)
-        merged = load_base(str(artifact.directory), task=artifact.manifest.task, dtype=dtype)
+        merged = load_base(
+            str(artifact.directory),
+            task=artifact.manifest.task,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+        )
         merged.check_complete(())
         return runners.torch_runner(merged.model)
     if name == "reference":

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 from propulsion_export.adapter import Adapter
 from propulsion_export.artifact import Artifact
@@ -11,10 +12,12 @@ from propulsion_export.machine import tool_versions
 from propulsion_export.output import check_replaceable, staged_directory
 from propulsion_export.parity.cases import judge
 from propulsion_export.parity.report import Check, NotRun, ParityReport
+from propulsion_export.pipeline.agreeing import check_signature
 from propulsion_export.pipeline.inputs import (
     Progress,
     read_adapters,
     silent,
+    source_of,
 )
 from propulsion_export.pipeline.oracle import ask_torch, load_recorded_base, make_batches
 from propulsion_export.pipeline.running import (
@@ -22,6 +25,8 @@ from propulsion_export.pipeline.running import (
     choose_runner,
     open_runner,
 )
+
+REPORT_FILE: Literal["parity.json"] = "parity.json"
 
 
 def check_parity(
@@ -56,8 +61,15 @@ def check_parity(
             does not belong together. What this machine cannot run is in `report.not_run`.
     """
     if report is not None:
-        check_replaceable(report, force=force)
+        given = [path for path in (artifact, model, inputs) if path]
+        given += map(source_of, adapter)
+        check_replaceable(report, marker=REPORT_FILE, force=force, inputs=given)
     read = Artifact.read(artifact)
+    if report is not None:
+        recorded = [entry.source for entry in read.manifest.adapters.values()]
+        recorded.append(read.manifest.base.source)
+        check_replaceable(report, marker=REPORT_FILE, force=force, inputs=recorded)
+    check_signature(read)
     name = choose_runner(read, runner)
     adapters = _adapters(read, adapter)
     blank = ParityReport(
@@ -70,10 +82,7 @@ def check_parity(
         tools=tool_versions(),
     )
     try:
-        candidate = open_runner(read, name)
-    except UnavailableError as error:
-        verdict = replace(blank, not_run=(NotRun(f"{name} on {artifact}", str(error)),))
-    else:
+        candidate = open_runner(read, name, trust_remote_code=trust_remote_code)
         base = load_recorded_base(read, adapters, model, trust_remote_code=trust_remote_code)
         batches = make_batches(base, inputs, seed, short=name == "reference")
         subjects = ask_torch(read, base, adapters, batches, progress)
@@ -81,6 +90,8 @@ def check_parity(
         checks = judge(subjects, batches, candidate, read.manifest.dtype)
         rows = sum(len(next(iter(batch.values()))) for batch in batches)
         verdict = replace(blank, inputs=rows, checks=(*_labels(read, adapters), *checks))
+    except UnavailableError as error:
+        verdict = replace(blank, not_run=(NotRun(f"{name} on {artifact}", str(error)),))
     if report is not None:
         write_report(verdict, report, force=force)
     progress(1.0, verdict.verdict)
@@ -91,9 +102,9 @@ def write_report(verdict: ParityReport, directory: Path, *, force: bool = False)
     """Write `parity.json` and the self-contained `parity.html` into a directory of their own."""
     from propulsion_export.parity.html import to_html
 
-    with staged_directory(directory, force=force) as staged:
+    with staged_directory(directory, marker=REPORT_FILE, force=force) as staged:
         (staged / "parity.html").write_text(to_html(verdict), encoding="utf-8")
-        (staged / "parity.json").write_text(verdict.to_json(), encoding="utf-8")
+        (staged / REPORT_FILE).write_text(verdict.to_json(), encoding="utf-8")
 
 
 def _adapters(artifact: Artifact, given: Sequence[str | Path]) -> list[Adapter]:

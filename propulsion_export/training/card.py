@@ -43,7 +43,7 @@ def model_card(metrics: Mapping[str, Any]) -> str:
     header = [
         "---",
         "library_name: peft",
-        f"base_model: {json.dumps(metrics['base_model'])}",
+        *_base_model(metrics["base_model"]),
         f"pipeline_tag: {metrics['task']}",
         "tags:",
         "- propulsion",
@@ -53,6 +53,11 @@ def model_card(metrics: Mapping[str, Any]) -> str:
         "---",
     ]
     return "\n".join([*header, "", *_description(metrics), *_results(metrics), *_usage(metrics)])
+
+
+def _base_model(source: str) -> list[str]:
+    """A hub reads this field as a name of its own; a path on one machine is none."""
+    return [] if Path(source).is_absolute() else [f"base_model: {json.dumps(source)}"]
 
 
 def _description(metrics: Mapping[str, Any]) -> list[str]:

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from propulsion_export.errors import DataError
+from propulsion_export.training.dataset import Row, is_hub_name, read_dataset
 
 Task = Literal["text-classification", "token-classification"]
-# A row as it stands in the file, and how to name it in a message: "line 3", "row 3".
-Row = tuple[str, Mapping[str, Any]]
 
 COLUMNS: dict[Task, tuple[str, str]] = {
     "text-classification": ("text", "label"),
@@ -50,7 +49,9 @@ class Example:
 
 
 def read_examples(source: Path, columns: Columns) -> list[Example]:
-    """Read every row of a JSONL, CSV or Parquet file, or of a directory that `datasets` loads.
+    """Read every row of a JSONL, CSV or Parquet file, or of a data set that `datasets` loads.
+
+    That is a directory, or the name of one on a hub, which reads `owner/name`.
 
     Raises:
         DataError: the file is missing, empty, of an unknown kind or damaged; a column is missing;
@@ -131,21 +132,25 @@ def hold_out(
 
 
 def _reader(source: Path) -> Callable[[Path], Iterator[Row]]:
-    if not source.exists():
-        raise DataError(f"{source}: does not exist, expected a file or directory with data")
-    if source.is_dir():
-        return _read_directory
     readers = {
         ".jsonl": _read_jsonl,
         ".json": _read_jsonl,
         ".csv": _read_csv,
         ".parquet": _read_parquet,
     }
-    if source.suffix.lower() not in readers:
+    suffix = source.suffix.lower()
+    if source.is_dir() or (suffix not in readers and is_hub_name(source)):
+        return read_dataset
+    if not source.exists():
+        raise DataError(
+            f"{source}: does not exist, expected a file or directory with data, or the name of a "
+            "data set on a hub, owner/name"
+        )
+    if suffix not in readers:
         raise DataError(
             f"{source}: has the suffix {source.suffix!r}, expected one of {', '.join(readers)}"
         )
-    return readers[source.suffix.lower()]
+    return readers[suffix]
 
 
 def _read_text(source: Path) -> str:
@@ -204,36 +209,6 @@ def _read_parquet(source: Path) -> Iterator[Row]:
         reason = str(error).splitlines()[0]
         raise DataError(f"{source}: is no readable Parquet file ({reason})") from error
     yield from ((f"row {number}", row) for number, row in enumerate(rows, start=1))
-
-
-def _read_directory(source: Path) -> Iterator[Row]:
-    """A directory written by `save_to_disk`, or of data files; the split `train` if there are any.
-
-    Class numbers become the names that the data set gives them.
-    """
-    import datasets
-
-    try:
-        if (source / "state.json").is_file() or (source / "dataset_dict.json").is_file():
-            loaded = datasets.load_from_disk(str(source))
-        else:
-            loaded = datasets.load_dataset(str(source))
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(
-            f"{source}: `datasets` cannot load it ({str(error).splitlines()[0]})"
-        ) from error
-    if isinstance(loaded, dict):
-        if "train" not in loaded:
-            raise DataError(f"{source}: has the splits {', '.join(loaded)}, expected 'train'")
-        loaded = loaded["train"]
-    names = {
-        column: feature.names
-        for column, feature in loaded.features.items()
-        if isinstance(feature, datasets.ClassLabel)
-    }
-    for number, row in enumerate(loaded, start=1):
-        named = {column: names[column][row[column]] for column in names if row[column] is not None}
-        yield f"row {number}", row | named
 
 
 def _check_columns(source: Path, rows: Sequence[Row], columns: Columns) -> None:

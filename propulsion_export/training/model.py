@@ -9,9 +9,11 @@ from typing import Any
 import torch
 import transformers
 from peft import get_peft_model
+from safetensors import SafetensorError
 from torch import nn
 
 from propulsion_export.errors import BaseModelError
+from propulsion_export.lengths import longest_input
 from propulsion_export.training.options import TrainOptions
 from propulsion_export.tuning import PropulsionConfig
 
@@ -94,10 +96,9 @@ def add_adapter(base: Base, classes: Sequence[str], options: TrainOptions) -> An
     return model
 
 
-def longest_input(base: Base, options: TrainOptions) -> int:
+def longest_text(base: Base, options: TrainOptions) -> int:
     """How many tokens a text may have: as many as asked for, if the base model takes them."""
-    positions = getattr(base.model.config, "max_position_embeddings", None) or options.max_length
-    return int(min(options.max_length, base.tokenizer.model_max_length, positions))
+    return min(options.max_length, longest_input(base.model.config, base.tokenizer))
 
 
 def _resolved(model: str | Path) -> str:
@@ -113,7 +114,7 @@ def _resolved(model: str | Path) -> str:
 def _load_errors_in_words(name: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise BaseModelError(f"{name}: cannot be loaded ({reason})") from error
 

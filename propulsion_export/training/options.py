@@ -71,6 +71,7 @@ class TrainOptions:
                 ("learning_rate", self.learning_rate, "above 0", self.learning_rate > 0),
                 ("head_learning_rate", self.head_learning_rate, "above 0", self._trains_head()),
                 ("max_length", self.max_length, "3 or more", self.max_length >= 3),
+                ("seed", self.seed, "0 to 2**32 - 1", 0 <= self.seed < 2**32),
                 ("early_stopping", self.early_stopping, "1 or more", self._may_stop()),
                 ("dtype", self.dtype, "float32 or bfloat16", self.dtype in ("float32", "bfloat16")),
             )

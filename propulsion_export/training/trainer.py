@@ -41,7 +41,7 @@ from propulsion_export.training.metrics import (
     trainable_parameters,
     versions,
 )
-from propulsion_export.training.model import Base, add_adapter, load_base, longest_input
+from propulsion_export.training.model import Base, add_adapter, load_base, longest_text
 from propulsion_export.training.options import TrainOptions
 
 
@@ -96,7 +96,12 @@ def train(
     options = options or TrainOptions()
     report = progress if progress and is_main_process() else _silent
     output = Path(output).expanduser().resolve()
-    check_replaceable(output, force=options.force)
+    check_replaceable(
+        output,
+        marker="adapter_config.json",
+        force=options.force,
+        inputs=[path for path in (model, data, options.validation) if path],
+    )
     batch_per_process(options)
     examples = _read(Path(data).expanduser(), options)
     report(0.02, f"read {len(examples.training)} training rows")
@@ -120,7 +125,7 @@ class _Session:
         self.base, self.data, self.options, self.report = base, data, options, report
         self.notes: list[str] = []
         self.started = time.monotonic()
-        self.longest = longest = longest_input(base, options)
+        self.longest = longest = longest_text(base, options)
         collator = transformers.DataCollatorForTokenClassification
         if options.task == "text-classification":
             collator = transformers.DataCollatorWithPadding
@@ -188,7 +193,9 @@ class _Session:
         """Write the adapter directory, whole or not at all."""
         self.report(TRAINED, "trained")
         log = self.trainer.state.log_history
-        with staged_directory(output, force=self.options.force) as partial:
+        with staged_directory(
+            output, marker="adapter_config.json", force=self.options.force
+        ) as partial:
             # The frozen embedding is the base model's, whatever has a vector on it.
             self.model.save_pretrained(partial, save_embedding_layers=False)
             text = json.dumps(metrics, indent=2) + "\n"

@@ -28,6 +28,8 @@ class PropulsionConfig(PeftConfig):  # type: ignore[misc]
         modules_to_save: modules trained and saved whole, such as a new classification head.
         labels: class names in the order of the logits, carried along for export.
         base_fingerprint: of the base model, as JSON; filled in when the adapter is attached.
+        scaled_modules: how many vectors the adapter has; filled in likewise, so that a lost one
+            is noticed.
 
     Raises:
         UsageError: a value that cannot be.
@@ -40,6 +42,7 @@ class PropulsionConfig(PeftConfig):  # type: ignore[misc]
     modules_to_save: list[str] | None = field(default=None)
     labels: list[str] | None = field(default=None)
     base_fingerprint: dict[str, Any] | None = field(default=None)
+    scaled_modules: int | None = field(default=None)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -48,6 +48,9 @@ class PropulsionModel(BaseTuner):  # type: ignore[misc]
         """Check everything that can be checked before any module is replaced."""
         _check_unmerged(model)
         self._targets = resolve_targets(model, peft_config)
+        peft_config.scaled_modules = sum(
+            is_excluded(peft_config, path) is None for path in self._targets
+        )
         if has_readable_weights(model):
             _record_or_check_fingerprint(model, peft_config)
 
@@ -88,7 +91,7 @@ class PropulsionModel(BaseTuner):  # type: ignore[misc]
         if kwargs.get("adapter_names") is not None:
             raise UsageError(
                 "adapter_names: a batch with a different adapter in each row is not possible here",
-                remedy="Export a bank (`propulsion-export onnx --mode bank`).",
+                remedy="Run the rows of each adapter by themselves, with set_adapter.",
             )
         yield
 

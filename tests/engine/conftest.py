@@ -11,7 +11,14 @@ from propulsion_export.artifact import Artifact
 from propulsion_export.engine import options, targets
 from propulsion_export.fingerprint import Fingerprint
 from propulsion_export.machine import CudaDevice
-from propulsion_export.manifest import AdapterEntry, BaseEntry, Manifest, Slot, TensorSpec
+from propulsion_export.manifest import (
+    BASE_FEEDS,
+    AdapterEntry,
+    BaseEntry,
+    Manifest,
+    Slot,
+    TensorSpec,
+)
 
 # The text format has no 16-bit floats: weights stand among the inputs and are filled in later.
 FOLDED = """
@@ -41,6 +48,7 @@ TYPES = {
     "float16": ("float16", 10, np.float16),
     "bfloat16": ("bfloat16", 16, ml_dtypes.bfloat16),
 }
+LEGAL = "adapters/legal.safetensors"
 IDS = TensorSpec("input_ids", "int64", ("batch", "sequence"))
 MASK = TensorSpec("attention_mask", "int64", ("batch", "sequence"))
 
@@ -68,7 +76,7 @@ def make_manifest(dtype="float32", *, switchable=False):
         task="text-classification",
         dtype=dtype,
         base=BaseEntry("some/model", Fingerprint("float32", {"weight": (0.5,) * 8})),
-        adapters={"legal": AdapterEntry("sha256:00", "adapters/legal", 2, labels=("no", "yes"))},
+        adapters={"legal": AdapterEntry("sha256:00", "adapters/legal", 2, LEGAL, ("no", "yes"))},
         inputs=(IDS, MASK, scales) if switchable else (IDS, MASK),
         outputs=(TensorSpec("logits", dtype, ("batch", "sequence", 2)),),
         layout={"propulsion_scales": (Slot("dense", 0, 2, (2,)),)} if switchable else {},
@@ -83,7 +91,8 @@ def write_artifact(directory, model, manifest):
     ir.save(model, directory / "model.onnx", external_data=data, size_threshold_bytes=0)
     (directory / "config.json").write_text(json.dumps({"max_position_embeddings": 64}))
     (directory / "adapters").mkdir()
-    (directory / "adapters" / "legal.safetensors").write_bytes(b"scales")
+    (directory / LEGAL).write_bytes(b"scales")
+    (directory / BASE_FEEDS).write_bytes(b"ones")
     return Artifact.write(directory, manifest)
 
 

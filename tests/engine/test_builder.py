@@ -57,7 +57,8 @@ def test_what_identifies_the_model_is_kept_and_the_graph_is_left_behind(switchab
         getattr(source.manifest, name) for name in kept
     ]
     names = sorted(file.relative_to(out).as_posix() for file in out.rglob("*") if file.is_file())
-    assert names == ["adapters/legal.safetensors", "config.json", "model.engine"]
+    feeds = ["adapters/base.safetensors", "adapters/legal.safetensors"]
+    assert names == [*feeds, "config.json", "model.engine"]
     assert manifest.tools["torch"] == "2.11.0"
     assert manifest.tools["tensorrt-rtx"] == trt.__version__
 

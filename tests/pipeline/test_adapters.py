@@ -1,5 +1,9 @@
+import fcntl
 import json
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -89,3 +93,77 @@ def test_a_scale_without_a_slot_is_refused(world, copy, tmp_path, write_adapter)
 def test_a_folded_artifact_cannot_change_its_adapter(world, folded):
     with pytest.raises(ArtifactError, match="expected a switchable artifact"):
         add_adapter(folded, world.five)
+
+
+CHANGER = """
+import sys
+from pathlib import Path
+from propulsion_export.pipeline.adapters import add_adapter, remove_adapter
+
+artifact, adapter, prefix = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+print("ready", flush=True)
+sys.stdin.readline()
+for number in range(3):
+    add_adapter(artifact, f"{prefix}{number}={adapter}")
+add_adapter(artifact, f"{prefix}-gone={adapter}")
+remove_adapter(artifact, f"{prefix}-gone")
+"""
+
+
+def test_processes_that_change_one_artifact_at_once_lose_nothing(world, copy):
+    """Each reads the manifest and writes it again: unlocked, the last one would win."""
+    before = {path.name for path in copy.iterdir()}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", CHANGER, copy, world.five, prefix],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for prefix in ("a", "b")
+    ]
+    for process in processes:
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    for process in processes:
+        process.communicate()
+        assert process.returncode == 0
+
+    added = {f"{prefix}{number}" for prefix in "ab" for number in range(3)}
+    artifact = Artifact.read(copy)
+    assert artifact.manifest.adapters.keys() == {"three", "five"} | added
+    for name in added:
+        assert artifact.feeds(name)
+    assert {path.name for path in copy.iterdir()} == before
+
+
+def test_a_change_waits_for_the_one_before(world, copy):
+    """The lock is the directory's own, held until the manifest is written."""
+    program = (
+        "import sys; from pathlib import Path; "
+        "from propulsion_export.pipeline.adapters import remove_adapter; "
+        "remove_adapter(Path(sys.argv[1]), 'five')"
+    )
+    descriptor = os.open(copy, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        process = subprocess.Popen([sys.executable, "-c", program, copy])
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(timeout=4)
+        assert "five" in Artifact.read(copy).manifest.adapters
+    finally:
+        os.close(descriptor)
+
+    assert process.wait(timeout=60) == 0
+    assert "five" not in Artifact.read(copy).manifest.adapters
+
+
+def test_a_directory_that_is_not_there_is_told(world, tmp_path):
+    for change in (
+        lambda: add_adapter(tmp_path / "no", world.five),
+        lambda: remove_adapter(tmp_path / "no", "five"),
+    ):
+        with pytest.raises(ArtifactError, match="no: cannot be opened"):
+            change()

@@ -3,7 +3,7 @@ import pytest
 from propulsion_export.artifact import Artifact
 from propulsion_export.cli import main
 from propulsion_export.engine import BuildOptions
-from propulsion_export.errors import ArtifactError
+from propulsion_export.errors import ArtifactError, UsageError
 from propulsion_export.pipeline.building import build
 from propulsion_export.pipeline.exporting import export_onnx
 from propulsion_export.pipeline.merging import merge
@@ -80,3 +80,15 @@ def test_the_engine_knows_the_graph_it_was_built_from(exports, tmp_path):
     artifact = build(source, tmp_path / "engine", RTX)
 
     assert artifact.manifest.engine.onnx_digest == onnx_digest(Artifact.read(source))
+
+
+def test_an_engine_never_replaces_the_export_it_is_built_from(exports):
+    source = exports["folded", "float32"]
+    before = (source / "propulsion.json").read_bytes()
+
+    for output in (source, source / "engine"):
+        with pytest.raises(UsageError, match="an input of this command"):
+            build(source, output, RTX, force=True)
+
+    assert (source / "propulsion.json").read_bytes() == before
+    assert not (source / "engine").exists()

@@ -1,5 +1,7 @@
 import json
+import shutil
 from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import onnx_ir as ir
@@ -10,9 +12,11 @@ from transformers import AutoModelForSequenceClassification
 
 from propulsion_export.adapter import Adapter
 from propulsion_export.artifact import Artifact
+from propulsion_export.base import TASKS
 from propulsion_export.errors import AdapterError, BaseModelError, UsageError
 from propulsion_export.graph.dimensions import NameDimensions
 from propulsion_export.graph.finishing import optimise
+from propulsion_export.manifest import Task
 from propulsion_export.model_fingerprint import fingerprint_of_model
 from propulsion_export.pipeline.exporting import export_onnx
 from propulsion_export.pipeline.verifying import check_parity
@@ -230,3 +234,31 @@ def test_scales_that_half_precision_cannot_hold_are_refused_unless_accepted(
 
     with pytest.raises(UsageError, match=f"{path}: scale 1e\\+05 of channel 4 becomes inf"):
         export_onnx([tmp_path / "large"], tmp_path / "out", mode="switchable", dtype="float16")
+
+
+def test_a_graph_with_roberta_s_positions_runs_in_the_reference_evaluator(
+    tmp_path, tiny_model, tiny_checkpoint, positive_adapter, write_adapter
+):
+    base = tiny_checkpoint("roberta", "feature-extraction")
+    model = tiny_model("roberta", "feature-extraction")
+    adapter = replace(positive_adapter(model, name="one"), base=str(base))
+    write_adapter(adapter, tmp_path / "one")
+
+    export_onnx([tmp_path / "one"], tmp_path / "out", dtype="bfloat16", task="feature-extraction")
+
+    assert check_parity(tmp_path / "out").passed
+
+
+def test_an_export_never_replaces_what_it_is_made_from(world, tmp_path):
+    adapter = shutil.copytree(world.three, tmp_path / "three")
+
+    for output in (adapter, world.base, adapter / "onnx"):
+        with pytest.raises(UsageError, match="an input of this command"):
+            export_onnx([world.five, f"a={adapter}"], output, mode="switchable", force=True)
+
+    assert Adapter.read(adapter).digest == Adapter.read(world.three).digest
+    assert (world.base / "config.json").is_file()
+
+
+def test_every_task_of_a_base_model_is_one_that_a_manifest_may_name():
+    assert set(TASKS) <= set(get_args(Task))

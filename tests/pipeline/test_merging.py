@@ -1,3 +1,4 @@
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -128,7 +129,7 @@ def test_force_replaces_an_earlier_merge_and_nothing_else(world, tmp_path):
     (tmp_path / "mine" / "thesis.txt").write_text("ten years")
 
     merge(world.five, tmp_path / "out", force=True)
-    with pytest.raises(UsageError, match="this tool did not write it"):
+    with pytest.raises(UsageError, match="this command did not write it"):
         merge(world.five, tmp_path / "mine", force=True)
 
     assert list(Artifact.read(tmp_path / "out").manifest.adapters) == ["five"]
@@ -146,3 +147,25 @@ def test_sizes_are_read_as_people_write_them(text, size):
 def test_other_sizes_are_refused(text):
     with pytest.raises(UsageError, match="is no size"):
         parse_size(text)
+
+
+def test_a_merge_never_replaces_what_it_is_made_from(world, tmp_path):
+    adapter = shutil.copytree(world.three, tmp_path / "three")
+    base = shutil.copytree(world.base, tmp_path / "base")
+    before = sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*"))
+
+    for output in (adapter, base, adapter / "new", tmp_path / "three" / ".." / "base"):
+        with pytest.raises(UsageError, match="an input of this command") as caught:
+            merge(f"a={adapter}", output, model=str(base), force=True)
+        assert caught.value.exit_code == 2
+
+    assert sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*")) == before
+
+
+def test_force_does_not_replace_an_adapter_by_a_merge(world, tmp_path):
+    other = shutil.copytree(world.five, tmp_path / "five")
+
+    with pytest.raises(UsageError, match=r"holds adapter_config\.json"):
+        merge(world.three, other, force=True)
+
+    assert Adapter.read(other).digest == Adapter.read(world.five).digest

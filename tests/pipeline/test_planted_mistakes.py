@@ -176,16 +176,21 @@ def test_in_bert_the_scales_of_query_and_key_are_one_product(world, plant):
     assert check_parity(planted).passed
 
 
-def test_an_adapter_without_effect_fails(world, tmp_path, write_adapter):
-    """A fold that does nothing equals its oracle exactly, and is still no export."""
+def test_an_adapter_without_effect_fails(world, tmp_path, write_adapter, plant):
+    """Scales of one equal their oracle exactly, and are still no export."""
     right = Adapter.read(world.three)
     ones = {path: Scale(np.ones_like(s.values)) for path, s in right.scales.items()}
-    wrong = write_adapter(replace(right, scales=ones, biases={}), tmp_path / "three")
-    export_onnx([wrong], tmp_path / "out")
+    write_adapter(replace(right, scales=ones, biases={}), tmp_path / "three")
+    idle = Adapter.read(tmp_path / "three")
+    directory = plant(idle)
+    artifact = Artifact.read(directory)
+    entry = replace(
+        artifact.manifest.adapters["three"], digest=idle.digest, source=str(tmp_path / "three")
+    )
+    adapters = artifact.manifest.adapters | {"three": entry}
+    artifact.with_manifest(replace(artifact.manifest, adapters=adapters))
 
-    report = check_parity(tmp_path / "out")
-
-    assert failed_cases(report) == {"effect"}
+    assert failed_cases(check_parity(directory)) == {"effect"}
 
 
 def swap(adapter, one, other):

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 
@@ -44,3 +45,13 @@ def test_an_existing_part_is_told_before_any_work(world, tmp_path, capsys):
     assert run("export", "-a", world.three, "-o", tmp_path / "out") == 2
     assert (tmp_path / "out" / "engine" / "mine").read_text() == "kept"
     assert not (tmp_path / "out" / "onnx").exists()
+
+
+def test_a_part_that_is_an_input_is_told_before_any_work(world, tmp_path, capsys):
+    adapter = shutil.copytree(world.three, tmp_path / "out" / "parity-onnx")
+
+    code = run("export", "-a", f"a={adapter}", "-o", tmp_path / "out", "--force")
+
+    assert code == 2
+    assert "is an input of this command" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["parity-onnx"]

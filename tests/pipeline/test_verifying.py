@@ -8,7 +8,14 @@ import pytest
 from propulsion_export.adapter import Adapter
 from propulsion_export.artifact import Artifact
 from propulsion_export.cli import main
-from propulsion_export.errors import AdapterError, BaseModelError, DataError, UsageError
+from propulsion_export.errors import (
+    AdapterError,
+    ArtifactError,
+    BaseModelError,
+    DataError,
+    UsageError,
+)
+from propulsion_export.pipeline.agreeing import check_signature
 from propulsion_export.pipeline.verifying import check_parity
 
 
@@ -154,3 +161,80 @@ def test_the_recorded_adapters_are_read_from_their_directories(world, switchable
     entries = Artifact.read(switchable).manifest.adapters
 
     assert entries["three"].digest == Adapter.read(world.three).digest
+
+
+def test_a_report_never_replaces_what_is_judged(world, switchable, tmp_path):
+    directory = shutil.copytree(switchable, tmp_path / "artifact")
+    texts = tmp_path / "texts" / "texts.txt"
+    texts.parent.mkdir()
+    texts.write_text("ba be bi\n" * 16)
+    below = (directory / "report", world.three / "report", world.base / "report")
+    outputs = (directory, *below, world.three, world.base, texts.parent)
+
+    for report in outputs:
+        with pytest.raises(
+            UsageError, match=r"an input of this command|does not replace"
+        ) as caught:
+            check_parity(directory, report=report, inputs=texts, force=True)
+        assert caught.value.exit_code == 2
+
+    assert Artifact.read(directory).manifest == Artifact.read(switchable).manifest
+
+
+def test_force_replaces_a_report_by_a_report_only(folded, switchable, tmp_path):
+    other = shutil.copytree(switchable, tmp_path / "other")
+
+    with pytest.raises(UsageError, match=r"holds propulsion\.json"):
+        check_parity(folded, report=other, force=True)
+
+    Artifact.read(other)
+
+
+def without_a_slot(manifest):
+    first, *others = manifest.layout["propulsion_scales"]
+    kept = tuple(replace(slot, offset=slot.offset - first.length) for slot in others)
+    return replace(manifest, layout=manifest.layout | {"propulsion_scales": kept})
+
+
+def with_first_input(manifest, **changes):
+    return replace(manifest, inputs=(replace(manifest.inputs[0], **changes), *manifest.inputs[1:]))
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (lambda m: replace(m, dtype="float16"), "graph is in float32, the manifest says float16"),
+        (lambda m: replace(m, inputs=()), "has the input 'input_ids' .* the manifest no such one"),
+        (lambda m: replace(m, inputs=(*m.inputs, m.inputs[0])), "names an input twice"),
+        (lambda m: replace(m, outputs=m.outputs[1:]), "the manifest no such one"),
+        (
+            lambda m: replace(m, outputs=(*m.outputs, replace(m.outputs[0], name="more"))),
+            "has the output 'more', the graph no such one",
+        ),
+        (
+            lambda m: replace(m, outputs=(replace(m.outputs[0], dtype="float16"),)),
+            "the graph has the output .* the manifest",
+        ),
+        (lambda m: with_first_input(m, shape=("batch", 7)), r"the manifest .*\['batch', 7\]"),
+        (lambda m: with_first_input(m, optional=True), r"the manifest .*\(optional int64"),
+        (without_a_slot, "propulsion_scales: the layout has .* elements, the input's shape is"),
+        (lambda m: replace(m, layout={}), "propulsion_scales: the layout has 0 elements"),
+    ],
+    ids=["dtype", "no-inputs", "twice", "no-output", "more", "output-dtype", "shape", "optional",
+         "slot", "layout"],
+)  # fmt: skip
+def test_a_manifest_that_does_not_fit_its_graph_is_refused(edit, words, switchable, tmp_path):
+    directory = shutil.copytree(switchable, tmp_path / "edited")
+    artifact = Artifact.read(directory)
+    artifact.with_manifest(edit(artifact.manifest))
+
+    with pytest.raises(ArtifactError, match=words) as caught:
+        check_parity(directory)
+
+    assert caught.value.exit_code == 4
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("mode", ["folded", "switchable"])
+def test_what_an_export_says_of_its_graph_is_so(mode, request):
+    check_signature(Artifact.read(request.getfixturevalue(mode)))

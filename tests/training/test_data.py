@@ -1,6 +1,7 @@
 """Bad data is one clear line; good data comes out as it stands in the file."""
 
 import json
+from pathlib import Path
 
 import datasets
 import pyarrow
@@ -196,6 +197,44 @@ def test_a_file_that_cannot_be_read_is_named(name, content, message, tmp_path):
 def test_an_empty_directory_is_refused(tmp_path):
     with pytest.raises(DataError, match="`datasets` cannot load it"):
         read_examples(tmp_path, TEXT)
+
+
+def test_a_name_on_a_hub_is_handed_to_datasets(tmp_path, monkeypatch):
+    loaded = datasets.load_from_disk(str(write_datasets(tmp_path)))
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: asked.append(name) or loaded)
+    monkeypatch.chdir(tmp_path)
+
+    assert read_examples(Path("owner/name"), TEXT) == EXAMPLES
+    assert asked == ["owner/name"]
+
+
+def test_a_hub_that_is_not_reached_is_one_line(tmp_path, monkeypatch):
+    def fail(name):
+        raise ConnectionError("Couldn't reach it\nat all")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    monkeypatch.chdir(tmp_path)
+
+    with pytest.raises(DataError) as caught:
+        read_examples(Path("owner/name"), TEXT)
+
+    assert str(caught.value) == (
+        "owner/name: is no local file or directory, and `datasets` cannot load it from a hub "
+        "(Couldn't reach it)"
+    )
+
+
+@pytest.mark.parametrize(
+    "name", ["here/name", "owner/train.jsonl", "a/b/c", "name", "../name", "/name", "~/name"]
+)
+def test_no_hub_is_asked_for_what_reads_like_a_path(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    monkeypatch.setattr(datasets, "load_dataset", None)
+
+    with pytest.raises(DataError, match=f"^{name}: does not exist, expected a file or directory"):
+        read_examples(Path(name), TEXT)
 
 
 def test_classes_are_sorted_as_numbers_only_where_all_are_numbers(tmp_path):

@@ -417,6 +417,33 @@ def test_a_base_model_that_cannot_be_loaded_is_one_line(name, reason, texts, opt
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]
 
 
+@pytest.mark.parametrize("share", [0.5, 0.0001])
+def test_a_truncated_base_model_is_one_line(share, save_base, texts, options, tmp_path):
+    base = save_base(tmp_path / "base")
+    file = base / "model.safetensors"
+    file.write_bytes(file.read_bytes()[: int(file.stat().st_size * share)])
+
+    with pytest.raises(BaseModelError) as caught:
+        train(base, texts, tmp_path / "out", options=options)
+
+    assert str(caught.value).startswith(f"{base}: cannot be loaded (")
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+@pytest.mark.parametrize("kind", ["roberta", "mpnet"])
+def test_a_long_text_is_cut_to_the_positions_there_are(
+    kind, tiny_checkpoint, write_jsonl, tmp_path
+):
+    rows = [{"text": " ".join([word] * 500), "label": word} for word in ("ba", "ko") * 4]
+    data = write_jsonl(tmp_path / "data.jsonl", rows)
+    options = TrainOptions(validation=data, epochs=1, batch_size=8, head_only=False)
+
+    trained = train(tiny_checkpoint(kind), data, tmp_path / "out", options=options)
+
+    assert trained.metrics["max_length"] == 38  # of 40 positions
+
+
 def test_an_output_that_is_not_empty_is_refused_and_replaced_only_with_force(
     trained, tiny_base, texts, options, tmp_path
 ):
@@ -449,6 +476,8 @@ def test_a_training_that_diverges_is_told_and_leaves_nothing(tiny_base, texts, o
         ({"head_learning_rate": -1.0}, "--head-learning-rate is -1.0, expected above 0"),
         ({"degree": 0}, "--degree is 0, expected a positive number"),
         ({"max_length": 2}, "--max-length is 2, expected 3 or more"),
+        ({"seed": -1}, "--seed is -1, expected 0 to 2**32 - 1"),
+        ({"seed": 2**32}, "--seed is 4294967296, expected 0 to 2**32 - 1"),
         ({"early_stopping": 0}, "--early-stopping is 0, expected 1 or more"),
         ({"dtype": "float16"}, "--dtype is 'float16', expected float32 or bfloat16"),
     ],
