@@ -31,15 +31,20 @@ def test_the_card_states_base_labels_counts_and_both_accuracies(trained):
         assert f"propulsion-export {command} -a " in card
 
 
-def test_the_header_is_what_model_hubs_read(trained):
+@pytest.mark.parametrize(
+    ("base", "named"),
+    [("some/base", {"base_model": "some/base"}), ("/a/path/here", {})],
+    ids=["hub", "local"],
+)
+def test_the_header_is_what_model_hubs_read(base, named, trained):
     yaml = pytest.importorskip("yaml", reason="comes with transformers")
-    card = (trained.directory / "README.md").read_text(encoding="utf-8")
+    card = model_card({**trained.metrics, "base_model": base})
 
     header = yaml.safe_load(card.split("---\n")[1])
 
     assert header == {
         "library_name": "peft",
-        "base_model": trained.metrics["base_model"],
+        **named,
         "pipeline_tag": "text-classification",
         "tags": ["propulsion", "propulsion-export"],
         "metrics": ["accuracy"],
