@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
-from transformers.utils import cached_file
 
 from propulsion_export.adapter import Adapter
 from propulsion_export.errors import BaseModelError, UsageError
+from propulsion_export.hub import locate
 from propulsion_export.quiet import quiet
 
 TASKS = (
@@ -247,14 +247,7 @@ def model_class_of(task: str) -> Any:
 def copy_tokenizer(source: str, directory: Path) -> None:
     """Copy the tokenizer's files, unchanged, from a checkpoint; there may be none."""
     for name in TOKENIZER_FILES:
-        with quiet():
-            file = cached_file(
-                source,
-                name,
-                _raise_exceptions_for_missing_entries=False,
-                _raise_exceptions_for_connection_errors=False,
-                _raise_exceptions_for_gated_repo=False,
-            )
+        file = locate(source, name)
         if file is not None:
             shutil.copyfile(file, directory / name)
 

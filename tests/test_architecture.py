@@ -24,6 +24,7 @@ LAYERS = [
         "folding_rules",
         "model_fingerprint",
         "registration",
+        "hub",
         "manifest",
         "peft_directory",
         "rounding",

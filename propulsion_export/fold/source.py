@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from propulsion_export.errors import BaseModelError
 from propulsion_export.fold.shards import DTYPE_NAMES
-from propulsion_export.quiet import quiet
+from propulsion_export.hub import locate
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,12 @@ class Checkpoint:
         """
         # As transformers does: the single file goes before the index.
         index = None
-        if _locate(source, SAFE_WEIGHTS_NAME) is None:
-            index = _locate(source, SAFE_WEIGHTS_INDEX_NAME)
+        if locate(source, SAFE_WEIGHTS_NAME) is None:
+            index = locate(source, SAFE_WEIGHTS_INDEX_NAME)
         names = {SAFE_WEIGHTS_NAME} if index is None else _names_in_index(index)
         files: dict[str, Path] = {}
         for name in sorted(names):
-            file = _locate(source, name)
+            file = locate(source, name)
             if file is None:
                 raise BaseModelError(
                     f"{source}: has no {name}, expected weights in safetensors",
@@ -77,21 +77,6 @@ class StoredTensor:
         with safe_open(self._file, framework="pt") as content:
             part = content.get_slice(self._key)[row : row + 1, column : column + 1]
             return float(part.item())
-
-
-def _locate(source: str, name: str) -> Path | None:
-    try:
-        with quiet():
-            file = cached_file(
-                source,
-                name,
-                _raise_exceptions_for_missing_entries=False,
-                _raise_exceptions_for_connection_errors=False,
-                _raise_exceptions_for_gated_repo=False,
-            )
-    except OSError:  # neither a directory nor a possible name
-        return None
-    return Path(file) if file is not None else None
 
 
 def _names_in_index(index: Path) -> set[str]:

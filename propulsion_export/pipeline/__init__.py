@@ -3,5 +3,5 @@
 `merging`, `exporting`, `building`, `verifying`, `predicting` and `adapters` are the commands'
 functions; `road` strings them together; `inputs` is what they start with, `running` picks
 runners, `oracle` is what PyTorch says, `agreeing` holds a manifest against its graph,
-`describing` turns outputs into answers.
+`making` makes graphs, `describing` turns outputs into answers.
 """

@@ -1,31 +1,23 @@
 """`onnx`: a base model and adapters become a graph, the adapters folded in or switchable."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
-
 from propulsion_export.adapter import Adapter
-from propulsion_export.artifact import Artifact, Tensors, numpy_dtype
+from propulsion_export.artifact import Artifact
 from propulsion_export.errors import UsageError
-from propulsion_export.layout import Layout, check_range, pack, plan_layout
+from propulsion_export.layout import check_range
 from propulsion_export.machine import tool_versions
 from propulsion_export.manifest import (
     ADAPTERS,
-    BASE_NAME,
-    BIASES_INPUT,
     DEFAULT_OPSET,
     MANIFEST_FILE,
-    MODULES_INPUT,
-    SCALES_INPUT,
     AdapterEntry,
     BaseEntry,
     Dtype,
     Manifest,
     Mode,
-    Slot,
     Task,
 )
 from propulsion_export.output import check_replaceable, staged_directory
@@ -38,14 +30,10 @@ from propulsion_export.pipeline.inputs import (
     read_adapters,
     silent,
     source_of,
-    with_room,
 )
-from propulsion_export.rounding import rounded
-from propulsion_export.scales import Scale
+from propulsion_export.pipeline.making import Made, default_labels, make_folded, make_switchable
 
 if TYPE_CHECKING:
-    import onnx_ir as ir
-
     from propulsion_export.base import Base
 
 
@@ -97,52 +85,56 @@ def export_onnx(
     check_base(fingerprint, source, adapters)
     progress(0.2, f"tracing {type(base.model).__name__} in {name}")
     if mode == "folded":
-        made = _folded(base, adapters[0], wanted, opset=opset, untie=untie)
+        made = make_folded(base, adapters[0], wanted, opset=opset, untie=untie)
     else:
         if not allow_range:
             for each in adapters:
                 check_range(each, name)
-        made = _switchable(base, adapters, wanted, opset=opset)
+        made = make_switchable(base, adapters, wanted, opset=opset)
     progress(0.8, f"writing {output}")
     with staged_directory(output, marker=MANIFEST_FILE, force=force, inputs=inputs) as directory:
         _write(made, base, directory, name)
-        entries = {
-            read.name: AdapterEntry(
-                digest=read.digest,
-                source=source_of(specification),
-                size=read.size,
-                file=f"{ADAPTERS}/{read.name}.safetensors" if mode == "switchable" else None,
-                labels=read.labels,
-            )
-            for read, specification in zip(adapters, adapter, strict=True)
-        }
-        from propulsion_export.graph.finishing import signature
-
-        graph_inputs, graph_outputs = signature(made.program)
-        manifest = Manifest(
-            kind="onnx",
-            mode=mode,
-            task=cast(Task, base.task),
-            dtype=name,
-            base=BaseEntry(source, fingerprint, _default_labels(base, adapters, mode)),
-            adapters=entries,
-            inputs=graph_inputs,
-            outputs=graph_outputs,
-            layout=dict(made.layout),
-            tools=tool_versions(),
-        )
-        Artifact.write(directory, manifest)
+        entries = _entries(adapters, adapter, mode)
+        head = default_labels(base, adapters, mode)
+        recorded = BaseEntry(source, fingerprint, head)
+        Artifact.write(directory, _manifest(made, base, recorded, entries, name))
     progress(1.0, f"wrote {output}")
     return Artifact.read(output)
 
 
-@dataclass(frozen=True)
-class _Made:
-    """A finished graph, and for a switchable one the layout and every adapter's feeds."""
+def _entries(
+    adapters: Sequence[Adapter], specifications: Sequence[str | Path], mode: Mode
+) -> dict[str, AdapterEntry]:
+    return {
+        read.name: AdapterEntry(
+            digest=read.digest,
+            source=source_of(specification),
+            size=read.size,
+            file=f"{ADAPTERS}/{read.name}.safetensors" if mode == "switchable" else None,
+            labels=read.labels,
+        )
+        for read, specification in zip(adapters, specifications, strict=True)
+    }
 
-    program: "ir.Model"
-    layout: Layout
-    feeds: dict[str, Tensors]
+
+def _manifest(
+    made: Made, base: "Base", recorded: BaseEntry, entries: dict[str, AdapterEntry], dtype: Dtype
+) -> Manifest:
+    from propulsion_export.graph.finishing import signature
+
+    inputs, outputs = signature(made.program)
+    return Manifest(
+        kind="onnx",
+        mode="switchable" if made.layout else "folded",
+        task=cast(Task, base.task),
+        dtype=dtype,
+        base=recorded,
+        adapters=entries,
+        inputs=inputs,
+        outputs=outputs,
+        layout=dict(made.layout),
+        tools=tool_versions(),
+    )
 
 
 def _check_count(adapters: Sequence[Adapter], mode: Mode) -> None:
@@ -185,112 +177,7 @@ def _load(
     return base, fingerprint_of_model(base.model)
 
 
-def _folded(base: "Base", adapter: Adapter, dtype: Any, *, opset: int, untie: bool) -> _Made:
-    from propulsion_export.fold.memory import fold_
-    from propulsion_export.graph.finishing import optimise
-
-    fold_(base.model, adapter, dtype=dtype, untie=untie)
-    return _Made(optimise(_trace(base, opset)), {}, {})
-
-
-def _switchable(base: "Base", adapters: Sequence[Adapter], dtype: Any, *, opset: int) -> _Made:
-    from propulsion_export.attach import attached, check_fits
-    from propulsion_export.graph.finishing import SetDefaults, optimise
-    from propulsion_export.graph.packing import PackInitializers
-
-    model = base.model
-    order = [name for name, _ in model.named_modules()]
-    order += [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    room = labels_of(adapters, base.label_parameters)
-    roomy = [with_room(adapter, room, base.label_parameters) for adapter in adapters]
-    for adapter in roomy:
-        check_fits(model, adapter)
-    layout = plan_layout(roomy, order, base.label_parameters)
-    defaults = _defaults(base, roomy[0], layout, numpy_dtype(str(dtype).removeprefix("torch.")))
-    model.to(dtype)
-    with attached(model, _placeholder(layout)):
-        program = _trace(base, opset)
-    for packed, slots in layout.items():
-        PackInitializers(packed, {_initializer(packed, slot): slot for slot in slots})(program)
-    program = optimise(program)
-    SetDefaults(defaults)(program)
-    feeds = {adapter.name: pack(adapter, layout, defaults) for adapter in adapters}
-    return _Made(program, layout, {BASE_NAME: defaults, **feeds})
-
-
-def _trace(base: "Base", opset: int) -> "ir.Model":
-    from propulsion_export.graph.dimensions import NameDimensions
-    from propulsion_export.sampling import input_names, trace_inputs
-    from propulsion_export.trace import trace
-
-    config = base.model.config
-    names = input_names(type(base.model), config)
-    program = trace(base.model, trace_inputs(names, config), opset=opset)
-    NameDimensions()(program)
-    return program
-
-
-def _defaults(
-    base: "Base", first: Adapter, layout: Layout, dtype: "np.dtype[Any]"
-) -> dict[str, Any]:
-    """What the packed inputs hold when nobody feeds them: the base model.
-
-    A head that the base model's checkpoint does not have is the first adapter's.
-    """
-    parameters = dict(base.model.named_parameters(remove_duplicate=False))
-    defaults = {}
-    for packed, slots in layout.items():
-        values = np.ones(sum(slot.length for slot in slots), np.float64)
-        for slot in slots if packed != SCALES_INPUT else ():
-            name = _initializer(packed, slot)
-            own = parameters[name].double().numpy()
-            if name in base.missing and name in first.modules:
-                own = first.modules[name]
-            values[slot.offset : slot.offset + slot.length] = own.reshape(-1)
-        defaults[packed] = rounded(values, dtype)
-    return defaults
-
-
-def _default_labels(
-    base: "Base", adapters: Sequence[Adapter], mode: Mode
-) -> tuple[str, ...] | None:
-    """Class names of the head that `_defaults` chose."""
-    if mode != "switchable" or not base.label_parameters:
-        return None
-    if base.label_parameters & base.missing:
-        return adapters[0].labels
-    return base.own_labels
-
-
-def _placeholder(layout: Layout) -> Adapter:
-    """An adapter with a value of its own in every slot.
-
-    The exporter makes one initializer of equal ones, so ones would leave too few of them.
-    """
-    chooser = np.random.default_rng(0)
-    values = {
-        packed: {slot: chooser.uniform(0.5, 1.5, slot.shape) for slot in slots}
-        for packed, slots in layout.items()
-    }
-    scales = values.get(SCALES_INPUT, {})
-    return Adapter(
-        name="placeholder",
-        scales={slot.path: Scale(drawn, slot.side) for slot, drawn in scales.items()},
-        biases={slot.path: drawn for slot, drawn in values.get(BIASES_INPUT, {}).items()},
-        modules={slot.path: drawn for slot, drawn in values.get(MODULES_INPUT, {}).items()},
-    )
-
-
-def _initializer(packed: str, slot: Slot) -> str:
-    """What a slot's tensor is called in the traced graph."""
-    from propulsion_export.attach import BUFFERS
-
-    if packed == SCALES_INPUT:
-        return f"{slot.path}.{BUFFERS[slot.side]}"
-    return f"{slot.path}.bias" if packed == BIASES_INPUT else slot.path
-
-
-def _write(made: _Made, base: "Base", directory: Path, dtype: str) -> None:
+def _write(made: Made, base: "Base", directory: Path, dtype: str) -> None:
     from safetensors.numpy import save_file
 
     from propulsion_export.base import copy_tokenizer, save_config
