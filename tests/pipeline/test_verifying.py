@@ -168,10 +168,8 @@ def test_a_report_never_replaces_what_is_judged(world, switchable, tmp_path):
     texts = tmp_path / "texts" / "texts.txt"
     texts.parent.mkdir()
     texts.write_text("ba be bi\n" * 16)
-    below = (directory / "report", world.three / "report", world.base / "report")
-    outputs = (directory, *below, world.three, world.base, texts.parent)
 
-    for report in outputs:
+    for report in (directory, world.three, world.base, texts.parent):
         with pytest.raises(
             UsageError, match=r"an input of this command|does not replace"
         ) as caught:
