@@ -2,14 +2,24 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import click
 
 P = ParamSpec("P")
 R = TypeVar("R")
-DIRECTORY = click.Path(path_type=Path, file_okay=False)
-FILE = click.Path(path_type=Path, dir_okay=False)
+
+
+class HomePath(click.Path):
+    """A path in which `~` is the home directory also where no shell has expanded it."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        super().convert(value, param, ctx)
+        return Path(value).expanduser()
+
+
+DIRECTORY = HomePath(file_okay=False)
+FILE = HomePath(dir_okay=False)
 
 model_option = click.option(
     "-m", "--model", help="Base model, path or name.  [default: what the adapter names]"

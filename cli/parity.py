@@ -39,10 +39,12 @@ def command(console: Console, artifact: Path, junit: Path | None, **options: Any
     The oracle is the base model with the adapter in float64; an artifact may err at most 4 times as
     much as PyTorch itself does at its precision. Exit 0 passed, 1 failed, 3 nothing could be run.
     """
-    from propulsion_export.output import replace_file
+    from propulsion_export.output import check_replaceable_file, replace_file
     from propulsion_export.parity.junit import to_junit
     from propulsion_export.pipeline.verifying import check_parity
 
+    if junit is not None:
+        check_replaceable_file(junit, holds=b"<testsuite")
     with console.progress() as progress:
         report = check_parity(artifact, progress=progress, **options)
     if junit is not None:

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from .console import Console, console_options
-from .options import output_options, trust_option
+from .options import FILE, output_options, trust_option
 
 
 @click.command(
@@ -28,7 +28,7 @@ from .options import output_options, trust_option
     default="text-classification",
     show_default=True,
 )
-@click.option("--validation", type=click.Path(path_type=Path), help="[default: a tenth of DATA]")
+@click.option("--validation", type=FILE, help="[default: a tenth of DATA]")
 @click.option("--text-column", help="[default: text, or tokens]")
 @click.option("--label-column", help="[default: label, or labels]")
 @click.option(

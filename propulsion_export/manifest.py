@@ -201,6 +201,11 @@ def _contradictions(manifest: Manifest) -> list[str]:
         for name in manifest.adapters
         if name != BASE_NAME and not is_fit_name(name)
     ]
+    found += [
+        f"the adapter {name!r} is fed from {BASE_FEEDS}, which is the base model"
+        for name, entry in manifest.adapters.items()
+        if entry.file == BASE_FEEDS
+    ]
     if (manifest.kind == "engine") != (manifest.engine is not None):
         found.append(f"engine is {manifest.engine!r} in an artifact of kind {manifest.kind!r}")
     if manifest.mode == "switchable" and manifest.kind == "merged":

@@ -67,7 +67,7 @@ def check_replaceable(
 
     Raises:
         UsageError: it exists, and is no empty directory, and `force` is off or it is not of the
-            kind that `marker` stands for; it is, holds or lies in one of the `inputs`; its parent
+            kind that `marker` stands for; it is or holds one of the `inputs`; its parent
             cannot be written to.
     """
     destination = destination.expanduser().resolve()
@@ -134,6 +134,22 @@ def _refuse_unwritable(destination: Path) -> None:
         raise UsageError(
             f"{above}: no permission to write here", remedy="Choose another place for the output."
         )
+
+
+def check_replaceable_file(path: Path, *, holds: bytes) -> None:
+    """Refuse to write over a file that is not an earlier one of its kind.
+
+    Raises:
+        UsageError: it exists, and `holds` is not among its first 400 bytes.
+    """
+    if not path.is_file():
+        return
+    with path.open("rb") as content:
+        if holds not in content.read(400):
+            raise UsageError(
+                f"{path}: exists and does not hold {holds.decode()}, so it is not replaced",
+                remedy="Choose another file.",
+            )
 
 
 def replace_file(path: Path, content: bytes) -> None:

@@ -342,7 +342,7 @@ def test_scales_beyond_float32_are_not_written(tmp_path):
         ({"degree": [3]}, r"degree is \[3\]"),
         ({"degree": 10**400}, "degree is a huge number"),
         ({"degree": 1e308}, "degree is 1e\\+308"),
-        ({"degree": 5000}, f"{QUERY} holds 2 entries that are NaN or infinite"),
+        ({"degree": 5000}, f"{QUERY} holds a vector whose power 5000 is beyond every number"),
         ({"degree": 2.5}, f"{QUERY}: a vector below zero has no real power 2.5"),
         ({"degree": 3.0000000001}, "a vector below zero has no real power"),
         ({"labels": "yes"}, "labels is no list of names"),

@@ -664,3 +664,13 @@ def test_an_output_inside_an_input_loses_nothing_and_is_allowed(tmp_path):
         (new / "one").write_text("1")
 
     assert content_of(tmp_path) == before | {"a/new/one": b"1"}
+
+
+def test_only_a_file_of_the_same_kind_is_written_over(tmp_path):
+    (tmp_path / "mine.json").write_text('{"keep": "me"}')
+    (tmp_path / "old.xml").write_text('<?xml version="1.0"?><testsuites/>')
+
+    output.check_replaceable_file(tmp_path / "new.xml", holds=b"<testsuite")
+    output.check_replaceable_file(tmp_path / "old.xml", holds=b"<testsuite")
+    with pytest.raises(UsageError, match=r"mine\.json: exists and does not hold <testsuite"):
+        output.check_replaceable_file(tmp_path / "mine.json", holds=b"<testsuite")

@@ -15,6 +15,7 @@ from propulsion_export.errors import ArtifactError, UsageError
 from propulsion_export.layout import check_range, pack
 from propulsion_export.manifest import ADAPTERS, BASE_FEEDS, BASE_NAME, AdapterEntry, Manifest
 from propulsion_export.output import replace_file
+from propulsion_export.pipeline.agreeing import check_signature
 from propulsion_export.pipeline.inputs import (
     check_base,
     check_identity,
@@ -144,4 +145,5 @@ def _read_switchable(artifact: Path) -> Artifact:
             f"{artifact}: is {read.manifest.mode}, expected a switchable artifact",
             remedy="Export with --mode switchable to change adapters later.",
         )
+    check_signature(read, graph=False)
     return read

@@ -7,6 +7,7 @@ from propulsion_export.engine import BuildOptions, build_engine
 from propulsion_export.errors import ArtifactError
 from propulsion_export.manifest import MANIFEST_FILE
 from propulsion_export.output import check_replaceable, staged_directory
+from propulsion_export.pipeline.agreeing import check_signature
 from propulsion_export.pipeline.inputs import Progress, silent
 
 
@@ -37,6 +38,7 @@ def build(
             f"{artifact}: is a {read.manifest.kind} artifact, expected an ONNX export",
             remedy="`propulsion-export onnx` makes one.",
         )
+    check_signature(read)
     with staged_directory(output, marker=MANIFEST_FILE, force=force) as directory:
         manifest = build_engine(read, directory, options, lambda m: progress(0.5, m))
         Artifact.write(directory, manifest)

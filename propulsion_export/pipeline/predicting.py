@@ -9,6 +9,7 @@ from propulsion_export.artifact import Artifact, Runner
 from propulsion_export.errors import UsageError
 from propulsion_export.lengths import longest_input
 from propulsion_export.manifest import BASE_NAME
+from propulsion_export.pipeline.agreeing import check_signature
 from propulsion_export.pipeline.describing import Outcome, describe
 from propulsion_export.pipeline.inputs import read_texts
 from propulsion_export.pipeline.running import RunnerName, choose_runner, open_runner
@@ -52,6 +53,7 @@ def predict(
         raise UsageError("no text is given, expected some", remedy="Give --text or --inputs.")
     names = _adapters(read, adapter, len(texts))
     contexts = _contexts(read.manifest.task, context, len(texts))
+    check_signature(read)
     encoder = _encoder(read)
     run = open_runner(read, choose_runner(read, runner))
     predictions: dict[int, dict[str, Any]] = {}

@@ -236,3 +236,32 @@ def test_a_manifest_that_does_not_fit_its_graph_is_refused(edit, words, switchab
 @pytest.mark.parametrize("mode", ["folded", "switchable"])
 def test_what_an_export_says_of_its_graph_is_so(mode, request):
     check_signature(Artifact.read(request.getfixturevalue(mode)))
+
+
+def test_junit_never_replaces_a_file_of_another_kind(folded, tmp_path, capsys):
+    directory = shutil.copytree(folded, tmp_path / "artifact")
+    before = (directory / "config.json").read_bytes()
+
+    assert run("parity", directory, "--junit", directory / "config.json") == 2
+    assert (directory / "config.json").read_bytes() == before
+    assert "is not replaced" in capsys.readouterr().err
+
+
+def test_a_home_directory_need_not_be_expanded_by_a_shell(folded, tmp_path, monkeypatch, capsys):
+    shutil.copytree(folded, tmp_path / "artifact")
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+    assert run("inspect", "~/artifact") == 0
+    assert run("parity", "~/artifact", "--junit", "~/junit.xml") == 0
+    assert (tmp_path / "junit.xml").is_file()
+
+
+def test_run_and_trt_refuse_a_manifest_that_is_not_the_graph_s(switchable, tmp_path, capsys):
+    directory = shutil.copytree(switchable, tmp_path / "artifact")
+    artifact = Artifact.read(directory)
+    three = {"three": artifact.manifest.adapters["three"]}
+    artifact.with_manifest(replace(artifact.manifest, mode="folded", adapters=three))
+
+    assert run("run", directory, "--text", "ba") == 4
+    assert run("trt", directory, "-o", tmp_path / "engine") == 4
+    assert "mode is 'folded'" in capsys.readouterr().err
