@@ -1,4 +1,4 @@
-"""`propulsion-export train`: labelled text in, an adapter out."""
+"""`propulsion-export train`: labelled text, or text to learn to write, in; an adapter out."""
 
 import os
 from collections.abc import Mapping
@@ -24,13 +24,24 @@ from .options import FILE, output_options, trust_option
 )
 @click.option(
     "--task",
-    type=click.Choice(["text-classification", "token-classification"]),
+    type=click.Choice(
+        [
+            "text-classification",
+            "token-classification",
+            "text-generation",
+            "text2text-generation",
+        ]
+    ),
     default="text-classification",
     show_default=True,
 )
 @click.option("--validation", type=FILE, help="[default: a tenth of DATA]")
-@click.option("--text-column", help="[default: text, or tokens]")
-@click.option("--label-column", help="[default: label, or labels]")
+@click.option("--text-column", help="Inputs.  [default: text, tokens, or prompt]")
+@click.option(
+    "--label-column",
+    help="What is learnt of them.  [default: label, labels, or response; without it and without "
+    "prompts, the texts themselves are learnt]",
+)
 @click.option(
     "--placement", default="all", show_default=True, help="attention, all, or a regex of paths."
 )
@@ -40,14 +51,29 @@ from .options import FILE, output_options, trust_option
 @click.option(
     "--batch-size", type=int, default=32, show_default=True, help="Over all processes together."
 )
+@click.option(
+    "--gradient-accumulation-steps",
+    type=int,
+    default=1,
+    show_default=True,
+    help="Parts that a batch is gone through in; saves memory.",
+)
 @click.option("--learning-rate", type=float, default=1e-3, show_default=True, help="Of vectors.")
-@click.option("--head-learning-rate", type=float, default=1e-2, show_default=True)
-@click.option("--max-length", type=int, default=128, show_default=True, help="In tokens.")
+@click.option(
+    "--head-learning-rate", type=float, default=1e-2, show_default=True, help="Of a classifier's."
+)
+@click.option("--max-length", type=int, help="In tokens.  [default: 128, or 512 to generate]")
+@click.option(
+    "--packing",
+    is_flag=True,
+    help="Lay passages together into blocks of --max-length, none attending to another. "
+    "text-generation only; a model that cannot keep them apart is refused.",
+)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--early-stopping", type=int, metavar="EPOCHS", help="Patience; keeps the best.")
 @click.option("--gradient-checkpointing", is_flag=True, help="Less memory, more time.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32")
-@click.option("--no-head-only", is_flag=True, help="Skip the head-only comparison.")
+@click.option("--no-head-only", is_flag=True, help="Skip a classifier's head-only comparison.")
 @click.option("--resume", is_flag=True, help="Go on from where an interrupted run stopped.")
 @output_options
 @trust_option
@@ -55,7 +81,10 @@ from .options import FILE, output_options, trust_option
 def command(
     console: Console, model: str, data: str, output: Path, no_head_only: bool, **options: Any
 ) -> None:
-    """Train a Propulsion adapter on labelled text.
+    """Train a Propulsion adapter on labelled text, or on text to write.
+
+    Text generation learns the texts of a column `text`, or responses to prompts, each with an
+    end-of-sequence token; no head is trained.
 
     Writes the PEFT adapter, metrics.json, loss-curve.png and a model card. Under `accelerate
     launch` several processes train together.
@@ -75,6 +104,13 @@ def command(
 
 
 def _text(metrics: Mapping[str, Any], output: Path) -> str:
+    if "validation_perplexity" in metrics:
+        loss, perplexity = metrics["validation_loss"], metrics["validation_perplexity"]
+        base, of_base = metrics["base_loss"], metrics["base_perplexity"]
+        return (
+            f"{output}: held-out loss {loss:.4f}, perplexity {perplexity:.4g} "
+            f"(base model {base:.4f}, {of_base:.4g})"
+        )
     accuracy = metrics["validation_accuracy"]
     alone = metrics.get("head_only_accuracy")
     beside = f" (head alone {alone:.1%})" if alone is not None else ""

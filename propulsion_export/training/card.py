@@ -5,36 +5,60 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-_AUTO_CLASSES = {
-    "text-classification": "AutoModelForSequenceClassification",
-    "token-classification": "AutoModelForTokenClassification",
-}
+from propulsion_export.training.tasks import KINDS
 
 
 def write_loss_curve(
-    file: Path, losses: Sequence[tuple[float, float]], history: Sequence[Mapping[str, float]]
+    file: Path, losses: Sequence[tuple[float, float]], metrics: Mapping[str, Any]
 ) -> None:
-    """Draw training loss and validation accuracy over the epochs, as PNG."""
+    """Draw the training loss over the epochs, as PNG, with what validation gave.
+
+    Args:
+        file: to write.
+        losses: points (epoch, training loss).
+        metrics: what `metrics.json` says; of it the task, the epochs and the base model's loss.
+    """
     # Not pyplot: a figure of its own needs no display and leaves no global state.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     canvas = FigureCanvasAgg(figure)
-    left = figure.add_subplot(xlabel="epoch", ylabel="training loss")
-    left.plot([epoch for epoch, _ in losses], [loss for _, loss in losses], color="tab:blue")
-    left.set_ylim(bottom=0)
-    left.yaxis.label.set_color("tab:blue")
-    right = left.twinx()
+    axes = figure.add_subplot(xlabel="epoch", ylabel="training loss")
+    axes.plot([epoch for epoch, _ in losses], [loss for _, loss in losses], color="tab:blue")
+    draw = _draw_losses if KINDS[metrics["task"]].generates else _draw_accuracy
+    draw(axes, metrics)
+    axes.set_ylim(bottom=0)
+    canvas.print_png(str(file))
+
+
+def _draw_accuracy(axes: Any, metrics: Mapping[str, Any]) -> None:
+    """On an axis of its own, which goes from 0 to 1."""
+    axes.yaxis.label.set_color("tab:blue")
+    right = axes.twinx()
     right.set(ylabel="validation accuracy", ylim=(0, 1))
     right.yaxis.label.set_color("tab:orange")
-    right.plot(
-        [entry["epoch"] for entry in history],
-        [entry["validation_accuracy"] for entry in history],
+    right.plot(*_by_epoch(metrics, "validation_accuracy"), color="tab:orange", marker="o")
+
+
+def _draw_losses(axes: Any, metrics: Mapping[str, Any]) -> None:
+    """Beside the training loss; the base model's own is where validation begins."""
+    axes.set_ylabel("loss")
+    axes.lines[0].set_label("training")
+    epochs, found = _by_epoch(metrics, "validation_loss")
+    axes.plot(
+        [0, *epochs],
+        [metrics["base_loss"], *found],
         color="tab:orange",
         marker="o",
+        label="validation, from the base model's on",
     )
-    canvas.print_png(str(file))
+    axes.legend()
+
+
+def _by_epoch(metrics: Mapping[str, Any], name: str) -> tuple[list[float], list[float]]:
+    epochs = metrics["epochs"]
+    return [entry["epoch"] for entry in epochs], [entry[name] for entry in epochs]
 
 
 def model_card(metrics: Mapping[str, Any]) -> str:
@@ -49,7 +73,7 @@ def model_card(metrics: Mapping[str, Any]) -> str:
         "- propulsion",
         "- propulsion-export",
         "metrics:",
-        "- accuracy",
+        f"- {KINDS[metrics['task']].measure}",
         "---",
     ]
     return "\n".join([*header, "", *_description(metrics), *_results(metrics), *_usage(metrics)])
@@ -63,14 +87,18 @@ def _base_model(source: str) -> list[str]:
 def _description(metrics: Mapping[str, Any]) -> list[str]:
     options, counts = metrics["options"], metrics["trainable_parameters"]
     trained = ", ".join(f"{count:,} in {kind}" for kind, count in counts.items() if count)
+    head, labels = "", []
+    if "labels" in metrics:
+        head = ", and a task head"
+        labels = [f"- Labels: {', '.join(f'`{label}`' for label in metrics['labels'])}"]
     return [
         f"# Propulsion adapter for {metrics['task']}",
         "",
         "Vectors that multiply the output channels of a frozen base model "
-        "([arXiv 2409.10927](https://arxiv.org/abs/2409.10927)), and a task head.",
+        f"([arXiv 2409.10927](https://arxiv.org/abs/2409.10927)){head}.",
         "",
         f"- Base model: `{metrics['base_model']}`, in {options['dtype']}",
-        f"- Labels: {', '.join(f'`{label}`' for label in metrics['labels'])}",
+        *labels,
         f"- Placement `{options['placement']}`, degree {options['degree']:g}",
         f"- Trained numbers: {trained}",
         f"- Seed {metrics['seed']}; {metrics['rows']['train']:,} training rows, "
@@ -80,32 +108,47 @@ def _description(metrics: Mapping[str, Any]) -> list[str]:
 
 
 def _results(metrics: Mapping[str, Any]) -> list[str]:
+    measure = KINDS[metrics["task"]].measure
     rows = [
         f"| {entry['epoch']} | {entry['train_loss']:.4f} | {entry['validation_loss']:.4f} "
-        f"| {entry['validation_accuracy']:.4f} |"
+        f"| {entry[f'validation_{measure}']:.4f} |"
         for entry in metrics["epochs"]
     ]
+    verdict = _losses if measure == "perplexity" else _accuracies
+    return [
+        "## Results",
+        "",
+        verdict(metrics),
+        "",
+        f"| epoch | training loss | validation loss | validation {measure} |",
+        "|---|---|---|---|",
+        *rows,
+        "",
+        "![the training and what validation gave](loss-curve.png)",
+        "",
+    ]
+
+
+def _accuracies(metrics: Mapping[str, Any]) -> str:
     head = metrics["head_only_accuracy"]
     compared = ""
     if head is not None:
         compared = f", against {head:.4f} for the task head alone on the frozen base model"
-    return [
-        "## Results",
-        "",
-        f"Validation accuracy {metrics['validation_accuracy']:.4f} (epoch {metrics['kept_epoch']})"
-        f"{compared}.",
-        "",
-        "| epoch | training loss | validation loss | validation accuracy |",
-        "|---|---|---|---|",
-        *rows,
-        "",
-        "![training loss and validation accuracy](loss-curve.png)",
-        "",
-    ]
+    found = f"{metrics['validation_accuracy']:.4f} (epoch {metrics['kept_epoch']})"
+    return f"Validation accuracy {found}{compared}."
+
+
+def _losses(metrics: Mapping[str, Any]) -> str:
+    return (
+        f"Validation loss {metrics['validation_loss']:.4f} a token, perplexity "
+        f"{metrics['validation_perplexity']:.4f} (epoch {metrics['kept_epoch']}), against "
+        f"{metrics['base_loss']:.4f} and {metrics['base_perplexity']:.4f} of the base model."
+    )
 
 
 def _usage(metrics: Mapping[str, Any]) -> list[str]:
-    auto_class, base = _AUTO_CLASSES[metrics["task"]], json.dumps(metrics["base_model"])
+    auto_class, base = KINDS[metrics["task"]].auto_class, json.dumps(metrics["base_model"])
+    labels = f", num_labels={len(metrics['labels'])}" if "labels" in metrics else ""
     return [
         "## Use",
         "",
@@ -116,7 +159,7 @@ def _usage(metrics: Mapping[str, Any]) -> list[str]:
         "from peft import PeftModel",
         f"from transformers import {auto_class}",
         "",
-        f"base = {auto_class}.from_pretrained({base}, num_labels={len(metrics['labels'])})",
+        f"base = {auto_class}.from_pretrained({base}{labels})",
         'model = PeftModel.from_pretrained(base, "PATH/TO/THIS/DIRECTORY")',
         "```",
         "",

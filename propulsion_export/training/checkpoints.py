@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from propulsion_export.errors import UsageError
-from propulsion_export.training.data import Example
 from propulsion_export.training.options import TrainOptions
 
 _RUN_FILE = "run.json"
@@ -24,13 +23,13 @@ Run = Mapping[str, Any]
 
 
 def describe_run(
-    model: str, training: Sequence[Example], validation: Sequence[Example], options: TrainOptions
+    model: str, training: Sequence[object], validation: Sequence[object], options: TrainOptions
 ) -> Run:
     """What must be the same for a checkpoint to be continued, as JSON values."""
     free = {name: asdict(options)[name] for name in _FREE_OPTIONS}
     digest = hashlib.sha256()
-    for example in (*training, None, *validation):
-        digest.update(repr(example).encode())
+    for item in (*training, None, *validation):
+        digest.update(repr(item).encode())
     described = {name: value for name, value in asdict(options).items() if name not in free}
     return {"model": model, "data": digest.hexdigest()} | described
 

@@ -1,13 +1,27 @@
 """Examples as token ids and class numbers."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from propulsion_export.training.data import Example
 
 IGNORED = -100  # the class number that torch's cross-entropy skips
 
 Row = dict[str, Any]
+Batch = dict[str, torch.Tensor]
+Collate = Callable[[list[Row]], Batch]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Encoded examples to train and to validate on, and how rows become a batch."""
+
+    training: Sequence[Row]
+    validation: Sequence[Row]
+    collate: Collate
 
 
 def encode(

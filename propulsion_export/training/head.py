@@ -1,30 +1,18 @@
 """The accuracy of the task head alone on the frozen base model: what an adapter has to beat."""
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from propulsion_export.training.encode import IGNORED, Row
+from propulsion_export.training.encode import IGNORED, Batch, Collate, Row, Rows
 from propulsion_export.training.model import Base
 from propulsion_export.training.options import TrainOptions
 
 _CACHE_BYTES = 2 * 2**30
-
-Batch = dict[str, torch.Tensor]
-Collate = Callable[[list[Row]], Batch]
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Encoded examples to train and to validate on, and how rows become a batch."""
-
-    training: Sequence[Row]
-    validation: Sequence[Row]
-    collate: Collate
 
 
 def head_only_accuracy(

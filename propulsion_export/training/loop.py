@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 import transformers
-from torch.nn import functional
 
 from propulsion_export.errors import UnavailableError, UsageError
-from propulsion_export.training.encode import IGNORED
 from propulsion_export.training.metrics import history_of, kind_of
 from propulsion_export.training.options import TrainOptions
+from propulsion_export.training.tasks import KINDS, Kind
 
 # Called with the share that is done, 0 to 1, and what was just done.
 Progress = Callable[[float, str], None]
@@ -21,51 +20,37 @@ Progress = Callable[[float, str], None]
 PREPARED = 0.1  # the share of the work before the adapter's training starts
 TRAINED = 0.98
 _CURVE_POINTS = 20  # training losses in the picture, an epoch
+_MUST_BE_FINITE = {"loss": "loss", "eval_perplexity": "validation perplexity"}
 
 
-def mean_cross_entropy(
-    outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | None = None
-) -> torch.Tensor:
-    """The loss over what has a class, as a mean over the batch of all processes.
-
-    A model's own loss is a mean over one process's share, which the Trainer then takes for a share
-    of the whole mean and multiplies by the number of processes (transformers 5.24).
-
-    Args:
-        outputs: with `logits` of shape [..., classes].
-        labels: class numbers, shape [...]; negative ones are not counted.
-        num_items_in_batch: how many are counted in all processes together.
-    """
-    logits = outputs.logits.float().flatten(0, -2)
-    count = (labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
-    total = functional.cross_entropy(logits, labels.flatten(), reduction="sum")
-    return total / count
-
-
-def batch_per_process(options: TrainOptions) -> int:
-    """How many examples each process takes of a batch.
+def micro_batch(options: TrainOptions) -> int:
+    """How many examples each process takes at a time.
 
     Raises:
-        UsageError: the processes cannot share a batch evenly.
+        UsageError: the processes and the accumulated steps cannot share a batch evenly.
     """
-    processes = _processes()
-    if options.batch_size % processes:
+    processes, steps = _processes(), options.gradient_accumulation_steps
+    if options.batch_size % (processes * steps):
+        shares = f"{processes} processes that share a batch"
+        if steps > 1:
+            shares = f"{processes} processes x {steps} accumulated steps that share a batch"
         raise UsageError(
-            f"--batch-size is {options.batch_size}, expected a multiple of the {processes} "
-            "processes that share a batch"
+            f"--batch-size is {options.batch_size}, expected a multiple of the {shares}"
         )
-    return options.batch_size // processes
+    return options.batch_size // (processes * steps)
 
 
 def training_arguments(directory: Path, options: TrainOptions, rows: int) -> Any:
     """The Trainer's settings; checkpoints go to `directory`, once an epoch."""
     steps = math.ceil(rows / options.batch_size)
+    kind = KINDS[options.task]
     stops = options.early_stopping is not None
     arguments = transformers.TrainingArguments(
         output_dir=str(directory),
         num_train_epochs=options.epochs,
-        per_device_train_batch_size=batch_per_process(options),
-        per_device_eval_batch_size=batch_per_process(options),
+        per_device_train_batch_size=micro_batch(options),
+        gradient_accumulation_steps=options.gradient_accumulation_steps,
+        per_device_eval_batch_size=micro_batch(options),
         learning_rate=options.learning_rate,
         lr_scheduler_type="linear",
         seed=options.seed,
@@ -75,7 +60,8 @@ def training_arguments(directory: Path, options: TrainOptions, rows: int) -> Any
         save_strategy="epoch",
         save_total_limit=1,
         load_best_model_at_end=stops,
-        metric_for_best_model="accuracy" if stops else None,
+        metric_for_best_model=kind.best_by if stops else None,
+        greater_is_better=kind.best_by == "accuracy" if stops else None,
         restore_callback_states_from_checkpoint=stops,
         activation_checkpointing=options.gradient_checkpointing,
         remove_unused_columns=False,
@@ -119,7 +105,9 @@ class AdapterTrainer(transformers.Trainer):  # type: ignore[misc]
                 {"params": trained["biases"], "lr": rate},
                 {"params": trained["head"], "lr": self.head_learning_rate},
             ]
-            self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+            # A checkpoint of FSDP's cannot hold two groups without parameters.
+            used = [group for group in groups if group["params"]]
+            self.optimizer = torch.optim.AdamW(used, weight_decay=0.0)
         return self.optimizer
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -134,8 +122,8 @@ class AdapterTrainer(transformers.Trainer):  # type: ignore[misc]
 class Watch(transformers.TrainerCallback):  # type: ignore[misc]
     """Report steps and epochs, and stop when the loss is no number."""
 
-    def __init__(self, report: Progress) -> None:
-        self.report = report
+    def __init__(self, kind: Kind, report: Progress) -> None:
+        self.kind, self.report = kind, report
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._report(state, f"step {state.global_step} of {state.max_steps}")
@@ -146,18 +134,21 @@ class Watch(transformers.TrainerCallback):  # type: ignore[misc]
     def on_log(
         self, args: Any, state: Any, control: Any, logs: Mapping[str, float], **_: Any
     ) -> None:
-        if not math.isfinite(logs.get("loss", 0.0)):
-            raise UsageError(
-                f"the training diverged: the loss is {logs['loss']} at step {state.global_step}",
-                remedy="Choose a lower --learning-rate or --head-learning-rate.",
-            )
+        for name, what in _MUST_BE_FINITE.items():
+            if not math.isfinite(logs.get(name, 0.0)):
+                raise UsageError(
+                    f"the training diverged: the {what} is {logs[name]} at step "
+                    f"{state.global_step}",
+                    remedy="Choose a lower --learning-rate"
+                    + ("." if self.kind.generates else " or --head-learning-rate."),
+                )
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         last = history_of(state.log_history)[-1]
+        measure = f"validation {self.kind.measure}"
+        value = last[measure.replace(" ", "_")]
         self._report(
-            state,
-            f"epoch {last['epoch']} of {args.num_train_epochs}: "
-            f"validation accuracy {last['validation_accuracy']:.4f}",
+            state, f"epoch {last['epoch']} of {args.num_train_epochs}: {measure} {value:.4f}"
         )
 
     def _report(self, state: Any, message: str) -> None:

@@ -1,14 +1,14 @@
 """The numbers a training run reports."""
 
 import importlib.metadata
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import nn
-from torch.nn import functional
 
 from propulsion_export.training.encode import IGNORED
+from propulsion_export.training.tasks import Kind
 
 VECTOR, BIAS = "propulsion_z", "propulsion_bias"
 _PACKAGES = ("propulsion-export", "torch", "transformers", "peft")
@@ -16,26 +16,36 @@ _PACKAGES = ("propulsion-export", "torch", "transformers", "peft")
 History = list[dict[str, float]]
 
 
-def guesses_and_losses(
-    logits: torch.Tensor, labels: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The likeliest class of each row or token, and its cross-entropy, both of `labels`' shape.
+def class_scores(prediction: Any) -> dict[str, float]:
+    """The share of right guesses and the mean loss, over what has a class.
 
-    Small enough to be gathered, where logits are not; a mean over gathered losses counts no row
-    twice, as the Trainer's own does when processes do not share the last batch evenly.
+    Args:
+        prediction: the Trainer's, of `guesses_and_losses`.
     """
-    losses = functional.cross_entropy(
-        logits.float().flatten(0, -2), labels.flatten(), reduction="none"
-    )
-    return logits.argmax(-1), losses.view(labels.shape)
-
-
-def scores(prediction: Any) -> dict[str, float]:
-    """The share of right guesses and the mean loss, over what has a class."""
     guesses, losses = prediction.predictions
     counted = prediction.label_ids != IGNORED
     right = guesses[counted] == prediction.label_ids[counted]
     return {"accuracy": float(right.mean()), "mean_loss": float(losses[counted].mean())}
+
+
+def token_scores(prediction: Any) -> dict[str, float]:
+    """The mean loss over all tokens that are learnt, and its exponential.
+
+    Args:
+        prediction: the Trainer's, of `token_losses` or `next_token_losses`.
+    """
+    counted = prediction.label_ids != IGNORED
+    # In float64: there may be millions of tokens.
+    loss = float(prediction.predictions[counted].mean(dtype="float64"))
+    return {"perplexity": perplexity_of(loss), "mean_loss": loss}
+
+
+def perplexity_of(loss: float) -> float:
+    """The number of equally likely tokens that a mean loss is as good as; inf above 709."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
 
 
 def kind_of(parameter: str) -> str:
@@ -55,7 +65,9 @@ def trainable_parameters(model: nn.Module) -> dict[str, int]:
 
 
 def history_of(log: Iterable[Mapping[str, float]]) -> History:
-    """Per epoch: mean training loss, validation loss and accuracy, from the Trainer's log.
+    """Per epoch: mean training loss, validation loss and measure, from the Trainer's log.
+
+    The measure is `validation_accuracy` or `validation_perplexity`, whichever was logged.
 
     The Trainer logs the mean loss since its last entry, and our callback lets it log at the end of
     every epoch, so no entry spans two.
@@ -74,11 +86,18 @@ def history_of(log: Iterable[Mapping[str, float]]) -> History:
                     "epoch": len(history) + 1,
                     "train_loss": sum(loss * count for loss, count in losses) / steps,
                     "validation_loss": entry["eval_mean_loss"],
-                    "validation_accuracy": entry["eval_accuracy"],
                 }
+                | {f"validation_{name}": entry[f"eval_{name}"] for name in _measures(entry)}
             )
             losses = []
     return history
+
+
+def best_epoch(history: History, kind: Kind) -> dict[str, float]:
+    """The entry of the epoch that early stopping keeps: the first of the best."""
+    if kind.best_by == "accuracy":
+        return max(history, key=lambda entry: entry["validation_accuracy"])
+    return min(history, key=lambda entry: entry["validation_loss"])
 
 
 def loss_curve(log: Iterable[Mapping[str, float]]) -> list[tuple[float, float]]:
@@ -89,3 +108,7 @@ def loss_curve(log: Iterable[Mapping[str, float]]) -> list[tuple[float, float]]:
 def versions() -> dict[str, str]:
     """The versions of the packages that decide what is trained."""
     return {package: importlib.metadata.version(package) for package in _PACKAGES}
+
+
+def _measures(entry: Mapping[str, float]) -> list[str]:
+    return [name for name in ("accuracy", "perplexity") if f"eval_{name}" in entry]

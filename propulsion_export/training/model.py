@@ -1,5 +1,6 @@
-"""The base model with a fresh task head and its tokenizer, and the adapter put onto it."""
+"""The base model with its tokenizer and head, fresh for classes, and the adapter put onto it."""
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,13 +16,8 @@ from torch import nn
 from propulsion_export.errors import BaseModelError
 from propulsion_export.lengths import longest_input
 from propulsion_export.training.options import TrainOptions
+from propulsion_export.training.probe import leaks_in_a_block, looks_ahead
 from propulsion_export.tuning import PropulsionConfig
-
-_AUTO_CLASSES = {
-    "text-classification": transformers.AutoModelForSequenceClassification,
-    "token-classification": transformers.AutoModelForTokenClassification,
-}
-PEFT_TASKS = {"text-classification": "SEQ_CLS", "token-classification": "TOKEN_CLS"}
 
 
 @dataclass(frozen=True)
@@ -30,9 +26,10 @@ class Base:
 
     Attributes:
         name: the resolved path of a local model, else its name on a hub.
-        model: with a head for the classes.
+        model: with a head for the classes, or its own lm_head.
         tokenizer: with a padding token.
-        heads: names of the children of `model` that are not the base model and hold parameters.
+        heads: names of the children of `model` that are not the base model and hold parameters;
+            none where text is generated.
         absent: module paths inside the base model whose weights are not in the checkpoint, so that
             they start at random and have to be trained and saved like a head.
     """
@@ -45,29 +42,35 @@ class Base:
 
 
 def load_base(model: str | Path, classes: Sequence[str], options: TrainOptions) -> Base:
-    """Load a base model for classification; the seed fixes the values of its new head.
+    """Load a base model for a task; the seed fixes the values of a new head for the `classes`.
 
     Raises:
         BaseModelError: there is no such model, it has no safetensors weights, or transformers
-            knows no such head for it.
+            knows no such head for it; it is no language model, or cannot keep packed passages
+            apart.
     """
     name = _resolved(model)
     transformers.set_seed(options.seed)
     with _load_errors_in_words(name):
         tokenizer = _tokenizer(name, options)
         config = _config(name, tokenizer, classes, options)
-        loaded, report = _AUTO_CLASSES[options.task].from_pretrained(
+        loaded, report = getattr(transformers, options.kind.auto_class).from_pretrained(
             name,
             config=config,
             dtype=getattr(torch, options.dtype),
             # A checkpoint may bring a head for other classes.
-            ignore_mismatched_sizes=True,
+            ignore_mismatched_sizes=not options.kind.generates,
             use_safetensors=True,
             trust_remote_code=options.trust_remote_code,
             output_loading_info=True,
         )
+    missing = sorted(report["missing_keys"])
+    if options.kind.generates:
+        _check_language_model(name, loaded, tokenizer, missing)
+        _check_passages_apart(name, loaded, options)
+        return Base(name, loaded, tokenizer, heads=(), absent=())
     heads = _heads(name, loaded)
-    owners = {key.rpartition(".")[0] for key in report["missing_keys"]}
+    owners = {key.rpartition(".")[0] for key in missing}
     absent = sorted(owner for owner in owners if owner.split(".")[0] not in heads)
     return Base(name, loaded, tokenizer, heads, tuple(absent))
 
@@ -79,17 +82,17 @@ def add_adapter(base: Base, classes: Sequence[str], options: TrainOptions) -> An
     """
     saved = [*base.heads, *base.absent]
     config = PropulsionConfig(
-        task_type=PEFT_TASKS[options.task],
+        task_type=options.kind.peft_type,
         target_modules=options.placement,
         degree=options.degree,
         train_bias=options.train_bias,
-        modules_to_save=list(saved),
-        labels=list(classes),
+        modules_to_save=list(saved) or None,
+        labels=list(classes) or None,
     )
     model = get_peft_model(base.model, config)
     recorded = model.peft_config["default"]
     recorded.base_model_name_or_path = base.name
-    recorded.modules_to_save = saved  # PEFT had added the names of heads that may not exist
+    recorded.modules_to_save = saved or None  # PEFT had added the names of heads that may not exist
     if options.dtype != "float32":
         for path in saved:
             _train_in_float32_(base.model.get_submodule(path), inside=path in base.absent)
@@ -98,7 +101,8 @@ def add_adapter(base: Base, classes: Sequence[str], options: TrainOptions) -> An
 
 def longest_text(base: Base, options: TrainOptions) -> int:
     """How many tokens a text may have: as many as asked for, if the base model takes them."""
-    return min(options.max_length, longest_input(base.model.config, base.tokenizer))
+    asked = options.max_length or options.kind.max_length
+    return min(asked, longest_input(base.model.config, base.tokenizer))
 
 
 def _resolved(model: str | Path) -> str:
@@ -135,21 +139,56 @@ def _tokenizer(name: str, options: TrainOptions) -> Any:
             )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # GPT-type models have none
+    if options.kind.generates:
+        # On the left it would shift the positions, which models count from the row's start.
+        tokenizer.padding_side = "right"
     return tokenizer
 
 
 def _config(name: str, tokenizer: Any, classes: Sequence[str], options: TrainOptions) -> Any:
+    settings: dict[str, Any] = {"use_cache": False}
+    if classes:
+        settings = {
+            "id2label": dict(enumerate(classes)),
+            "label2id": {label: index for index, label in enumerate(classes)},
+        }
     config = transformers.AutoConfig.from_pretrained(
-        name,
-        trust_remote_code=options.trust_remote_code,
-        id2label=dict(enumerate(classes)),
-        label2id={label: index for index, label in enumerate(classes)},
+        name, trust_remote_code=options.trust_remote_code, **settings
     )
     if options.task == "text-classification":
         config.problem_type = "single_label_classification"
     if getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = tokenizer.pad_token_id
     return config
+
+
+def _check_language_model(name: str, model: Any, tokenizer: Any, missing: Sequence[str]) -> None:
+    kind = type(model).__name__
+    if missing:
+        raise BaseModelError(
+            *(f"{name}: {key} is not in the checkpoint, expected for {kind}" for key in missing),
+            remedy="Nothing would train it: give a checkpoint of a whole language model.",
+        )
+    if tokenizer.eos_token_id is None:
+        raise BaseModelError(
+            f"{name}: its tokenizer has no end-of-sequence token, expected one to end a text"
+        )
+    if not model.config.is_encoder_decoder and looks_ahead(model):
+        raise BaseModelError(
+            f"{name}: {kind} looks at the tokens that it is to predict, expected a decoder"
+        )
+
+
+def _check_passages_apart(name: str, model: Any, options: TrainOptions) -> None:
+    if not options.packing:
+        return
+    takes = "position_ids" in inspect.signature(model.forward).parameters
+    if not takes or leaks_in_a_block(model):
+        raise BaseModelError(
+            f"{name}: {type(model).__name__} cannot keep the passages of a block apart by their "
+            "positions",
+            remedy="Train without --packing.",
+        )
 
 
 def _heads(name: str, model: Any) -> tuple[str, ...]:

@@ -1,11 +1,18 @@
 """What a training run is asked to do; the names are those of the command's long options."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal
 
 from propulsion_export.errors import UsageError
-from propulsion_export.training.data import COLUMNS, Columns, Task
+from propulsion_export.training.data import Columns
+from propulsion_export.training.tasks import KINDS, Kind, Task
+
+# An option, what is expected of it, and whether a value is that.
+_Rule = tuple[str, str, Callable[[Any], bool]]
+
+_HEAD_LEARNING_RATE = 1e-2
 
 
 @dataclass(frozen=True)
@@ -15,26 +22,39 @@ class TrainOptions:
     The defaults were the best of the settings tried on the samples' WordNet topics.
 
     Attributes:
-        task: `text-classification` or `token-classification`.
-        text_column: holds the inputs; by default `text`, or `tokens` (a list of words).
-        label_column: holds the labels; by default `label`, or `labels` (one per word).
+        task: one of `tasks.Task`. Text generation learns texts, or responses to prompts; its
+            lm_head is not trained.
+        text_column: holds the inputs; by default `text`, `tokens` (a list of words) or, where there
+            are responses, `prompt`.
+        label_column: holds what is learnt of them; by default `label`, `labels` (one per word) or
+            `response`. Without it, `text_column` of text generation holds texts to learn.
         validation: file to validate on after each epoch; by default a tenth of the data is held
             out.
         placement: `attention`, `all`, or a regular expression for module paths.
         degree: the power that the trained vectors are raised to.
         train_bias: train the biases of the wrapped layers too.
         epochs: passes over the training data.
-        batch_size: examples per optimiser step, over all processes together.
+        batch_size: examples per optimiser step, over all processes together; blocks, with
+            `packing`.
+        gradient_accumulation_steps: a step's batch is gone through in so many parts, to save
+            memory; without dropout the adapter is the same within float error.
         learning_rate: of the vectors and biases; falls linearly to 0.
-        head_learning_rate: of the task head; falls linearly to 0.
-        max_length: texts are cut to so many tokens, fewer if the base model takes fewer.
+        head_learning_rate: of a classifier's task head; falls linearly to 0.
+        max_length: texts are cut to so many tokens, fewer if the base model takes fewer; by default
+            128, or 512 of text to generate, where the cut rows are counted.
+        packing: lay several passages into blocks of `max_length` tokens, so that few are padding;
+            text generation only. No passage attends to another, which is checked, and a base model
+            that cannot do that is refused. A text without a prompt is continued in another block
+            instead of being cut.
         seed: fixes the held-out rows, the head's first values, the order of rows and the dropout.
-        early_stopping: stop after so many epochs without a better validation accuracy, and keep
-            the best epoch; by default all epochs run and the last is kept.
+        early_stopping: stop after so many epochs without a better validation accuracy, or a lower
+            validation loss of generated text, and keep the best epoch; by default all epochs run
+            and the last is kept.
         gradient_checkpointing: compute activations again in the backward pass to save memory.
         dtype: of the frozen base model; vectors, biases and head are trained in float32.
         trust_remote_code: run code that the model directory brings along.
-        head_only: also train the task head alone, to tell what the adapter adds.
+        head_only: also train a classifier's task head alone, to tell what the adapter adds.
+            Generated text is compared with the base model's in any case.
         resume: go on from the checkpoint that an interrupted run of the same options left.
         force: replace an adapter that stands at the output.
     """
@@ -48,9 +68,11 @@ class TrainOptions:
     train_bias: bool = False
     epochs: int = 3
     batch_size: int = 32
+    gradient_accumulation_steps: int = 1
     learning_rate: float = 1e-3
-    head_learning_rate: float = 1e-2
-    max_length: int = 128
+    head_learning_rate: float = _HEAD_LEARNING_RATE
+    max_length: int | None = None
+    packing: bool = False
     seed: int = 0
     early_stopping: int | None = None
     gradient_checkpointing: bool = False
@@ -63,34 +85,59 @@ class TrainOptions:
     def __post_init__(self) -> None:
         wrong = [
             f"{_option(name)} is {value!r}, expected {expected}"
-            for name, value, expected, right in (
-                ("task", self.task, " or ".join(get_args(Task)), self.task in get_args(Task)),
-                ("degree", self.degree, "a positive number", self.degree > 0),
-                ("epochs", self.epochs, "1 or more", self.epochs >= 1),
-                ("batch_size", self.batch_size, "1 or more", self.batch_size >= 1),
-                ("learning_rate", self.learning_rate, "above 0", self.learning_rate > 0),
-                ("head_learning_rate", self.head_learning_rate, "above 0", self._trains_head()),
-                ("max_length", self.max_length, "3 or more", self.max_length >= 3),
-                ("seed", self.seed, "0 to 2**32 - 1", 0 <= self.seed < 2**32),
-                ("early_stopping", self.early_stopping, "1 or more", self._may_stop()),
-                ("dtype", self.dtype, "float32 or bfloat16", self.dtype in ("float32", "bfloat16")),
-            )
-            if not right
+            for name, expected, right in (*self._numbers(), *self._choices())
+            if not right(value := getattr(self, name))
         ]
         if wrong:
             raise UsageError(*wrong)
 
     @property
+    def kind(self) -> Kind:
+        """What the task is called elsewhere."""
+        return KINDS[self.task]
+
+    @property
     def columns(self) -> Columns:
-        """The task with its columns, the defaults filled in."""
-        text, label = COLUMNS[self.task]
-        return Columns(self.task, self.text_column or text, self.label_column or label)
+        """The task with the columns that were named."""
+        return Columns(self.task, self.text_column, self.label_column)
 
-    def _trains_head(self) -> bool:
-        return self.head_learning_rate > 0
+    @staticmethod
+    def _numbers() -> tuple[_Rule, ...]:
+        def count(value: Any) -> bool:
+            return bool(value >= 1)
 
-    def _may_stop(self) -> bool:
-        return self.early_stopping is None or self.early_stopping >= 1
+        def positive(value: Any) -> bool:
+            return bool(value > 0)
+
+        return (
+            ("degree", "a positive number", positive),
+            ("epochs", "1 or more", count),
+            ("batch_size", "1 or more", count),
+            ("gradient_accumulation_steps", "1 or more", count),
+            ("learning_rate", "above 0", positive),
+            ("head_learning_rate", "above 0", positive),
+            ("max_length", "3 or more", lambda value: value is None or value >= 3),
+            ("seed", "0 to 2**32 - 1", lambda value: 0 <= value < 2**32),
+            ("early_stopping", "1 or more", lambda value: value is None or value >= 1),
+        )
+
+    def _choices(self) -> tuple[_Rule, ...]:
+        """What can be chosen at all, and with the task."""
+        generates = self.task in KINDS and self.kind.generates
+        return (
+            ("task", " or ".join(KINDS), lambda value: value in KINDS),
+            ("dtype", "float32 or bfloat16", lambda value: value in ("float32", "bfloat16")),
+            (
+                "packing",
+                f"none for --task {self.task}: it lays the passages of text-generation together",
+                lambda value: not value or self.task == "text-generation",
+            ),
+            (
+                "head_learning_rate",
+                f"none for --task {self.task}: it trains no head",
+                lambda value: not generates or value == _HEAD_LEARNING_RATE,
+            ),
+        )
 
 
 def _option(name: str) -> str:

@@ -1,4 +1,7 @@
-"""A tiny random BERT with a tokenizer, and labelled texts that it can learn."""
+"""A tiny random BERT with a tokenizer, and labelled texts that it can learn; passages for decoders.
+
+The words of passages are in the vocabulary of `tiny_checkpoint`.
+"""
 
 import json
 import random
@@ -127,4 +130,48 @@ def make_options(held_out_texts):
     """Fast enough for a test, and enough to learn something."""
     return TrainOptions(
         validation=held_out_texts, epochs=2, batch_size=16, learning_rate=5e-3, head_only=False
+    )
+
+
+ANSWERS = {"ba": "tol", "ce": "ran ko", "di": "si fon me"}
+
+
+def passage_rows(count, seed):
+    """Prompts of unequal length; the response follows from the prompt's last word."""
+    chooser = random.Random(seed)
+    rows = []
+    for number in range(count):
+        key = list(ANSWERS)[number % len(ANSWERS)]
+        before = chooser.choices(["ga", "he", "li", "mel"], k=chooser.randint(1, 6))
+        rows.append({"prompt": " ".join([*before, key]), "response": ANSWERS[key]})
+    chooser.shuffle(rows)
+    return rows
+
+
+@pytest.fixture(scope="session", name="make_passages")
+def make_make_passages():
+    """A function: so many rows with prompt and response, drawn with a seed."""
+    return passage_rows
+
+
+@pytest.fixture(scope="session", name="passages")
+def make_passages(tmp_path_factory):
+    return jsonl(tmp_path_factory.mktemp("data") / "train.jsonl", passage_rows(48, 1))
+
+
+@pytest.fixture(scope="session", name="held_out_passages")
+def make_held_out_passages(tmp_path_factory):
+    return jsonl(tmp_path_factory.mktemp("data") / "held-out.jsonl", passage_rows(18, 2))
+
+
+@pytest.fixture(name="generation")
+def make_generation(held_out_passages):
+    """Options for decoders: fast enough for a test, and enough to learn something."""
+    return TrainOptions(
+        task="text-generation",
+        validation=held_out_passages,
+        epochs=2,
+        batch_size=16,
+        learning_rate=5e-3,
+        max_length=32,
     )

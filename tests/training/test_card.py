@@ -68,8 +68,9 @@ def test_the_card_shows_code_that_runs(trained):
 
 def test_the_picture_shows_more_when_there_is_more_to_show(tmp_path):
     history = [{"epoch": 1, "validation_accuracy": 0.5}, {"epoch": 2, "validation_accuracy": 0.9}]
-    write_loss_curve(tmp_path / "empty.png", [], [])
-    write_loss_curve(tmp_path / "curve.png", [(0.5, 2.0), (1.0, 1.5), (2.0, 0.5)], history)
+    metrics = {"task": "text-classification", "epochs": history}
+    write_loss_curve(tmp_path / "empty.png", [], metrics | {"epochs": []})
+    write_loss_curve(tmp_path / "curve.png", [(0.5, 2.0), (1.0, 1.5), (2.0, 0.5)], metrics)
 
     empty, curve = decode(tmp_path / "empty.png"), decode(tmp_path / "curve.png")
     assert len(curve) == len(empty)

@@ -20,8 +20,8 @@ from propulsion_export.training.data import (
     read_examples,
 )
 
-TEXT = Columns("text-classification", "text", "label")
-WORDS = Columns("token-classification", "tokens", "labels")
+TEXT = Columns("text-classification")
+WORDS = Columns("token-classification")
 GOOD = '{"text": "a cat", "label": "animal"}\n'
 EXAMPLES = [Example("a, b\u2028c", "x"), Example("d", "2"), Example("e\u2028f", "x")]
 
@@ -257,16 +257,20 @@ def test_labels_that_training_never_saw_are_all_named(tmp_path):
         check_labels_known(tmp_path, examples, ["w", "x"])
 
 
+def split(source, examples, seed):
+    return hold_out(source, examples, seed, stratum=lambda example: example.stratum)
+
+
 @settings(deadline=None, max_examples=50, derandomize=True)
 @given(st.lists(st.sampled_from("xyz"), min_size=2), st.integers(0, 5))
 def test_held_out_rows_are_a_tenth_of_each_class_and_the_rest_stays(tmp_path_factory, labels, seed):
     examples = [Example(f"text {index}", label) for index, label in enumerate(labels)]
     if all(labels.count(label) == 1 for label in labels):
         with pytest.raises(DataError, match="too few to hold some out"):
-            hold_out(tmp_path_factory.getbasetemp(), examples, seed)
+            split(tmp_path_factory.getbasetemp(), examples, seed)
         return
 
-    training, validation = hold_out(tmp_path_factory.getbasetemp(), examples, seed)
+    training, validation = split(tmp_path_factory.getbasetemp(), examples, seed)
 
     assert sorted(training + validation, key=examples.index) == examples
     for label in set(labels):
@@ -278,5 +282,5 @@ def test_held_out_rows_are_a_tenth_of_each_class_and_the_rest_stays(tmp_path_fac
 def test_another_seed_holds_out_other_rows(tmp_path):
     examples = [Example(f"text {index}", "xy"[index % 2]) for index in range(60)]
 
-    assert hold_out(tmp_path, examples, 0) == hold_out(tmp_path, examples, 0)
-    assert hold_out(tmp_path, examples, 0) != hold_out(tmp_path, examples, 1)
+    assert split(tmp_path, examples, 0) == split(tmp_path, examples, 0)
+    assert split(tmp_path, examples, 0) != split(tmp_path, examples, 1)

@@ -8,7 +8,7 @@ import transformers
 
 from propulsion_export.training import TrainOptions, head
 from propulsion_export.training.data import classes_of, read_examples
-from propulsion_export.training.encode import encode
+from propulsion_export.training.encode import Rows, encode
 from propulsion_export.training.model import load_base
 
 CPU = torch.device("cpu")
@@ -25,7 +25,7 @@ def make_rows(base, texts, held_out_texts):
     training = read_examples(texts, OPTIONS.columns)
     validation = read_examples(held_out_texts, OPTIONS.columns)
     classes = classes_of(texts, training)
-    return head.Rows(
+    return Rows(
         encode(training, classes, base.tokenizer, 32),
         encode(validation, classes, base.tokenizer, 32),
         transformers.DataCollatorWithPadding(base.tokenizer),

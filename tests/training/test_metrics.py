@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from propulsion_export.training.encode import IGNORED
+from propulsion_export.training.losses import guesses_and_losses
 from propulsion_export.training.metrics import (
-    guesses_and_losses,
+    class_scores,
     history_of,
     kind_of,
     loss_curve,
-    scores,
 )
 
 LOG = [
@@ -48,7 +48,7 @@ def test_tokens_without_a_class_count_neither_in_accuracy_nor_in_loss():
     )
 
     small, large = (math.log(2 + math.exp(9)) - 9, math.log(2 + math.exp(9)))
-    assert scores(prediction) == {
+    assert class_scores(prediction) == {
         "accuracy": pytest.approx(2 / 3),
         "mean_loss": pytest.approx((2 * small + large) / 3, rel=1e-5),
     }

@@ -12,10 +12,10 @@ import transformers
 from safetensors.torch import load_file
 
 import propulsion_export.training.loop as loop_module
-import propulsion_export.training.trainer as trainer_module
 from propulsion_export.adapter import Adapter
 from propulsion_export.errors import BaseModelError, DataError, UsageError
 from propulsion_export.training import TrainOptions, train
+from propulsion_export.training.classifying import ClassifierSession
 from propulsion_export.training.data import read_examples
 
 # PEFT reads the old name; training itself is quiet about it.
@@ -318,9 +318,11 @@ def test_token_classification_learns_which_words_are_nouns(
 
 def test_early_stopping_keeps_the_best_epoch(tiny_base, texts, options, tmp_path, monkeypatch):
     accuracies = iter([0.5, 0.9, 0.6, 0.7, 0.8])
-    monkeypatch.setattr(
-        trainer_module, "scores", lambda _: {"accuracy": next(accuracies), "mean_loss": 1.0}
+    scored = replace(
+        ClassifierSession.objective,
+        scores=lambda _: {"accuracy": next(accuracies), "mean_loss": 1.0},
     )
+    monkeypatch.setattr(ClassifierSession, "objective", scored)
     options = replace(options, epochs=5)
     metrics = train(
         tiny_base, texts, tmp_path / "best", options=replace(options, early_stopping=2)
@@ -469,7 +471,20 @@ def test_a_training_that_diverges_is_told_and_leaves_nothing(tiny_base, texts, o
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"task": "text-generation"}, "--task is 'text-generation', expected text-classification"),
+        ({"task": "fill-mask"}, "--task is 'fill-mask', expected text-classification or token-"),
+        (
+            {"gradient_accumulation_steps": 0},
+            "--gradient-accumulation-steps is 0, expected 1 or more",
+        ),
+        ({"packing": True}, "--packing is True, expected none for --task text-classification"),
+        (
+            {"task": "text2text-generation", "packing": True},
+            "--packing is True, expected none for --task text2text-generation",
+        ),
+        (
+            {"task": "text-generation", "head_learning_rate": 1.0},
+            "--head-learning-rate is 1.0, expected none for --task text-generation",
+        ),
         ({"epochs": 0}, "--epochs is 0, expected 1 or more"),
         ({"batch_size": 0}, "--batch-size is 0, expected 1 or more"),
         ({"learning_rate": 0.0}, "--learning-rate is 0.0, expected above 0"),

@@ -1,0 +1,82 @@
+"""Cross-entropies over what is to be learnt, by class or by next token."""
+
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from propulsion_export.training.encode import IGNORED
+
+
+def mean_cross_entropy(
+    outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The loss over what has a class, as a mean over an optimiser step's batch.
+
+    That is the batch of all processes and of all the steps whose gradients are accumulated. A
+    model's own loss is a mean over one process's share, which the Trainer then takes for a share
+    of the whole mean and multiplies by the number of processes (transformers 5.24).
+
+    Args:
+        outputs: with `logits` of shape [..., classes].
+        labels: class numbers, shape [...]; `IGNORED` ones are not counted.
+        num_items_in_batch: how many are counted in the whole batch.
+    """
+    logits = outputs.logits.float().flatten(0, -2)
+    count = (labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+    total = functional.cross_entropy(logits, labels.flatten(), reduction="sum")
+    return total / count
+
+
+def mean_next_token_loss(
+    outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`mean_cross_entropy` of a decoder, whose logits at one token are for the next.
+
+    Args:
+        outputs: with `logits` of shape [rows, length, tokens].
+        labels: token ids, shape [rows, length]; the first of a row is `IGNORED`.
+        num_items_in_batch: how many are counted in the whole batch.
+    """
+    return mean_cross_entropy(outputs, _next(labels), num_items_in_batch)
+
+
+def guesses_and_losses(
+    logits: torch.Tensor, labels: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The likeliest class of each row or token, and its cross-entropy, both of `labels`' shape.
+
+    Small enough to be gathered, where logits are not; a mean over gathered losses counts no row
+    twice, as the Trainer's own does when processes do not share the last batch evenly.
+    """
+    return logits.argmax(-1), _losses(logits, labels)
+
+
+def token_losses(logits: Any, labels: torch.Tensor) -> torch.Tensor:
+    """The cross-entropy of each label; of an encoder-decoder, which gives more than logits."""
+    return _losses(_first(logits), labels)
+
+
+def next_token_losses(logits: Any, labels: torch.Tensor) -> torch.Tensor:
+    """The cross-entropy of each label of a decoder, where it stands and not where it is predicted.
+
+    The first label of a row is not predicted: its loss is 0.
+    """
+    return _losses(_first(logits), _next(labels)).roll(1, dims=-1)
+
+
+def _losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    losses = functional.cross_entropy(
+        logits.float().flatten(0, -2), labels.flatten(), reduction="none"
+    )
+    return losses.view(labels.shape)
+
+
+def _next(labels: torch.Tensor) -> torch.Tensor:
+    """Each label where it is predicted, one place earlier."""
+    return functional.pad(labels, (0, 1), value=IGNORED)[..., 1:]
+
+
+def _first(logits: Any) -> torch.Tensor:
+    first: torch.Tensor = logits[0] if isinstance(logits, tuple) else logits
+    return first

@@ -1,0 +1,69 @@
+"""Short rows laid into blocks of one length, so that few tokens are padding.
+
+Each row's positions start at 0. Given no attention mask, transformers takes a position that does
+not follow the one before it for the start of another row, and lets no row attend to another.
+"""
+
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from propulsion_export.training.encode import IGNORED, Batch, Row
+
+
+def pack(rows: Sequence[Row], length: int) -> list[Row]:
+    """Lay rows into blocks of at most `length` tokens, the longest first, each where it fits best.
+
+    Args:
+        rows: with `input_ids` and `labels`, none longer than `length`; their first label must be
+            `IGNORED`, or the row before would be taught to predict it.
+        length: of a block.
+    """
+    blocks: list[list[Row]] = []
+    rooms: list[tuple[int, int]] = []  # room left and number of each block, sorted
+    for row in sorted(rows, key=lambda row: len(row["input_ids"]), reverse=True):
+        size = len(row["input_ids"])
+        place = bisect_left(rooms, (size, -1))
+        if place == len(rooms):
+            room, number = length, len(blocks)
+            blocks.append([])
+        else:
+            room, number = rooms.pop(place)
+        blocks[number].append(row)
+        insort(rooms, (room - size, number))
+    return [block_of(block) for block in blocks]
+
+
+def block_of(rows: Sequence[Row]) -> Row:
+    """One block with all of these rows."""
+    return {
+        "input_ids": [token for row in rows for token in row["input_ids"]],
+        "labels": [label for row in rows for label in row["labels"]],
+        "position_ids": [place for row in rows for place in range(len(row["input_ids"]))],
+    }
+
+
+@dataclass(frozen=True)
+class BlockCollator:
+    """Makes a batch of blocks; what fills up the shorter ones counts as a row of its own.
+
+    Attributes:
+        padding: the token id to fill up with.
+    """
+
+    padding: int
+
+    def __call__(self, blocks: list[Row]) -> Batch:
+        """int64 tensors of shape [blocks, longest block], without an attention mask."""
+        longest = max(len(block["input_ids"]) for block in blocks)
+        missing = [longest - len(block["input_ids"]) for block in blocks]
+        fill = {"input_ids": [self.padding] * longest, "labels": [IGNORED] * longest}
+        fill["position_ids"] = list(range(longest))
+        return {
+            name: torch.tensor(
+                [block[name] + values[:count] for block, count in zip(blocks, missing, strict=True)]
+            )
+            for name, values in fill.items()
+        }

@@ -1,0 +1,93 @@
+"""Passages to learn to write, from a data file: texts, or prompts with responses."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from propulsion_export.errors import DataError
+from propulsion_export.training.data import (
+    Columns,
+    check_columns,
+    column_names,
+    parse_rows,
+    wrong_text,
+)
+from propulsion_export.training.files import read_rows
+from propulsion_export.training.tasks import KINDS
+
+TEXT = "text"  # the column of passages without a prompt
+
+
+@dataclass(frozen=True)
+class Passage:
+    """What is to be written, and the prompt it is written to; None where there is no prompt."""
+
+    prompt: str | None
+    response: str
+
+
+def read_passages(source: Path, columns: Columns) -> list[Passage]:
+    """Read every row of whatever `read_examples` reads.
+
+    The rows are texts when only their column is named, or there is a column `text`; else prompts
+    with responses. Encoder-decoders take prompts with responses only.
+
+    Raises:
+        DataError: as for `read_examples`; or the rows have both forms, so that it is not plain
+            which is meant.
+    """
+    rows = read_rows(source)
+    prompt, response = _forms(source, column_names(rows), columns)
+    wanted = {"--text-column": response}
+    if prompt:
+        wanted = {"--text-column": prompt, "--label-column": response}
+    check_columns(source, rows, wanted)
+    return parse_rows(source, rows, lambda row: _passage(row, prompt, response))
+
+
+def check_same_form(source: Path, passages: Sequence[Passage], training: Sequence[Passage]) -> None:
+    """Refuse to validate on texts what was trained on responses, and the other way round.
+
+    Raises:
+        DataError: the forms differ.
+    """
+    form, expected = (_form(items[0]) for items in (passages, training))
+    if form != expected:
+        raise DataError(f"{source}: holds {form}, expected {expected}, as the training data")
+
+
+def _forms(source: Path, found: Sequence[str], columns: Columns) -> tuple[str | None, str]:
+    """The column of prompts, None for texts alone, and the column of what is learnt."""
+    kind = KINDS[columns.task]
+    pair = columns.text or kind.text, columns.label or kind.label
+    if columns.label or columns.task == "text2text-generation":
+        return pair
+    if columns.text:
+        return None, columns.text
+    has_pair, has_text = set(pair) <= set(found), TEXT in found
+    if has_pair and has_text:
+        raise DataError(
+            f"{source}: has the columns {pair[0]!r}, {pair[1]!r} and {TEXT!r}, expected either "
+            "prompts with responses or texts",
+            remedy=f"Choose with --label-column {pair[1]} or with --text-column {TEXT}.",
+        )
+    if not has_pair and not has_text:
+        raise DataError(
+            f"{source}: has neither {TEXT!r} nor both {pair[0]!r} and {pair[1]!r}, found "
+            f"{', '.join(map(repr, found))}",
+            remedy="Name the column of texts with --text-column, or those of prompts and responses "
+            "with --text-column and --label-column.",
+        )
+    return pair if has_pair else (None, TEXT)
+
+
+def _passage(row: Mapping[str, Any], prompt: str | None, response: str) -> Passage | str:
+    """The passage in a row, or what is wrong with the row."""
+    if wrong := (prompt and wrong_text(row, prompt)) or wrong_text(row, response):
+        return wrong
+    return Passage(row[prompt] if prompt else None, row[response])
+
+
+def _form(passage: Passage) -> str:
+    return "texts" if passage.prompt is None else "prompts with responses"
