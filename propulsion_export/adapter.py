@@ -42,7 +42,7 @@ class Adapter:
 
     Attributes:
         name: what the adapter is called in artifacts; a directory's name unless said otherwise.
-        scales: by module path of the base model.
+        scales: by module path of the base model, or name of a parameter that holds experts.
         biases: trained biases, shape [channels], by module path; they replace the frozen ones
             inside the product: (x W^T + b) * s.
         modules: parameters of modules trained and saved whole (the head), by parameter name.
@@ -144,7 +144,13 @@ class Adapter:
         config = {
             "peft_type": "PROPULSION",
             "degree": 1,
-            "target_modules": sorted(self.scales),
+            "target_modules": sorted(
+                # PEFT knows modules only; the experts' module owns the parameter.
+                {
+                    path.rpartition(".")[0] if scale.values.ndim > 1 else path
+                    for path, scale in self.scales.items()
+                }
+            ),
             "train_bias": bool(self.biases),
             "modules_to_save": sorted({name.rpartition(".")[0] for name in self.modules}) or None,
             "base_model_name_or_path": self.base,

@@ -29,7 +29,8 @@ def plan_layout(
 
     Args:
         adapters: those to be exported together.
-        order: all module paths and parameter names of the model, in the model's own order.
+        order: all module paths and parameter names of the model, in the model's own order; the
+            scale of expert weights goes by the parameter's name.
         label_parameters: parameters whose first dimension counts labels; they get the room of the
             adapter with the most labels.
 
@@ -101,11 +102,12 @@ def check_range(adapter: Adapter, dtype: str) -> None:
                 scale.values == 0, 1, np.abs(scale.values)
             )
         off = np.where(np.isfinite(stored), off, np.inf)
-        channel = int(off.argmax())
-        if off[channel] > _ROUNDING[dtype]:
+        worst = np.unravel_index(int(off.argmax()), off.shape)
+        if off[worst] > _ROUNDING[dtype]:
+            channel = f"{worst[-1]}" + (f" of expert {worst[0]}" if len(worst) > 1 else "")
             findings.append(
-                f"{path}: scale {scale.values[channel]:.4g} of channel {channel} becomes "
-                f"{stored[channel]:.4g} in {dtype} ({int((off > _ROUNDING[dtype]).sum())} such "
+                f"{path}: scale {scale.values[worst]:.4g} of channel {channel} becomes "
+                f"{stored[worst]:.4g} in {dtype} ({int((off > _ROUNDING[dtype]).sum())} such "
                 "channels)"
             )
     for name, values in {**adapter.biases, **adapter.modules}.items():

@@ -146,7 +146,7 @@ def _propulsion_scales(
 ) -> tuple[dict[str, Scale], dict[str, Array]]:
     degree = _degree(directory, config)
     vectors = _strip(tensors, VECTOR_SUFFIX)
-    _check_vectors(directory, vectors)
+    _check_vectors(directory, vectors, experts=True)
     if not degree.is_integer():
         negative = [path for path, vector in vectors.items() if (vector < 0).any()]
         if negative:
@@ -251,11 +251,12 @@ def _strip(tensors: Mapping[str, Array], suffix: str) -> dict[str, Array]:
     }
 
 
-def _check_vectors(directory: Path, vectors: Mapping[str, Array]) -> None:
+def _check_vectors(directory: Path, vectors: Mapping[str, Array], *, experts: bool = False) -> None:
+    dimensions, expected = ((1, 2), "one dimension or two") if experts else ((1,), "one dimension")
     wrong = [
-        f"{path}: the vector has shape {list(vector.shape)}, expected one dimension"
+        f"{path}: the vector has shape {list(vector.shape)}, expected {expected}"
         for path, vector in vectors.items()
-        if vector.ndim != 1 or vector.size == 0
+        if vector.ndim not in dimensions or vector.size == 0
     ]
     if wrong:
         raise AdapterError(*(f"{directory / WEIGHTS_FILE}: {finding}" for finding in wrong))
@@ -278,7 +279,7 @@ def _check_biases(
 ) -> None:
     wrong = [
         f"{directory / WEIGHTS_FILE}: {path} has a bias of shape {list(bias.shape)}, expected "
-        f"[{scales[path].values.size}]"
+        f"{list(scales[path].values.shape)}"
         if path in scales
         else f"{directory / WEIGHTS_FILE}: {path} has a trained bias but no scale"
         for path, bias in biases.items()

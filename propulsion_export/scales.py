@@ -1,4 +1,4 @@
-"""What an adapter is made of: one scale for each module it touches."""
+"""What an adapter is made of: one scale for each module, or expert weight, it touches."""
 
 from typing import Any, Literal, NamedTuple
 
@@ -11,7 +11,9 @@ Side = Literal["output", "input"]
 class Scale(NamedTuple):
     """What one module's output (or, in (IA)^3's feed-forward modules, its input) is multiplied by.
 
-    `values` has shape [channels], float64.
+    `values`, float64, has shape [channels]. Where all experts of a mixture share one parameter of
+    three dimensions, the scale's path is that parameter's and `values` has shape
+    [experts, channels].
     """
 
     values: Array

@@ -10,15 +10,18 @@
 | `random_adapter` | `random_adapter(model, seed=1, name="tuned", ...)`: never the identity |
 
 KINDS are bert, roberta, distilbert, electra, deberta-v2, albert and mpnet; TASKS those of
-`propulsion_export.base`. All have 32 channels, 2 layers, 4 heads, 100 tokens and 40 positions.
-Biases and norms are random too: transformers starts them at zero and one, where a mistake with
-them does not show.
+`propulsion_export.base`. DECODERS and ENCODER_DECODERS are the kinds of generative models; their
+task is chosen by itself. All have 32 channels, 2 layers, 4 heads and 100 tokens; encoders have 40
+positions, generative models 160. Biases and norms are random too: transformers starts them at zero
+and one, where a mistake with them does not show.
 """
 
 import numpy as np
 import pytest
 
 from propulsion_export.adapter import Adapter
+from propulsion_export.expert_rules import expert_weights, scale_shape
+from propulsion_export.folding_rules import layer_kind, output_width
 from propulsion_export.scales import Scale
 
 KINDS = ("bert", "roberta", "distilbert", "electra", "deberta-v2", "albert", "mpnet")
@@ -50,6 +53,113 @@ _EXTRA = {
         "position_buckets": 8,
     },
 }
+DECODERS = (
+    "gpt2",
+    "gptj",
+    "bloom",
+    "opt",
+    "llama",
+    "mistral",
+    "qwen3",
+    "gemma3",
+    "phi3",
+    "mixtral",
+    "qwen3-moe",
+)
+ENCODER_DECODERS = ("t5", "bart")
+_TOKENS = {"vocab_size": 100, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
+_GPT = _TOKENS | {
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_inner": 37,
+    "n_positions": 160,
+    "initializer_range": 0.2,
+}
+_LLAMA = (
+    _SIZES | _TOKENS | {"max_position_embeddings": 160, "num_key_value_heads": 2, "head_dim": 8}
+)
+# Configuration class, model class, settings; windows are short enough to hide something.
+_GENERATIVE = {
+    "gpt2": ("GPT2Config", "GPT2LMHeadModel", _GPT),
+    "gptj": ("GPTJConfig", "GPTJForCausalLM", _GPT | {"rotary_dim": 4}),
+    "bloom": (
+        "BloomConfig",
+        "BloomForCausalLM",
+        _TOKENS | {"hidden_size": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.2},
+    ),
+    "opt": (
+        "OPTConfig",
+        "OPTForCausalLM",
+        _TOKENS
+        | {
+            "hidden_size": 32,
+            "word_embed_proj_dim": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "ffn_dim": 37,
+            "max_position_embeddings": 160,
+            "init_std": 0.2,
+        },
+    ),
+    "llama": ("LlamaConfig", "LlamaForCausalLM", _LLAMA),
+    "mistral": ("MistralConfig", "MistralForCausalLM", _LLAMA | {"sliding_window": 16}),
+    "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", _LLAMA),
+    "gemma3": (
+        "Gemma3TextConfig",
+        "Gemma3ForCausalLM",
+        _LLAMA
+        | {
+            "sliding_window": 16,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "query_pre_attn_scalar": 8,
+        },
+    ),
+    "phi3": ("Phi3Config", "Phi3ForCausalLM", _LLAMA | {"original_max_position_embeddings": 160}),
+    "mixtral": (
+        "MixtralConfig",
+        "MixtralForCausalLM",
+        _LLAMA | {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 40},
+    ),
+    "qwen3-moe": (
+        "Qwen3MoeConfig",
+        "Qwen3MoeForCausalLM",
+        _LLAMA | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+    ),
+    "t5": (
+        "T5Config",
+        "T5ForConditionalGeneration",
+        _TOKENS
+        | {
+            "d_model": 32,
+            "d_kv": 8,
+            "d_ff": 37,
+            "num_layers": 2,
+            "num_heads": 4,
+            "decoder_start_token_id": 0,
+            "relative_attention_num_buckets": 8,
+            "relative_attention_max_distance": 20,
+        },
+    ),
+    "bart": (
+        "BartConfig",
+        "BartForConditionalGeneration",
+        _TOKENS
+        | {
+            "d_model": 32,
+            "encoder_layers": 2,
+            "decoder_layers": 2,
+            "encoder_attention_heads": 4,
+            "decoder_attention_heads": 4,
+            "encoder_ffn_dim": 37,
+            "decoder_ffn_dim": 37,
+            "max_position_embeddings": 160,
+            "init_std": 0.2,
+            "decoder_start_token_id": 3,
+            "forced_eos_token_id": None,
+        },
+    ),
+}
 _CLASS_NAMES = {
     "bert": "Bert",
     "roberta": "Roberta",
@@ -73,6 +183,21 @@ def make_model(kind, task="text-classification", seed=0, **config):
     import torch
     import transformers
 
+    config_class, model_class, settings = _classes_and_settings(kind, task)
+    torch.manual_seed(seed)
+    model = getattr(transformers, model_class)(
+        getattr(transformers, config_class)(**settings | config)
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:  # biases and norms
+                parameter.add_(0.1 * torch.randn(parameter.shape))
+    return model.eval().requires_grad_(False)
+
+
+def _classes_and_settings(kind, task):
+    if kind in _GENERATIVE:
+        return _GENERATIVE[kind]
     settings = _SIZES | _EXTRA.get(kind, {})
     if task in ("text-classification", "token-classification"):
         settings |= {
@@ -80,14 +205,7 @@ def make_model(kind, task="text-classification", seed=0, **config):
             "label2id": {name: index for index, name in enumerate(LABELS)},
         }
     name = _CLASS_NAMES[kind]
-    config_class = getattr(transformers, f"{name}Config")
-    torch.manual_seed(seed)
-    model = getattr(transformers, name + _CLASS_ENDINGS[task])(config_class(**settings | config))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:  # biases and norms
-                parameter.add_(0.1 * torch.randn(parameter.shape))
-    return model.eval().requires_grad_(False)
+    return f"{name}Config", name + _CLASS_ENDINGS[task], settings
 
 
 def make_random_adapter(
@@ -101,8 +219,12 @@ def make_random_adapter(
     labels=None,
     task=None,
     only=None,
+    tied=False,
 ):
     """An adapter with a scale for every Linear (and Embedding) of the base model under the head.
+
+    Experts that share a parameter have a scale each. A weight that is tied to another module's has
+    none, unless asked for.
 
     Args:
         model: what it is for; a model without a head is the base itself.
@@ -114,21 +236,29 @@ def make_random_adapter(
         labels: class names.
         task: what the adapter says it is for.
         only: a text that a module path must contain.
+        tied: scale embeddings that are tied to another module's too.
     """
-    from torch import nn
-
     chooser = np.random.default_rng(seed)
-    kinds = (nn.Linear, nn.Embedding) if embeddings else nn.Linear
+    kinds = ("linear", "conv1d", "embedding") if embeddings else ("linear", "conv1d")
+    skipped = set() if tied else _tied_modules(model)
     base = [
         path
         for path, module in model.named_modules()
-        if isinstance(module, kinds)
+        if layer_kind(module) in kinds
+        and path not in skipped
         and _in_base(model, path)
+        and module is not model.get_output_embeddings()
         and (only is None or only in path)
-        # DeBERTa reads the weight of this one and never calls it: a scale there is refused.
-        and not path.endswith("rel_embeddings")
+        # Never called; DeBERTa's is read, so a scale there is refused.
+        and not path.endswith(("rel_embeddings", "shared"))
     ]
     scales = {path: Scale(_random_scale(chooser, model.get_submodule(path))) for path in base}
+    scales |= {
+        f"{path}.{name}": Scale(chooser.uniform(0.5, 1.5, scale_shape(module, name)))
+        for path, module in model.named_modules()
+        for name in expert_weights(module)
+        if only is None or only in f"{path}.{name}"
+    }
     own = {
         path: model.get_submodule(path).bias
         for path in base
@@ -153,8 +283,15 @@ def _in_base(model, path):
     return not hasattr(model, prefix) or path.startswith(f"{prefix}.")
 
 
+def _tied_modules(model):
+    owners = {}
+    for name, value in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(value), []).append(name.rpartition(".")[0])
+    return {path for paths in owners.values() if len(paths) > 1 for path in paths}
+
+
 def _random_scale(chooser, module):
-    width = getattr(module, "out_features", None) or module.embedding_dim
+    width = output_width(module)
     values = chooser.uniform(0.5, 1.5, width)
     values[chooser.permutation(width)[: width // 8]] *= -1
     return values
@@ -165,8 +302,11 @@ def _near(chooser, values):
     return (values + chooser.normal(0, 0.2, values.shape)).astype(np.float32)
 
 
-def save_tokenizer(directory):
-    """Write a WordPiece tokenizer: 5 special tokens, 94 words, one ending."""
+def save_tokenizer(directory, *, generative=False):
+    """Write a WordPiece tokenizer: 5 special tokens, 94 words, one ending.
+
+    A generative one puts [CLS] before a text and nothing behind it, as Llama's does.
+    """
     import transformers
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
@@ -180,7 +320,7 @@ def save_tokenizer(directory):
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]",
+        single="[CLS] $A" if generative else "[CLS] $A [SEP]",
         pair="[CLS] $A [SEP] $B:1 [SEP]:1",
         special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
     )
@@ -191,7 +331,8 @@ def save_tokenizer(directory):
         cls_token="[CLS]",
         sep_token="[SEP]",
         mask_token="[MASK]",
-        model_max_length=_SIZES["max_position_embeddings"],
+        model_max_length=160 if generative else _SIZES["max_position_embeddings"],
+        **({"bos_token": "[CLS]", "eos_token": "[SEP]"} if generative else {}),
     )
     fast.save_pretrained(directory)
     return fast
@@ -228,7 +369,7 @@ def tiny_checkpoint(tmp_path_factory):
         if (kind, task) not in made:
             directory = tmp_path_factory.mktemp(f"{kind}-{task}")
             make_model(kind, task).save_pretrained(directory)
-            save_tokenizer(directory)
+            save_tokenizer(directory, generative=kind in _GENERATIVE)
             made[kind, task] = directory
         return made[kind, task]
 

@@ -263,7 +263,7 @@ def test_the_file_format_is_exactly_this(tmp_path):
         st.from_regex(r"[a-z]{1,4}(\.[a-z0-9]{1,3}){0,2}", fullmatch=True),
         hnp.arrays(
             np.float64,
-            st.integers(1, 5),
+            st.integers(1, 5) | st.tuples(st.integers(1, 3), st.integers(1, 4)),  # or of experts
             elements=st.floats(-1e30, 1e30, allow_nan=False),
         ),
         min_size=1,
@@ -293,6 +293,21 @@ def test_what_is_written_is_read_within_float32(tmp_path_factory, scales, labels
     # The second time nothing is left to round.
     again.write(directory)
     assert Adapter.read(directory).digest == again.digest
+
+
+def test_scales_of_experts_target_the_module_that_owns_the_weights(tmp_path):
+    values = np.arange(1.0, 7.0).reshape(2, 3)
+    weights = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+    scales = {path: Scale(values) for path in weights} | {"mlp.up": Scale(values[0])}
+
+    Adapter("tiny", scales).write(tmp_path)
+
+    config = json.loads((tmp_path / CONFIG).read_text())
+    assert config["target_modules"] == ["mlp.experts", "mlp.up"]
+    assert config["scaled_modules"] == 3
+    again = Adapter.read(tmp_path)
+    assert again.scales["mlp.experts.down_proj"].values.tolist() == values.tolist()
+    assert again.size == 15
 
 
 def test_arrays_are_written_as_they_read_and_not_as_they_lie(tmp_path):
@@ -476,7 +491,7 @@ def test_a_dtype_that_numpy_does_not_have_is_refused(tmp_path):
     [
         ({f"{PREFIX}{QUERY}.propulsion_z": [1, math.nan, 3]}, f"{QUERY} holds 1 entries that are"),
         ({f"{PREFIX}{QUERY}.propulsion_z": [math.inf, -math.inf]}, "holds 2 entries"),
-        ({f"{PREFIX}{QUERY}.propulsion_z": [[1, 2]]}, r"has shape \[1, 2\], expected one dim"),
+        ({f"{PREFIX}{QUERY}.propulsion_z": [[[1, 2]]]}, r"shape \[1, 1, 2\], expected one dim"),
         ({f"{PREFIX}{QUERY}.propulsion_z": []}, r"has shape \[0\], expected one dimension"),
         ({f"{PREFIX}{QUERY}.propulsion_z": 3}, r"has shape \[\], expected one dimension"),
         ({f"{PREFIX}{QUERY}.propulsion_bias": [1, 2]}, r"bias of shape \[2\], expected \[3\]"),

@@ -10,8 +10,9 @@ from torch import nn
 from torch.testing import assert_close
 
 from propulsion_export.adapter import Adapter
-from propulsion_export.attach import attached
+from propulsion_export.attach import attached, initializer_name
 from propulsion_export.errors import AdapterError
+from propulsion_export.folding_rules import folded_parameters, layer_kind, output_width
 from propulsion_export.scales import Scale
 from propulsion_export.tuning import PropulsionConfig
 
@@ -291,4 +292,177 @@ def test_scale_on_an_embedding_that_is_never_called_is_refused(tiny_model):
     with pytest.raises(AdapterError, match="reads its weight past its output"), attaching:
         pass
     with attached(model, Adapter("a", {path: Scale(np.ones(32))})):
+        pass
+
+
+# Generative models
+
+DECODERS = (
+    "gpt2",
+    "gptj",
+    "bloom",
+    "opt",
+    "llama",
+    "mistral",
+    "qwen3",
+    "gemma3",
+    "phi3",
+    "mixtral",
+    "qwen3-moe",
+)
+MIXTURES = pytest.mark.parametrize("kind", ["mixtral", "qwen3-moe"])
+EXPERTS = "model.layers.0.mlp.experts"
+
+
+def logits(model):
+    inputs = {"decoder_input_ids": IDS.flip(1)} if model.config.is_encoder_decoder else {}
+    with torch.no_grad():
+        return model(input_ids=IDS, **inputs).logits
+
+
+@pytest.mark.parametrize("kind", [*DECODERS, "t5", "bart"])
+def test_every_scale_is_a_buffer_whose_name_follows_from_its_path(kind, tiny_model, random_adapter):
+    model = tiny_model(kind)
+    adapter = random_adapter(model, tied=True)
+    before, frozen = snapshot(model), logits(model)
+
+    with attached(model, adapter):
+        buffers = dict(model.named_buffers())
+        changed = logits(model)
+
+    for path, scale in adapter.scales.items():
+        found = buffers[initializer_name(path, scale.side, scale.values.ndim)]
+        assert_close(found.numpy(), scale.values.astype(np.float32))
+    assert_same_snapshot(snapshot(model), before)
+    assert torch.equal(logits(model), frozen)
+    assert not torch.allclose(changed, frozen, rtol=0.05)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3", "mixtral"])
+def test_exported_program_has_every_scale_as_a_buffer_of_its_own(kind, tiny_model, random_adapter):
+    model = tiny_model(kind)
+    adapter = random_adapter(model, only="layers.0")
+
+    with attached(model, adapter):
+        program = torch.export.export(model, (), {"input_ids": IDS, "use_cache": False})
+        expected = logits(model)
+
+    names = {initializer_name(path, s.side, s.values.ndim) for path, s in adapter.scales.items()}
+    assert names <= set(program.graph_signature.inputs_to_buffers.values())
+    found = program.module()(input_ids=IDS, use_cache=False).logits
+    assert_close(found, expected)
+
+
+@MIXTURES
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+def test_attached_experts_compute_with_their_scaled_weights(
+    kind, implementation, tiny_model, random_adapter
+):
+    model = tiny_model(kind)
+    adapter = random_adapter(model, only="experts")
+    written_out = copy.deepcopy(model)
+    for path, scale in adapter.scales.items():
+        weight = written_out.get_parameter(path)
+        weight.copy_(weight * torch.from_numpy(scale.values).float()[:, :, None])
+    model.set_experts_implementation(implementation)
+    written_out.set_experts_implementation(implementation)
+
+    with attached(model, adapter):
+        found = logits(model)
+
+    assert len(adapter.scales) == 4
+    assert_close(found, logits(written_out), rtol=0, atol=0)
+    assert not torch.allclose(found, logits(model), rtol=0.05)
+
+
+@MIXTURES
+def test_scaled_weight_of_experts_is_gone_when_their_forward_fails(
+    kind, tiny_model, random_adapter
+):
+    model = tiny_model(kind)
+    experts = model.get_submodule(EXPERTS)
+    with attached(model, random_adapter(model)):
+        with pytest.raises((TypeError, AttributeError)):
+            experts(None, None, None)
+        assert "gate_up_proj" not in vars(experts)
+
+
+@pytest.mark.parametrize(
+    ("path", "scale", "match"),
+    [
+        (f"{EXPERTS}.down_proj", Scale(np.ones(32)), r"shape \[32\], the model \[4, 32\]"),
+        (f"{EXPERTS}.down_proj", Scale(np.ones((2, 32))), r"\[2, 32\], the model \[4, 32\]"),
+        (f"{EXPERTS}.down_proj", Scale(np.ones((4, 32)), "input"), "an? input scale cannot act"),
+        (f"{EXPERTS}.up_proj", Scale(np.ones((4, 32))), "the model has no such module"),
+        (EXPERTS, Scale(np.ones(32)), "MixtralExperts: there is no rule"),
+        ("model.layers.0.mlp.gate", Scale(np.ones(4)), "MixtralTopKRouter: there is no rule"),
+        ("model.layers.0.mlp.gate.weight", Scale(np.ones((4, 32))), "cannot act on this parameter"),
+        ("model.norm", Scale(np.ones((1, 32))), r"has \[1, 32\] scales, the model 32 outputs"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_scales_that_do_not_fit_experts_are_refused(path, scale, match, tiny_model):
+    attaching = attached(tiny_model("mixtral"), Adapter("a", {path: scale}))
+
+    with pytest.raises(AdapterError, match=match), attaching:
+        pass
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "gemma3", "t5", "bart", "opt"])
+def test_scales_on_norms_fold_to_what_is_attached(kind, tiny_model):
+    """Those of query and key, and those that multiply by 1 + weight, too."""
+    model = tiny_model(kind).double()
+    chooser = np.random.default_rng(0)
+    scales = {
+        path: Scale(chooser.uniform(0.5, 1.5, output_width(module)))
+        for path, module in model.named_modules()
+        if layer_kind(module) == "norm"
+    }
+    adapter = Adapter("norms", scales)
+    with attached(model, adapter):
+        expected = logits(model)
+    frozen = logits(model)
+
+    for path, scale in scales.items():
+        module = model.get_submodule(path)
+        for name, values in folded_parameters(module, torch.from_numpy(scale.values)).items():
+            setattr(module, name, nn.Parameter(values))
+
+    assert any("q_norm" in path for path in scales) == (kind in ("qwen3", "gemma3"))
+    # Norms compute in fp32 whatever they are given.
+    assert_close(logits(model), expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(frozen, expected, rtol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("bart", {"scale_embedding": True}), ("opt", {}), ("gemma3", {})],
+    ids=["bart", "opt", "gemma3"],
+)
+def test_scales_on_embeddings_with_a_factor_or_an_offset_fold_exactly(
+    kind, options, tiny_model, random_adapter
+):
+    model = tiny_model(kind, **options).double()
+    adapter = random_adapter(model, tied=True, only="embed")
+    with attached(model, adapter):
+        expected = logits(model)
+    head = copy.deepcopy(model.get_output_embeddings())
+    frozen = logits(model)
+
+    for path, scale in adapter.scales.items():
+        module = model.get_submodule(path)
+        folded = folded_parameters(module, torch.from_numpy(scale.values))["weight"]
+        module.weight = nn.Parameter(folded)
+    model.set_output_embeddings(head)
+
+    assert len(adapter.scales) == {"bart": 4, "opt": 2, "gemma3": 1}[kind]
+    assert_close(logits(model), expected, rtol=1e-10, atol=1e-10)
+    assert not torch.allclose(frozen, expected, rtol=0.05)
+
+
+@pytest.mark.parametrize(("kind", "path"), [("t5", "shared"), ("bart", "model.shared")])
+def test_scale_on_the_embedding_that_only_keeps_a_weight_is_refused(kind, path, tiny_model):
+    attaching = attached(tiny_model(kind), Adapter("a", {path: Scale(np.full(32, 0.5))}))
+
+    with pytest.raises(AdapterError, match="would act on nothing"), attaching:
         pass

@@ -7,13 +7,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from transformers.models.bart.modeling_bart import BartLearnedPositionalEmbedding
+from transformers.models.bart.modeling_bart import (
+    BartLearnedPositionalEmbedding,
+    BartScaledWordEmbedding,
+)
 from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
-from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
+from transformers.models.gemma3.modeling_gemma3 import (
+    Gemma3RMSNorm,
+    Gemma3TextScaledWordEmbedding,
+)
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.llama4.modeling_llama4 import Llama4Router
 from transformers.models.nemotron.modeling_nemotron import NemotronLayerNorm1P
+from transformers.models.opt.modeling_opt import OPTLearnedPositionalEmbedding
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 from transformers.pytorch_utils import Conv1D
 
@@ -33,6 +41,14 @@ KINDS = {
     "conv1d": (lambda: Conv1D(WIDTH, WIDTH), VECTORS),
     "embedding": (lambda: nn.Embedding(7, WIDTH, padding_idx=0), IDS),
     "embedding-scaled": (lambda: Gemma3TextScaledWordEmbedding(7, WIDTH, 0, 3.0), IDS),
+    "embedding-scaled-of-bart": (
+        lambda: BartScaledWordEmbedding(7, WIDTH, 0, embed_scale=3.0),
+        IDS,
+    ),
+    "embedding-positions-of-opt": (
+        lambda: OPTLearnedPositionalEmbedding(7, WIDTH),
+        torch.ones(1, 3, dtype=torch.long),  # a mask
+    ),
     "embedding-positions": (lambda: BartLearnedPositionalEmbedding(7, WIDTH), IDS),
     "layernorm": (lambda: nn.LayerNorm(WIDTH), VECTORS),
     "layernorm-no-bias": (lambda: nn.LayerNorm(WIDTH, bias=False), VECTORS),
@@ -40,7 +56,9 @@ KINDS = {
     "layernorm-of-t5": (lambda: T5LayerNorm(WIDTH), VECTORS),
     "rmsnorm": (lambda: nn.RMSNorm(WIDTH), VECTORS),
     "rmsnorm-of-llama": (lambda: LlamaRMSNorm(WIDTH), VECTORS),
+    "rmsnorm-of-qwen3": (lambda: Qwen3RMSNorm(WIDTH), VECTORS),
     "rmsnorm-1p-of-gemma": (lambda: GemmaRMSNorm(WIDTH), VECTORS),
+    "rmsnorm-1p-of-gemma3": (lambda: Gemma3RMSNorm(WIDTH), VECTORS),
 }
 kinds = pytest.mark.parametrize("kind", KINDS)
 scales = st.lists(st.floats(-8, 8, allow_subnormal=False), min_size=WIDTH, max_size=WIDTH)
@@ -146,9 +164,16 @@ def test_fold_to_another_dtype_skips_the_rounding_to_the_first():
     assert weight.equal((module.weight.double() * scale[:, None]).float())
 
 
-def test_padding_row_stays_zero():
-    embedding = nn.Embedding(7, WIDTH, padding_idx=2)
-
+@pytest.mark.parametrize(
+    "embedding",
+    [
+        nn.Embedding(7, WIDTH, padding_idx=2),
+        BartScaledWordEmbedding(7, WIDTH, 2, embed_scale=3.0),
+        Gemma3TextScaledWordEmbedding(7, WIDTH, 2, 3.0),
+    ],
+    ids=lambda embedding: type(embedding).__name__,
+)
+def test_padding_row_stays_zero(embedding):
     assert not folded_parameters(embedding, torch.full((WIDTH,), -3.0))["weight"][2].any()
 
 

@@ -367,3 +367,30 @@ def test_out_of_range_scales_that_were_accepted_are_packed_as_the_dtype_has_them
     feeds = pack(adapter, layout, {SCALES_INPUT: np.ones(2, np.float16)})
 
     assert feeds[SCALES_INPUT].tolist() == [np.inf, 0.0]
+
+
+# Experts
+
+
+def test_a_scale_of_experts_is_packed_expert_by_expert():
+    adapter = Adapter("a", scales(a_down=[[1, 2, 3], [4, 5, 6]], c=[7.0]))
+    layout = plan_layout([adapter], ORDER)
+
+    assert layout[SCALES_INPUT] == (Slot("a.down", 0, 6, (2, 3)), Slot("c", 6, 1, (1,)))
+    packed = pack(adapter, layout, defaults_of(layout))[SCALES_INPUT]
+    assert packed.tolist() == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_a_scale_of_other_experts_has_no_room():
+    layout = plan_layout([Adapter("a", scales(a_down=[[1, 2, 3], [4, 5, 6]]))], ORDER)
+    other = Adapter("b", scales(a_down=[[1, 2], [3, 4], [5, 6]]))
+
+    with pytest.raises(AdapterError, match=r"a\.down has shape \[3, 2\], the artifact room for"):
+        pack(other, layout, defaults_of(layout))
+
+
+def test_a_scale_beyond_the_dtype_is_told_by_expert_and_channel():
+    adapter = Adapter("a", scales(a_down=[[1, 1, 1], [1, 70000, 1e6]]))
+
+    with pytest.raises(UsageError, match=r"a\.down: scale 7e\+04 of channel 1 of expert 1.*2 such"):
+        check_range(adapter, "float16")

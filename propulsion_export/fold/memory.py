@@ -1,5 +1,7 @@
 """Fold an adapter into a model in memory."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import nn
@@ -7,7 +9,9 @@ from torch import nn
 from propulsion_export.adapter import Adapter
 from propulsion_export.attach import check_fits
 from propulsion_export.errors import AdapterError, BaseModelError
+from propulsion_export.expert_rules import folded_expert_weight
 from propulsion_export.folding_rules import folded_parameters
+from propulsion_export.scales import Scale
 
 
 def fold_(
@@ -27,10 +31,10 @@ def fold_(
     shared = _shared(model, adapter)
     _refuse(shared, untie=untie)
     folded = {
-        path: folded_module(model.get_submodule(path), path, adapter, dtype)
-        for path in adapter.scales
+        path: folded_module(model.get_submodule(_owner(path, scale)), path, adapter, dtype)
+        for path, scale in adapter.scales.items()
     }
-    changed = _changes(model, folded) or bool(adapter.modules)
+    changed = _changes(model, adapter, folded) or bool(adapter.modules)
     if not changed:
         raise AdapterError(
             f"adapter {adapter.name}: changes no weight of the model, expected an effect",
@@ -39,7 +43,7 @@ def fold_(
     if shared:
         _untie_(model)
     for path, parameters in folded.items():
-        _replace_(model.get_submodule(path), parameters)
+        _replace_(model.get_submodule(_owner(path, adapter.scales[path])), parameters)
     for name, values in adapter.modules.items():
         owner, _, attribute = name.rpartition(".")
         old = model.get_parameter(name)
@@ -52,20 +56,31 @@ def fold_(
 def folded_module(
     module: nn.Module, path: str, adapter: Adapter, dtype: torch.dtype | None
 ) -> dict[str, torch.Tensor]:
-    """New values for the parameters of one scaled module, by name, rounded once to `dtype`.
+    """New values for what one scale changes in its module, by parameter name, rounded to `dtype`.
+
+    Args:
+        module: the one at `path`; for expert weights, whose path is a parameter's, its owner.
+        path: of a scale of the adapter.
+        adapter: has the scale, and perhaps a trained bias.
+        dtype: None: each parameter's own.
 
     Raises:
-        AdapterError: one of them is beyond what `dtype` (None: the parameter's own) can hold.
+        AdapterError: one of them is beyond what `dtype` can hold.
     """
-    scale = adapter.scales[path]
-    bias = adapter.biases.get(path)
-    folded = folded_parameters(
-        module,
-        torch.from_numpy(scale.values),
-        side=scale.side,
-        bias=None if bias is None else torch.from_numpy(bias),
-        dtype=dtype,
-    )
+    scale, bias = adapter.scales[path], adapter.biases.get(path)
+    values = torch.from_numpy(scale.values)
+    if values.ndim > 1:
+        name = path.rpartition(".")[2]
+        folded = {name: folded_expert_weight(module, name, values, dtype)}
+    else:
+        inside = None if bias is None else torch.from_numpy(bias)
+        folded = folded_parameters(module, values, side=scale.side, bias=inside, dtype=dtype)
+    check_finite(path, folded)
+    return folded
+
+
+def check_finite(path: str, folded: dict[str, torch.Tensor]) -> None:
+    """Refuse folded values that their dtype has no number for."""
     beyond = [name for name, value in folded.items() if not value.isfinite().all()]
     if beyond:
         raise AdapterError(
@@ -73,7 +88,11 @@ def folded_module(
             f"{str(folded[beyond[0]].dtype).removeprefix('torch.')} has no number for",
             remedy="Write float32 or bfloat16 with --dtype.",
         )
-    return folded
+
+
+def _owner(path: str, scale: Scale) -> str:
+    """The module a scale belongs to; that of experts has the path of a parameter."""
+    return path.rpartition(".")[0] if scale.values.ndim > 1 else path
 
 
 def check_untied(model: nn.Module, adapter: Adapter, *, untie: bool) -> None:
@@ -95,7 +114,8 @@ def _refuse(shared: list[str], *, untie: bool) -> None:
     if shared and not untie:
         raise BaseModelError(
             *shared,
-            remedy="Accept that with --untie, or keep the scale separate with --mode switchable.",
+            remedy="Accept that with --untie, or export with --mode switchable, which keeps the "
+            "scale as a multiply of its own.",
         )
 
 
@@ -106,17 +126,17 @@ def _shared(model: nn.Module, adapter: Adapter) -> list[str]:
         owners.setdefault(id(parameter), []).append(name)
     findings = []
     for name, parameter in _own_parameters(model):
-        scaled = name.rpartition(".")[0] in adapter.scales
-        if scaled or name in adapter.modules:
-            others = [n for n in owners[id(parameter)] if n != name and not _same(adapter, name, n)]
+        scaled = name in adapter.scales or name.rpartition(".")[0] in adapter.scales
+        sharing = owners[id(parameter)]
+        others = [other for other in sharing if other != name and not _same(adapter, name, other)]
+        if others and (scaled or name in adapter.modules):
             what = "shares its weight with" if scaled else "is shared with"
             subject = name.removesuffix(".weight") if scaled else name
-            size = parameter.numel() * parameter.element_size() / 2**20
-            findings += [
-                f"{subject}: {what} {other}, which the adapter must not change; untying them adds "
-                f"{size:.1f} MiB"
-                for other in others[:1]
-            ]
+            size = parameter.numel() * parameter.element_size() * (len(sharing) - 1) / 2**20
+            findings.append(
+                f"{subject}: {what} {' and '.join(others)}, which the adapter must not change; "
+                f"untying them adds {size:.1f} MiB"
+            )
     return findings
 
 
@@ -144,13 +164,41 @@ def _untie_(model: nn.Module) -> None:
             owner, _, attribute = name.rpartition(".")
             _replace_(model.get_submodule(owner), {attribute: parameter.detach().clone()})
         seen.add(id(parameter))
-    if hasattr(model, "config"):
-        model.config.tie_word_embeddings = False  # type: ignore[union-attr]
+    for config in _configs(model):
+        if not _always_ties(config):
+            config.tie_word_embeddings = False
 
 
-def _changes(model: nn.Module, folded: dict[str, dict[str, torch.Tensor]]) -> bool:
+def _configs(model: nn.Module) -> list[Any]:
+    """The configuration, and that of its text part, which some classes ask too."""
+    config = getattr(model, "config", None)
+    if config is None:
+        return []
+    text = config.get_text_config()
+    return [config] if text is config else [config, text]
+
+
+def _always_ties(config: Any) -> bool:
+    """Whether the class says that weights are tied whatever it is told, as T5's does.
+
+    T5 of the first version scales the decoder's output because weights are tied, so saying that
+    they are not would change what it computes. transformers does not tie weights that a checkpoint
+    holds apart, with different values, whatever the configuration says.
+    """
+    told = config.to_dict() | {"tie_word_embeddings": False}
+    return bool(type(config).from_dict(told).tie_word_embeddings)
+
+
+def _changes(
+    model: nn.Module, adapter: Adapter, folded: dict[str, dict[str, torch.Tensor]]
+) -> bool:
     return any(
-        not torch.equal(value, getattr(model.get_submodule(path), name).to(value.dtype))
+        not torch.equal(
+            value,
+            model.get_submodule(_owner(path, adapter.scales[path]))
+            .get_parameter(name)
+            .to(value.dtype),
+        )
         for path, parameters in folded.items()
         for name, value in parameters.items()
     )

@@ -49,18 +49,6 @@ class Checkpoint:
         with safe_open(self.files[key], framework="pt") as content:
             return content.get_tensor(key)  # type: ignore[no-any-return]
 
-    def key_of(self, name: str, prefix: str) -> str | None:
-        """The key a parameter is stored under, with or without the head model's prefix."""
-        names = [name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"]
-        # Names from before PyTorch's own LayerNorm, which transformers still reads.
-        names += [
-            n.removesuffix(f".{new}") + f".{old}"
-            for n in names
-            for new, old in (("weight", "gamma"), ("bias", "beta"))
-            if n.endswith(f"LayerNorm.{new}")
-        ]
-        return next((n for n in names if n in self.files), None)
-
 
 class StoredTensor:
     """A matrix on disk that can tell its shape and single entries."""

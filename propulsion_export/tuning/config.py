@@ -18,9 +18,11 @@ class PropulsionConfig(PeftConfig):  # type: ignore[misc]
 
     Args:
         target_modules: which layers are scaled. `all` (the default): every linear layer and
-            embedding of the base model, without the lm_head and task heads. `attention`: the
-            query, key and value projections. A list: paths or their endings. Any other string: a
-            regular expression for the whole path. The last two may name norms and heads too.
+            embedding of the base model, without the lm_head and task heads; in a mixture of experts
+            each expert has its own vectors, and routers that are no plain linear layer have none.
+            `attention`: the query, key and value projections. A list: paths or their endings. Any
+            other string: a regular expression for the whole path. The last two may name norms and
+            heads too.
         exclude_modules: paths or endings, or one regular expression, to leave out.
         degree: the power z is raised to, positive; 15 is the paper's for most tasks. With a
             non-integer degree a z below zero gives NaN.

@@ -42,14 +42,13 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     (fp16: z above 2.09 at degree 15). A z of 0 has no gradient from degree 2 on.
     """
 
-    adapter_layer_names = ("propulsion_z", "propulsion_bias")
+    adapter_layer_names: tuple[str, ...] = ("propulsion_z", "propulsion_bias")
     other_param_names = ("degree",)
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: PropulsionConfig) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.propulsion_z = Float32Parameters()
-        self.propulsion_bias = Float32Parameters()
+        self._hold_vectors()
         self.degree: dict[str, float] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
@@ -57,6 +56,10 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         self._frozen: dict[str, nn.Parameter] = {}
         self._active_adapter: str | list[str] = adapter_name
         self.update_layer(adapter_name, config)
+
+    def _hold_vectors(self) -> None:
+        self.propulsion_z = Float32Parameters()
+        self.propulsion_bias = Float32Parameters()
 
     def update_layer(self, adapter_name: str, config: PropulsionConfig) -> None:
         """Add an adapter's vector, of ones, and where asked for its bias, equal to the frozen."""
@@ -75,8 +78,8 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         if self.disable_adapters and self.merged:
             self.unmerge()
         output: torch.Tensor = self.base_layer(x, *args, **kwargs)
-        names = [name for name in self.active_adapters if name in self.propulsion_z]
-        if self.disable_adapters or self.merged or not names:
+        names = self._acting()
+        if not names:
             return output
         dtype = torch.float64 if output.dtype == torch.float64 else torch.float32
         scaled = output
@@ -87,6 +90,12 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         # The product of a bf16 output and an fp32 scale is computed in fp32; the next layer wants
         # the dtype the base model gave it.
         return (scaled * self._scale(names, dtype)).to(output.dtype)
+
+    def _acting(self) -> list[str]:
+        """The adapters that the next forward pass has to apply."""
+        if self.disable_adapters or self.merged:
+            return []
+        return [name for name in self.active_adapters if name in self.degree]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Fold adapters, by default the active ones, into new parameters of the wrapped layer.
@@ -103,19 +112,24 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             BaseModelError: the layer cannot be folded into exactly.
         """
         asked = check_adapters_to_merge(self, adapter_names) or []
-        names = [name for name in asked if name in self.propulsion_z]
+        names = [name for name in asked if name in self.degree]
         if not names:
             return
         base = self.get_base_layer()
         every = [*self.merged_adapters, *names]
-        trained = self._trained_bias(every)
+        self._trained_bias(every)  # refuses two of them while nothing is changed
         self._restore()
-        folded = folded_parameters(base, self._scale(every, torch.float64), bias=trained)
+        folded = self._folded(every)
         _check_finite(type(base).__name__, folded, every)
         self._frozen = {name: base.get_parameter(name) for name in folded}
         for name, values in folded.items():
             setattr(base, name, nn.Parameter(values, requires_grad=False))
         self.merged_adapters = every
+
+    def _folded(self, names: list[str]) -> dict[str, torch.Tensor]:
+        """What the frozen parameters become with these adapters folded in."""
+        scale = self._scale(names, torch.float64)
+        return folded_parameters(self.get_base_layer(), scale, bias=self._trained_bias(names))
 
     def unmerge(self) -> None:
         """Put the frozen parameters back, bit for bit."""
@@ -131,7 +145,11 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         self.merged_adapters = []
 
     def _scale(self, names: list[str], dtype: torch.dtype) -> torch.Tensor:
-        scales = [self.propulsion_z[name].to(dtype) ** self.degree[name] for name in names]
+        return self._product(self.propulsion_z, names, dtype)
+
+    def _product(self, vectors: Any, names: list[str], dtype: torch.dtype) -> torch.Tensor:
+        """The scales of several adapters multiplied, from one of their vectors each."""
+        scales = [vectors[name].to(dtype) ** self.degree[name] for name in names]
         product: torch.Tensor = math.prod(scales[1:], start=scales[0])
         return product
 
@@ -150,8 +168,9 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         self, adapter_name: str, device: torch.device | None = None
     ) -> None:
         """Move an adapter where the layer is; PEFT's own method would cast it as well."""
-        target = device or self.weight.device
-        for parameters in (self.propulsion_z, self.propulsion_bias):
+        target = device or next(self.get_base_layer().parameters()).device
+        for name in self.adapter_layer_names:
+            parameters = getattr(self, name)
             if adapter_name in parameters and parameters[adapter_name].device.type != "meta":
                 parameters[adapter_name].data = parameters[adapter_name].data.to(target)
 

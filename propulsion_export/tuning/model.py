@@ -10,9 +10,11 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from propulsion_export.errors import BaseModelError, UsageError
+from propulsion_export.expert_rules import expert_weights, is_experts
 from propulsion_export.fingerprint import Fingerprint
 from propulsion_export.model_fingerprint import fingerprint_of_model, has_readable_weights
 from propulsion_export.tuning.config import PropulsionConfig
+from propulsion_export.tuning.experts import PropulsionExperts
 from propulsion_export.tuning.layer import PropulsionLayer
 from propulsion_export.tuning.placement import is_excluded, resolve_targets
 
@@ -49,7 +51,9 @@ class PropulsionModel(BaseTuner):  # type: ignore[misc]
         _check_unmerged(model)
         self._targets = resolve_targets(model, peft_config)
         peft_config.scaled_modules = sum(
-            is_excluded(peft_config, path) is None for path in self._targets
+            len(expert_weights(_unwrapped(model.get_submodule(path)))) or 1
+            for path in self._targets
+            if is_excluded(peft_config, path) is None
         )
         if has_readable_weights(model):
             _record_or_check_fingerprint(model, peft_config)
@@ -70,10 +74,19 @@ class PropulsionModel(BaseTuner):  # type: ignore[misc]
         if isinstance(target, PropulsionLayer):
             target.update_layer(adapter_name, peft_config)
             return
-        layer = PropulsionLayer(target, adapter_name, peft_config)
+        wrapper = PropulsionExperts if is_experts(target) else PropulsionLayer
+        layer = wrapper(target, adapter_name, peft_config)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(
+        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
+    ) -> None:
+        if is_experts(new_module):  # taken out of its wrapper; PEFT would look for its `weight`
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
 
     def _check_tied_modules(self, model: nn.Module, peft_config: PropulsionConfig) -> None:
         # PEFT's warning is right about modules to save. A scale on one of two tied modules is
@@ -94,6 +107,11 @@ class PropulsionModel(BaseTuner):  # type: ignore[misc]
                 remedy="Run the rows of each adapter by themselves, with set_adapter.",
             )
         yield
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    layer: nn.Module = module.get_base_layer() if isinstance(module, PropulsionLayer) else module
+    return layer
 
 
 def _check_unmerged(model: nn.Module) -> None:

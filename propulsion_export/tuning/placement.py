@@ -7,6 +7,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
 
 from propulsion_export.errors import UsageError
+from propulsion_export.expert_rules import is_experts, reason_against_experts
 from propulsion_export.folding_rules import is_plain_linear, layer_kind
 from propulsion_export.model_fingerprint import inner_base_model, output_embeddings
 from propulsion_export.tuning.config import PRESETS, PropulsionConfig
@@ -55,6 +56,7 @@ ATTENTION_NAMES: dict[str, tuple[str, ...] | str] = {
     "phi3": ("qkv_proj",),
     "qwen2": _QKV,
     "qwen3": _QKV,
+    "qwen3_moe": _QKV,
     "RefinedWeb": ("query_key_value",),
     "RefinedWebModel": ("query_key_value",),
     "roberta": _QUERY_KEY_VALUE,
@@ -132,14 +134,32 @@ def _preset(model: nn.Module, modules: dict[str, nn.Module], config: PropulsionC
         targets = _attention_names(model)
     matching = _matching(config, targets)
     heads = _heads(model, modules)
+    matched = {
+        path: module
+        for path, module in modules.items()
+        if path not in heads and check_target_module_exists(matching, path)
+    }
+    # Most of the weights of a mixture are in its experts: leaving them out must be asked for.
+    _refuse(_reasons(model, {path: m for path, m in matched.items() if is_experts(m)}))
     return [
         path
-        for path, module in modules.items()
-        if layer_kind(module) in ("linear", "conv1d", "embedding")
-        and path not in heads
-        and check_target_module_exists(matching, path)
-        and not _reason_against(model, path, module)
+        for path, module in matched.items()
+        if is_experts(module) or layer_kind(module) in ("linear", "conv1d", "embedding")
+        if not _reason_against(model, path, module)
     ]
+
+
+def _reasons(model: nn.Module, matched: dict[str, nn.Module]) -> list[str]:
+    return [
+        f"{path}: {reason}"
+        for path, module in matched.items()
+        if (reason := _reason_against(model, path, module))
+    ]
+
+
+def _refuse(findings: list[str]) -> None:
+    if findings:
+        raise UsageError(*findings, remedy="Leave it out with exclude_modules.")
 
 
 def _attention_names(model: nn.Module) -> tuple[str, ...] | str:
@@ -168,35 +188,29 @@ def _named(model: nn.Module, modules: dict[str, nn.Module], config: PropulsionCo
         path: module
         for path, module in modules.items()
         # A pattern such as '.*' also matches the containers of layers and what has no weights.
-        if (layer_kind(module) or _looks_scalable(module))
+        if (layer_kind(module) or is_experts(module) or _looks_scalable(module))
         and check_target_module_exists(matching, path)
     }
-    refused = [
-        f"{path}: {reason}"
-        for path, module in matched.items()
-        if (reason := _reason_against(model, path, module))
-    ]
-    if refused:
-        raise UsageError(*refused, remedy="Leave it out with exclude_modules.")
+    _refuse(_reasons(model, matched))
     return list(matched)
 
 
 def _looks_scalable(module: nn.Module) -> bool:
     """Whether someone who names this module of unknown kind may expect it to be scaled."""
-    if isinstance(module, nn.MultiheadAttention):
-        return True
     if next(module.children(), None) is not None:
-        return False
+        return isinstance(module, nn.MultiheadAttention)
     has_weights = next(module.parameters(recurse=False), None) is not None
     return has_weights or hasattr(module, "in_features")
 
 
 def _reason_against(model: nn.Module, path: str, module: nn.Module) -> str | None:
     """Why a scale on this module would not act, or None."""
+    if is_experts(module):
+        return reason_against_experts(module)
     if layer_kind(module) is None:
         return (
             f"is a {type(module).__name__}, which cannot be scaled, expected a linear layer, an "
-            "embedding or a norm"
+            "embedding, experts or a norm"
         )
     parent_path, _, name = path.rpartition(".")
     parent = model.get_submodule(parent_path)

@@ -27,6 +27,7 @@ from propulsion_export.errors import AdapterError, BaseModelError
 from propulsion_export.fold.checkpoint import fingerprint_of_checkpoint, fold_checkpoint
 from propulsion_export.fold.memory import check_untied
 from propulsion_export.fold.source import Checkpoint
+from propulsion_export.fold.stored import untie_as_stored_
 from propulsion_export.model_fingerprint import fingerprint_of_model
 from propulsion_export.scales import Scale
 
@@ -49,8 +50,10 @@ def expected_outputs(source, task, adapter, dtype=torch.float32):
 def fold(source, task, adapter, out, *, untie=False, **options):
     out.mkdir(exist_ok=True)
     empty = base.load_empty(base.read_config(str(source)), task, adapter)
+    checkpoint = Checkpoint.find(str(source))
+    untie_as_stored_(empty, checkpoint)
     check_untied(empty, adapter, untie=untie)
-    dtype = fold_checkpoint(Checkpoint.find(str(source)), empty, adapter, out, **options)
+    dtype = fold_checkpoint(checkpoint, empty, adapter, out, **options)
     base.save_config(empty, out, str(dtype).removeprefix("torch."))
     return dtype
 
@@ -124,7 +127,7 @@ def test_untied_decoder_keeps_the_weight_that_the_embedding_had(
     kind, tiny_checkpoint, tiny_model, random_adapter, tmp_path
 ):
     source, task = tiny_checkpoint(kind, "fill-mask"), "fill-mask"
-    adapter = random_adapter(tiny_model(kind, task))
+    adapter = random_adapter(tiny_model(kind, task), tied=True)
 
     fold(source, task, adapter, tmp_path / "out", untie=True)
 

@@ -128,7 +128,7 @@ def test_saved_head_is_rounded_once_to_the_dtype_asked_for(tiny_bert, random_ada
 def test_tied_embedding_is_refused_with_the_pair_and_the_cost(tiny_bert, random_adapter):
     model = tiny_bert("fill-mask")
 
-    error = refused(model, random_adapter(model), BaseModelError, "shares its weight")
+    error = refused(model, random_adapter(model, tied=True), BaseModelError, "shares its weight")
 
     (finding,) = error.findings
     assert finding.startswith(f"{EMBEDDINGS}: ")
@@ -138,7 +138,7 @@ def test_tied_embedding_is_refused_with_the_pair_and_the_cost(tiny_bert, random_
 
 def test_untied_fold_changes_one_of_the_two_only(tiny_bert, random_adapter):
     model = tiny_bert("fill-mask").double()
-    adapter = random_adapter(model)
+    adapter = random_adapter(model, tied=True)
     expected, decoder = outputs_attached(model, adapter), model.cls.predictions.decoder.weight
     before = decoder.clone()
 
@@ -172,7 +172,7 @@ def test_saved_head_that_is_tied_to_the_base_is_refused(tiny_bert, random_adapte
 
 def test_untied_saved_head_is_the_attached_model(tiny_bert, random_adapter):
     model = tiny_bert("fill-mask").double()
-    adapter = random_adapter(model, head=True)
+    adapter = random_adapter(model, head=True, tied=True)
     expected = outputs_attached(model, adapter)
 
     fold_(model, adapter, untie=True)
@@ -194,7 +194,7 @@ def test_scaled_decoder_leaves_the_embedding_alone(tiny_bert):
 def test_untying_on_the_meta_device_gives_every_module_its_own_parameter(tiny_bert, random_adapter):
     model = tiny_bert("fill-mask").to("meta")
     model.tie_weights()
-    adapter = random_adapter(tiny_bert("fill-mask"))
+    adapter = random_adapter(tiny_bert("fill-mask"), tied=True)
 
     check_untied(model, adapter, untie=True)
 
@@ -241,7 +241,8 @@ def test_unfoldable_module_is_refused_and_nothing_is_changed():
 
 def test_refused_fold_leaves_the_tie(tiny_bert, random_adapter):
     model = tiny_bert("fill-mask")
-    ones = {path: Scale(np.ones(s.values.size)) for path, s in random_adapter(model).scales.items()}
+    scales = random_adapter(model, tied=True).scales
+    ones = {path: Scale(np.ones(s.values.size)) for path, s in scales.items()}
 
     refused(model, Adapter("ones", ones), AdapterError, "changes no weight", untie=True)
 

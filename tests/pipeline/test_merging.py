@@ -1,3 +1,4 @@
+import json
 import shutil
 import subprocess
 import sys
@@ -6,7 +7,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 
 from propulsion_export.adapter import Adapter
 from propulsion_export.artifact import Artifact
@@ -103,7 +111,7 @@ def test_a_shared_weight_is_untied_only_when_asked(
     base = tiny_checkpoint("bert", "fill-mask")
     model = tiny_model("bert", "fill-mask")
     adapter = replace(
-        positive_adapter(model, name="one", only="word_embeddings"),
+        positive_adapter(model, name="one", only="word_embeddings", tied=True),
         base=str(base),
         fingerprint=fingerprint_of_model(model),
     )
@@ -169,3 +177,86 @@ def test_force_does_not_replace_an_adapter_by_a_merge(world, tmp_path):
         merge(world.three, other, force=True)
 
     assert Adapter.read(other).digest == Adapter.read(world.five).digest
+
+
+# Generative models
+
+
+def on_disk(adapter, base, write_adapter, directory):
+    return write_adapter(
+        replace(adapter, base=str(base), fingerprint=fingerprint_of_model(_plain(base))), directory
+    )
+
+
+def _plain(directory):
+    """The checkpoint in plain transformers."""
+    config = AutoConfig.from_pretrained(directory)
+    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    return auto.from_pretrained(directory).eval()
+
+
+def greedy(model):
+    """16 tokens, and the logits they were chosen by."""
+    made = model.generate(
+        torch.tensor([[2, 9, 30, 3]]),
+        do_sample=False,
+        max_new_tokens=16,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    return made.sequences.tolist(), torch.cat(made.logits)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gemma3", "mixtral", "t5", "bart"])
+def test_a_merged_generative_model_generates_what_the_adapter_does(
+    kind, tmp_path, tiny_model, tiny_checkpoint, write_adapter, positive_adapter
+):
+    base, model = tiny_checkpoint(kind), tiny_model(kind)
+    adapter = positive_adapter(model, name="one", tied=True)
+    path = on_disk(adapter, base, write_adapter, tmp_path / "one")
+    reference = _plain(base)
+    with attached(reference, adapter):
+        tokens, logits = greedy(reference)
+
+    artifact = merge(path, tmp_path / "out", untie=True)
+
+    found, found_logits = greedy(_plain(tmp_path / "out"))
+    assert found == tokens
+    torch.testing.assert_close(found_logits, logits, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(greedy(_plain(base))[1][0], logits[0], rtol=0.05)
+    is_pair = kind in ("t5", "bart")
+    assert artifact.manifest.task == ("text2text-generation" if is_pair else "text-generation")
+
+
+def test_a_merge_keeps_how_the_base_model_generates(
+    tmp_path, tiny_model, tiny_checkpoint, write_adapter, positive_adapter
+):
+    """Whether generation_config.json says so or, as in older checkpoints, config.json."""
+    new = shutil.copytree(tiny_checkpoint("bart"), tmp_path / "new")
+    settings = json.loads((new / "generation_config.json").read_text())
+    (new / "generation_config.json").write_text(json.dumps(settings | {"min_length": 9}))
+    old = shutil.copytree(tiny_checkpoint("bart"), tmp_path / "old")
+    (old / "generation_config.json").unlink()
+    config = json.loads((old / "config.json").read_text())
+    (old / "config.json").write_text(json.dumps(config | {"min_length": 7}))
+    adapter = positive_adapter(tiny_model("bart"), name="one")
+
+    found = {}
+    for base in (new, old):
+        path = on_disk(adapter, base, write_adapter, tmp_path / f"for-{base.name}")
+        merge(path, tmp_path / f"out-{base.name}")
+        found[base.name] = _plain(tmp_path / f"out-{base.name}").generation_config.min_length
+
+    assert found == {"new": 9, "old": 7}
+
+
+def test_a_tied_embedding_is_refused_with_both_ways_out(
+    tmp_path, tiny_model, tiny_checkpoint, write_adapter, positive_adapter
+):
+    adapter = positive_adapter(tiny_model("gpt2"), name="one", tied=True)
+    path = on_disk(adapter, tiny_checkpoint("gpt2"), write_adapter, tmp_path / "one")
+
+    with pytest.raises(BaseModelError, match=r"adds .* MiB.*--untie, or .*--mode switchable"):
+        merge(path, tmp_path / "out")
+
+    assert not (tmp_path / "out").exists()
