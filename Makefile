@@ -39,7 +39,9 @@ $(INTEROP)/.ready: constraints-interop.txt
 
 interop: $(VENV)/.ready $(INTEROP)/.ready
 	PYTHONPATH=samples $(BIN)/python tests/interop/export.py build/interop
+	PYTHONPATH=tests $(BIN)/python tests/interop/export_decoders.py build/interop/decoders
 	$(INTEROP)/bin/python tests/interop/check_optimum.py build/interop
+	$(INTEROP)/bin/python tests/interop/check_decoders.py build/interop/decoders
 
 clean:
 	rm -rf $(VENV) $(INTEROP) build *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -1,22 +1,32 @@
 """`run`: predict with an artifact."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from propulsion_export.artifact import Artifact, Runner
+from propulsion_export.choosing import Sampling
 from propulsion_export.errors import UsageError
 from propulsion_export.lengths import longest_input
 from propulsion_export.manifest import BASE_NAME
 from propulsion_export.pipeline.agreeing import check_signature
 from propulsion_export.pipeline.describing import Outcome, describe
+from propulsion_export.pipeline.generating import (
+    DEFAULT_NEW_TOKENS,
+    OnText,
+    Settings,
+    open_writer,
+)
 from propulsion_export.pipeline.inputs import read_texts
-from propulsion_export.pipeline.running import RunnerName, choose_runner, open_runner
+from propulsion_export.pipeline.running import RunnerName, choose_runner, open_candidate
 
 _ROWS = 32  # in a batch, at most: what an engine takes by default
 # Their predictions are spans of the text, which only a fast tokenizer can find again.
 _OF_SPANS = ("token-classification", "question-answering")
+_OF_SAMPLING = ("temperature", "top_k", "top_p")
+# Predicts for the texts of these numbers with one adapter.
+_Answer = Callable[[str | None, list[int]], Iterable[dict[str, Any]]]
 
 
 def predict(
@@ -27,12 +37,20 @@ def predict(
     context: Sequence[str] = (),
     adapter: Sequence[str] = (),
     runner: RunnerName = "auto",
+    max_new_tokens: int | None = None,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+    on_text: OnText | None = None,
 ) -> list[dict[str, Any]]:
     """Predict for texts; one plain JSON value a text.
 
     Beside `text` and `adapter` it has, by task: `label` and `score`; `tokens`, a list of `word`,
     `label` and `score`; `answer`, `start`, `end` (characters of the context) and `score`;
-    `filled`, a word a mask; or `embedding`. A text longer than the model's positions is cut.
+    `filled`, a word a mask; `embedding`; or, of text that is generated, `generated`, `tokens`
+    (numbers, without the one that ends it) and `stopped`: `end` or `length`. A text longer than
+    the model's positions is cut; one to go on with is refused.
 
     Args:
         artifact: directory of a merged checkpoint, an ONNX export or an engine.
@@ -41,9 +59,17 @@ def predict(
         context: where the answers stand, one for all questions or one for each.
         adapter: names, one for all texts or one for each; default: the only one, or the base model.
         runner: what runs it.
+        max_new_tokens: to generate, at most; default: 128. Never more than there are positions.
+        temperature: draw tokens, likely ones more (below 1) or less often. Without this and the
+            next two, each token is the likeliest one.
+        top_k: draw from so many of the likeliest tokens.
+        top_p: draw from the likeliest tokens that together have this probability.
+        seed: of the drawing; default: another text every time.
+        on_text: told the number of a text, from 0, and the next piece that is generated for it.
 
     Raises:
-        UsageError: there is no text, or another number of adapters or contexts than of texts.
+        UsageError: there is no text, or another number of adapters or contexts than of texts; an
+            option of generating for another task.
         ArtifactError: the artifact has no such adapter.
         UnavailableError: this machine cannot run it.
     """
@@ -53,18 +79,82 @@ def predict(
         raise UsageError("no text is given, expected some", remedy="Give --text or --inputs.")
     names = _adapters(read, adapter, len(texts))
     contexts = _contexts(read.manifest.task, context, len(texts))
+    options = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "seed": seed,
+    }
+    settings = _settings(read, options, on_text)
     check_signature(read)
-    encoder = _encoder(read)
-    run = open_runner(read, choose_runner(read, runner))
+    for name in dict.fromkeys(names):
+        read.feeds(name)  # one that is not there is told now, not behind the others' texts
+    if settings is None:
+        answer = _describer(read, runner, texts, contexts)
+    else:
+        answer = _writer(read, runner, texts, settings)
     predictions: dict[int, dict[str, Any]] = {}
     for name, rows in _batches(names):
-        batch = _Batch(name, [texts[row] for row in rows], [contexts[row] for row in rows])
         told = (
             {"text": texts[row], "adapter": name or BASE_NAME, **described}
-            for row, described in zip(rows, _run(read, run, encoder, batch), strict=True)
+            for row, described in zip(rows, answer(name, rows), strict=True)
         )
         predictions.update(zip(rows, told, strict=True))
     return [predictions[row] for row in range(len(texts))]
+
+
+def _settings(
+    artifact: Artifact, options: Mapping[str, Any], on_text: OnText | None
+) -> Settings | None:
+    """How to generate, of the options that were given; None for another task."""
+    from propulsion_export.base import GENERATIVE_TASKS
+
+    task = artifact.manifest.task
+    given = {name: value for name, value in options.items() if value is not None}
+    if task not in GENERATIVE_TASKS:
+        if given:
+            names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise UsageError(f"{names}: for generating text, the artifact is for {task}")
+        return None
+    drawn = {name: value for name, value in given.items() if name in _OF_SAMPLING}
+    return Settings(
+        new_tokens=given.get("max_new_tokens", DEFAULT_NEW_TOKENS),
+        sampling=Sampling(**drawn) if drawn else None,
+        seed=given.get("seed"),
+        on_text=on_text,
+    )
+
+
+def _writer(
+    artifact: Artifact, runner: RunnerName, texts: Sequence[str], settings: Settings
+) -> _Answer:
+    """Generates text; what cannot be a prompt is refused before anything is generated."""
+    writer = open_writer(artifact, runner, settings)
+    prompts = [writer.encode(text, number) for number, text in enumerate(texts)]
+
+    def answer(name: str | None, rows: list[int]) -> Iterable[dict[str, Any]]:
+        return writer.write([prompts[row] for row in rows], rows, artifact.feeds(name))
+
+    return answer
+
+
+def _describer(
+    artifact: Artifact,
+    runner: RunnerName,
+    texts: Sequence[str],
+    contexts: Sequence[str | None],
+) -> _Answer:
+    """Tells what a model's outputs mean."""
+    encoder = _encoder(artifact)
+    run = open_candidate(artifact, choose_runner(artifact, runner))
+    assert callable(run)  # of a task that generates nothing it is no generator
+
+    def answer(name: str | None, rows: list[int]) -> Iterable[dict[str, Any]]:
+        batch = _Batch(name, [texts[row] for row in rows], [contexts[row] for row in rows])
+        return _run(artifact, run, encoder, batch)
+
+    return answer
 
 
 @dataclass(frozen=True)

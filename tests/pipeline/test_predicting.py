@@ -106,6 +106,11 @@ def test_texts_come_from_a_file_too(switchable, tmp_path):
             UsageError,
             "--context: is for question-answering, the artifact is for text-classification",
         ),
+        (
+            {"text": ["ba"], "top_k": 3, "max_new_tokens": 8},
+            UsageError,
+            "--max-new-tokens, --top-k: for generating text, the artifact is for text-classif",
+        ),
     ],
 )
 def test_a_wrong_call_is_told(options, error, message, switchable):
@@ -125,13 +130,13 @@ def test_many_texts_are_run_in_batches_and_predicted_as_alone(switchable, monkey
         for second in ("ko", "do re", "mi", "fa", "bol", "la")
     ]
     sizes = []
-    open_runner = predicting.open_runner
+    open_candidate = predicting.open_candidate
 
     def counting(*arguments):
-        run = open_runner(*arguments)
+        run = open_candidate(*arguments)
         return lambda tensors: sizes.append(len(tensors["input_ids"])) or run(tensors)
 
-    monkeypatch.setattr(predicting, "open_runner", counting)
+    monkeypatch.setattr(predicting, "open_candidate", counting)
     together = predict(switchable, text=texts, adapter=["five"])
 
     assert sizes == [32, 10]

@@ -1,0 +1,1 @@
+"""Layouts that servers load, made of an artifact's files."""

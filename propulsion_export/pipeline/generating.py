@@ -1,0 +1,219 @@
+"""The part of `run` that generates text: prompts in, tokens and text out, as they come."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from propulsion_export.artifact import Artifact, Tensors
+from propulsion_export.choosing import Sampling, sampler
+from propulsion_export.decoding import Choose, Generator, Opening, greedy, pad_left
+from propulsion_export.errors import UsageError
+from propulsion_export.lengths import longest_input
+from propulsion_export.pipeline.running import RunnerName, choose_runner, open_candidate
+from propulsion_export.pipeline.streaming import TextStream
+from propulsion_export.quiet import quiet
+from propulsion_export.scales import Array
+from propulsion_export.special_tokens import SpecialTokens
+
+DEFAULT_NEW_TOKENS = 128
+# Told the number of a text, from 0, and the next piece of what is generated for it.
+OnText = Callable[[int, str], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to generate.
+
+    Attributes:
+        new_tokens: for each text, at most.
+        sampling: what tokens are drawn from; None: each is the likeliest one.
+        seed: of the drawing; None: another text every time.
+        on_text: told of every piece of text.
+
+    Raises:
+        UsageError: a number is out of its range, or there is a seed and nothing to draw.
+    """
+
+    new_tokens: int = DEFAULT_NEW_TOKENS
+    sampling: Sampling | None = None
+    seed: int | None = None
+    on_text: OnText | None = None
+
+    def __post_init__(self) -> None:
+        if self.new_tokens < 1:
+            raise UsageError(f"--max-new-tokens: {self.new_tokens}, expected at least 1")
+        if self.seed is not None and self.seed < 0:
+            raise UsageError(f"--seed: {self.seed}, expected at least 0")
+        if self.seed is not None and self.sampling is None:
+            raise UsageError(
+                "--seed: nothing is drawn, every token is the likeliest one",
+                remedy="Give --temperature, --top-k or --top-p besides.",
+            )
+
+    def choose(self, numbers: Sequence[int]) -> Choose:
+        """How to choose tokens for the texts of these numbers.
+
+        What is drawn for a text depends on the seed and its number, not on the others beside it.
+        """
+        if self.sampling is None:
+            return greedy
+        seeds = [None if self.seed is None else (self.seed, number) for number in numbers]
+        return sampler(self.sampling, [np.random.default_rng(seed) for seed in seeds])
+
+
+@dataclass(frozen=True)
+class Writer:
+    """An artifact that generates, ready for any batch.
+
+    Attributes:
+        generator: the model.
+        tokenizer: of the artifact.
+        special: its special tokens.
+        positions: how many tokens of prompt and answer the model has room for; None: any number.
+        longest: a prompt of an encoder is cut at so many tokens; None: the decoder reads it.
+        settings: how to generate.
+    """
+
+    generator: Generator
+    tokenizer: Any
+    special: SpecialTokens
+    positions: int | None
+    longest: int | None
+    settings: Settings
+
+    def encode(self, text: str, number: int) -> list[int]:
+        """The tokens of the text of this number, as a prompt.
+
+        Raises:
+            UsageError: it has none, or leaves no position for an answer.
+        """
+        cut = {} if self.longest is None else {"truncation": True, "max_length": self.longest}
+        with quiet():  # of a text that is too long we tell ourselves
+            tokens: list[int] = self.tokenizer(text, **cut)["input_ids"]
+        if not tokens and self.special.begin is not None:
+            tokens = [self.special.begin]
+        if not tokens:
+            raise UsageError(f"text {number + 1}: has no tokens, expected some")
+        if self.longest is None and self.positions is not None and len(tokens) >= self.positions:
+            raise UsageError(
+                f"text {number + 1}: has {len(tokens)} tokens, expected less than the model's "
+                f"{self.positions} positions",
+                remedy="Shorten it.",
+            )
+        return tokens
+
+    def write(
+        self, prompts: Sequence[Sequence[int]], numbers: Sequence[int], feeds: Tensors
+    ) -> list[dict[str, Any]]:
+        """Generate behind the prompts of the texts of these numbers, with what an adapter feeds.
+
+        Returns:
+            For each text `generated`, `tokens` (without the one that ends it) and `stopped`:
+            `end` or `length`.
+        """
+        opening = self.generator.open({**self._batch(prompts), **feeds})
+        rows = [
+            _Row(TextStream(self.tokenizer, self._read_before(prompt)), self.special.end, room)
+            for prompt, room in zip(prompts, self._room(opening.mask.sum(1)), strict=True)
+        ]
+        for tokens in _steps(opening, self.settings.choose(numbers), rows):
+            for row, number, token in zip(rows, numbers, tokens, strict=True):
+                self._tell(number, row.take(int(token)))
+        return [row.outcome() for row in rows]
+
+    def _batch(self, prompts: Sequence[Sequence[int]]) -> Tensors:
+        """Prompts padded for who reads them: an encoder counts positions from the left."""
+        padding = self.special.pad or 0
+        rows = [np.array(prompt, np.int64) for prompt in prompts]
+        if self.longest is None:
+            return pad_left(rows, padding)
+        mirrored = pad_left([row[::-1] for row in rows], padding)
+        return {name: values[:, ::-1].copy() for name, values in mirrored.items()}
+
+    def _read_before(self, prompt: Sequence[int]) -> Sequence[int]:
+        return prompt if self.longest is None else ()
+
+    def _room(self, read: Array) -> list[int]:
+        """New tokens that each row may have, given how many its decoder has read."""
+        most = self.settings.new_tokens
+        if self.positions is None:
+            return [most] * len(read)
+        return [min(most, self.positions - int(count)) for count in read]
+
+    def _tell(self, number: int, piece: str) -> None:
+        if piece and self.settings.on_text is not None:
+            self.settings.on_text(number, piece)
+
+
+def open_writer(artifact: Artifact, runner: RunnerName, settings: Settings) -> Writer:
+    """The artifact as something that writes.
+
+    Raises:
+        UsageError: it has no tokenizer.
+        UnavailableError: this machine cannot run it.
+    """
+    from propulsion_export.base import read_config, read_tokenizer
+
+    tokenizer = read_tokenizer(artifact.directory)
+    if tokenizer is None:
+        raise UsageError(f"{artifact.directory}: has no tokenizer to read texts with")
+    config = read_config(str(artifact.directory))
+    generator = open_candidate(artifact, choose_runner(artifact, runner))
+    assert not callable(generator)  # of a generative task it never is
+    encoded = artifact.manifest.task == "text2text-generation"
+    return Writer(
+        generator,
+        tokenizer,
+        SpecialTokens.read(artifact.directory),
+        # Models that have none (ALiBi, T5's relative positions) have no such limit.
+        positions=getattr(config, "max_position_embeddings", None),
+        longest=longest_input(config, tokenizer) if encoded else None,
+        settings=settings,
+    )
+
+
+class _Row:
+    """One text of a batch: what it has become, and whether it goes on."""
+
+    def __init__(self, stream: TextStream, ends: Sequence[int], room: int) -> None:
+        self.stream, self.ends, self.room = stream, ends, room
+        self.stopped: str | None = None
+
+    def take(self, token: int) -> str:
+        """The text that a token makes readable; none of a row that has stopped."""
+        if self.stopped is not None:
+            return ""
+        if token in self.ends:
+            self.stopped = "end"
+            return self.stream.finish()
+        piece = self.stream.push(token)
+        if len(self.stream.tokens) == self.room:
+            self.stopped = "length"
+            piece += self.stream.finish()
+        return piece
+
+    def outcome(self) -> dict[str, Any]:
+        return {
+            "generated": self.stream.text,
+            "tokens": self.stream.tokens,
+            "stopped": self.stopped,
+        }
+
+
+def _steps(opening: Opening, choose: Choose, rows: Sequence[_Row]) -> Iterator[Array]:
+    """Tokens, int64 [batch] each, until every row has stopped.
+
+    A row that has is padded from there on, so that its position stays one that the model has.
+    """
+    decoder = opening.decoder
+    state = decoder.start(len(rows))
+    logits, state = decoder.step(state, opening.tokens, opening.mask)
+    while True:
+        tokens = choose(logits[:, -1])
+        yield tokens
+        going = np.array([[row.stopped is None] for row in rows], np.int64)
+        if not going.any():
+            return
+        logits, state = decoder.step(state, tokens[:, None], going)
