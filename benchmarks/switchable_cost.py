@@ -26,7 +26,7 @@ from propulsion_export.graph.dimensions import NameDimensions
 from propulsion_export.graph.files import write_graph
 from propulsion_export.graph.finishing import optimise
 from propulsion_export.model_fingerprint import fingerprint_of_model
-from propulsion_export.runners import onnxruntime_runner
+from propulsion_export.runners.graphs import onnxruntime_runner
 from propulsion_export.sampling import input_names, trace_inputs
 from propulsion_export.scales import Scale
 from propulsion_export.trace import trace

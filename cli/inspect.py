@@ -52,7 +52,7 @@ def _describe(adapter: Any) -> dict[str, Any]:
         "modules_scaled": {
             path: {
                 "side": scale.side,
-                "channels": scale.values.size,
+                "shape": list(scale.values.shape),
                 "smallest": float(scale.values.min()),
                 "largest": float(scale.values.max()),
             }
@@ -66,12 +66,15 @@ def _text(value: dict[str, Any]) -> str:
     for key, item in value.items():
         if key == "modules_scaled":
             lines += [
-                f"  {path}: {scale['channels']} {scale['side']} scales in "
+                f"  {path}: {'x'.join(map(str, scale['shape']))} {scale['side']} scales in "
                 f"[{scale['smallest']:.4g}, {scale['largest']:.4g}]"
                 for path, scale in item.items()
             ]
         elif key == "layout":
             lines += [f"{name}: {len(slots)} slots" for name, slots in item.items()]
+        elif key == "graphs":
+            for name, graph in item.items():
+                lines += [f"{name}: {line}" for line in _text(graph).splitlines()]
         elif key in ("inputs", "outputs"):
             lines += [f"{key[:-1]} {_tensor(tensor)}" for tensor in item]
         else:

@@ -18,7 +18,12 @@ from .options import DIRECTORY, FILE, output_options, runtime_option, target_opt
 @target_option
 @click.option("--min-shapes", metavar="NAME:1x8,...", help="Smallest shapes, trtexec's syntax.")
 @click.option("--opt-shapes", metavar="NAME:8x128,...", help="Shapes to be best at.")
-@click.option("--max-shapes", metavar="NAME:32x512,...", help="Largest shapes.")
+@click.option(
+    "--max-shapes",
+    metavar="NAME:32x512,...",
+    help="Largest shapes; default: 32 rows of the model's positions, at most 512 tokens, or with a "
+    "cache 2048. With any shapes given, a decoder has one profile instead of three.",
+)
 @click.option("--refit", type=click.Choice(["none", "scales"]), default="none", show_default=True)
 @click.option("--timing-cache", type=FILE, help="Read where it exists, then written.")
 @click.option("--builder-optimization-level", type=click.IntRange(0, 5))

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from propulsion_export.pipeline.building import build as build_engine
     from propulsion_export.pipeline.exporting import export_onnx
     from propulsion_export.pipeline.merging import merge
+    from propulsion_export.pipeline.packaging import package
     from propulsion_export.pipeline.predicting import predict
     from propulsion_export.pipeline.verifying import check_parity
     from propulsion_export.training import TrainOptions, train
@@ -35,6 +36,7 @@ _HOMES = {
     "check_parity": "pipeline.verifying:check_parity",
     "export_onnx": "pipeline.exporting:export_onnx",
     "merge": "pipeline.merging:merge",
+    "package": "pipeline.packaging:package",
     "predict": "pipeline.predicting:predict",
     "remove_adapter": "pipeline.adapters:remove_adapter",
     "train": "training:train",
@@ -52,6 +54,7 @@ __all__ = [
     "check_parity",
     "export_onnx",
     "merge",
+    "package",
     "predict",
     "remove_adapter",
     "train",

@@ -17,6 +17,7 @@ from propulsion_export.errors import ArtifactError
 from propulsion_export.manifest import (
     BASE_FEEDS,
     BASE_NAME,
+    ENCODER_DECODER_FILES,
     ENGINE_FILE,
     GRAPH_FILE,
     MANIFEST_FILE,
@@ -28,6 +29,7 @@ from propulsion_export.output import replace_file
 # Files that a runtime or transformers looks for by name in an artifact's directory.
 _READ = (
     f"{GRAPH_FILE}*",
+    *ENCODER_DECODER_FILES,
     ENGINE_FILE,
     "[!.]*.safetensors",
     "[!.]*.safetensors.index.json",
@@ -83,8 +85,9 @@ class Artifact:
 
     @property
     def path(self) -> Path:
-        """The model file, or for a merged checkpoint the directory."""
-        names = {"onnx": GRAPH_FILE, "engine": ENGINE_FILE, "merged": ""}
+        """The model file, or for a merged checkpoint or several graphs the directory."""
+        graph = "" if self.manifest.graphs else GRAPH_FILE
+        names = {"onnx": graph, "engine": ENGINE_FILE, "merged": ""}
         return self.directory / names[self.manifest.kind]
 
     def feeds(self, adapter: str | None) -> Tensors:
@@ -177,7 +180,12 @@ def _check_files(directory: Path, manifest: Manifest) -> None:
 
 def _needed(manifest: Manifest) -> list[str]:
     """What an artifact of its kind cannot be without."""
-    files = {"onnx": [GRAPH_FILE], "engine": [ENGINE_FILE], "merged": ["config.json"]}
+    files = {
+        # Several graphs are run with the first token that the configuration tells.
+        "onnx": [*manifest.graphs, "config.json"] if manifest.graphs else [GRAPH_FILE],
+        "engine": [ENGINE_FILE],
+        "merged": ["config.json"],
+    }
     needed = files[manifest.kind]
     if manifest.kind == "merged" and not any(f.endswith(".safetensors") for f in manifest.files):
         needed.append("model.safetensors")

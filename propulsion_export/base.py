@@ -17,12 +17,14 @@ from propulsion_export.errors import BaseModelError, UsageError
 from propulsion_export.hub import locate
 from propulsion_export.quiet import quiet
 
+GENERATIVE_TASKS = ("text-generation", "text2text-generation")
 TASKS = (
     "feature-extraction",
     "text-classification",
     "token-classification",
     "question-answering",
     "fill-mask",
+    *GENERATIVE_TASKS,
 )
 _LABELLED = ("text-classification", "token-classification")
 _TASK_OF_CLASS = {
@@ -31,6 +33,7 @@ _TASK_OF_CLASS = {
     "ForQuestionAnswering": "question-answering",
     "ForMaskedLM": "fill-mask",
     "ForCausalLM": "text-generation",
+    "LMHeadModel": "text-generation",
     "ForConditionalGeneration": "text2text-generation",
 }
 # Where transformers 4 (and optimum-onnx) looks for rotary settings. Version 5 saves them elsewhere,
@@ -49,6 +52,8 @@ TOKENIZER_FILES = (
     "sentencepiece.bpe.model",
     "tokenizer.model",
 )
+# How texts are generated, and how a chat becomes one text: read by name beside the tokenizer.
+GENERATION_FILES = ("generation_config.json", "chat_template.jinja")
 
 
 @dataclass(frozen=True)
@@ -246,7 +251,16 @@ def model_class_of(task: str) -> Any:
 
 def copy_tokenizer(source: str, directory: Path) -> None:
     """Copy the tokenizer's files, unchanged, from a checkpoint; there may be none."""
-    for name in TOKENIZER_FILES:
+    _copy(TOKENIZER_FILES, source, directory)
+
+
+def copy_generation_config(source: str, directory: Path) -> None:
+    """Copy what a checkpoint says of generating text, unchanged; there may be nothing."""
+    _copy(GENERATION_FILES, source, directory)
+
+
+def _copy(names: Sequence[str], source: str, directory: Path) -> None:
+    for name in names:
         file = locate(source, name)
         if file is not None:
             shutil.copyfile(file, directory / name)

@@ -20,6 +20,13 @@ from propulsion_export.scales import Side
 MANIFEST_FILE: Literal["propulsion.json"] = "propulsion.json"
 SCHEMA_VERSION = 1
 GRAPH_FILE = "model.onnx"
+# Of an encoder-decoder: the encoder, the decoder's first step, its later steps; optimum's names.
+ENCODER_DECODER_FILES = (
+    "encoder_model.onnx",
+    "decoder_model.onnx",
+    "decoder_with_past_model.onnx",
+)
+WEIGHTS_FILE = f"{GRAPH_FILE}.data"  # of every graph in the directory
 ENGINE_FILE = "model.engine"
 ADAPTERS = "adapters"
 DEFAULT_OPSET = 20  # the newest that every TensorRT engine builds from
@@ -60,6 +67,14 @@ class TensorSpec:
     dtype: str
     shape: tuple[int | str, ...]
     optional: bool = False
+
+
+@dataclass(frozen=True)
+class GraphEntry:
+    """One of several graphs of an artifact: what goes in and comes out."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
 
 
 @dataclass(frozen=True)
@@ -126,6 +141,10 @@ class Manifest:
         mode: `folded` (the adapter is in the weights) or `switchable` (its scales are inputs).
         task: such as `text-classification`.
         dtype: of weights and activations.
+        inputs: of the graph or engine.
+        outputs: likewise.
+        graphs: by file name, of an artifact that is several graphs; `inputs` and `outputs` are
+            empty then.
         layout: by packed input, the slots in it; empty when folded.
         adapters: by name; exactly one when folded.
         files: `sha256:…` by path inside the directory.
@@ -139,6 +158,7 @@ class Manifest:
     adapters: dict[str, AdapterEntry]
     inputs: tuple[TensorSpec, ...] = ()
     outputs: tuple[TensorSpec, ...] = ()
+    graphs: dict[str, GraphEntry] = field(default_factory=dict)
     layout: dict[str, tuple[Slot, ...]] = field(default_factory=dict)
     engine: EngineEntry | None = None
     tools: dict[str, str] = field(default_factory=dict)
@@ -216,6 +236,12 @@ def _contradictions(manifest: Manifest) -> list[str]:
             for name, entry in manifest.adapters.items()
             if not entry.file
         ]
+    several = manifest.kind == "onnx" and manifest.task == "text2text-generation"
+    if manifest.graphs.keys() != (set(ENCODER_DECODER_FILES) if several else set()):
+        graphs = ", ".join(ENCODER_DECODER_FILES) if several else "none"
+        found.append(f"graphs are {', '.join(manifest.graphs) or 'none'}, expected {graphs}")
+    if manifest.graphs and (manifest.inputs or manifest.outputs):
+        found.append("inputs and outputs are told of an artifact of several graphs, expected none")
     if manifest.mode == "folded" and len(manifest.adapters) != 1:
         found.append(f"{len(manifest.adapters)} adapters are folded in, expected one")
     return found

@@ -1,6 +1,7 @@
 """Inputs made for a model: to trace it with, and to judge it by."""
 
 import inspect
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -8,9 +9,12 @@ from transformers import PretrainedConfig
 
 from propulsion_export.artifact import Tensors
 from propulsion_export.lengths import longest_input
+from propulsion_export.scales import Array
 
 _LONGEST = 48
 _BATCHES, _ROWS = 4, 4
+_FEWEST_DECODED = 7  # of a causal model, so that a step has tokens of its own before it
+_DECODED = 8
 
 
 def input_names(model_class: type, config: PretrainedConfig) -> tuple[str, ...]:
@@ -34,6 +38,11 @@ def trace_inputs(names: tuple[str, ...], config: PretrainedConfig) -> Tensors:
     return _batch(names, config, lengths, np.random.default_rng(0))
 
 
+def trace_prompt(config: PretrainedConfig) -> Tensors:
+    """A prompt to trace decoding behind, int64 [3, length], padded on the left."""
+    return padded_left(trace_inputs(("input_ids", "attention_mask"), config))
+
+
 def parity_inputs(
     names: tuple[str, ...], config: PretrainedConfig, *, seed: int, longest: int | None = None
 ) -> tuple[Tensors, ...]:
@@ -44,6 +53,49 @@ def parity_inputs(
         _batch(names, config, tuple(chooser.integers(3, longest + 1, _ROWS)), chooser)
         for _ in range(_BATCHES)
     )
+
+
+def decoder_inputs(
+    config: PretrainedConfig, *, seed: int, longest: int | None = None
+) -> tuple[Tensors, ...]:
+    """4 batches of 4 rows of random tokens, of 7 to `longest`, padded on the left."""
+    chooser = np.random.default_rng(seed)
+    longest = min(longest or _LONGEST, longest_input(config))
+    names = ("input_ids", "attention_mask")
+    drawn = (chooser.integers(_FEWEST_DECODED, longest + 1, _ROWS) for _ in range(_BATCHES))
+    return tuple(padded_left(_batch(names, config, tuple(each), chooser)) for each in drawn)
+
+
+def with_decoder_tokens(
+    batches: Iterable[Tensors], config: PretrainedConfig, *, seed: int
+) -> tuple[Tensors, ...]:
+    """The batches with `decoder_input_ids`, int64 [rows, 8]: the first token, 7 random ones."""
+    chooser = np.random.default_rng(seed + 1)
+    made = []
+    for batch in batches:
+        lengths = (_DECODED,) * len(batch["input_ids"])
+        tokens = _batch(("input_ids",), config, lengths, chooser)["input_ids"]
+        made.append({**batch, "decoder_input_ids": _shifted(tokens, config)})
+    return tuple(made)
+
+
+def _shifted(tokens: Array, config: PretrainedConfig) -> Array:
+    shifted = np.roll(tokens, 1, axis=1)
+    shifted[:, 0] = config.decoder_start_token_id
+    return shifted
+
+
+def padded_left(batch: Tensors) -> Tensors:
+    """A batch with its padding on the left, wherever it was: some tokenizers put it there."""
+    order = np.argsort(batch["attention_mask"], axis=1, kind="stable")
+    return {name: np.take_along_axis(values, order, axis=1) for name, values in batch.items()}
+
+
+def padding_token(config: PretrainedConfig) -> int:
+    """What to feed where the attention mask hides: the padding token if the vocabulary has it."""
+    token = config.pad_token_id
+    # Some configurations say -1, or name a token that the embedding has no row for.
+    return token if token is not None and 0 <= token < config.vocab_size else 0
 
 
 def text_inputs(names: tuple[str, ...], tokenizer: Any, texts: list[str], limit: int) -> Tensors:
@@ -94,7 +146,7 @@ def _batch(
 ) -> Tensors:
     shape = (len(lengths), max(lengths))
     mask = (np.arange(shape[1]) < np.array(lengths)[:, None]).astype(np.int64)
-    padding = config.pad_token_id or 0
+    padding = padding_token(config)
     # Neither padding, wherever it stands, nor the first entries, special tokens in most models.
     tokens = chooser.integers(config.vocab_size // 20, config.vocab_size - 1, shape)
     tokens += tokens >= padding

@@ -17,11 +17,13 @@ from propulsion_export.errors import ArtifactError
 from propulsion_export.fingerprint import Fingerprint
 from propulsion_export.manifest import (
     BASE_FEEDS,
+    ENCODER_DECODER_FILES,
     PACKED_INPUTS,
     SCALES_INPUT,
     AdapterEntry,
     BaseEntry,
     EngineEntry,
+    GraphEntry,
     Manifest,
     Slot,
     Task,
@@ -63,6 +65,16 @@ MODEL_FILES = {
     "engine": ("model.engine",),
     "merged": ("model.safetensors", "config.json"),
 }
+SEVERAL = replace(
+    FOLDED,
+    task="text2text-generation",
+    inputs=(),
+    outputs=(),
+    graphs={
+        name: GraphEntry(FOLDED.inputs, FOLDED.outputs if "decoder_" in name else ())
+        for name in ENCODER_DECODER_FILES
+    },
+)
 OTHER = {"digest": "", "source": "", "size": 0, "file": TOPIC}
 
 
@@ -80,6 +92,19 @@ def write_switchable(directory):
         feeds = {SCALES_INPUT: np.array(values, ml_dtypes.bfloat16)}
         save_file(feeds, directory / "adapters" / f"{name}.safetensors")
     return Artifact.write(directory, SWITCHABLE)
+
+
+def write_several(directory):
+    directory.mkdir()
+    for name in (*ENCODER_DECODER_FILES, "model.onnx.data", "config.json"):
+        (directory / name).write_bytes(b"1")
+    return Artifact.write(directory, SEVERAL)
+
+
+@pytest.fixture
+def several(tmp_path):
+    """An artifact of three graphs."""
+    return write_several(tmp_path / "onnx").directory
 
 
 @pytest.fixture
@@ -116,7 +141,7 @@ def refused(directory, match):
 # Round trips
 
 
-@pytest.mark.parametrize("write", [write_folded, write_switchable])
+@pytest.mark.parametrize("write", [write_folded, write_switchable, write_several])
 def test_what_is_written_is_what_is_read(tmp_path, write):
     written = write(tmp_path / "onnx")
 
@@ -143,6 +168,7 @@ def test_the_manifest_on_disk_is_exactly_this(switchable):
         "adapters",
         "inputs",
         "outputs",
+        "graphs",
         "layout",
         "engine",
         "tools",
@@ -180,6 +206,7 @@ def test_the_manifest_on_disk_is_exactly_this(switchable):
         "outputs": [
             {"name": "logits", "dtype": "float32", "shape": ["batch", 2], "optional": False}
         ],
+        "graphs": {},
         "layout": {
             SCALES_INPUT: [
                 {"path": "a", "offset": 0, "length": 2, "shape": [2], "side": "output"},
@@ -258,10 +285,16 @@ def layouts(draw):
 def manifests(draw):
     kind = draw(st.sampled_from(["merged", "onnx", "engine"]))
     mode = "folded" if kind == "merged" else draw(st.sampled_from(["folded", "switchable"]))
+    task = draw(st.sampled_from(get_args(Task)))
+    tensors = st.lists(specs, max_size=2).map(tuple)
+    several = kind == "onnx" and task == "text2text-generation"
+    graphs = st.fixed_dictionaries(
+        {name: st.builds(GraphEntry, tensors, tensors) for name in ENCODER_DECODER_FILES}
+    )
     return Manifest(
         kind=kind,
         mode=mode,
-        task=draw(st.sampled_from(get_args(Task))),
+        task=task,
         dtype=draw(st.sampled_from(["float32", "float16", "bfloat16"])),
         base=BaseEntry(draw(texts), draw(fingerprints)),
         adapters=draw(
@@ -269,8 +302,9 @@ def manifests(draw):
                 adapter_names, entries, min_size=1, max_size=1 if mode == "folded" else 3
             )
         ),
-        inputs=tuple(draw(st.lists(specs, max_size=2))),
-        outputs=tuple(draw(st.lists(specs, max_size=2))),
+        inputs=() if several else draw(tensors),
+        outputs=() if several else draw(tensors),
+        graphs=draw(graphs) if several else {},
         layout=draw(layouts()),
         engine=draw(engines) if kind == "engine" else None,
         tools=draw(st.dictionaries(names, texts, max_size=2)),
@@ -282,14 +316,16 @@ def manifests(draw):
 def test_every_manifest_comes_back_as_it_was(tmp_path_factory, manifest):
     directory = tmp_path_factory.mktemp("artifact")
     (directory / "adapters").mkdir()
-    for name in (*MODEL_FILES[manifest.kind], BASE_FEEDS, TOPIC):
+    graphs = (*manifest.graphs, "config.json") if manifest.graphs else None
+    files = {*(graphs or MODEL_FILES[manifest.kind]), BASE_FEEDS, TOPIC}
+    for name in files:
         (directory / name).write_bytes(b"1")
 
     Artifact.write(directory, manifest)
 
     read = Artifact.read(directory).manifest
     assert replace(read, files={}) == manifest
-    assert read.files.keys() == {*MODEL_FILES[manifest.kind], BASE_FEEDS, TOPIC}
+    assert read.files.keys() == files
 
 
 # Refusals
@@ -626,6 +662,92 @@ def test_an_adapters_name_that_no_file_can_have_is_refused(folded, name):
 def test_ordinary_names_are_fit(name):
     assert is_fit_name(name)
     assert not is_fit_name("base")
+
+
+# Several graphs
+
+
+@pytest.mark.parametrize("name", [*ENCODER_DECODER_FILES, "config.json"])
+def test_an_artifact_of_several_graphs_needs_each_and_the_configuration(several, name):
+    """Which token a decoder starts with is in the configuration."""
+    (several / name).unlink()
+    Artifact.write(several, SEVERAL)
+
+    refused(several, f"{name}: is missing")
+
+
+@pytest.mark.parametrize("name", ENCODER_DECODER_FILES)
+def test_a_graph_of_several_without_a_digest_is_refused(several, name):
+    change(several, "files", name, drop=True)
+
+    refused(several, f"{name}: has no digest in the manifest")
+
+
+@pytest.mark.parametrize("name", ENCODER_DECODER_FILES)
+def test_a_graph_of_several_that_changed_is_refused(several, name):
+    (several / name).write_bytes(b"2")
+
+    refused(several, f"{name}: its content is not what the manifest recorded")
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "model.onnx_data"])
+def test_a_single_graph_put_beside_several_is_refused(several, name):
+    (several / name).write_bytes(b"planted")
+
+    refused(several, f"{name}: has no digest in the manifest")
+
+
+@pytest.mark.parametrize("name", ENCODER_DECODER_FILES)
+def test_a_graph_put_beside_a_single_one_is_refused(folded, name):
+    (folded / name).write_bytes(b"planted")
+
+    refused(folded, f"{name}: has no digest in the manifest")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "match"),
+    [
+        (("graphs", "decoder_model.onnx"), None, "decoder_model.onnx is None, expected dict"),
+        (("graphs", "encoder_model.onnx", "outputs"), {}, "outputs is {}, expected list"),
+        (("graphs", "encoder_model.onnx", "more"), 1, "has the unknown field 'more'"),
+        (("graphs",), [], r"graphs is \[\], expected dict"),
+        (("graphs",), {}, "graphs are none, expected encoder_model.onnx, decoder_model.onnx, "),
+        (("graphs", "model.onnx"), {"inputs": [], "outputs": []}, "model.onnx, expected encoder_"),
+        (("task",), "text-generation", "graphs are encoder_model.onnx, .*, expected none"),
+        (("kind",), "merged", "graphs are encoder_model.onnx, .*, expected none"),
+    ],
+    ids=lambda value: str(value)[:50],
+)
+def test_graphs_that_are_not_those_of_the_task_are_refused(several, path, value, match):
+    change(several, *path, to=value)
+
+    refused(several, match)
+
+
+@pytest.mark.parametrize("name", ENCODER_DECODER_FILES)
+def test_a_manifest_without_one_of_the_graphs_is_refused(several, name):
+    change(several, "graphs", name, drop=True)
+
+    refused(several, "graphs are .*, expected encoder_model.onnx, decoder_model.onnx, decoder_with")
+
+
+@pytest.mark.parametrize("field", ["inputs", "outputs"])
+def test_several_graphs_have_no_inputs_and_outputs_of_their_own_besides(several, field):
+    """Nothing would hold them against a graph."""
+    spec = {"name": "x", "dtype": "int64", "shape": [1], "optional": False}
+    change(several, field, to=[spec])
+
+    refused(several, "inputs and outputs are told of an artifact of several graphs, expected none")
+
+
+def test_a_manifest_from_before_there_were_several_graphs_can_be_read(folded):
+    change(folded, "graphs", drop=True)
+
+    assert Artifact.read(folded).manifest.graphs == {}
+
+
+def test_several_graphs_are_where_their_directory_is(several):
+    assert Artifact.read(several).path == several
 
 
 # Model files, feeds and the manifest alone

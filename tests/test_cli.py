@@ -130,7 +130,9 @@ def test_every_command_has_the_common_options(words):
     assert options >= {"--json", "-q", "--quiet", "-v", "--verbose"}
 
 
-@pytest.mark.parametrize("words", [["train"], ["merge"], ["onnx"], ["trt"], ["export"]], ids=str)
+@pytest.mark.parametrize(
+    "words", [["train"], ["merge"], ["onnx"], ["trt"], ["package"], ["export"]], ids=str
+)
 def test_commands_that_write_can_replace(words):
     options = {name for parameter in command_of(words).params for name in parameter.opts}
 
@@ -399,7 +401,7 @@ def test_inspect_describes_an_adapter(run, adapter):
     assert (code, err, out.count("\n")) == (0, "", 1)
     value = json.loads(out)
     assert value["modules_scaled"] == {
-        "dense": {"side": "output", "channels": 2, "smallest": -3.0, "largest": 2.5}
+        "dense": {"side": "output", "shape": [2], "smallest": -3.0, "largest": 2.5}
     }
     assert (value["kind"], value["scales"], value["base_fingerprint"]) == ("adapter", 2, True)
 
@@ -543,6 +545,7 @@ def test_quiet_has_no_progress_not_even_on_a_terminal(monkeypatch, capsys):
             "a hill (50.0%, characters 3 to 9)",
         ),
         ({"filled": ["a", "b"]}, "a, b"),
+        ({"generated": "a\nb", "tokens": [1, 2, 3], "stopped": "end"}, "a\\nb"),
         (
             {"embedding": [0.25, -1.0, 0.5, 2.0, 3.0]},
             "0.25 -1 0.5 2 ... (5 numbers, --json has them all)",

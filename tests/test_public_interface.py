@@ -42,6 +42,7 @@ def test_options_of_the_command_line_are_parameters_of_the_functions():
         ("onnx", propulsion_export.export_onnx),
         ("parity", propulsion_export.check_parity),
         ("run", propulsion_export.predict),
+        ("package", propulsion_export.package),
     ):
         command = importlib.import_module(f"propulsion_export.cli.{name}").command
         options = {option.name for option in command.params}

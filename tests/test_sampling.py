@@ -2,9 +2,25 @@
 
 import numpy as np
 import pytest
-from transformers import BertConfig, BertForSequenceClassification, DistilBertModel, RobertaConfig
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    DistilBertModel,
+    LlamaConfig,
+    RobertaConfig,
+    T5Config,
+)
 
-from propulsion_export.sampling import input_names, parity_inputs, text_inputs, trace_inputs
+from propulsion_export.sampling import (
+    decoder_inputs,
+    input_names,
+    padded_left,
+    parity_inputs,
+    text_inputs,
+    trace_inputs,
+    trace_prompt,
+    with_decoder_tokens,
+)
 
 NAMES = ("input_ids", "attention_mask", "token_type_ids")
 CONFIG = BertConfig(vocab_size=100, max_position_embeddings=40)
@@ -90,3 +106,100 @@ def test_texts_get_every_input_the_model_reads(tiny_tokenizer):
 
     assert tuple(text_inputs(NAMES, tiny_tokenizer, ["ba"], 6)) == NAMES
     assert tuple(text_inputs(NAMES[:2], tiny_tokenizer, ["ba"], 6)) == NAMES[:2]
+
+
+# Generative models
+
+
+def decoder_config(**settings):
+    return LlamaConfig(vocab_size=100, pad_token_id=0, max_position_embeddings=64, **settings)
+
+
+def assert_padded_left(batch):
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    assert ids.dtype == mask.dtype == np.int64
+    assert ((ids == 0) == (mask == 0)).all()
+    assert (np.diff(mask, axis=1) >= 0).all()
+    assert (mask[:, -1] == 1).all()
+
+
+def test_prompt_to_trace_behind_is_padded_on_the_left_and_of_sizes_of_its_own():
+    config = decoder_config(num_attention_heads=11, hidden_size=132)
+
+    prompt = trace_prompt(config)
+
+    assert_padded_left(prompt)
+    assert prompt.keys() == {"input_ids", "attention_mask"}
+    assert (prompt["attention_mask"] == 0).any()
+    assert len(prompt["input_ids"]) > 1
+    assert prompt["input_ids"].shape[1] not in sizes_in(config)
+
+
+def test_decoder_inputs_are_16_rows_padded_on_the_left_long_enough_to_step_through():
+    made, again = (decoder_inputs(decoder_config(), seed=3) for _ in range(2))
+    other = decoder_inputs(decoder_config(), seed=4)
+
+    for batch, same in zip(made, again, strict=True):
+        assert_padded_left(batch)
+        assert batch["attention_mask"].sum(1).min() >= 7
+        np.testing.assert_array_equal(batch["input_ids"], same["input_ids"])
+    assert sum(len(batch["input_ids"]) for batch in made) == 16
+    assert any((batch["attention_mask"] == 0).any() for batch in made)
+    assert not np.array_equal(made[0]["input_ids"], other[0]["input_ids"])
+
+
+def test_decoder_inputs_stay_within_the_positions_and_the_limit():
+    def longest(**options):
+        config = decoder_config()
+        config.max_position_embeddings = options.pop("positions", 64)
+        return max(b["input_ids"].shape[1] for b in decoder_inputs(config, seed=1, **options))
+
+    assert 20 < longest() <= 48
+    assert longest(longest=8) <= 8
+    assert longest(positions=12) <= 12
+
+
+@pytest.mark.parametrize("padding", [-1, 100, 40_000], ids=["minus-one", "size", "beyond"])
+def test_padding_token_that_is_no_entry_of_the_vocabulary_is_not_fed(padding):
+    """Some checkpoints say -1, some have a padding token that the table has no row for."""
+    config = decoder_config()
+    config.pad_token_id = padding
+
+    for batch in decoder_inputs(config, seed=0):
+        assert batch["input_ids"].min() >= 0
+        assert batch["input_ids"].max() < 100
+        assert_padded_left(batch)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [[[1, 1, 0], [1, 1, 1]], [[0, 1, 1], [1, 1, 1]], [[1, 0, 1], [1, 1, 1]]],
+    ids=["right", "left", "inside"],
+)
+def test_padding_goes_to_the_left_wherever_it_was(mask):
+    mask = np.array(mask)
+    tokens = np.where(mask == 1, mask.cumsum(1) + 5, 0)
+
+    moved = padded_left({"input_ids": tokens, "attention_mask": mask})
+
+    assert moved["input_ids"].tolist() == [[0, 6, 7], [6, 7, 8]]
+    assert moved["attention_mask"].tolist() == [[0, 1, 1], [1, 1, 1]]
+
+
+def test_decoder_tokens_are_the_start_and_seven_random_ones_for_every_row():
+    config = T5Config(vocab_size=100, pad_token_id=0, decoder_start_token_id=7)
+    batches = parity_inputs(NAMES[:2], config, seed=3)
+
+    made = with_decoder_tokens(batches, config, seed=3)
+    other = with_decoder_tokens(batches, config, seed=4)
+
+    for before, batch in zip(batches, made, strict=True):
+        tokens = batch["decoder_input_ids"]
+        assert tokens.shape == (len(batch["input_ids"]), 8)
+        assert tokens.dtype == np.int64
+        assert (tokens[:, 0] == 7).all()
+        assert len(np.unique(tokens[:, 1:])) > 10
+        assert tokens.max() < 100
+        assert all(np.array_equal(batch[name], before[name]) for name in before)
+    assert not np.array_equal(made[0]["decoder_input_ids"], other[0]["decoder_input_ids"])
+    assert "decoder_input_ids" not in batches[0]

@@ -10,8 +10,14 @@ from typing import Any
 from propulsion_export.artifact import Artifact
 from propulsion_export.engine.network import Network, parse, specs_of
 from propulsion_export.engine.options import BuildOptions, check_options
-from propulsion_export.engine.profiles import Profile, choose_profile, longest_sequence
-from propulsion_export.engine.source import packed_inputs, read_graph, require_inputs_
+from propulsion_export.engine.profiles import Profile, choose_profiles, longest_sequence
+from propulsion_export.engine.source import (
+    check_operators,
+    packed_inputs,
+    read_graph,
+    read_settings,
+    require_inputs_,
+)
 from propulsion_export.engine.targets import (
     Runtime,
     choose_runtime,
@@ -19,7 +25,7 @@ from propulsion_export.engine.targets import (
     compute_capability,
     load,
 )
-from propulsion_export.errors import ArtifactError, ToolError
+from propulsion_export.errors import ArtifactError, ToolError, UnavailableError
 from propulsion_export.machine import tool_versions
 from propulsion_export.manifest import ENGINE_FILE, GRAPH_FILE, EngineEntry, Manifest
 from propulsion_export.output import replace_file
@@ -35,7 +41,7 @@ class _Job:
     trt: Any
     runtime: Runtime
     targets: tuple[str, ...]
-    profile: Profile
+    profiles: tuple[Profile, ...]
     options: BuildOptions
 
 
@@ -60,7 +66,8 @@ def build_engine(
 
     Raises:
         UsageError: options that contradict each other, the model or the target.
-        UnavailableError: the runtime is not installed, or this machine lacks the GPU it needs.
+        UnavailableError: the runtime is not installed, this machine lacks the GPU it needs, or
+            TensorRT has no engine for such a model: an encoder-decoder, a mixture of experts.
         ArtifactError: not an ONNX artifact, or one that keeps weights outside its directory.
         ToolError: TensorRT refuses the graph, drops a part of it or builds nothing.
     """
@@ -68,10 +75,12 @@ def build_engine(
         raise ArtifactError(
             f"{artifact.directory}: is a {artifact.manifest.kind} artifact, expected onnx"
         )
+    _check_one_graph(artifact)
     job = _order(artifact, options)
     tell = progress or (lambda _: None)
     tell(f"parsing {GRAPH_FILE}")
     graph = read_graph(artifact.directory)
+    check_operators(graph, _model_name(artifact))
     refittable = packed_inputs(graph) if options.refit == "scales" else ()
     require_inputs_(graph, constant=refittable)
     network = parse(job.trt, graph, artifact.directory)
@@ -122,15 +131,31 @@ def read_timing_cache(config: Any, file: Path) -> None:
         )
 
 
+def _check_one_graph(artifact: Artifact) -> None:
+    if artifact.manifest.graphs:
+        raise UnavailableError(
+            f"{_model_name(artifact)}: is exported as {len(artifact.manifest.graphs)} graphs "
+            f"({', '.join(artifact.manifest.graphs)}), expected one: no engine is built of an "
+            "encoder-decoder yet",
+            remedy="Run its ONNX export in ONNX Runtime.",
+        )
+
+
+def _model_name(artifact: Artifact) -> str:
+    """The class that config.json names; without one, the directory."""
+    classes = read_settings(artifact.directory).get("architectures") or ()
+    return str(next(iter(classes), artifact.directory))
+
+
 def _order(artifact: Artifact, options: BuildOptions) -> _Job:
     manifest = artifact.manifest
     runtime = choose_runtime(options.runtime)
     check_options(options, runtime, manifest.mode)
     targets = choose_targets(options.targets, runtime, manifest.dtype)
     given = (options.min_shapes, options.opt_shapes, options.max_shapes)
-    longest = longest_sequence(artifact.directory / "config.json")
-    profile = choose_profile(manifest.inputs, given, longest)
-    return _Job(load(runtime), runtime, targets, profile, options)
+    longest = longest_sequence(read_settings(artifact.directory))
+    profiles = choose_profiles(manifest.inputs, given, longest)
+    return _Job(load(runtime), runtime, targets, profiles, options)
 
 
 def _manifest(artifact: Artifact, network: Network, job: _Job) -> Manifest:
@@ -139,7 +164,7 @@ def _manifest(artifact: Artifact, network: Network, job: _Job) -> Manifest:
         runtime=job.runtime,
         version=job.trt.__version__,
         targets=job.targets,
-        profiles=(job.profile,),
+        profiles=job.profiles,
         options=dict(job.options.recorded()),
         onnx_digest=onnx_digest(artifact),
     )
@@ -174,7 +199,8 @@ def _configure(job: _Job, network: Network) -> Any:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, limit)
     if job.runtime == "tensorrt-rtx":
         set_targets(trt, config, job.targets)
-    _add_profile(network, config, job.profile)
+    for profile in job.profiles:
+        _add_profile(network, config, profile)
     return config
 
 
@@ -192,8 +218,6 @@ def set_targets(trt: Any, config: Any, targets: tuple[str, ...]) -> None:
 
 
 def _add_profile(network: Network, config: Any, profile: Profile) -> None:
-    if not profile:
-        return
     entry = network.builder.create_optimization_profile()
     for name, shapes in profile.items():
         try:

@@ -21,7 +21,7 @@ class BuildOptions:
     Attributes:
         runtime: `auto` is tensorrt where it and a GPU are, else tensorrt-rtx.
         targets: compute capabilities such as `sm_86`; `auto` is this machine's GPU.
-        min_shapes: by input name; what is not given is filled in, see `choose_profile`.
+        min_shapes: by input name; what is not given is filled in, see `choose_profiles`.
         opt_shapes: the same for the shapes the engine is to be best at.
         max_shapes: the same for the largest.
         refit: `scales` builds the scales of a switchable artifact in as weights that can be

@@ -1,15 +1,14 @@
-"""The optimization profile: for which shapes an engine is built, and for which it is best.
+"""Optimization profiles: for which shapes an engine is built, and for which it is best.
 
 Symbolic dimensions are what counts: every input that shares one gets the same range, so that
 shapes given for one input are enough for the others. A range is a triple min, opt, max.
 """
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from typing import Any
 
-from propulsion_export.errors import ArtifactError, UsageError
+from propulsion_export.errors import UsageError
 from propulsion_export.manifest import TensorSpec
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -20,6 +19,7 @@ LEVELS = ("min", "opt", "max")
 _OPTIONS = ("--min-shapes", "--opt-shapes", "--max-shapes")
 _BATCH: Range = (1, 8, 32)
 _LENGTH = 512  # the longest default sequence
+_CACHED_LENGTH = 2048  # the same of a decoder with a cache
 _TYPICAL = 128
 # How config.json names the longest sequence, most common first.
 _LIMITS = ("max_position_embeddings", "n_positions")
@@ -47,18 +47,8 @@ def parse_shapes(text: str) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def longest_sequence(config: Path) -> int | None:
-    """The longest sequence the model has positions for, from its config.json; None: unknown.
-
-    Raises:
-        ArtifactError: config.json is damaged.
-    """
-    if not config.is_file():
-        return None
-    try:
-        settings = json.loads(config.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ArtifactError(f"{config}: is no JSON ({error})") from error
+def longest_sequence(settings: Mapping[str, Any]) -> int | None:
+    """The longest sequence the model of this config.json has positions for; None: unknown."""
     for part in (settings, settings.get("text_config") or {}):
         for name in _LIMITS:
             if isinstance(part.get(name), int):
@@ -66,23 +56,33 @@ def longest_sequence(config: Path) -> int | None:
     return None
 
 
-def choose_profile(
+def choose_profiles(
     inputs: Sequence[TensorSpec], given: Sequence[Shapes], longest: int | None
-) -> Profile:
+) -> tuple[Profile, ...]:
     """Choose min, opt and max for every input with a symbolic dimension.
 
     What is not given is filled in: a batch (a symbolic first axis) is 1 / 8 / 32, a sequence
-    1 / 128 / min(512, `longest`); with a cache the two share that length and the past may be empty.
-    A default never contradicts a given shape: it moves out of its way.
+    1 / 128 / min(512, `longest`). A default never contradicts a given shape: it moves out of its
+    way.
+
+    A decoder with a cache has three profiles up to L = min(2048, `longest`): prefill, up to L
+    tokens behind an empty past; decoding, one token behind up to L - 1; and several tokens behind a
+    past, up to half of L each. One for all of them would be best at none, and as its largest
+    shapes are the largest past with the largest prompt, need far more memory. With shapes given
+    there is one profile: what they leave of L, at least half of it, and an empty past.
 
     Args:
         inputs: of the graph.
         given: by input name, the shapes for min, opt and max; each may be empty.
         longest: the longest sequence the model can take, if known.
 
+    Returns:
+        Profiles in that order; none when nothing varies.
+
     Raises:
         UsageError: an unknown input, a wrong rank, a fixed dimension changed, two values for one
-            dimension, min > opt or opt > max, or a sequence longer than `longest`.
+            dimension, min > opt or opt > max, a sequence or past longer than `longest`, or a total
+            that is not past and sequence together.
     """
     roles = {
         size: _role(size, axis)
@@ -92,12 +92,22 @@ def choose_profile(
     }
     _check_fit(inputs, given)
     values = [_values(inputs, *level) for level in zip(given, _OPTIONS, strict=True)]
-    defaults = _defaults(set(roles.values()), longest)
-    ranges: dict[str, Range] = {}
-    for symbol, role in sorted(roles.items(), key=lambda item: item[1] == "total"):
-        default = _sum(roles, ranges) if role == "total" else defaults[role]
-        ranges[symbol] = _filled([level.get(symbol) for level in values], default)
-    _check_ranges(roles, ranges, longest)
+    chosen = []
+    for defaults in _defaults(roles, values, longest) if roles else ():
+        ranges = {
+            symbol: _filled([level.get(symbol) for level in values], defaults[role])
+            for symbol, role in roles.items()
+            if role != "total"
+        }
+        _check_ranges(roles, ranges, longest)
+        total = _sum(roles, ranges)
+        _check_totals(roles, values, total)
+        ranges |= {symbol: total for symbol, role in roles.items() if role == "total"}
+        chosen.append(_profile(inputs, ranges))
+    return tuple(chosen)
+
+
+def _profile(inputs: Sequence[TensorSpec], ranges: Mapping[str, Range]) -> Profile:
     return {
         spec.name: {
             level: [size if isinstance(size, int) else ranges[size][index] for size in spec.shape]
@@ -116,14 +126,29 @@ def _role(symbol: str, axis: int) -> str:
     return "past" if "past" in symbol else "sequence"
 
 
-def _defaults(roles: set[str], longest: int | None) -> dict[str, Range]:
-    length = min(_LENGTH, longest or _LENGTH)
-    if "past" in roles:
-        half = length // 2
-        sequence, past = (1, 1, length - half), (0, half // 2, half)
-    else:
-        sequence, past = (1, min(_TYPICAL, length), length), (0, 0, 0)
-    return {"batch": _BATCH, "sequence": sequence, "past": past}
+def _defaults(
+    roles: Mapping[str, str], values: Sequence[Mapping[str, int]], longest: int | None
+) -> list[dict[str, Range]]:
+    """For each profile, the range of each role."""
+    if "past" not in roles.values():
+        length = min(_LENGTH, longest or _LENGTH)
+        return [_ranges(length, (0, 0, 0))]
+    length = min(_CACHED_LENGTH, longest or _CACHED_LENGTH)
+    half = length // 2
+    if not any(values):
+        return [
+            _ranges(length, (0, 0, 0)),
+            _ranges(1, (1, half, length - 1)),
+            _ranges(length - half, (1, (half + 1) // 2, half)),
+        ]
+    most = {roles[symbol]: value for symbol, value in values[-1].items()}
+    past = most.get("past", max(half, length - most.get("sequence", length)))
+    sequence = most.get("sequence", max(length - half, length - past))
+    return [_ranges(sequence, (0, past // 2, past))]
+
+
+def _ranges(sequence: int, past: Range) -> dict[str, Range]:
+    return {"batch": _BATCH, "sequence": (1, min(_TYPICAL, sequence), sequence), "past": past}
 
 
 def _sum(roles: Mapping[str, str], ranges: Mapping[str, Range]) -> Range:
@@ -212,3 +237,17 @@ def _check_ranges(
             )
     if wrong:
         raise UsageError(*wrong)
+
+
+def _check_totals(
+    roles: Mapping[str, str], values: Sequence[Mapping[str, int]], total: Range
+) -> None:
+    """TensorRT would only warn, of an engine that no input of the largest shape fits."""
+    wrong = [
+        f"{option}: found {symbol} {value}, expected {expected}, past and sequence together"
+        for level, option, expected in zip(values, _OPTIONS, total, strict=True)
+        for symbol, value in level.items()
+        if roles[symbol] == "total" and value != expected
+    ]
+    if wrong:
+        raise UsageError(*wrong, remedy="Leave it out, or give shapes of the past too.")

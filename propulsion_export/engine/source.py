@@ -1,18 +1,19 @@
 """Read an artifact's ONNX graph and make it one that TensorRT keeps whole."""
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from propulsion_export.errors import ArtifactError
+from propulsion_export.errors import ArtifactError, UnavailableError
 from propulsion_export.manifest import GRAPH_FILE, PACKED_INPUTS
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 
-def read_graph(directory: Path) -> "ir.Model":
-    """Load `model.onnx`, its weights left on disk.
+def read_graph(directory: Path, name: str = GRAPH_FILE) -> "ir.Model":
+    """Load the graph `name`, its weights left on disk.
 
     Raises:
         ArtifactError: it is no ONNX file, or keeps weights outside the directory.
@@ -20,7 +21,7 @@ def read_graph(directory: Path) -> "ir.Model":
     import onnx_ir as ir
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-    file = directory / GRAPH_FILE
+    file = directory / name
     try:
         model = ir.load(file)
     except DecodeError as error:
@@ -35,6 +36,24 @@ def read_graph(directory: Path) -> "ir.Model":
     if escaping:
         raise ArtifactError(*escaping, remedy="Export it again.")
     return model
+
+
+def read_settings(directory: Path) -> dict[str, Any]:
+    """The model's config.json; empty where there is none.
+
+    Raises:
+        ArtifactError: it is damaged.
+    """
+    file = directory / "config.json"
+    if not file.is_file():
+        return {}
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ArtifactError(f"{file}: is no JSON ({error})") from error
+    if not isinstance(settings, dict):
+        raise ArtifactError(f"{file}: is a {type(settings).__name__}, expected settings by name")
+    return settings
 
 
 def external_files(model: "ir.Model") -> tuple[str, ...]:
@@ -65,6 +84,30 @@ def require_inputs_(model: "ir.Model", *, constant: Sequence[str] = ()) -> None:
             value.const_value = None
     for value in graph.outputs:
         _fix_digits_(value)
+
+
+def check_operators(model: "ir.Model", name: str) -> None:
+    """Refuse by name what TensorRT would refuse without saying where.
+
+    The exporter counts the tokens of each expert with a ScatterElements that adds.
+
+    Raises:
+        UnavailableError: `name`, the model, has an operator that TensorRT lacks.
+    """
+    adding = [
+        f"{name}: its node {node.name!r} is a ScatterElements that adds up, as in a mixture of "
+        "experts, which TensorRT cannot build; expected a model without experts"
+        for graph in _graphs(model)
+        for node in graph
+        if node.op_type == "ScatterElements" and _reduction(node) != "none"
+    ]
+    if adding:
+        raise UnavailableError(adding[0], remedy="Run its ONNX export in ONNX Runtime.")
+
+
+def _reduction(node: "ir.Node") -> str:
+    attribute = node.attributes.get("reduction")
+    return "none" if attribute is None else str(attribute.value)
 
 
 def packed_inputs(model: "ir.Model") -> tuple[str, ...]:

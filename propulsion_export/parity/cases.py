@@ -9,35 +9,17 @@
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from propulsion_export.artifact import Runner, Tensors
+from propulsion_export.decoding import alone
 from propulsion_export.parity.comparison import OutputErrors, compare, has_positions, mismatch
 from propulsion_export.parity.report import Check
+from propulsion_export.parity.subject import Subject
 
 # How many times larger than the candidate's error the adapter's effect has to be.
 EFFECT_RATIO = 10.0
-
-
-@dataclass(frozen=True)
-class Subject:
-    """One adapter, or the base model, with all that PyTorch says of it.
-
-    Attributes:
-        name: of the adapter, or `base`.
-        oracle: outputs in float64, one entry per batch of inputs.
-        reference: outputs of PyTorch at the artifact's precision.
-        unscaled: the oracle with the scales and trained biases taken away; None for the base.
-        feeds: what to feed the candidate besides the inputs.
-    """
-
-    name: str
-    oracle: tuple[Tensors, ...]
-    reference: tuple[Tensors, ...]
-    unscaled: tuple[Tensors, ...] | None
-    feeds: Tensors
 
 
 def judge(
@@ -108,18 +90,14 @@ def _padding(
     positional = {name for name in allowed if has_positions(name, inputs, subject.oracle)}
     shares: dict[str, float] = {}
     batch = inputs[0]
-    mask = batch["attention_mask"]
-    for row in range(mask.shape[0]):
-        length = int(mask[row].sum())
-        alone = candidate(
-            {**{name: v[row : row + 1, :length] for name, v in batch.items()}, **subject.feeds}
-        )
+    for row, real in enumerate(batch["attention_mask"] == 1):
+        found = candidate({**alone(batch, row), **subject.feeds})
         expected = {name: subject.oracle[0][name][row : row + 1] for name in allowed}
-        expected |= {name: expected[name][:, :length] for name in positional}
-        if problem := mismatch(expected, alone):
+        expected |= {name: expected[name][:, real] for name in positional}
+        if problem := mismatch(expected, found):
             return Check("padding", subject.name, False, f"row {row} alone: {problem}")
         for name, bound in allowed.items():
-            error = float(np.abs(alone[name].astype(np.float64) - expected[name]).max(initial=0))
+            error = float(np.abs(found[name].astype(np.float64) - expected[name]).max(initial=0))
             shares[f"row {row}, {name}"] = error / bound if bound else (error and float("inf"))
     # numpy's maximum, unlike Python's, is NaN as soon as one share is.
     where = list(shares)[int(np.argmax(list(shares.values())))]

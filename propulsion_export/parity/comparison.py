@@ -100,9 +100,12 @@ def has_positions(name: str, inputs: Sequence[Tensors], oracle: Sequence[Tensors
     """Whether an output's second dimension counts the positions of the input.
 
     It has to in every batch: that of class scores can be as long as one batch's texts by chance.
+    That of an encoder-decoder counts what its decoder reads, which no mask hides.
     """
     return all(
-        "attention_mask" in feeds and batch[name].shape[:2] == feeds["attention_mask"].shape
+        "attention_mask" in feeds
+        and "decoder_input_ids" not in feeds
+        and batch[name].shape[:2] == feeds["attention_mask"].shape
         for feeds, batch in zip(inputs, oracle, strict=True)
     )
 

@@ -8,6 +8,16 @@ from propulsion_export.parity.comparison import DECADES, FACTOR, OutputErrors
 
 SCHEMA_VERSION = 1
 Verdict = Literal["passed", "failed", "not run"]
+Case = Literal[
+    "parity",
+    "effect",
+    "switching",
+    "padding",
+    "labels",
+    "recomputing",
+    "right padding",
+    "greedy",
+]
 
 
 @dataclass(frozen=True)
@@ -15,14 +25,14 @@ class Check:
     """One thing that was compared.
 
     Attributes:
-        case: `parity`, `effect`, `switching`, `padding` or `labels`.
+        case: what was compared, see `parity.cases` and `parity.generation`.
         adapter: name of the adapter it was done with; `base` for none.
         passed: whether it holds.
         detail: one line: what was found against what was allowed.
         outputs: the errors behind it, output by output.
     """
 
-    case: Literal["parity", "effect", "switching", "padding", "labels"]
+    case: Case
     adapter: str
     passed: bool
     detail: str

@@ -1,11 +1,19 @@
 """Does the manifest say of the graph what the graph is?"""
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from propulsion_export.artifact import Artifact
 from propulsion_export.errors import ArtifactError
-from propulsion_export.manifest import PACKED_INPUTS, Dtype, Manifest, TensorSpec
+from propulsion_export.manifest import (
+    GRAPH_FILE,
+    PACKED_INPUTS,
+    Dtype,
+    GraphEntry,
+    Manifest,
+    TensorSpec,
+)
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -23,19 +31,27 @@ def check_signature(artifact: Artifact, *, graph: bool = True) -> None:
     manifest = artifact.manifest
     findings = list(_misfit_layout(manifest))
     if graph and manifest.kind == "onnx":
-        from propulsion_export.engine.source import read_graph
-        from propulsion_export.graph.finishing import signature
-
-        model = read_graph(artifact.directory)
-        inputs, outputs = signature(model)
-        findings += _differences("input", manifest.inputs, inputs)
-        findings += _differences("output", manifest.outputs, outputs)
-        findings += _other_dtype(manifest, model)
+        single = {GRAPH_FILE: GraphEntry(manifest.inputs, manifest.outputs)}
+        for name, entry in (manifest.graphs or single).items():
+            where = f"{name}: " if manifest.graphs else ""
+            misfits = _misfit_graph(artifact.directory, name, entry, manifest.dtype)
+            findings += [f"{where}{misfit}" for misfit in misfits]
     if findings:
         raise ArtifactError(
             *(f"{artifact.directory}: {finding}" for finding in findings),
             remedy="Copy the whole directory again, or export again.",
         )
+
+
+def _misfit_graph(directory: Path, name: str, entry: GraphEntry, dtype: Dtype) -> Iterator[str]:
+    from propulsion_export.engine.source import read_graph
+    from propulsion_export.graph.finishing import signature
+
+    model = read_graph(directory, name)
+    inputs, outputs = signature(model)
+    yield from _differences("input", entry.inputs, inputs)
+    yield from _differences("output", entry.outputs, outputs)
+    yield from _other_dtype(dtype, model)
 
 
 def _differences(
@@ -57,21 +73,29 @@ def _shown(spec: TensorSpec) -> str:
     return f"{spec.name!r} ({kind}{spec.dtype} {list(spec.shape)})"
 
 
-def _other_dtype(manifest: Manifest, graph: "ir.Model") -> Iterator[str]:
+def _other_dtype(dtype: Dtype, graph: "ir.Model") -> Iterator[str]:
     """Some models compute outputs in float32 whatever their weights are, so these count too."""
     values = (*graph.graph.outputs, *graph.graph.initializers.values())
     present = {str(value.dtype.numpy()) for value in values if value.dtype is not None}
     floating = present & set(get_args(Dtype))
-    if floating and manifest.dtype not in floating:
-        yield f"the graph is in {', '.join(sorted(floating))}, the manifest says {manifest.dtype}"
+    if floating and dtype not in floating:
+        yield f"the graph is in {', '.join(sorted(floating))}, the manifest says {dtype}"
 
 
 def _misfit_layout(manifest: Manifest) -> Iterator[str]:
     if manifest.kind != "merged" and (manifest.mode == "switchable") != bool(manifest.layout):
         yield f"mode is {manifest.mode!r}, the layout has {len(manifest.layout)} packed inputs"
-    shapes = {spec.name: spec.shape for spec in manifest.inputs if spec.name in PACKED_INPUTS}
-    for packed in sorted(shapes.keys() | manifest.layout.keys()):
-        length = sum(slot.length for slot in manifest.layout.get(packed, ()))
-        if shapes.get(packed) != (length,):
-            told = list(shapes[packed]) if packed in shapes else "none"
-            yield f"{packed}: the layout has {length} elements, the input's shape is {told}"
+    inputs = [*manifest.inputs, *(i for graph in manifest.graphs.values() for i in graph.inputs)]
+    # Every graph that has a packed input has all of it.
+    shapes = {(spec.name, spec.shape) for spec in inputs if spec.name in PACKED_INPUTS}
+    lengths = {
+        packed: sum(slot.length for slot in slots) for packed, slots in manifest.layout.items()
+    }
+    for packed, shape in sorted(shapes, key=str):
+        if shape != (lengths.get(packed, 0),):
+            yield (
+                f"{packed}: the layout has {lengths.get(packed, 0)} elements, the input's shape is "
+                f"{list(shape)}"
+            )
+    for packed in sorted(lengths.keys() - {name for name, _ in shapes}):
+        yield f"{packed}: the layout has {lengths[packed]} elements, the input's shape is none"

@@ -12,10 +12,12 @@ from propulsion_export.machine import tool_versions
 from propulsion_export.manifest import (
     ADAPTERS,
     DEFAULT_OPSET,
+    GRAPH_FILE,
     MANIFEST_FILE,
     AdapterEntry,
     BaseEntry,
     Dtype,
+    GraphEntry,
     Manifest,
     Mode,
     Task,
@@ -122,7 +124,8 @@ def _manifest(
 ) -> Manifest:
     from propulsion_export.graph.finishing import signature
 
-    inputs, outputs = signature(made.program)
+    graphs = {name: GraphEntry(*signature(program)) for name, program in made.programs.items()}
+    only = graphs.pop(GRAPH_FILE, GraphEntry((), ()))
     return Manifest(
         kind="onnx",
         mode="switchable" if made.layout else "folded",
@@ -130,8 +133,9 @@ def _manifest(
         dtype=dtype,
         base=recorded,
         adapters=entries,
-        inputs=inputs,
-        outputs=outputs,
+        inputs=only.inputs,
+        outputs=only.outputs,
+        graphs=graphs,
         layout=dict(made.layout),
         tools=tool_versions(),
     )
@@ -180,12 +184,13 @@ def _load(
 def _write(made: Made, base: "Base", directory: Path, dtype: str) -> None:
     from safetensors.numpy import save_file
 
-    from propulsion_export.base import copy_tokenizer, save_config
-    from propulsion_export.graph.files import write_graph
+    from propulsion_export.base import copy_generation_config, copy_tokenizer, save_config
+    from propulsion_export.graph.files import write_graphs
 
-    write_graph(made.program, directory)
+    write_graphs(made.programs, directory)
     save_config(base.model, directory, dtype)
     copy_tokenizer(base.source, directory)
+    copy_generation_config(base.source, directory)
     if made.feeds:
         (directory / ADAPTERS).mkdir()
     for name, feeds in made.feeds.items():

@@ -8,10 +8,13 @@ import numpy as np
 
 from propulsion_export.adapter import Adapter
 from propulsion_export.artifact import Tensors, numpy_dtype
+from propulsion_export.errors import ToolError
 from propulsion_export.layout import Layout, pack, plan_layout
 from propulsion_export.manifest import (
     BASE_NAME,
     BIASES_INPUT,
+    ENCODER_DECODER_FILES,
+    GRAPH_FILE,
     MODULES_INPUT,
     SCALES_INPUT,
     Mode,
@@ -29,9 +32,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Made:
-    """A finished graph, and for a switchable one the layout and every adapter's feeds."""
+    """Finished graphs by file name; of switchable ones the layout and every adapter's feeds."""
 
-    program: "ir.Model"
+    programs: dict[str, "ir.Model"]
     layout: Layout
     feeds: dict[str, Tensors]
 
@@ -42,14 +45,14 @@ def make_folded(base: "Base", adapter: Adapter, dtype: Any, *, opset: int, untie
     from propulsion_export.graph.finishing import optimise
 
     fold_(base.model, adapter, dtype=dtype, untie=untie)
-    return Made(optimise(_trace(base, opset)), {}, {})
+    traced = _trace(base, opset)
+    return Made({name: optimise(program) for name, program in traced.items()}, {}, {})
 
 
 def make_switchable(base: "Base", adapters: Sequence[Adapter], dtype: Any, *, opset: int) -> Made:
     """Trace `base` in `dtype` with all that the adapters bring as optional packed inputs."""
     from propulsion_export.attach import attached, check_fits
     from propulsion_export.graph.finishing import SetDefaults, optimise
-    from propulsion_export.graph.packing import PackInitializers
 
     model = base.model
     order = [name for name, _ in model.named_modules()]
@@ -62,25 +65,57 @@ def make_switchable(base: "Base", adapters: Sequence[Adapter], dtype: Any, *, op
     defaults = _defaults(base, roomy[0], layout, numpy_dtype(str(dtype).removeprefix("torch.")))
     model.to(dtype)
     with attached(model, _placeholder(layout)):
-        program = _trace(base, opset)
-    for packed, slots in layout.items():
-        PackInitializers(packed, {_initializer(packed, slot): slot for slot in slots})(program)
-    program = optimise(program)
-    SetDefaults(defaults)(program)
+        programs = _trace(base, opset)
+    _pack(programs, layout)
+    programs = {name: optimise(program) for name, program in programs.items()}
+    for program in programs.values():
+        inputs = {value.name for value in program.graph.inputs}
+        SetDefaults({name: v for name, v in defaults.items() if name in inputs})(program)
     feeds = {adapter.name: pack(adapter, layout, defaults) for adapter in adapters}
-    return Made(program, layout, {BASE_NAME: defaults, **feeds})
+    return Made(programs, layout, {BASE_NAME: defaults, **feeds})
 
 
-def _trace(base: "Base", opset: int) -> "ir.Model":
+def _trace(base: "Base", opset: int) -> dict[str, "ir.Model"]:
+    """The graphs of a task, by file name, with the inputs and dimensions they are known by."""
+    from propulsion_export import sampling, trace
+    from propulsion_export.graph.cache import NameCache
     from propulsion_export.graph.dimensions import NameDimensions
-    from propulsion_export.sampling import input_names, trace_inputs
-    from propulsion_export.trace import trace
 
     config = base.model.config
-    names = input_names(type(base.model), config)
-    program = trace(base.model, trace_inputs(names, config), opset=opset)
-    NameDimensions()(program)
-    return program
+    names = sampling.input_names(type(base.model), config)
+    if base.task == "text-generation":
+        prompt = sampling.trace_prompt(config)
+        programs = {GRAPH_FILE: trace.trace_decoder(base.model, prompt, opset=opset)}
+        NameCache()(programs[GRAPH_FILE])
+    elif base.task == "text2text-generation":
+        inputs = sampling.trace_inputs(names, config)
+        programs = trace.trace_encoder_decoder(base.model, inputs, opset=opset)
+        for name in ENCODER_DECODER_FILES[1:]:
+            NameCache()(programs[name])
+    else:
+        inputs = sampling.trace_inputs(names, config)
+        programs = {GRAPH_FILE: trace.trace(base.model, inputs, opset=opset)}
+    for program in programs.values():
+        NameDimensions()(program)
+    return programs
+
+
+def _pack(programs: dict[str, "ir.Model"], layout: Layout) -> None:
+    """Pack each graph's part of the layout; every slot has to be in one of them."""
+    from propulsion_export.graph.packing import PackInitializers
+
+    several = len(programs) > 1
+    for packed, slots in layout.items():
+        parts = {_initializer(packed, slot): slot for slot in slots}
+        lost = parts.keys() - {
+            name for program in programs.values() for name in program.graph.initializers
+        }
+        if lost:
+            raise ToolError(
+                *(f"{name}: is in no traced graph, expected in one" for name in sorted(lost))
+            )
+        for program in programs.values():
+            PackInitializers(packed, parts, partial=several)(program)
 
 
 def _defaults(
@@ -134,8 +169,8 @@ def _placeholder(layout: Layout) -> Adapter:
 
 def _initializer(packed: str, slot: Slot) -> str:
     """What a slot's tensor is called in the traced graph."""
-    from propulsion_export.attach import BUFFERS
+    from propulsion_export.attach import initializer_name
 
     if packed == SCALES_INPUT:
-        return f"{slot.path}.{BUFFERS[slot.side]}"
+        return initializer_name(slot.path, slot.side, len(slot.shape))
     return f"{slot.path}.bias" if packed == BIASES_INPUT else slot.path

@@ -1,104 +1,33 @@
-"""What PyTorch says: the recorded base model, the inputs, and what every state of it computes."""
+"""What PyTorch says: what every state of the model, each adapter and none, computes."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from propulsion_export.adapter import Adapter
-from propulsion_export.artifact import Artifact, Tensors
-from propulsion_export.errors import BaseModelError, DataError, UsageError
+from propulsion_export.artifact import Artifact, Runner, Tensors
+from propulsion_export.decoding import (
+    LOGITS,
+    Generator,
+    recomputing,
+    replaying,
+    row_by_row,
+)
 from propulsion_export.lengths import longest_input
 from propulsion_export.manifest import BASE_NAME, MODULES_INPUT
-from propulsion_export.parity.cases import Subject
-from propulsion_export.pipeline.inputs import (
-    Progress,
-    check_base,
-    labels_of,
-    read_texts,
-    with_room,
-    without_scales,
-)
-from propulsion_export.pipeline.running import REFERENCE_LENGTH
+from propulsion_export.parity.generation import continue_greedily, padded_inside
+from propulsion_export.parity.subject import Continuation, Subject
+from propulsion_export.pipeline.inputs import Progress, labels_of, with_room, without_scales
+from propulsion_export.pipeline.running import torch_candidate
 
 if TYPE_CHECKING:
     from propulsion_export.base import Base
 
-FEWEST_INPUTS = 16
-
-
-def load_recorded_base(
-    artifact: Artifact,
-    adapters: Sequence[Adapter],
-    model: str | None,
-    *,
-    trust_remote_code: bool = False,
-) -> "Base":
-    """The base model an artifact was made from, at `model` or where the artifact says.
-
-    Raises:
-        BaseModelError: it cannot be loaded, or is another one.
-    """
-    from propulsion_export.base import label_parameters, load_base, model_class_of, read_config
-    from propulsion_export.model_fingerprint import fingerprint_of_model
-
-    manifest = artifact.manifest
-    source = model or manifest.base.source
-    config = read_config(source, trust_remote_code=trust_remote_code)
-    growing = label_parameters(
-        model_class_of(manifest.task), config, manifest.task, trust_remote_code=trust_remote_code
-    )
-    base = load_base(
-        source,
-        task=manifest.task,
-        labels=labels_of(adapters, growing),
-        trust_remote_code=trust_remote_code,
-    )
-    for adapter in adapters:
-        base.check_complete(adapter.modules)
-    fingerprint = fingerprint_of_model(base.model)
-    if difference := manifest.base.fingerprint.difference(fingerprint):
-        raise BaseModelError(
-            f"{source}: is not the base model the artifact was made from ({difference})",
-            remedy="Say where that lies with -m.",
-        )
-    check_base(fingerprint, source, adapters)
-    return base
-
-
-def make_batches(
-    base: "Base", inputs: Path | None, seed: int, *, short: bool
-) -> tuple[Tensors, ...]:
-    """What to compare on: texts of a file, or tokens made, 16 or more inputs in padded batches.
-
-    Raises:
-        DataError: the file cannot be read, or has too few texts.
-        UsageError: there is no tokenizer to read texts with.
-    """
-    from propulsion_export.sampling import input_names, parity_inputs, text_inputs
-
-    config = base.model.config
-    names = input_names(type(base.model), config)
-    if inputs is None:
-        longest = REFERENCE_LENGTH if short else None
-        return parity_inputs(names, config, seed=seed, longest=longest)
-    from propulsion_export.base import read_tokenizer
-
-    tokenizer = read_tokenizer(base.source)
-    if tokenizer is None:
-        raise UsageError(f"--inputs: {base.source} has no tokenizer to read texts with")
-    texts = read_texts(inputs)
-    if len(texts) < FEWEST_INPUTS:
-        raise DataError(
-            f"{inputs}: has {len(texts)} texts, expected at least {FEWEST_INPUTS}: errors are "
-            "pooled over them"
-        )
-    limit = longest_input(config, tokenizer)
-    return tuple(
-        text_inputs(names, tokenizer, texts[start : start + 4], limit)
-        for start in range(0, len(texts), 4)
-    )
+GREEDY_STEPS = 64
+_PROMPTS = (5, 12, 9)  # tokens of the prompts that are continued
 
 
 def ask_torch(
@@ -107,29 +36,27 @@ def ask_torch(
     adapters: Sequence[Adapter],
     batches: Sequence[Tensors],
     progress: Progress,
+    *,
+    steps: int = GREEDY_STEPS,
 ) -> list[Subject]:
     """What PyTorch computes in float64 and at the artifact's precision, for every state.
 
+    Generative models go on, besides, for `steps` tokens behind the beginnings of three rows.
     Leaves the model of `base` at the artifact's precision.
     """
     import torch
 
     progress(0.2, "computing the oracle in float64")
     states = _states(artifact, base, adapters)
+    if base.model._can_set_experts_implementation():
+        base.model.set_experts_implementation("eager")  # the others have no float64
     base.model.double()
-    oracles = [_outputs(base, state.attach, batches) for state in states]
-    unscaled = [
-        None if state.unscaled is None else _outputs(base, state.unscaled, batches)
-        for state in states
-    ]
+    truths = [_truth(artifact, base, state, batches, steps) for state in states]
     progress(0.5, f"measuring PyTorch's own error in {artifact.manifest.dtype}")
     base.model.to(getattr(torch, artifact.manifest.dtype))
-    references = [_outputs(base, state.attach, batches) for state in states]
     return [
-        Subject(state.name, oracle, reference, without, _feeds(artifact, state.name))
-        for state, oracle, reference, without in zip(
-            states, oracles, references, unscaled, strict=True
-        )
+        _with_reference(base, state, truth, batches)
+        for state, truth in zip(states, truths, strict=True)
     ]
 
 
@@ -140,6 +67,76 @@ class _State:
     name: str
     attach: Adapter
     unscaled: Adapter | None
+
+
+def _truth(
+    artifact: Artifact, base: "Base", state: _State, batches: Sequence[Tensors], steps: int
+) -> Subject:
+    """A subject without what PyTorch computes at the artifact's precision."""
+    without = None
+    if state.unscaled is not None:
+        with _attached(base, state.unscaled):
+            without = tuple(map(_truth_runner(base), batches))
+    going, inside = None, None
+    with _attached(base, state.attach):
+        oracle = tuple(map(_truth_runner(base), batches))
+        model = torch_candidate(base.model, base.task)
+        if not callable(model):
+            going = _continuation(base, model, batches[0], steps)
+        if base.task == "text-generation":
+            inside = _own_runner(base)(padded_inside(batches[0]))[LOGITS]
+    feeds = _feeds(artifact, state.name)
+    return Subject(state.name, oracle, (), without, feeds, going, inside)
+
+
+def _with_reference(
+    base: "Base", state: _State, subject: Subject, batches: Sequence[Tensors]
+) -> Subject:
+    going = subject.continuation
+    with _attached(base, state.attach):
+        reference = tuple(map(_own_runner(base), batches))
+        model = torch_candidate(base.model, base.task)
+        if going is not None and not callable(model):
+            tokens, _ = continue_greedily(model, going.prompt, going.tokens.shape[1])
+            going = replace(going, reference=tokens)
+    return replace(subject, reference=reference, continuation=going)
+
+
+def _continuation(base: "Base", generator: Generator, batch: Tensors, steps: int) -> Continuation:
+    """How the oracle goes on behind every prompt alone; the reference is still to come."""
+    from propulsion_export.sampling import padding_token
+
+    rows = [
+        tokens[real][:length]
+        for tokens, real, length in zip(
+            batch["input_ids"], batch["attention_mask"] == 1, _PROMPTS, strict=False
+        )
+    ]
+    steps = min(steps, longest_input(base.model.config) - max(map(len, rows)))
+    padding = padding_token(base.model.config)
+    alone = [continue_greedily(generator, generator.pad([row], padding), steps) for row in rows]
+    tokens, margins = (np.concatenate(parts) for parts in zip(*alone, strict=True))
+    return Continuation(generator.pad(rows, padding), tokens, margins, tokens)
+
+
+def _truth_runner(base: "Base") -> Runner:
+    """The truth about a row of a generative model is what the row alone gives, in one step."""
+    model = torch_candidate(base.model, base.task)
+    return model if callable(model) else row_by_row(recomputing(model))
+
+
+def _own_runner(base: "Base") -> Runner:
+    """PyTorch as it is used: padded, and step by step with a cache."""
+    model = torch_candidate(base.model, base.task)
+    return model if callable(model) else replaying(model)
+
+
+@contextmanager
+def _attached(base: "Base", adapter: Adapter) -> Iterator[None]:
+    from propulsion_export.attach import attached
+
+    with attached(base.model, adapter), _deterministic():
+        yield
 
 
 def _feeds(artifact: Artifact, name: str) -> Tensors:
@@ -172,15 +169,6 @@ def _default_head(artifact: Artifact, base: "Base") -> Adapter:
         if flat is not None and slot.path in base.missing
     }
     return Adapter(BASE_NAME, scales={}, modules=modules)
-
-
-def _outputs(base: "Base", adapter: Adapter, batches: Sequence[Tensors]) -> tuple[Tensors, ...]:
-    from propulsion_export.attach import attached
-    from propulsion_export.runners import torch_runner
-
-    with attached(base.model, adapter), _deterministic():
-        run = torch_runner(base.model)
-        return tuple(run(batch) for batch in batches)
 
 
 @contextmanager

@@ -1,11 +1,17 @@
 """Which runtime runs an artifact, and the artifact as a runner."""
 
-from typing import Literal
+import json
+from pathlib import Path
+from typing import Any, Literal
 
-from propulsion_export.artifact import Artifact, Runner
+from propulsion_export.artifact import Artifact, Runner, Tensors
+from propulsion_export.decoding import PAST, CausalModel, EncoderDecoder, Generator
 from propulsion_export.errors import UsageError
 from propulsion_export.machine import cuda_devices
+from propulsion_export.manifest import ENCODER_DECODER_FILES
 
+# A generator is not callable: that tells the two apart.
+Candidate = Runner | Generator
 RunnerName = Literal["auto", "torch", "onnxruntime", "onnxruntime-cuda", "reference", "tensorrt"]
 _RUNNERS_OF_KIND = {
     "merged": ("torch",),
@@ -17,35 +23,76 @@ _REFERENCE_BYTES = 16 * 2**20
 REFERENCE_LENGTH = 8
 
 
-def open_runner(artifact: Artifact, name: str, *, trust_remote_code: bool = False) -> Runner:
-    """The artifact as a callable from tensors to tensors.
+def open_candidate(artifact: Artifact, name: str, *, trust_remote_code: bool = False) -> Candidate:
+    """The artifact as a callable from tensors to tensors, or as a generator if it generates.
 
     Raises:
         UnavailableError: this machine cannot run it.
     """
-    from propulsion_export import runners
-
+    task = artifact.manifest.task
     if name == "torch":
-        import torch
-
-        from propulsion_export.base import load_base
-
-        dtype = getattr(torch, artifact.manifest.dtype)
-        merged = load_base(
-            str(artifact.directory),
-            task=artifact.manifest.task,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
+        return torch_candidate(_merged(artifact, trust_remote_code), task)
+    if task == "text-generation":
+        return CausalModel(_open(artifact, name, artifact.path), artifact.manifest.inputs)
+    if task == "text2text-generation":
+        encode, first, later = (
+            _open(artifact, name, artifact.directory / file) for file in ENCODER_DECODER_FILES
         )
-        merged.check_complete(())
-        return runners.torch_runner(merged.model)
+        config = json.loads((artifact.directory / "config.json").read_text(encoding="utf-8"))
+        return EncoderDecoder(encode, _by_cache(first, later), config["decoder_start_token_id"])
+    return _open(artifact, name, artifact.path)
+
+
+def torch_candidate(model: Any, task: str) -> Candidate:
+    """A torch model as a callable from tensors to tensors, or as a generator if it generates."""
+    from propulsion_export.runners import pytorch
+
+    if task == "text-generation":
+        return CausalModel(pytorch.torch_decoder_runner(model))
+    if task == "text2text-generation":
+        return EncoderDecoder(
+            pytorch.torch_encoder_runner(model),
+            pytorch.torch_cross_decoder_runner(model),
+            model.config.decoder_start_token_id,
+        )
+    return pytorch.torch_runner(model)
+
+
+def _merged(artifact: Artifact, trust_remote_code: bool) -> Any:
+    import torch
+
+    from propulsion_export.base import load_base
+
+    merged = load_base(
+        str(artifact.directory),
+        task=artifact.manifest.task,
+        dtype=getattr(torch, artifact.manifest.dtype),
+        trust_remote_code=trust_remote_code,
+    )
+    merged.check_complete(())
+    return merged.model
+
+
+def _open(artifact: Artifact, name: str, path: Path) -> Runner:
+    from propulsion_export.runners import graphs
+
     if name == "reference":
-        return runners.reference_runner(artifact.path)
+        return graphs.reference_runner(path)
     if name == "tensorrt":
         assert artifact.manifest.engine is not None
-        return runners.tensorrt_runner(artifact.path, artifact.manifest.engine.runtime)
+        return graphs.tensorrt_runner(path, artifact.manifest.engine.runtime)
     provider = "CUDAExecutionProvider" if name.endswith("cuda") else "CPUExecutionProvider"
-    return runners.onnxruntime_runner(artifact.path, provider)
+    return graphs.onnxruntime_runner(path, provider)
+
+
+def _by_cache(first: Runner, later: Runner) -> Runner:
+    """The decoder's first step, which fills the cache, or a later one, which reads it."""
+
+    def decode(feeds: Tensors) -> Tensors:
+        cached = any(name.startswith(f"{PAST}.") for name in feeds)
+        return later(feeds) if cached else first(feeds)
+
+    return decode
 
 
 def choose_runner(artifact: Artifact, runner: RunnerName) -> str:
@@ -60,7 +107,7 @@ def choose_runner(artifact: Artifact, runner: RunnerName) -> str:
         return runner
     if artifact.manifest.kind != "onnx" or artifact.manifest.dtype != "bfloat16":
         return possible[0]
-    size = sum(file.stat().st_size for file in artifact.directory.glob("model.onnx*"))
+    size = sum(file.stat().st_size for file in artifact.directory.glob("*.onnx*"))
     if cuda_devices():
         return "onnxruntime-cuda"
     return "reference" if size <= _REFERENCE_BYTES else "onnxruntime"

@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Literal
 
 from propulsion_export.adapter import Adapter
-from propulsion_export.artifact import Artifact
+from propulsion_export.artifact import Artifact, Tensors
+from propulsion_export.decoding import replaying
 from propulsion_export.errors import AdapterError, UnavailableError, UsageError
 from propulsion_export.machine import tool_versions
 from propulsion_export.output import check_replaceable, staged_directory
 from propulsion_export.parity.cases import judge
+from propulsion_export.parity.generation import judge_generation
 from propulsion_export.parity.report import Check, NotRun, ParityReport
+from propulsion_export.parity.subject import Subject
 from propulsion_export.pipeline.agreeing import check_signature
 from propulsion_export.pipeline.inputs import (
     Progress,
@@ -19,11 +22,14 @@ from propulsion_export.pipeline.inputs import (
     silent,
     source_of,
 )
-from propulsion_export.pipeline.oracle import ask_torch, load_recorded_base, make_batches
+from propulsion_export.pipeline.oracle import GREEDY_STEPS, ask_torch
+from propulsion_export.pipeline.recorded import load_recorded_base, make_batches
 from propulsion_export.pipeline.running import (
+    REFERENCE_LENGTH,
+    Candidate,
     RunnerName,
     choose_runner,
-    open_runner,
+    open_candidate,
 )
 
 REPORT_FILE: Literal["parity.json"] = "parity.json"
@@ -82,12 +88,14 @@ def check_parity(
         tools=tool_versions(),
     )
     try:
-        candidate = open_runner(read, name, trust_remote_code=trust_remote_code)
+        candidate = open_candidate(read, name, trust_remote_code=trust_remote_code)
         base = load_recorded_base(read, adapters, model, trust_remote_code=trust_remote_code)
-        batches = make_batches(base, inputs, seed, short=name == "reference")
-        subjects = ask_torch(read, base, adapters, batches, progress)
+        short = name == "reference"
+        batches = make_batches(base, inputs, seed, short=short)
+        steps = REFERENCE_LENGTH if short else GREEDY_STEPS
+        subjects = ask_torch(read, base, adapters, batches, progress, steps=steps)
         progress(0.7, f"running {name}")
-        checks = judge(subjects, batches, candidate, read.manifest.dtype)
+        checks = _judge(read, subjects, batches, candidate)
         rows = sum(len(next(iter(batch.values()))) for batch in batches)
         verdict = replace(blank, inputs=rows, checks=(*_labels(read, adapters), *checks))
     except UnavailableError as error:
@@ -96,6 +104,21 @@ def check_parity(
         write_report(verdict, report, force=force)
     progress(1.0, verdict.verdict)
     return verdict
+
+
+def _judge(
+    read: Artifact, subjects: Sequence[Subject], batches: Sequence[Tensors], run: Candidate
+) -> list[Check]:
+    """All cases; generative models are judged as runners of whole sequences first."""
+    dtype = read.manifest.dtype
+    if callable(run):
+        return list(judge(subjects, batches, run, dtype))
+    checks = list(judge(subjects, batches, replaying(run), dtype))
+    allowed = {c.adapter: c.outputs[0].allowed for c in checks if c.case == "parity" and c.outputs}
+    for subject in subjects:
+        if subject.name in allowed:
+            checks += judge_generation(subject, batches[0], run, allowed[subject.name])
+    return checks
 
 
 def write_report(verdict: ParityReport, directory: Path, *, force: bool = False) -> None:

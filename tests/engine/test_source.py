@@ -1,8 +1,14 @@
 import onnx_ir as ir
 import pytest
 
-from propulsion_export.engine.source import external_files, read_graph, require_inputs_
-from propulsion_export.errors import ArtifactError
+from propulsion_export.engine.source import (
+    check_operators,
+    external_files,
+    read_graph,
+    read_settings,
+    require_inputs_,
+)
+from propulsion_export.errors import ArtifactError, UnavailableError
 
 
 def redirected(directory, location):
@@ -95,3 +101,32 @@ graph (float[batch, 2] x) => (float[batch, 2] y) {
     y = Mul (x, c)
 }
 """
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("{", "is no JSON"), ("[1]", "is a list, expected settings by name")]
+)
+def test_a_damaged_configuration_is_an_error_and_none_is_not(tmp_path, text, message):
+    assert read_settings(tmp_path) == {}
+
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ArtifactError, match=message):
+        read_settings(tmp_path)
+
+
+ADDING = """
+<ir_version: 10, opset_import: ["" : 20]>
+graph (float[4] counts, int64[9] experts, float[9] ones) => (float[4] counted) {
+    [count] counted = ScatterElements <axis = 0, reduction = "add"> (counts, experts, ones)
+}
+"""
+
+
+@pytest.mark.parametrize("reduction", ["", ', reduction = "none"'])
+def test_a_scatter_that_adds_is_refused_by_the_names_of_model_and_node(reduction):
+    check_operators(ir.from_onnx_text(ADDING.replace(', reduction = "add"', reduction)), "Tiny")
+
+    with pytest.raises(UnavailableError, match=r"Tiny: its node 'count'.*ONNX Runtime") as refusal:
+        check_operators(ir.from_onnx_text(ADDING), "Tiny")
+
+    assert refusal.value.exit_code == 3

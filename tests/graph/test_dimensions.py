@@ -71,3 +71,166 @@ def test_graph_of_fixed_sizes_is_not_modified():
     )
 
     assert not NameDimensions()(model).modified
+
+
+# Caches
+
+
+def cached(inputs, outputs=()):
+    """A graph of inputs and outputs by name and shape, which the exporter left as they are."""
+    made = {
+        name: ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(shape))
+        for name, shape in inputs.items()
+    }
+    nodes = []
+    for name, shape in dict(outputs).items():
+        node = ir.node("Identity", [next(iter(made.values()))])
+        node.outputs[0].name, node.outputs[0].shape = name, ir.Shape(shape)
+        nodes.append(node)
+    ends = [node.outputs[0] for node in nodes]
+    body = ir.Graph(list(made.values()), ends, nodes=nodes, opset_imports={"": 20}, name="main")
+    return ir.Model(body, ir_version=10)
+
+
+DECODER = {
+    "input_ids": ["s10", "s70"],
+    "attention_mask": ["s43", "s53"],
+    "position_ids": ["s10", "s70"],
+    "past_key_values.0.key": ["s10", 2, "s54", 8],
+    "past_key_values.0.value": ["s10", "2", "s54", "8"],
+}
+
+
+def test_dimensions_of_a_decoder_tell_the_past_the_new_tokens_and_both():
+    model = cached(
+        DECODER,
+        {
+            "logits": ["s10", "s70", 100],
+            "present.0.key": ["s10", 2, "s54 + s70", 8],
+            "present.0.value": ["s10", 2, "s53", 8],
+        },
+    )
+
+    NameDimensions()(model)
+
+    assert shapes(model.graph.inputs) == {
+        "input_ids": ["batch", "sequence"],
+        "attention_mask": ["batch", "total_sequence"],
+        "position_ids": ["batch", "sequence"],
+        "past_key_values.0.key": ["batch", 2, "past_sequence", 8],
+        "past_key_values.0.value": ["batch", 2, "past_sequence", 8],
+    }
+    assert shapes(model.graph.outputs) == {
+        "logits": ["batch", "sequence", 100],
+        "present.0.key": ["batch", 2, "total_sequence", 8],
+        "present.0.value": ["batch", 2, "total_sequence", 8],
+    }
+
+
+def test_mask_whose_length_is_written_as_a_sum_is_the_total():
+    model = cached({**DECODER, "attention_mask": ["s10", "s54 + s70"]}, {"x": ["s54 + s70", 1]})
+
+    NameDimensions()(model)
+
+    assert shapes(model.graph.inputs)["attention_mask"] == ["batch", "total_sequence"]
+    assert shapes(model.graph.outputs) == {"x": ["total_sequence", 1]}
+
+
+def test_sums_in_between_are_told_in_the_names():
+    model = cached(DECODER, {"x": ["s10*s70", "s54 + s70 + 1", "s99 + s5", "s700"]})
+
+    NameDimensions()(model)
+
+    assert shapes(model.graph.outputs) == {
+        "x": ["batch*sequence", "past_sequence + sequence + 1", "s99 + s5", "s700"]
+    }
+
+
+def test_dimensions_of_an_encoder_decoders_first_step():
+    model = cached(
+        {
+            "input_ids": ["s11", "s28"],
+            "encoder_attention_mask": ["s43", "s53"],
+            "encoder_hidden_states": ["s11", "s53", 32],
+        },
+        {
+            "logits": ["s11", "s28", 100],
+            "present.0.decoder.key": ["s11", 4, "s28", 8],
+            "present.0.encoder.key": ["s11", 4, "s53", 8],
+        },
+    )
+
+    NameDimensions()(model)
+
+    assert shapes(model.graph.inputs) == {
+        "input_ids": ["batch", "sequence"],
+        "encoder_attention_mask": ["batch", "encoder_sequence"],
+        "encoder_hidden_states": ["batch", "encoder_sequence", 32],
+    }
+    assert shapes(model.graph.outputs) == {
+        "logits": ["batch", "sequence", 100],
+        "present.0.decoder.key": ["batch", 4, "sequence", 8],
+        "present.0.encoder.key": ["batch", 4, "encoder_sequence", 8],
+    }
+
+
+def test_dimensions_of_an_encoder_decoders_later_steps():
+    """The exporter does not know that all parts of a cache have one length."""
+    model = cached(
+        {
+            "input_ids": ["s11", "s28"],
+            "encoder_attention_mask": ["s43", "s12"],
+            "past_key_values.0.decoder.key": ["s11", 4, "s84", 8],
+            "past_key_values.0.decoder.value": ["s11", 4, "s54", 8],
+            "past_key_values.0.encoder.key": ["s11", 4, "s12", 8],
+        },
+        {
+            "present.0.decoder.key": ["s11", 4, "s28 + s84", 8],
+            "present.0.decoder.value": ["s11", 4, "s28 + s54", 8],
+        },
+    )
+
+    NameDimensions()(model)
+
+    found = shapes(model.graph.inputs)
+    assert found["encoder_attention_mask"] == ["batch", "encoder_sequence"]
+    assert found["past_key_values.0.decoder.key"] == ["batch", 4, "past_sequence", 8]
+    assert found["past_key_values.0.decoder.value"] == ["batch", 4, "past_sequence", 8]
+    assert found["past_key_values.0.encoder.key"] == ["batch", 4, "encoder_sequence", 8]
+    assert shapes(model.graph.outputs) == {
+        "present.0.decoder.key": ["batch", 4, "total_sequence", 8],
+        "present.0.decoder.value": ["batch", 4, "total_sequence", 8],
+    }
+
+
+def test_sizes_written_as_digits_become_numbers_everywhere():
+    model = cached({"input_ids": ["s1", "s2"], "x": ["s1", "s2", "7"]}, {"y": ["12", "s2", "s1"]})
+
+    NameDimensions()(model)
+
+    assert shapes(model.graph.inputs)["x"] == ["batch", "sequence", 7]
+    assert shapes(model.graph.outputs)["y"] == [12, "sequence", "batch"]
+
+
+def test_fixed_size_where_a_dimension_is_expected_stays_fixed():
+    """A name would claim that the graph takes any length."""
+    model = cached(
+        {**DECODER, "past_key_values.0.key": ["s10", 2, 11, 8], "input_ids": ["3", "s70"]},
+        {"present.0.key": ["s10", 2, 13, 8], "logits": ["3", "s70", 100]},
+    )
+
+    NameDimensions()(model)
+
+    assert shapes(model.graph.inputs)["past_key_values.0.key"] == ["batch", 2, 11, 8]
+    assert shapes(model.graph.inputs)["input_ids"] == [3, "sequence"]
+    assert shapes(model.graph.outputs) == {
+        "present.0.key": ["batch", 2, 13, 8], "logits": [3, "sequence", 100]
+    }  # fmt: skip
+
+
+def test_unknown_dimension_of_a_cache_is_named_too():
+    model = cached(DECODER, {"present.0.key": [None, 2, None, 8]})
+
+    NameDimensions()(model)
+
+    assert shapes(model.graph.outputs) == {"present.0.key": ["batch", 2, "total_sequence", 8]}

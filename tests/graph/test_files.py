@@ -1,11 +1,13 @@
 """A written graph has its weights beside it, and what runtimes read early inside."""
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
+import pytest
 
-from propulsion_export.graph.files import write_graph
-from propulsion_export.runners import onnxruntime_runner
+from propulsion_export.graph.files import write_graph, write_graphs
+from propulsion_export.runners.graphs import onnxruntime_runner
 
 GRAPH = """
 <ir_version: 10, opset_import: ["" : 20]>
@@ -58,3 +60,158 @@ def test_written_graph_says_who_made_it_and_passes_the_checker(tmp_path):
 
     onnx.checker.check_model(path, full_check=True)
     assert onnx.load(path, load_external_data=False).producer_name == "propulsion-export"
+
+
+# Several graphs
+
+
+def holding(**weights):
+    """A graph that returns its weights, plus nothing."""
+    nodes, initializers = [], []
+    for name, values in weights.items():
+        tensor = ir.tensor(values, name=name)
+        value = ir.Value(
+            name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor
+        )
+        node = ir.node("Identity", [value])
+        node.outputs[0].name, node.outputs[0].type = f"{name}.out", value.type
+        node.outputs[0].shape = tensor.shape
+        initializers.append(value)
+        nodes.append(node)
+    ends = [node.outputs[0] for node in nodes]
+    body = ir.Graph(
+        [], ends, nodes=nodes, initializers=initializers, opset_imports={"": 20}, name="main"
+    )
+    return ir.Model(body, ir_version=10)
+
+
+def read(directory, name):
+    model = onnx.load(directory / name)
+    return {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+
+
+def random_weight(seed=0, shape=(256, 128)):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def data_size(directory):
+    return (directory / "model.onnx.data").stat().st_size
+
+
+def test_weight_that_several_graphs_have_is_on_disk_once(tmp_path):
+    shared, first, second = map(random_weight, range(3))
+    models = {
+        "one.onnx": holding(shared=shared, first=first),
+        "two.onnx": holding(second=second, again=shared.copy(), third=first[::-1].copy()),
+    }
+
+    write_graphs(models, tmp_path)
+
+    assert data_size(tmp_path) == 4 * shared.nbytes
+    one, two = read(tmp_path, "one.onnx"), read(tmp_path, "two.onnx")
+    np.testing.assert_array_equal(one["shared"], shared)
+    np.testing.assert_array_equal(one["first"], first)
+    np.testing.assert_array_equal(two["again"], shared)
+    np.testing.assert_array_equal(two["second"], second)
+    np.testing.assert_array_equal(two["third"], first[::-1])
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "model.onnx.data", "one.onnx", "two.onnx"
+    ]  # fmt: skip
+
+
+def test_weight_that_one_graph_has_twice_is_on_disk_once(tmp_path):
+    weight = random_weight()
+
+    path = write_graph(holding(a=weight, b=weight.copy()), tmp_path)
+
+    assert data_size(tmp_path) == weight.nbytes
+    for values in read(tmp_path, path.name).values():
+        np.testing.assert_array_equal(values, weight)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        pytest.param(
+            np.zeros((256, 128), np.float32), np.zeros((128, 256), np.float32), id="turned"
+        ),
+        pytest.param(np.zeros(32768, np.float32), np.zeros((1, 32768), np.float32), id="flat"),
+        pytest.param(
+            np.zeros((*[1] * 40, 32768), np.float32),
+            np.zeros((*[1] * 41, 128, 256), np.float32),
+            id="long-shapes-that-begin-alike",
+        ),
+        pytest.param(np.zeros(32768, np.float32), np.zeros(32768, np.int32), id="float-int"),
+        pytest.param(np.zeros(65536, np.float16), np.zeros(32768, np.float32), id="half"),
+        pytest.param(
+            np.full(65536, 1.5, np.float16),
+            np.full(65536, 1.5, np.float16).view(ml_dtypes.bfloat16),
+            id="float16-bfloat16",
+        ),
+        pytest.param(np.zeros(131072, np.int8), np.zeros(131072, np.bool_), id="int8-bool"),
+    ],
+)  # fmt: skip
+def test_equal_bytes_of_another_shape_or_type_are_not_taken_for_each_other(one, other, tmp_path):
+    assert one.tobytes() == other.tobytes()
+
+    write_graphs({"a.onnx": holding(w=one), "b.onnx": holding(w=other)}, tmp_path)
+
+    for name, values in (("a.onnx", one), ("b.onnx", other)):
+        stored = onnx.load(tmp_path / name).graph.initializer[0]
+        assert tuple(stored.dims) == values.shape
+        assert stored.data_type == onnx.helper.np_dtype_to_tensor_dtype(values.dtype)
+        assert onnx.numpy_helper.to_array(stored).tobytes() == values.tobytes()
+
+
+def test_weights_that_share_bytes_run_in_their_own_shapes(tmp_path):
+    weight = random_weight()
+    write_graphs(
+        {"a.onnx": holding(w=weight), "b.onnx": holding(w=weight.reshape(128, 256))}, tmp_path
+    )
+
+    found = {
+        name: onnxruntime_runner(tmp_path / name)({})["w.out"] for name in ("a.onnx", "b.onnx")
+    }
+
+    assert data_size(tmp_path) == weight.nbytes
+    np.testing.assert_array_equal(found["a.onnx"], weight)
+    np.testing.assert_array_equal(found["b.onnx"], weight.reshape(128, 256))
+
+
+def test_there_is_no_file_of_weights_when_none_is_large(tmp_path):
+    write_graphs({"a.onnx": holding(w=np.ones(7, np.float32)), "b.onnx": holding()}, tmp_path)
+
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.onnx", "b.onnx"]
+    assert read(tmp_path, "a.onnx")["w"].tolist() == [1] * 7
+
+
+@pytest.mark.parametrize(
+    ("elements", "location"), [(16383, None), (16384, "model.onnx.data")], ids=["below", "at"]
+)
+def test_weights_of_64_kilobytes_and_more_lie_beside_the_graph(elements, location, tmp_path):
+    path = write_graph(holding(w=np.ones(elements, np.float32)), tmp_path)
+
+    assert locations(path) == {"w": location}
+
+
+def test_small_tensors_are_in_every_graph_that_has_them(tmp_path):
+    small, large = np.arange(5, dtype=np.int64), random_weight()
+
+    write_graphs(
+        {"a.onnx": holding(s=small, w=large), "b.onnx": holding(w=large, s=small)}, tmp_path
+    )
+
+    for name in ("a.onnx", "b.onnx"):
+        assert locations(tmp_path / name) == {"s": None, "w": "model.onnx.data"}
+        np.testing.assert_array_equal(read(tmp_path, name)["s"], small)
+
+
+def test_transposed_weight_is_written_as_it_is_read(tmp_path):
+    """Its bytes in memory are those of another matrix."""
+    weight = random_weight()
+
+    write_graphs({"a.onnx": holding(w=weight.T), "b.onnx": holding(w=weight)}, tmp_path)
+
+    assert data_size(tmp_path) == 2 * weight.nbytes
+    np.testing.assert_array_equal(read(tmp_path, "a.onnx")["w"], weight.T)
+    np.testing.assert_array_equal(read(tmp_path, "b.onnx")["w"], weight)

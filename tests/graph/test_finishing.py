@@ -7,7 +7,7 @@ import pytest
 
 from propulsion_export.graph.finishing import SetDefaults, optimise, signature
 from propulsion_export.manifest import TensorSpec
-from propulsion_export.runners import onnxruntime_runner
+from propulsion_export.runners.graphs import onnxruntime_runner
 
 SCALED = """
 <ir_version: 10, opset_import: ["" : 20]>

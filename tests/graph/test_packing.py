@@ -1,5 +1,7 @@
 """A packed graph computes what it did before, from one input instead of many initializers."""
 
+from dataclasses import replace
+
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -7,7 +9,7 @@ import pytest
 from propulsion_export.graph.finishing import SetDefaults
 from propulsion_export.graph.packing import PackInitializers
 from propulsion_export.manifest import Slot
-from propulsion_export.runners import onnxruntime_runner, reference_runner
+from propulsion_export.runners.graphs import onnxruntime_runner, reference_runner
 
 GRAPH = """
 <ir_version: 10, opset_import: ["" : 20]>
@@ -123,3 +125,68 @@ def test_mixed_dtypes_are_refused():
 )
 def test_slots_that_do_not_fit_the_graph_are_refused(slot):
     refused(graph(), {**PARTS, "b": slot}, "b: has shape .* its slot")
+
+
+# Parts that are in another graph
+
+
+def test_graph_may_be_without_parts_that_are_in_another_one():
+    model = graph()
+    before = {name for name in model.graph.initializers if name not in PARTS}
+    parts = {"gone": Slot("zeroth", 0, 4, (2, 2)), **shifted(PARTS, 4)}
+
+    PackInitializers("packed", parts, partial=True)(model)
+
+    assert model.graph.inputs[-1].shape == (15,)
+    assert not PARTS.keys() & model.graph.initializers.keys()
+    assert before <= model.graph.initializers.keys()
+
+
+@RUNNERS
+def test_partial_graph_reads_its_own_parts_only(runner, tmp_path):
+    """One set of feeds serves all graphs, so the places of other graphs' parts are skipped."""
+    model = graph()
+    parts = {
+        "gone": Slot("zeroth", 0, 4, (2, 2)),
+        **shifted(PARTS, 4),
+        "more": Slot("last", 15, 1, (1,)),
+    }
+    PackInitializers("packed", parts, partial=True)(model)
+    fed = np.random.default_rng(0).normal(size=16).astype(np.float32)
+
+    found = run(runner, model, tmp_path, packed=fed)
+
+    a, w, b = fed[4:7], fed[7:13].reshape(3, 2), fed[13:15]
+    np.testing.assert_allclose(found, (X * a * a) @ w + b, rtol=1e-5)
+
+
+def test_graph_without_any_part_gets_no_input():
+    model = graph()
+    before = ir.to_onnx_text(model)
+
+    result = PackInitializers("packed", {"gone": Slot("zeroth", 0, 4, (4,))}, partial=True)(model)
+
+    assert not result.modified
+    assert ir.to_onnx_text(model) == before
+
+
+def test_part_of_another_shape_is_refused_in_a_partial_graph_too():
+    before = ir.to_onnx_text(graph())
+    model = graph()
+    parts = {"gone": Slot("zeroth", 0, 4, (4,)), "a": Slot("first", 4, 4, (4,))}
+
+    with pytest.raises(ir.passes.PreconditionError, match=r"a: has shape .* its slot"):
+        PackInitializers("packed", parts, partial=True)(model)
+
+    assert ir.to_onnx_text(model) == before
+
+
+def test_gap_before_a_part_of_another_graph_is_refused():
+    parts = {"a": PARTS["a"], "gone": Slot("zeroth", 4, 4, (4,))}
+
+    with pytest.raises(ir.passes.PreconditionError, match="gone: has shape None and offset 3"):
+        PackInitializers("packed", parts, partial=True)(graph())
+
+
+def shifted(parts, by):
+    return {name: replace(slot, offset=slot.offset + by) for name, slot in parts.items()}

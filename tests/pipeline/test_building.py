@@ -1,15 +1,37 @@
+from dataclasses import replace
+
 import pytest
 
 from propulsion_export.artifact import Artifact
 from propulsion_export.cli import main
 from propulsion_export.engine import BuildOptions
-from propulsion_export.errors import ArtifactError, UsageError
+from propulsion_export.errors import ArtifactError, ToolError, UnavailableError, UsageError
+from propulsion_export.model_fingerprint import fingerprint_of_model
 from propulsion_export.pipeline.building import build
 from propulsion_export.pipeline.exporting import export_onnx
 from propulsion_export.pipeline.merging import merge
 
 TARGETS = ("sm_86", "sm_89", "sm_120")
 RTX = BuildOptions(runtime="tensorrt-rtx", targets=TARGETS)
+SM89 = replace(RTX, targets=("sm_89",))
+# Every pair of an architecture with a mode and with a dtype, the rest of the product is slow.
+QUICK = [
+    ("llama", "folded", "float16"),
+    ("llama", "switchable", "bfloat16"),
+    ("gpt2", "folded", "bfloat16"),
+    ("gpt2", "switchable", "float16"),
+]
+MORE = [
+    ("llama", "folded", "bfloat16"),
+    ("llama", "switchable", "float16"),
+    ("gpt2", "folded", "float16"),
+    ("gpt2", "switchable", "bfloat16"),
+    *(
+        (kind, "switchable", "float16")
+        for kind in ("gptj", "bloom", "opt", "mistral", "qwen3", "gemma3", "phi3")
+    ),
+]
+PAST = "past_key_values.0.key"
 PACKED = {"propulsion_scales", "propulsion_biases", "propulsion_modules"}
 
 
@@ -90,3 +112,146 @@ def test_an_engine_never_replaces_the_export_it_is_built_from(exports):
         build(source, source, RTX, force=True)
 
     assert (source / "propulsion.json").read_bytes() == before
+
+
+@pytest.fixture(scope="module")
+def generative(tmp_path_factory, tiny_model, tiny_checkpoint, positive_adapter, write_adapter):
+    """`generative(kind, mode, dtype)`: the export of a tiny generative model with an adapter."""
+    made = {}
+
+    def make(kind, mode="folded", dtype="float16"):
+        if (kind, mode, dtype) not in made:
+            root = tmp_path_factory.mktemp(f"{kind}-{mode}-{dtype}")
+            task = "text2text-generation" if kind in ("t5", "bart") else "text-generation"
+            base, model = tiny_checkpoint(kind, task), tiny_model(kind)
+            adapter = positive_adapter(model, 1, "one", task=task)
+            adapter = replace(adapter, base=str(base), fingerprint=fingerprint_of_model(model))
+            write_adapter(adapter, root / "one")
+            export_onnx([root / "one"], root / "onnx", mode=mode, dtype=dtype)
+            made[kind, mode, dtype] = root / "onnx"
+        return made[kind, mode, dtype]
+
+    return make
+
+
+def covers(profile, batch, query, past):
+    """Whether an engine of this profile takes such a step."""
+    asked = {"input_ids": [batch, query], "attention_mask": [batch, past + query]}
+    asked |= {
+        name: [batch, shapes["min"][1], past, shapes["min"][3]]
+        for name, shapes in profile.items()
+        if name.startswith("past_key_values.")
+    }
+    return all(
+        low <= size <= high
+        for name, shape in asked.items()
+        for low, size, high in zip(profile[name]["min"], shape, profile[name]["max"], strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode", "dtype"), [*QUICK, *(pytest.param(*p, marks=pytest.mark.slow) for p in MORE)]
+)
+def test_a_decoder_becomes_one_engine_for_prefill_and_decoding(
+    kind, mode, dtype, generative, tmp_path
+):
+    source = Artifact.read(generative(kind, mode, dtype))
+
+    built = build(source.directory, tmp_path / "engine", SM89)
+
+    assert built.path.stat().st_size > 10_000
+    inputs = {spec.name: spec for spec in built.manifest.inputs}
+    assert [replace(spec, optional=False) for spec in source.manifest.inputs] == list(
+        inputs.values()
+    )
+    assert ("propulsion_scales" in inputs) == (mode == "switchable")
+    assert {inputs[name].dtype for name in inputs if name.startswith(("past", "prop"))} == {dtype}
+    profiles = built.manifest.engine.profiles
+    positions = profiles[0]["input_ids"]["max"][1]
+    assert positions == (2048 if kind == "bloom" else 160)
+    for batch, query, past in [
+        (1, positions, 0), (32, 7, 0), (32, 1, 1), (1, 1, positions - 1), (5, 2, 9),
+    ]:  # fmt: skip
+        assert any(covers(profile, batch, query, past) for profile in profiles)
+    assert not any(covers(profile, 33, 1, 0) for profile in profiles)
+    assert not any(covers(profile, 1, 1, positions) for profile in profiles)
+
+
+def test_shapes_of_past_and_prompt_can_be_given_on_the_command_line(generative, tmp_path):
+    source, engine = generative("llama"), tmp_path / "engine"
+
+    with pytest.raises(SystemExit) as exit:
+        main([
+            "trt", str(source), "-o", str(engine), "--runtime", "tensorrt-rtx",
+            "--target", "sm_89", "--opt-shapes", f"input_ids:1x1,{PAST}:1x2x40x8",
+            "--max-shapes", f"input_ids:4x16,{PAST}:4x2x100x8",
+        ])  # fmt: skip
+
+    assert exit.value.code == 0
+    (profile,) = Artifact.read(engine).manifest.engine.profiles
+    assert profile["input_ids"] == {"min": [1, 1], "opt": [1, 1], "max": [4, 16]}
+    assert profile["attention_mask"] == {"min": [1, 1], "opt": [1, 41], "max": [4, 116]}
+    assert profile["past_key_values.1.value"] == {
+        "min": [1, 2, 0, 8], "opt": [1, 2, 40, 8], "max": [4, 2, 100, 8],
+    }  # fmt: skip
+
+
+def test_a_past_that_must_not_be_empty_is_seen_in_the_manifest(generative, tmp_path):
+    options = replace(SM89, min_shapes={PAST: (1, 2, 8, 8)})
+
+    built = build(generative("llama"), tmp_path / "engine", options)
+
+    (profile,) = built.manifest.engine.profiles
+    assert covers(profile, 1, 1, 8)
+    assert not covers(profile, 1, 1, 0)
+
+
+def test_shapes_that_contradict_each_other_are_refused_in_one_line(generative, tmp_path, capsys):
+    source, engine = str(generative("llama")), tmp_path / "engine"
+    shapes = f"input_ids:4x16,attention_mask:4x100,{PAST}:4x2x100x8"
+
+    with pytest.raises(SystemExit) as exit:
+        main(["trt", source, "-o", str(engine), "--target", "sm_89", "--max-shapes", shapes])
+
+    told = capsys.readouterr().err.strip()
+    assert exit.value.code == 2
+    assert "found total_sequence 100, expected 116, past and sequence together" in told
+    assert "\n" not in told
+    assert not engine.exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("mixtral", "MixtralForCausalLM"),
+        pytest.param("qwen3-moe", "Qwen3MoeForCausalLM", marks=pytest.mark.slow),
+    ],
+)
+def test_a_mixture_of_experts_is_refused_by_name(kind, name, generative, tmp_path):
+    with pytest.raises(UnavailableError, match=rf"{name}: .*mixture of experts.*ONNX Runtime"):
+        build(generative(kind, "switchable", "float32"), tmp_path / "engine", SM89)
+
+    assert not (tmp_path / "engine").exists()
+
+
+def test_without_that_refusal_tensorrt_does_not_say_where(generative, tmp_path, monkeypatch):
+    from propulsion_export.engine import builder
+
+    monkeypatch.setattr(builder, "check_operators", lambda graph, name: None)
+
+    with pytest.raises(ToolError, match="Unsupported reduction type"):
+        build(generative("mixtral", "switchable", "float32"), tmp_path / "engine", SM89)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("t5", "T5ForConditionalGeneration"),
+        pytest.param("bart", "BartForConditionalGeneration", marks=pytest.mark.slow),
+    ],
+)
+def test_an_encoder_decoder_is_refused_by_name(kind, name, generative, tmp_path):
+    with pytest.raises(UnavailableError, match=rf"{name}: is exported as 3 graphs.*ONNX Runtime"):
+        build(generative(kind, "folded", "float32"), tmp_path / "engine", SM89)
+
+    assert not (tmp_path / "engine").exists()

@@ -20,7 +20,7 @@ from propulsion_export.manifest import Task
 from propulsion_export.model_fingerprint import fingerprint_of_model
 from propulsion_export.pipeline.exporting import export_onnx
 from propulsion_export.pipeline.verifying import check_parity
-from propulsion_export.runners import onnxruntime_runner
+from propulsion_export.runners.graphs import onnxruntime_runner
 from propulsion_export.sampling import input_names, parity_inputs, trace_inputs
 from propulsion_export.scales import Scale
 from propulsion_export.trace import trace

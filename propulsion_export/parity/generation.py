@@ -1,0 +1,133 @@
+"""What more is asked of a generative model than of others.
+
+| case | holds when |
+|---|---|
+| recomputing | the same tokens in one step, without a cache, are within the allowed error |
+| right padding | so are rows padded at their end; and rows with padding inside, a prompt's before |
+| | the tokens that go on, are what PyTorch makes of the same |
+| greedy | the likeliest tokens, one after the other, are the oracle's, of finite logits |
+
+Where greedy tokens part, the oracle's two best tokens must have been closer than two allowed
+errors: a tie that rounding may decide either way.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from propulsion_export.artifact import Runner, Tensors
+from propulsion_export.decoding import (
+    LOGITS,
+    Generator,
+    generate,
+    greedy,
+    recomputing,
+    replaying,
+)
+from propulsion_export.parity.report import Case, Check
+from propulsion_export.parity.subject import Continuation, Subject
+from propulsion_export.scales import Array
+
+
+def continue_greedily(generator: Generator, feeds: Tensors, steps: int) -> tuple[Array, Array]:
+    """Greedy tokens behind padded prompts and each choice's margin, both [prompts, steps].
+
+    The margin is by how much the best logit exceeds the next, float64; it is not finite where a
+    logit is NaN or the best is infinite.
+    """
+    margins: list[Array] = []
+
+    def choose(logits: Array) -> Array:
+        best = np.partition(logits.astype(np.float64), -2, axis=-1)[:, -2:]
+        with np.errstate(invalid="ignore"):  # infinity minus infinity
+            margins.append(best[:, 1] - best[:, 0])
+        return greedy(logits)
+
+    going = generate(generator, feeds, choose)
+    tokens = [next(going) for _ in range(steps)]
+    return np.stack(tokens, axis=1), np.stack(margins, axis=1)
+
+
+def judge_generation(
+    subject: Subject, batch: Tensors, candidate: Generator, allowed: float
+) -> Iterator[Check]:
+    """The further cases for one adapter.
+
+    Args:
+        subject: with the oracle's logits for `batch` as its first entry, and a continuation.
+        batch: sequences padded on the left.
+        candidate: what is judged.
+        allowed: error of a logit, from the parity case.
+    """
+    once, stepwise = recomputing(candidate), replaying(candidate)
+    oracle = subject.oracle[0][LOGITS]
+    yield _case("recomputing", subject, once, batch, oracle, allowed)
+    if subject.inside is not None:
+        ended = padded_inside(batch, behind=0)
+        expected = _moved(oracle, batch["attention_mask"], ended["attention_mask"])
+        yield _case("right padding", subject, once, ended, expected, allowed)
+        inside = padded_inside(batch)
+        yield _case("right padding", subject, stepwise, inside, subject.inside, allowed)
+    yield _greedy(subject, candidate, allowed)
+
+
+def padded_inside(batch: Tensors, *, behind: int = 5) -> Tensors:
+    """The same rows with their padding moved from the left to before the last `behind` tokens.
+
+    That is how a batch of prompts padded on the right goes on. Such padding counts towards the
+    distance that a sliding window reaches back, in transformers as in the graph, so that there the
+    row alone is another matter.
+    """
+    moved = {name: values.copy() for name, values in batch.items()}
+    padding = (batch["attention_mask"] == 0).sum(1)
+    for values in moved.values():
+        front = values[:, : values.shape[1] - behind]
+        for row, by in zip(front, padding, strict=True):
+            row[:] = np.roll(row, -by)
+    return moved
+
+
+def _moved(values: Array, mask: Array, to: Array) -> Array:
+    """Values [rows, length, …] of real positions, where these stand in another mask."""
+    moved = np.zeros_like(values)
+    moved[to == 1] = values[mask == 1]
+    return moved
+
+
+def _case(
+    case: Case, subject: Subject, run: Runner, batch: Tensors, expected: Array, allowed: float
+) -> Check:
+    found = run({**batch, **subject.feeds})[LOGITS].astype(np.float64)
+    difference = np.abs(found - expected)
+    if subject.inside is not None:
+        difference = difference[batch["attention_mask"] == 1]
+    error = float(difference.max())
+    detail = f"{LOGITS}: error {error:.3g}, allowed {allowed:.3g}"
+    return Check(case, subject.name, error <= allowed, detail)
+
+
+def _greedy(subject: Subject, candidate: Generator, allowed: float) -> Check:
+    torch = subject.continuation
+    assert torch is not None
+    prompts, steps = torch.tokens.shape
+    tokens, margins = continue_greedily(candidate, {**torch.prompt, **subject.feeds}, steps)
+    # Of logits that are not finite some token is the likeliest too, and it may be the right one.
+    lost = np.flatnonzero(~np.isfinite(margins).all(0))
+    passed, told = not len(lost), [f"logits are not finite at step {step}" for step in lost[:1]]
+    for row in map(int, np.flatnonzero((tokens != torch.tokens).any(1))):
+        step = int(np.argmax(tokens[row] != torch.tokens[row]))
+        margin = float(torch.margins[row, step])
+        passed &= margin <= 2 * allowed
+        told.append(f"prompt {row} parts {_parting(torch, row, step, margin, 2 * allowed)}")
+    detail = "; ".join(told) or f"all {steps} tokens behind {prompts} prompts are the oracle's"
+    return Check("greedy", subject.name, passed, detail)
+
+
+def _parting(torch: Continuation, row: int, step: int, margin: float, tie: float) -> str:
+    behind = slice(0, step + 1)
+    too = (torch.reference[row, behind] != torch.tokens[row, behind]).any()
+    return (
+        f"from the oracle at step {step}, where its two best logits are {margin:.3g} apart, "
+        f"{'a tie' if margin <= tie else 'no tie'} (up to {tie:.3g}); PyTorch itself "
+        f"{'does too' if too else 'does not'}"
+    )

@@ -1,0 +1,121 @@
+"""Graphs and engines as callables from tensors to tensors."""
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from propulsion_export.artifact import Runner, Tensors
+from propulsion_export.errors import ToolError, UnavailableError
+from propulsion_export.machine import cuda_devices, cuda_reason
+
+_NO_BFLOAT16 = "ONNX Runtime has no bfloat16 kernels for this provider"
+
+
+def onnxruntime_runner(path: Path, provider: str = "CPUExecutionProvider") -> Runner:
+    """Run an ONNX model in ONNX Runtime; the session lives as long as the runner.
+
+    Raises:
+        UnavailableError: onnxruntime is missing, or has no kernel for a node of the graph.
+        ToolError: it cannot load the model.
+    """
+    try:
+        import onnxruntime
+    except ModuleNotFoundError as error:
+        raise UnavailableError(
+            "onnxruntime is not installed", remedy="Run: pip install 'propulsion-export[cpu]'."
+        ) from error
+    if provider not in onnxruntime.get_available_providers():
+        raise UnavailableError(
+            f"ONNX Runtime here has no {provider}, only "
+            f"{', '.join(onnxruntime.get_available_providers())}",
+            remedy="Run: pip install 'propulsion-export[gpu]'.",
+        )
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # it tells of every optional input, on stderr
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=[provider])
+    except Exception as error:  # its exceptions have no public base class
+        reason = str(error).strip().splitlines()[0]
+        if "NOT_IMPLEMENTED" in reason:
+            raise UnavailableError(f"{path}: {_NO_BFLOAT16} ({reason})") from error
+        raise ToolError(f"{path}: ONNX Runtime cannot load it ({reason})") from error
+    known = {value.name for value in session.get_inputs()}
+    known |= {value.name for value in session.get_overridable_initializers()}
+    names = [output.name for output in session.get_outputs()]
+
+    def run(inputs: Tensors) -> Tensors:
+        feeds = {name: values for name, values in inputs.items() if name in known}
+        return dict(zip(names, session.run(names, feeds), strict=True))
+
+    return run
+
+
+def reference_runner(path: Path) -> Runner:
+    """Run an ONNX model in onnx's own evaluator: slow, but it knows every dtype."""
+    from onnx.reference import ReferenceEvaluator
+
+    evaluator = ReferenceEvaluator(str(path), new_ops=[_gather_elements()])
+    known = set(evaluator.input_names)
+
+    def run(inputs: Tensors) -> Tensors:
+        feeds = {name: values for name, values in inputs.items() if name in known}
+        try:
+            outputs = evaluator.run(None, feeds)
+        except Exception as error:  # each operator of it has exceptions of its own
+            raise UnavailableError(
+                f"{path}: onnx's reference evaluator cannot run it ({type(error).__name__}: "
+                f"{error})"
+            ) from error
+        return dict(zip(evaluator.output_names, outputs, strict=True))
+
+    return run
+
+
+def tensorrt_runner(path: Path, runtime: Literal["tensorrt", "tensorrt-rtx"]) -> Runner:
+    """Run an engine through polygraphy.
+
+    Raises:
+        UnavailableError: there is no GPU, or a package is missing.
+    """
+    if not cuda_devices():
+        raise UnavailableError(f"{path}: an engine runs on a GPU only, and {cuda_reason()}")
+    os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = str(int(runtime == "tensorrt-rtx"))
+    try:
+        from polygraphy.backend.common import BytesFromPath
+        from polygraphy.backend.trt import EngineFromBytes, TrtRunner
+    except ModuleNotFoundError as error:
+        extra = "rtx" if runtime == "tensorrt-rtx" else "tensorrt"
+        raise UnavailableError(
+            f"{error.name} is not installed",
+            remedy=f"Run: pip install 'propulsion-export[{extra}]'.",
+        ) from error
+    engine = TrtRunner(EngineFromBytes(BytesFromPath(str(path))))
+    engine.activate()
+    known = set(engine.get_input_metadata())
+
+    def run(inputs: Tensors) -> Tensors:
+        feeds = {name: np.ascontiguousarray(v) for name, v in inputs.items() if name in known}
+        return {name: np.array(values) for name, values in engine.infer(feeds).items()}
+
+    return run
+
+
+def _gather_elements() -> type:
+    """GatherElements as ONNX defines it, for the reference evaluator.
+
+    Its own (onnx 1.23) fails with "cannot reshape array" when it picks from more than 64 elements,
+    as for RoBERTa's token types. Remove when `test_runners` says that it no longer does.
+    """
+    from onnx.reference.op_run import OpRun
+
+    class GatherElements(OpRun):
+        op_domain = ""
+
+        def _run(self, data: Any, indices: Any, axis: int = 0) -> tuple[Any]:
+            others = [slice(size) for size in indices.shape]
+            others[axis] = slice(None)
+            return (np.take_along_axis(data[tuple(others)], indices, axis=axis),)
+
+    return GatherElements

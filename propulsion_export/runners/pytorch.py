@@ -1,0 +1,114 @@
+"""Torch modules as callables from tensors to tensors."""
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import DynamicCache, EncoderDecoderCache
+from transformers.modeling_outputs import BaseModelOutput
+
+from propulsion_export.artifact import Runner, Tensors
+from propulsion_export.decoding import LOGITS, PAST, PRESENT
+
+_KINDS = ("key", "value")
+
+
+def torch_runner(model: Any) -> Runner:
+    """Run a torch module; outputs that are no tensors (caches) are left out."""
+    device = next(model.parameters()).device
+
+    def run(inputs: Tensors) -> Tensors:
+        with torch.inference_mode():
+            outputs = model(**_on(device, inputs))
+        return {
+            name: _to_numpy(value)
+            for name, value in outputs.items()
+            if isinstance(value, torch.Tensor)
+        }
+
+    return run
+
+
+def torch_decoder_runner(model: Any) -> Runner:
+    """Run a step of a causal language model as its graph does, see `decoding`.
+
+    A cache that is not fed is an empty one.
+    """
+    taken = ["input_ids", "attention_mask"]
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        taken.append("position_ids")
+
+    def run(inputs: Tensors) -> Tensors:
+        tensors = _on(model.device, inputs)
+        with torch.inference_mode():
+            cache = _cache(tensors, "", model.dtype)
+            given = {name: tensors[name] for name in taken}
+            outputs = model(**given, cache=cache, use_cache=True)
+        return {LOGITS: _to_numpy(outputs.logits), **dict(_present(cache, ""))}
+
+    return run
+
+
+def torch_encoder_runner(model: Any) -> Runner:
+    """Run the encoder of an encoder-decoder: `input_ids` to `last_hidden_state`."""
+    encoder = torch_runner(model.get_encoder())
+
+    def run(inputs: Tensors) -> Tensors:
+        return encoder({name: inputs[name] for name in ("input_ids", "attention_mask")})
+
+    return run
+
+
+def torch_cross_decoder_runner(model: Any) -> Runner:
+    """Run a step of an encoder-decoder's decoder as its graphs do, see `decoding`.
+
+    Its cache holds what the decoder has read, `past_key_values.N.decoder.key`, and what it made of
+    the encoder's output, `past_key_values.N.encoder.key`.
+    """
+
+    def run(inputs: Tensors) -> Tensors:
+        tensors = _on(model.device, inputs)
+        with torch.inference_mode():
+            own, cross = (_cache(tensors, part, model.dtype) for part in ("decoder.", "encoder."))
+            outputs = model(
+                decoder_input_ids=tensors["input_ids"],
+                attention_mask=tensors["encoder_attention_mask"],
+                encoder_outputs=BaseModelOutput(
+                    last_hidden_state=tensors["encoder_hidden_states"].to(model.dtype)
+                ),
+                cache=EncoderDecoderCache(own, cross),
+                use_cache=True,
+            )
+        present = {**dict(_present(own, "decoder.")), **dict(_present(cross, "encoder."))}
+        return {LOGITS: _to_numpy(outputs.logits), **present}
+
+    return run
+
+
+def _on(device: torch.device, inputs: Tensors) -> dict[str, torch.Tensor]:
+    return {
+        name: torch.from_numpy(np.asarray(values)).to(device) for name, values in inputs.items()
+    }
+
+
+def _cache(tensors: dict[str, torch.Tensor], part: str, dtype: torch.dtype) -> DynamicCache:
+    """The fed cache as transformers': all layers keep everything, as in the graph."""
+    cache = DynamicCache()
+    layers = sum(name.startswith(f"{PAST}.") and f".{part}key" in name for name in tensors)
+    for index in range(layers):
+        pair = (tensors[f"{PAST}.{index}.{part}{kind}"].to(dtype) for kind in _KINDS)
+        cache.update(*pair, index)
+    return cache
+
+
+def _present(cache: DynamicCache, part: str) -> Iterator[tuple[str, Any]]:
+    for index, layer in enumerate(cache.layers):
+        for kind in _KINDS:
+            yield f"{PRESENT}.{index}.{part}{kind}", _to_numpy(getattr(layer, f"{kind}s"))
+
+
+def _to_numpy(value: torch.Tensor) -> Any:
+    # numpy has no bfloat16 of its own; every bfloat16 is a float32.
+    return (value.float() if value.dtype == torch.bfloat16 else value).cpu().numpy()

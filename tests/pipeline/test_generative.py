@@ -1,0 +1,216 @@
+"""Every generative architecture through merge, folded, switchable and the verdict.
+
+Beside the verdict, which asks PyTorch step by step, plain transformers generates: its own
+`generate` on the merged checkpoint, a prompt at a time, against the artifact with all prompts in
+one padded batch.
+"""
+
+import itertools
+import json
+import shutil
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.numpy import load_file, save_file
+
+from propulsion_export.artifact import Artifact
+from propulsion_export.decoding import generate, greedy
+from propulsion_export.manifest import read_manifest
+from propulsion_export.model_fingerprint import fingerprint_of_model
+from propulsion_export.pipeline.exporting import export_onnx
+from propulsion_export.pipeline.merging import merge
+from propulsion_export.pipeline.running import choose_runner, open_candidate
+from propulsion_export.pipeline.verifying import check_parity
+
+DECODERS = [
+    "gpt2", "gptj", "bloom", "opt", "llama", "mistral", "qwen3", "gemma3", "phi3", "mixtral",
+    "qwen3-moe",
+]  # fmt: skip
+ENCODER_DECODERS = ["t5", "bart"]
+KINDS = [*DECODERS, *ENCODER_DECODERS]
+STEPS = 64
+PROMPTS = [[11, 42, 7, 65, 23], [50, 9, 31], [8, 90, 77, 16, 29, 33, 60, 71]]
+
+
+@pytest.fixture(scope="session")
+def make_world(tmp_path_factory, tiny_model, tiny_checkpoint, positive_adapter, write_adapter):
+    """`make_world(kind)`: a base model and two adapters for it, on disk."""
+    worlds = {}
+
+    def make(kind):
+        if kind not in worlds:
+            task = "text2text-generation" if kind in ENCODER_DECODERS else "text-generation"
+            base = tiny_checkpoint(kind, task)
+            model = tiny_model(kind)
+            root = tmp_path_factory.mktemp(kind)
+            for seed, name in ((1, "one"), (2, "two")):
+                made = positive_adapter(model, seed, name, task=task)
+                made = replace(made, base=str(base), fingerprint=fingerprint_of_model(model))
+                write_adapter(made, root / name)
+            worlds[kind] = SimpleNamespace(base=base, one=root / "one", two=root / "two", task=task)
+        return worlds[kind]
+
+    return make
+
+
+def tokens_of_transformers(kind, directory):
+    """What `generate` appends to each prompt alone, int [prompts, STEPS]."""
+    family = "AutoModelForSeq2SeqLM" if kind in ENCODER_DECODERS else "AutoModelForCausalLM"
+    model = getattr(transformers, family).from_pretrained(directory, dtype=torch.float32).eval()
+    rows = []
+    for prompt in PROMPTS:
+        ids = torch.tensor([prompt])
+        # An end-of-text token that never comes, so that all steps are taken.
+        made = model.generate(
+            ids, max_new_tokens=STEPS, do_sample=False, eos_token_id=99_999, pad_token_id=0,
+            attention_mask=torch.ones_like(ids),
+        )  # fmt: skip
+        rows.append(made[0, -STEPS:].numpy())
+    return np.stack(rows)
+
+
+def tokens_of_artifact(directory, adapter=None, prompts=PROMPTS):
+    """What the artifact appends to all prompts in one padded batch."""
+    artifact = Artifact.read(directory)
+    model = open_candidate(artifact, choose_runner(artifact, "auto"))
+    feeds = {**model.pad([np.array(p) for p in prompts], 0), **artifact.feeds(adapter)}
+    return np.stack(list(itertools.islice(generate(model, feeds, greedy), STEPS)), axis=1)
+
+
+def assert_passed(report):
+    assert report.passed, "\n".join(c.detail for c in report.checks if not c.passed)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_merged_checkpoint_passes_in_plain_transformers(kind, make_world, tmp_path):
+    world = make_world(kind)
+
+    artifact = merge(world.one, tmp_path / "merged")
+
+    assert artifact.manifest.task == world.task
+    assert_passed(check_parity(tmp_path / "merged"))
+    np.testing.assert_array_equal(
+        tokens_of_artifact(tmp_path / "merged"), tokens_of_transformers(kind, tmp_path / "merged")
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_folded_graph_passes_and_generates_what_the_merged_checkpoint_does(
+    kind, make_world, tmp_path
+):
+    world = make_world(kind)
+    merge(world.one, tmp_path / "merged")
+
+    export_onnx([world.one], tmp_path / "folded")
+
+    assert_passed(check_parity(tmp_path / "folded"))
+    expected = tokens_of_transformers(kind, tmp_path / "merged")
+    np.testing.assert_array_equal(tokens_of_artifact(tmp_path / "folded"), expected)
+    alone = [tokens_of_artifact(tmp_path / "folded", prompts=[prompt]) for prompt in PROMPTS]
+    np.testing.assert_array_equal(np.concatenate(alone), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_switchable_graph_passes_and_generates_with_every_adapter_and_none(
+    kind, make_world, tmp_path
+):
+    world = make_world(kind)
+    merge(world.one, tmp_path / "one")
+    merge(world.two, tmp_path / "two")
+
+    export_onnx([world.one, world.two], tmp_path / "both", mode="switchable")
+
+    report = check_parity(tmp_path / "both")
+    assert_passed(report)
+    assert {check.adapter for check in report.checks if check.case == "greedy"} == {
+        "one", "two", "base"
+    }  # fmt: skip
+    for name, directory in (
+        ("one", tmp_path / "one"),
+        ("two", tmp_path / "two"),
+        (None, world.base),
+    ):
+        expected = tokens_of_transformers(kind, directory)
+        np.testing.assert_array_equal(tokens_of_artifact(tmp_path / "both", name), expected)
+    assert (tokens_of_artifact(tmp_path / "both", "one") != expected).any()
+
+
+def test_adapters_exchanged_in_a_decoder_fail(make_world, tmp_path):
+    world = make_world("llama")
+    export_onnx([world.one, world.two], tmp_path / "both", mode="switchable")
+    assert_passed(check_parity(tmp_path / "both"))
+
+    exchanged = exchange(tmp_path / "both", tmp_path / "exchanged")
+
+    failed = {check.case for check in check_parity(exchanged).checks if not check.passed}
+    assert failed >= {"parity", "padding", "recomputing", "right padding", "greedy"}
+
+
+def test_one_channel_changed_in_a_decoder_fails(make_world, tmp_path):
+    world = make_world("gpt2")
+    export_onnx([world.one], tmp_path / "graph", mode="switchable")
+    file = tmp_path / "graph" / "adapters" / "one.safetensors"
+    feeds = load_file(file)
+    feeds["propulsion_scales"][40] *= 1.01
+    save_file(feeds, file)
+    Artifact.write(tmp_path / "graph", read_manifest(tmp_path / "graph" / "propulsion.json"))
+
+    assert not check_parity(tmp_path / "graph").passed
+
+
+def exchange(source, destination):
+    """A copy whose two adapters have each other's scales, its manifest written anew."""
+    shutil.copytree(source, destination)
+    one, two = (destination / "adapters" / f"{name}.safetensors" for name in ("one", "two"))
+    feeds = load_file(one)
+    save_file(load_file(two), one)
+    save_file(feeds, two)
+    Artifact.write(destination, read_manifest(destination / "propulsion.json"))
+    return destination
+
+
+def test_graphs_of_an_encoder_decoder_have_optimums_names_and_share_weights(make_world, tmp_path):
+    export_onnx([make_world("t5").one], tmp_path / "t5")
+
+    manifest = json.loads((tmp_path / "t5" / "propulsion.json").read_text())
+    names = {
+        name: [spec["name"] for spec in graph["inputs"]]
+        for name, graph in manifest["graphs"].items()
+    }
+    assert names["encoder_model.onnx"] == ["input_ids", "attention_mask"]
+    assert names["decoder_model.onnx"] == [
+        "input_ids", "encoder_attention_mask", "encoder_hidden_states"
+    ]  # fmt: skip
+    assert names["decoder_with_past_model.onnx"][:3] == [
+        "input_ids", "encoder_attention_mask", "past_key_values.0.decoder.key"
+    ]  # fmt: skip
+    assert manifest["inputs"] == []
+
+
+def test_graph_of_a_decoder_has_the_names_that_its_clients_read(make_world, tmp_path):
+    artifact = export_onnx([make_world("llama").one], tmp_path / "llama")
+
+    inputs = {spec.name: spec for spec in artifact.manifest.inputs}
+    assert list(inputs)[:5] == [
+        "input_ids", "attention_mask", "position_ids", "past_key_values.0.key",
+        "past_key_values.0.value",
+    ]  # fmt: skip
+    assert inputs["attention_mask"].shape == ("batch", "total_sequence")
+    assert inputs["past_key_values.1.key"].shape == ("batch", 2, "past_sequence", 8)
+    outputs = {spec.name: spec.shape for spec in artifact.manifest.outputs}
+    assert outputs["logits"] == ("batch", "sequence", 100)
+    assert outputs["present.1.value"] == ("batch", 2, "total_sequence", 8)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_decoder_of_16_bits_passes(dtype, make_world, tmp_path):
+    export_onnx([make_world("llama").one], tmp_path / "half", mode="switchable", dtype=dtype)
+
+    report = check_parity(tmp_path / "half")
+
+    assert_passed(report)
+    assert report.runner == ("reference" if dtype == "bfloat16" else "onnxruntime")

@@ -1,0 +1,125 @@
+"""Runners feed what a model takes, and say in one line why they cannot run."""
+
+import numpy as np
+import onnx.reference
+import onnx_ir as ir
+import pytest
+
+from propulsion_export.errors import ToolError, UnavailableError
+from propulsion_export.graph.finishing import SetDefaults
+from propulsion_export.runners import graphs
+from propulsion_export.runners.graphs import onnxruntime_runner, reference_runner, tensorrt_runner
+
+# The second input gets a default.
+SCALED = """
+<ir_version: 10, opset_import: ["" : 20]>
+graph (float[batch, 2] x, float[2] scale) => (float[batch, 2] scaled, float[batch, 2] negative) {
+    scaled = Mul (x, scale)
+    negative = Neg (x)
+}
+"""
+X = np.array([[1.0, 2.0], [3.0, -4.0]], np.float32)
+RUNNERS = pytest.mark.parametrize("runner", [onnxruntime_runner, reference_runner])
+
+
+@pytest.fixture(name="scaled")
+def make_scaled(tmp_path):
+    model = ir.from_onnx_text(SCALED)
+    SetDefaults({"scale": np.array([2.0, 0.5], np.float32)})(model)
+    ir.save(model, tmp_path / "model.onnx")
+    return tmp_path / "model.onnx"
+
+
+@RUNNERS
+def test_outputs_come_by_name(runner, scaled):
+    outputs = runner(scaled)({"x": X, "scale": np.array([10.0, -1.0], np.float32)})
+
+    assert list(outputs) == ["scaled", "negative"]
+    np.testing.assert_array_equal(outputs["scaled"], [[10, -2], [30, 4]])
+    np.testing.assert_array_equal(outputs["negative"], -X)
+
+
+@RUNNERS
+def test_inputs_that_the_model_does_not_have_are_left_out(runner, scaled):
+    outputs = runner(scaled)({"x": X, "token_type_ids": np.zeros((2, 2), np.int64)})
+
+    np.testing.assert_array_equal(outputs["negative"], -X)
+
+
+@RUNNERS
+def test_optional_input_that_is_not_fed_has_its_default(runner, scaled):
+    np.testing.assert_array_equal(runner(scaled)({"x": X})["scaled"], [[2, 1], [6, -2]])
+
+
+@RUNNERS
+def test_optional_input_does_not_remember_what_was_fed(runner, scaled):
+    run = runner(scaled)
+    run({"x": X, "scale": np.array([10.0, -1.0], np.float32)})
+
+    np.testing.assert_array_equal(run({"x": X})["scaled"], [[2, 1], [6, -2]])
+
+
+def test_unknown_provider_is_told_with_those_there_are(scaled):
+    with pytest.raises(UnavailableError, match=r"has no NoSuchProvider, only .*CPUExecutionProv"):
+        onnxruntime_runner(scaled, "NoSuchProvider")
+
+
+def test_broken_file_is_refused_with_its_name(tmp_path):
+    file = tmp_path / "model.onnx"
+    file.write_bytes(b"no graph")
+
+    with pytest.raises(ToolError, match=r"model\.onnx: ONNX Runtime cannot load it"):
+        onnxruntime_runner(file)
+
+
+def test_missing_file_is_refused_with_its_name(tmp_path):
+    with pytest.raises(ToolError, match=r"gone\.onnx: ONNX Runtime cannot load it"):
+        onnxruntime_runner(tmp_path / "gone.onnx")
+
+
+@pytest.mark.parametrize("runtime", ["tensorrt", "tensorrt-rtx"])
+def test_engine_without_a_gpu_is_unavailable_with_the_reason(runtime, tmp_path, monkeypatch):
+    monkeypatch.setattr(graphs, "cuda_devices", lambda: ())
+    monkeypatch.setattr(graphs, "cuda_reason", lambda: "there is no CUDA driver")
+
+    with pytest.raises(UnavailableError, match="runs on a GPU only, and there is no CUDA driver"):
+        tensorrt_runner(tmp_path / "model.engine", runtime)
+
+
+GATHER = """
+<ir_version: 10, opset_import: ["" : 20]>
+graph (float[2, 80] data, int64[2, 3] indices) => (float[2, 3] picked) {
+    picked = GatherElements <axis = 1> (data, indices)
+}
+"""
+
+
+@pytest.fixture
+def gathered(tmp_path):
+    ir.save(ir.from_onnx_text(GATHER), tmp_path / "gather.onnx")
+    data = np.arange(160, dtype=np.float32).reshape(2, 80)
+    indices = np.array([[79, 0, 3], [1, 1, 7]])
+    return tmp_path / "gather.onnx", {"data": data, "indices": indices}
+
+
+def test_elements_are_gathered_from_a_wide_matrix(gathered):
+    path, feeds = gathered
+
+    picked = reference_runner(path)(feeds)["picked"]
+
+    np.testing.assert_array_equal(picked, onnxruntime_runner(path)(feeds)["picked"])
+    np.testing.assert_array_equal(picked, [[79, 0, 3], [81, 81, 87]])
+
+
+@pytest.mark.xfail(raises=ValueError, reason="a bug of onnx 1.23; when it passes, drop our own")
+def test_onnx_gathers_such_elements_by_itself(gathered):
+    path, feeds = gathered
+
+    onnx.reference.ReferenceEvaluator(str(path)).run(None, feeds)
+
+
+def test_what_the_evaluator_cannot_run_is_unavailable(gathered):
+    path, feeds = gathered
+
+    with pytest.raises(UnavailableError, match="reference evaluator cannot run it"):
+        reference_runner(path)({**feeds, "indices": np.array([[99, 0, 0]] * 2)})
