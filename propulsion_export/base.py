@@ -10,7 +10,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from propulsion_export.adapter import Adapter
 from propulsion_export.errors import BaseModelError, UsageError
@@ -53,7 +60,7 @@ TOKENIZER_FILES = (
     "tokenizer.model",
 )
 # How texts are generated, and how a chat becomes one text: read by name beside the tokenizer.
-GENERATION_FILES = ("generation_config.json", "chat_template.jinja")
+_CHAT_TEMPLATE = "chat_template.jinja"
 
 
 @dataclass(frozen=True)
@@ -254,9 +261,22 @@ def copy_tokenizer(source: str, directory: Path) -> None:
     _copy(TOKENIZER_FILES, source, directory)
 
 
-def copy_generation_config(source: str, directory: Path) -> None:
-    """Copy what a checkpoint says of generating text, unchanged; there may be nothing."""
-    _copy(GENERATION_FILES, source, directory)
+def save_generation_settings(source: str, task: str, directory: Path) -> None:
+    """Write how a generative base model writes by default, as its checkpoint says.
+
+    Older checkpoints say so in config.json, from where transformers reads it but to where it writes
+    it no more.
+    """
+    if task not in GENERATIVE_TASKS:
+        return
+    _copy((GENERATION_CONFIG_NAME, _CHAT_TEMPLATE), source, directory)
+    if not (directory / GENERATION_CONFIG_NAME).exists():
+        with quiet():
+            settings = GenerationConfig.from_pretrained(
+                source, config_file_name=CONFIG_NAME, _from_model_config=True
+            )
+        file = directory / GENERATION_CONFIG_NAME
+        file.write_text(settings.to_json_string(), encoding="utf-8")
 
 
 def _copy(names: Sequence[str], source: str, directory: Path) -> None:

@@ -151,21 +151,37 @@ class EncoderDecoder:
 
 
 def generate(generator: Generator, feeds: Tensors, choose: Choose) -> Iterator[Array]:
-    """Tokens behind prompts padded on the left, int64 [batch] each, without end.
+    """Tokens behind padded prompts, int64 [batch] each, without end.
 
     Args:
         generator: the model.
         feeds: the prompts and an adapter, see `Generator.open`.
         choose: picks the next tokens.
     """
-    opening = generator.open(feeds)
+    return go_on(generator.open(feeds), choose, lambda: np.zeros(1, np.bool_))
+
+
+def go_on(opening: Opening, choose: Choose, stopped: Callable[[], Array]) -> Iterator[Array]:
+    """Tokens, int64 [batch] each, until every row has stopped.
+
+    A row that has is padded from there on, so that its position stays one that the model has.
+
+    Args:
+        opening: what is read first.
+        choose: picks the next tokens.
+        stopped: asked after each token which rows have stopped, bool [batch] or [1] for all alike.
+    """
     decoder = opening.decoder
     state = decoder.start(len(opening.tokens))
     logits, state = decoder.step(state, opening.tokens, opening.mask)
     while True:
         tokens = choose(logits[:, -1])
         yield tokens
-        logits, state = decoder.step(state, tokens[:, None])
+        over = np.broadcast_to(stopped(), tokens.shape)
+        if over.all():
+            return
+        going = np.where(over, 0, 1)[:, None]
+        logits, state = decoder.step(state, tokens[:, None], going)
 
 
 def replaying(generator: Generator) -> Runner:

@@ -100,6 +100,11 @@ def _decoding_steps(
     model: PreTrainedModel, prompt: dict[str, torch.Tensor], cache: Cache | None = None
 ) -> list[dict[str, Any]]:
     """What generate() gives the model's forward: for the prompt, and for two tokens behind it."""
+    if model._is_stateful:
+        raise ToolError(
+            f"{type(model).__name__}: keeps a state that is no cache of keys and values, expected "
+            "attention layers only"
+        )
     decompose = _exporter_module("utils").decompose_for_generation
     given = prompt if cache is None else {**prompt, "cache": cache}
     with _refusals(model), quiet(), _no_logging():

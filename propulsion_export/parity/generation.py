@@ -62,10 +62,11 @@ def judge_generation(
     once, stepwise = recomputing(candidate), replaying(candidate)
     oracle = subject.oracle[0][LOGITS]
     yield _case("recomputing", subject, once, batch, oracle, allowed)
-    if subject.inside is not None:
+    if "decoder_input_ids" not in batch:
         ended = padded_inside(batch, behind=0)
         expected = _moved(oracle, batch["attention_mask"], ended["attention_mask"])
         yield _case("right padding", subject, once, ended, expected, allowed)
+    if subject.inside is not None:
         inside = padded_inside(batch)
         yield _case("right padding", subject, stepwise, inside, subject.inside, allowed)
     yield _greedy(subject, candidate, allowed)
@@ -99,7 +100,7 @@ def _case(
 ) -> Check:
     found = run({**batch, **subject.feeds})[LOGITS].astype(np.float64)
     difference = np.abs(found - expected)
-    if subject.inside is not None:
+    if "decoder_input_ids" not in batch:
         difference = difference[batch["attention_mask"] == 1]
     error = float(difference.max())
     detail = f"{LOGITS}: error {error:.3g}, allowed {allowed:.3g}"

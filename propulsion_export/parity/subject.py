@@ -35,7 +35,8 @@ class Subject:
         feeds: what to feed the candidate besides the inputs.
         continuation: of generative models.
         inside: the oracle's logits of a causal language model for the first batch as
-            `generation.padded_inside` has it.
+            `generation.padded_inside` has it; None where PyTorch has none in float64, as some
+            models with a window shorter than the padding.
     """
 
     name: str

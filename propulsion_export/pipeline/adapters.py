@@ -15,6 +15,7 @@ from propulsion_export.errors import ArtifactError, UsageError
 from propulsion_export.layout import check_range, pack
 from propulsion_export.manifest import ADAPTERS, BASE_FEEDS, BASE_NAME, AdapterEntry, Manifest
 from propulsion_export.output import replace_file
+from propulsion_export.packaging.genai import CONFIG_FILE
 from propulsion_export.pipeline.agreeing import check_signature
 from propulsion_export.pipeline.inputs import (
     check_base,
@@ -144,6 +145,12 @@ def _read_switchable(artifact: Path) -> Artifact:
         raise ArtifactError(
             f"{artifact}: is {read.manifest.mode}, expected a switchable artifact",
             remedy="Export with --mode switchable to change adapters later.",
+        )
+    if CONFIG_FILE in read.manifest.files:
+        raise ArtifactError(
+            f"{artifact}: is a package for onnxruntime-genai, which has its adapters in files of "
+            "its own",
+            remedy="Change the ONNX export it was made from, and package that again.",
         )
     check_signature(read, graph=False)
     return read

@@ -184,13 +184,13 @@ def _load(
 def _write(made: Made, base: "Base", directory: Path, dtype: str) -> None:
     from safetensors.numpy import save_file
 
-    from propulsion_export.base import copy_generation_config, copy_tokenizer, save_config
+    from propulsion_export.base import copy_tokenizer, save_config, save_generation_settings
     from propulsion_export.graph.files import write_graphs
 
     write_graphs(made.programs, directory)
     save_config(base.model, directory, dtype)
     copy_tokenizer(base.source, directory)
-    copy_generation_config(base.source, directory)
+    save_generation_settings(base.source, base.task, directory)
     if made.feeds:
         (directory / ADAPTERS).mkdir()
     for name, feeds in made.feeds.items():

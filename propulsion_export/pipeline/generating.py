@@ -1,6 +1,6 @@
 """The part of `run` that generates text: prompts in, tokens and text out, as they come."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from propulsion_export.artifact import Artifact, Tensors
 from propulsion_export.choosing import Sampling, sampler
-from propulsion_export.decoding import Choose, Generator, Opening, greedy, pad_left
+from propulsion_export.decoding import Choose, Generator, go_on, greedy
 from propulsion_export.errors import UsageError
 from propulsion_export.lengths import longest_input
 from propulsion_export.pipeline.running import RunnerName, choose_runner, open_candidate
@@ -118,19 +118,16 @@ class Writer:
             _Row(TextStream(self.tokenizer, self._read_before(prompt)), self.special.end, room)
             for prompt, room in zip(prompts, self._room(opening.mask.sum(1)), strict=True)
         ]
-        for tokens in _steps(opening, self.settings.choose(numbers), rows):
+        choose = self.settings.choose(numbers)
+        for tokens in go_on(opening, choose, lambda: np.array([bool(r.stopped) for r in rows])):
             for row, number, token in zip(rows, numbers, tokens, strict=True):
                 self._tell(number, row.take(int(token)))
         return [row.outcome() for row in rows]
 
     def _batch(self, prompts: Sequence[Sequence[int]]) -> Tensors:
-        """Prompts padded for who reads them: an encoder counts positions from the left."""
         padding = self.special.pad or 0
         rows = [np.array(prompt, np.int64) for prompt in prompts]
-        if self.longest is None:
-            return pad_left(rows, padding)
-        mirrored = pad_left([row[::-1] for row in rows], padding)
-        return {name: values[:, ::-1].copy() for name, values in mirrored.items()}
+        return self.generator.pad(rows, padding)
 
     def _read_before(self, prompt: Sequence[int]) -> Sequence[int]:
         return prompt if self.longest is None else ()
@@ -200,20 +197,3 @@ class _Row:
             "tokens": self.stream.tokens,
             "stopped": self.stopped,
         }
-
-
-def _steps(opening: Opening, choose: Choose, rows: Sequence[_Row]) -> Iterator[Array]:
-    """Tokens, int64 [batch] each, until every row has stopped.
-
-    A row that has is padded from there on, so that its position stays one that the model has.
-    """
-    decoder = opening.decoder
-    state = decoder.start(len(rows))
-    logits, state = decoder.step(state, opening.tokens, opening.mask)
-    while True:
-        tokens = choose(logits[:, -1])
-        yield tokens
-        going = np.array([[row.stopped is None] for row in rows], np.int64)
-        if not going.any():
-            return
-        logits, state = decoder.step(state, tokens[:, None], going)

@@ -1,13 +1,11 @@
 """`merge`: a checkpoint and an adapter become a checkpoint that plain transformers loads."""
 
 import re
-import shutil
 from pathlib import Path
 from typing import cast
 
 from propulsion_export.artifact import Artifact
 from propulsion_export.errors import UsageError
-from propulsion_export.hub import locate
 from propulsion_export.machine import tool_versions
 from propulsion_export.manifest import MANIFEST_FILE, AdapterEntry, BaseEntry, Manifest, Task
 from propulsion_export.output import check_replaceable, staged_directory
@@ -20,7 +18,6 @@ from propulsion_export.pipeline.inputs import (
     silent,
     source_of,
 )
-from propulsion_export.quiet import quiet
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
@@ -88,9 +85,7 @@ def merge(
         name = str(written).removeprefix("torch.")
         base.save_config(empty, directory, name)
         base.copy_tokenizer(source, directory)
-        base.copy_generation_config(source, directory)
-        if task in base.GENERATIVE_TASKS:
-            _save_generation_settings(source, directory)
+        base.save_generation_settings(source, task, directory)
         manifest = Manifest(
             kind="merged",
             mode="folded",
@@ -107,26 +102,6 @@ def merge(
         Artifact.write(directory, manifest)
     progress(1.0, f"wrote {output}")
     return Artifact.read(output)
-
-
-def _save_generation_settings(source: str, directory: Path) -> None:
-    """Write how the base model generates by default.
-
-    Older checkpoints say so in config.json, from where transformers reads it but to where it
-    writes it no more.
-    """
-    from transformers import GenerationConfig
-    from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
-
-    written = locate(source, GENERATION_CONFIG_NAME)
-    if written is not None:
-        shutil.copyfile(written, directory / GENERATION_CONFIG_NAME)
-        return
-    with quiet():
-        settings = GenerationConfig.from_pretrained(
-            source, config_file_name=CONFIG_NAME, _from_model_config=True
-        )
-    (directory / GENERATION_CONFIG_NAME).write_text(settings.to_json_string(), encoding="utf-8")
 
 
 def parse_size(text: str) -> int:

@@ -22,6 +22,7 @@ from propulsion_export.parity.generation import continue_greedily, padded_inside
 from propulsion_export.parity.subject import Continuation, Subject
 from propulsion_export.pipeline.inputs import Progress, labels_of, with_room, without_scales
 from propulsion_export.pipeline.running import torch_candidate
+from propulsion_export.scales import Array
 
 if TYPE_CHECKING:
     from propulsion_export.base import Base
@@ -84,7 +85,7 @@ def _truth(
         if not callable(model):
             going = _continuation(base, model, batches[0], steps)
         if base.task == "text-generation":
-            inside = _own_runner(base)(padded_inside(batches[0]))[LOGITS]
+            inside = _inside(base, batches[0])
     feeds = _feeds(artifact, state.name)
     return Subject(state.name, oracle, (), without, feeds, going, inside)
 
@@ -100,6 +101,13 @@ def _with_reference(
             tokens, _ = continue_greedily(model, going.prompt, going.tokens.shape[1])
             going = replace(going, reference=tokens)
     return replace(subject, reference=reference, continuation=going)
+
+
+def _inside(base: "Base", batch: Tensors) -> Array | None:
+    padded = padded_inside(batch)
+    logits = _own_runner(base)(padded)[LOGITS]
+    finite = np.isfinite(logits[padded["attention_mask"] == 1]).all()
+    return logits if finite else None
 
 
 def _continuation(base: "Base", generator: Generator, batch: Tensors, steps: int) -> Continuation:

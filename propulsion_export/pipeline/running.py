@@ -79,8 +79,9 @@ def _open(artifact: Artifact, name: str, path: Path) -> Runner:
     if name == "reference":
         return graphs.reference_runner(path)
     if name == "tensorrt":
-        assert artifact.manifest.engine is not None
-        return graphs.tensorrt_runner(path, artifact.manifest.engine.runtime)
+        engine = artifact.manifest.engine
+        assert engine is not None
+        return graphs.tensorrt_runner(path, engine.runtime, engine.profiles)
     provider = "CUDAExecutionProvider" if name.endswith("cuda") else "CPUExecutionProvider"
     return graphs.onnxruntime_runner(path, provider)
 

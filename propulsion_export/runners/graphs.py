@@ -1,6 +1,7 @@
 """Graphs and engines as callables from tensors to tensors."""
 
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,6 +11,8 @@ from propulsion_export.artifact import Runner, Tensors
 from propulsion_export.errors import ToolError, UnavailableError
 from propulsion_export.machine import cuda_devices, cuda_reason
 
+# Of an engine: by input, its smallest, typical and largest shape; as in the manifest.
+Profiles = Sequence[Mapping[str, Mapping[str, Sequence[int]]]]
 _NO_BFLOAT16 = "ONNX Runtime has no bfloat16 kernels for this provider"
 
 
@@ -73,11 +76,14 @@ def reference_runner(path: Path) -> Runner:
     return run
 
 
-def tensorrt_runner(path: Path, runtime: Literal["tensorrt", "tensorrt-rtx"]) -> Runner:
-    """Run an engine through polygraphy.
+def tensorrt_runner(
+    path: Path, runtime: Literal["tensorrt", "tensorrt-rtx"], profiles: Profiles = ()
+) -> Runner:
+    """Run an engine through polygraphy, each time by the first of its profiles that fits.
 
     Raises:
         UnavailableError: there is no GPU, or a package is missing.
+        ToolError: on running, no profile fits.
     """
     if not cuda_devices():
         raise UnavailableError(f"{path}: an engine runs on a GPU only, and {cuda_reason()}")
@@ -97,9 +103,32 @@ def tensorrt_runner(path: Path, runtime: Literal["tensorrt", "tensorrt-rtx"]) ->
 
     def run(inputs: Tensors) -> Tensors:
         feeds = {name: np.ascontiguousarray(v) for name, v in inputs.items() if name in known}
+        if len(profiles) > 1:
+            engine.set_profile(fitting_profile(profiles, feeds))
         return {name: np.array(values) for name, values in engine.infer(feeds).items()}
 
     return run
+
+
+def fitting_profile(profiles: Profiles, feeds: Tensors) -> int:
+    """The number of the first optimization profile that all shapes lie in.
+
+    Raises:
+        ToolError: there is none.
+    """
+    for number, profile in enumerate(profiles):
+        if all(_lies_in(feeds[name].shape, shapes) for name, shapes in profile.items()):
+            return number
+    shown = ", ".join(f"{name} {list(values.shape)}" for name, values in feeds.items())
+    raise ToolError(
+        f"no profile of the engine has room for {shown}",
+        remedy="Build it for these shapes: --max-shapes.",
+    )
+
+
+def _lies_in(shape: tuple[int, ...], shapes: Mapping[str, Sequence[int]]) -> bool:
+    ranges = zip(shapes["min"], shape, shapes["max"], strict=True)
+    return all(low <= size <= high for low, size, high in ranges)
 
 
 def _gather_elements() -> type:

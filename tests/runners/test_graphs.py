@@ -8,7 +8,12 @@ import pytest
 from propulsion_export.errors import ToolError, UnavailableError
 from propulsion_export.graph.finishing import SetDefaults
 from propulsion_export.runners import graphs
-from propulsion_export.runners.graphs import onnxruntime_runner, reference_runner, tensorrt_runner
+from propulsion_export.runners.graphs import (
+    fitting_profile,
+    onnxruntime_runner,
+    reference_runner,
+    tensorrt_runner,
+)
 
 # The second input gets a default.
 SCALED = """
@@ -84,6 +89,35 @@ def test_engine_without_a_gpu_is_unavailable_with_the_reason(runtime, tmp_path, 
 
     with pytest.raises(UnavailableError, match="runs on a GPU only, and there is no CUDA driver"):
         tensorrt_runner(tmp_path / "model.engine", runtime)
+
+
+PREFILL = {
+    "tokens": {"min": [1, 1], "opt": [8, 128], "max": [32, 256]},
+    "past": {"min": [1, 0], "opt": [8, 0], "max": [32, 0]},
+}
+DECODING = {
+    "tokens": {"min": [1, 1], "opt": [8, 1], "max": [32, 1]},
+    "past": {"min": [1, 1], "opt": [8, 64], "max": [32, 255]},
+}
+PROFILES = (PREFILL, DECODING)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "past", "number"),
+    [((2, 9), (2, 0), 0), ((2, 1), (2, 0), 0), ((2, 1), (2, 9), 1), ((32, 1), (32, 255), 1)],
+)
+def test_first_profile_that_fits_is_taken(tokens, past, number):
+    feeds = {"tokens": np.zeros(tokens), "past": np.zeros(past)}
+
+    assert fitting_profile(PROFILES, feeds) == number
+
+
+@pytest.mark.parametrize(("tokens", "past"), [((2, 9), (2, 9)), ((33, 1), (33, 0))])
+def test_shapes_that_no_profile_has_are_refused_with_their_names(tokens, past):
+    feeds = {"tokens": np.zeros(tokens), "past": np.zeros(past)}
+
+    with pytest.raises(ToolError, match=r"no profile of the engine has room for tokens \["):
+        fitting_profile(PROFILES, feeds)
 
 
 GATHER = """
