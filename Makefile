@@ -4,7 +4,7 @@ VENV ?= .venv
 INTEROP ?= .venv-interop
 BIN := $(VENV)/bin
 # A worker a core, a thread a worker: torch's threads would only get into each other's way.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 --dist worksteal
 # A shell exit inside a recipe line stops make; every target is safe to run again.
 .PHONY: demo test check slow gpu interop clean
 

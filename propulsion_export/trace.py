@@ -62,6 +62,7 @@ def trace_decoder(
         ToolError: the exporter refused the model, or fixed the length of a dimension.
         UnavailableError: the installed transformers has another exporter interface.
     """
+    model = copy.copy(model)  # what the exporter does to its forward stays behind
     # Without a configuration the cache of no layer forgets what slid out of its window.
     _, arguments = _decoding_steps(model, _tensors(prompt), DynamicCache())
     return _export(model, arguments, _varying(arguments), opset)
@@ -85,7 +86,7 @@ def trace_encoder_decoder(
         UnavailableError: the installed transformers has another exporter interface.
     """
     tensors = _tensors(prompt)
-    encoder = copy.copy(model)
+    model, encoder = copy.copy(model), copy.copy(model)
     # Through the whole model, so that weights keep their names.
     encoder.forward = lambda **inputs: model.get_encoder()(**inputs)
     graphs = [_export(encoder, tensors, _varying(tensors), opset)]

@@ -53,10 +53,16 @@ def test_adapters_of_two_tasks_are_refused_with_both():
         base.resolve_task("auto", config_of(), adapters)
 
 
-@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "T5ForConditionalGeneration"])
-def test_generative_model_is_refused(architecture):
-    with pytest.raises(UsageError, match="is not supported"):
-        base.resolve_task("auto", config_of(architecture))
+@pytest.mark.parametrize(
+    ("architecture", "task"),
+    [
+        ("LlamaForCausalLM", "text-generation"),
+        ("GPT2LMHeadModel", "text-generation"),
+        ("T5ForConditionalGeneration", "text2text-generation"),
+    ],
+)
+def test_generative_architecture_has_its_task(architecture, task):
+    assert base.resolve_task("auto", config_of(architecture)) == task
 
 
 def test_unknown_task_is_refused():

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -58,7 +59,8 @@ def make_llama(tmp_path, tiny_model, random_adapter):
         size = sum(file.stat().st_size for file in base.glob("*.safetensors"))
         return SimpleNamespace(base=base, adapter=adapter, size=size)
 
-    return make
+    yield make
+    shutil.rmtree(tmp_path)  # gigabytes, which pytest would keep for three runs
 
 
 @pytest.mark.skipif(
@@ -105,7 +107,8 @@ def test_a_decoder_above_two_gigabytes_is_exported_loaded_and_passes(make_llama,
     # In a process of its own: onnxscript's rules keep the last graph and its weights alive.
     call = "import sys; from propulsion_export.cli import main; main(sys.argv[1:])"
     subprocess.run(
-        [sys.executable, "-c", call, "onnx", "-a", large.adapter, "-o", output], check=True
+        [sys.executable, "-c", call, "onnx", "-a", large.adapter, "-o", output, "--no-parity"],
+        check=True,
     )
 
     artifact = Artifact.read(output)
