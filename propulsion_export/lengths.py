@@ -43,15 +43,18 @@ def longest_input(config: Any, tokenizer: Any | None = None) -> int:
         config: of the model.
         tokenizer: of the model; None when texts play no part.
     """
-    positions = _positions(config)
+    positions = known_positions(config) or _UNKNOWN
     # A tokenizer that was told no limit has 1e30.
     limit = int(getattr(tokenizer, "model_max_length", None) or positions)
     return min(positions, limit)
 
 
-def _positions(config: Any) -> int:
+def known_positions(config: Any) -> int | None:
+    """For how many tokens the model has positions, as its configuration says; None: it does not."""
     told = (getattr(config, name, None) for name in _LIMITS)
-    rows = next((value for value in told if isinstance(value, int) and value > 0), _UNKNOWN)
+    rows = next((value for value in told if isinstance(value, int) and value > 0), None)
+    if rows is None:
+        return None
     kind = getattr(config, "model_type", "")
     if kind not in BEHIND_PADDING:
         return rows

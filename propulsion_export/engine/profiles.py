@@ -6,9 +6,11 @@ shapes given for one input are enough for the others. A range is a triple min, o
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 from propulsion_export.errors import UsageError
+from propulsion_export.lengths import known_positions
 from propulsion_export.manifest import TensorSpec
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -21,8 +23,6 @@ _BATCH: Range = (1, 8, 32)
 _LENGTH = 512  # the longest default sequence
 _CACHED_LENGTH = 2048  # the same of a decoder with a cache
 _TYPICAL = 128
-# How config.json names the longest sequence, most common first.
-_LIMITS = ("max_position_embeddings", "n_positions")
 
 
 def parse_shapes(text: str) -> dict[str, tuple[int, ...]]:
@@ -49,11 +49,9 @@ def parse_shapes(text: str) -> dict[str, tuple[int, ...]]:
 
 def longest_sequence(settings: Mapping[str, Any]) -> int | None:
     """The longest sequence the model of this config.json has positions for; None: unknown."""
-    for part in (settings, settings.get("text_config") or {}):
-        for name in _LIMITS:
-            if isinstance(part.get(name), int):
-                return int(part[name])
-    return None
+    parts = (settings, settings.get("text_config") or {})
+    known = (known_positions(SimpleNamespace(**part)) for part in parts)
+    return next((count for count in known if count is not None), None)
 
 
 def choose_profiles(

@@ -302,6 +302,11 @@ def test_a_fixed_input_may_be_given_its_own_shape():
         pytest.param({"max_position_embeddings": 512}, 512, id="bert"),
         pytest.param({"n_positions": 1024}, 1024, id="gpt2"),
         pytest.param({"text_config": {"max_position_embeddings": 77}}, 77, id="nested"),
+        pytest.param(
+            {"model_type": "roberta", "max_position_embeddings": 514, "pad_token_id": 1},
+            512,
+            id="behind-padding",
+        ),
         pytest.param({"hidden_size": 3}, None, id="unknown"),
     ],
 )

@@ -89,6 +89,7 @@ def test_an_export_takes_at_most_three_times_the_weights(mode, make_llama, tmp_p
     exporting, with_three_copies_more = (
         int(n) / large.size for n in re.findall(r"\d+", done.stdout)
     )
+    print(f"{mode}: an export takes {exporting:.2f} times the weights")  # shown by pytest -s
     assert large.size > 270 * 2**20
     assert (tmp_path / "onnx" / "large" / "model.onnx.data").stat().st_size > 0.99 * large.size
     assert exporting < 3, f"{exporting:.2f} times the weights"
