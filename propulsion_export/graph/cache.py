@@ -31,8 +31,8 @@ class NameCache(ir.passes.InPlacePass):
     """Call cache inputs `past_key_values.N.key` and outputs `present.N.key`, `value` likewise.
 
     In an encoder-decoder's decoder they are `past_key_values.N.decoder.key` and, of the encoder's
-    output, `past_key_values.N.encoder.key`; what goes in there does not come out again. The inputs
-    that are no cache go before those that are.
+    output, `past_key_values.N.encoder.key`; what goes in there does not come out again. What is no
+    cache goes first; then, as optimum counts on, layer by layer the decoder's before the encoder's.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -44,9 +44,10 @@ class NameCache(ir.passes.InPlacePass):
         for value in graph.outputs:
             _rename(value, PRESENT)
         _drop_returned_inputs(model)
-        inputs = sorted(graph.inputs, key=_rank)
-        graph.inputs.clear()
-        graph.inputs.extend(inputs)
+        for values in (graph.inputs, graph.outputs):
+            ordered = sorted(values, key=_rank)
+            values.clear()
+            values.extend(ordered)
         return ir.passes.PassResult(model, modified=True)
 
     def ensures(self, model: ir.Model) -> None:
@@ -89,6 +90,10 @@ def _names(values: Sequence[ir.Value]) -> list[str]:
     return [str(value.name) for value in values]
 
 
-def _rank(value: ir.Value) -> int:
-    """Sorting is stable: caches keep the exporter's order, by layer and key before value."""
-    return _FIRST.index(str(value.name)) if value.name in _FIRST else len(_FIRST)
+def _rank(value: ir.Value) -> tuple[int, int, bool]:
+    """Sorting is stable: a key stays before its value, and what is unknown where it was."""
+    name = str(value.name)
+    prefix, _, rest = name.partition(".")
+    if prefix in (PAST, PRESENT):
+        return len(_FIRST), int(rest.partition(".")[0]), ".encoder." in name
+    return (_FIRST.index(name) if name in _FIRST else len(_FIRST)), -1, False

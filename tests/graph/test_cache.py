@@ -112,8 +112,8 @@ def test_first_step_of_a_decoder_reads_the_encoder_and_returns_both_caches():
     ]  # fmt: skip
     assert names(model.graph.outputs) == [
         "logits",
-        "present.0.decoder.key", "present.0.encoder.key",
-        "present.0.decoder.value", "present.0.encoder.value",
+        "present.0.decoder.key", "present.0.decoder.value",
+        "present.0.encoder.key", "present.0.encoder.value",
     ]  # fmt: skip
 
 
@@ -157,7 +157,7 @@ def test_other_names_that_hold_a_traced_one_stay():
 
     NameCache()(model)
 
-    assert names(model.graph.outputs)[-1] == kept
+    assert kept in names(model.graph.outputs)
 
 
 def without_output(model, name):

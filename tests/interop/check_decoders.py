@@ -1,4 +1,4 @@
-"""Generate with our decoder exports as a client without this package does: optimum-onnx.
+"""Generate with our exports as a client without this package does: optimum-onnx.
 
     python tests/interop/check_decoders.py DIRECTORY
 
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from optimum.onnxruntime import ORTModelForCausalLM
+from optimum.onnxruntime import ORTModelForCausalLM, ORTModelForSeq2SeqLM
 
 PADDING = 0
 
@@ -23,10 +23,12 @@ def main() -> None:
     findings = []
     print(f"{'model':<8}{'artifact':<12}{'state':<8}{'rows':<6}equal tokens")
     for kind, expected in told["kinds"].items():
+        encodes = kind in told["encoder_decoders"]
+        family = ORTModelForSeq2SeqLM if encodes else ORTModelForCausalLM
         if expected["base"] == expected[told["adapter"]]:
             findings.append(f"{kind}: the adapter has too little effect for this to show anything")
         for artifact, state in (("folded", told["adapter"]), ("switchable", "base")):
-            model = ORTModelForCausalLM.from_pretrained(directory / kind / artifact)
+            model = family.from_pretrained(directory / kind / artifact)
             if not model.can_use_cache:
                 findings.append(f"{kind} {artifact}: is loaded without its cache")
             for rows, found in generations(model, expected["prompts"], told["new"]):
@@ -39,18 +41,24 @@ def main() -> None:
 
 
 def generations(
-    model: ORTModelForCausalLM, prompts: list[list[int]], new: int
+    model: ORTModelForCausalLM | ORTModelForSeq2SeqLM, prompts: list[list[int]], new: int
 ) -> Iterator[tuple[str, list[list[int]]]]:
-    """The tokens behind each prompt alone, and in one batch padded on the left."""
+    """The tokens behind each prompt alone, and in one batch: padded on the left to go on behind."""
     yield "alone", [generate(model, [prompt], new)[0] for prompt in prompts]
     yield "batch", generate(model, prompts, new)
 
 
-def generate(model: ORTModelForCausalLM, prompts: list[list[int]], new: int) -> list[list[int]]:
+def generate(
+    model: ORTModelForCausalLM | ORTModelForSeq2SeqLM, prompts: list[list[int]], new: int
+) -> list[list[int]]:
     longest = max(map(len, prompts))
-    padding = [longest - len(prompt) for prompt in prompts]
-    tokens = [[PADDING] * by + prompt for by, prompt in zip(padding, prompts, strict=True)]
-    mask = [[0] * by + [1] * (longest - by) for by in padding]
+    encodes = isinstance(model, ORTModelForSeq2SeqLM)
+    tokens, mask = [], []
+    for prompt in prompts:
+        padding = longest - len(prompt)
+        parts = [[PADDING] * padding, prompt], [[0] * padding, [1] * len(prompt)]
+        for rows, (pad, real) in zip((tokens, mask), parts, strict=True):
+            rows.append(real + pad if encodes else pad + real)
     found = model.generate(
         torch.tensor(tokens),
         attention_mask=torch.tensor(mask),
@@ -59,7 +67,7 @@ def generate(model: ORTModelForCausalLM, prompts: list[list[int]], new: int) -> 
         max_new_tokens=new,
         min_new_tokens=new,
     )
-    return found[:, longest:].tolist()
+    return found[:, 1 if encodes else longest :].tolist()
 
 
 def count_equal(found: list[list[int]], expected: list[list[int]]) -> int:

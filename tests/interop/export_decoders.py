@@ -1,4 +1,4 @@
-"""Write what `check_decoders.py` loads: tiny decoders, exported, and the tokens PyTorch generates.
+"""Write what `check_decoders.py` loads: tiny exports, and the tokens that PyTorch generates.
 
     python tests/interop/export_decoders.py DIRECTORY
 
@@ -20,7 +20,8 @@ from propulsion_export.attach import attached
 from propulsion_export.model_fingerprint import fingerprint_of_model
 
 # Rotary positions, a table of positions, and none at all.
-KINDS = ("llama", "gpt2", "bloom")
+DECODERS = ("llama", "gpt2", "bloom")
+ENCODER_DECODERS = ("t5", "bart")
 LENGTHS = (9, 4, 6)
 NEW = 48
 NAME = "tuned"
@@ -36,16 +37,18 @@ def tokens_behind(model: torch.nn.Module, prompt: list[int]) -> list[int]:
         max_new_tokens=NEW,
         min_new_tokens=NEW,
     )
-    return found[0, len(prompt) :].tolist()
+    read = 1 if model.config.is_encoder_decoder else len(prompt)
+    return found[0, read:].tolist()
 
 
 def write(kind: str, output: Path) -> dict[str, list[list[int]]]:
     """Export one model both ways; returns prompts, and tokens by state."""
     model = make_model(kind)
+    task = "text2text-generation" if kind in ENCODER_DECODERS else "text-generation"
     model.save_pretrained(output / "base")
     save_tokenizer(output / "base", generative=True)
     adapter = replace(
-        make_random_adapter(model, name=NAME, task="text-generation"),
+        make_random_adapter(model, name=NAME, task=task),
         base=str(output / "base"),
         fingerprint=fingerprint_of_model(model),
     )
@@ -64,10 +67,12 @@ def write(kind: str, output: Path) -> dict[str, list[list[int]]]:
 def main() -> None:
     output = Path(sys.argv[1])
     expected = {}
-    for kind in KINDS:
+    for kind in (*DECODERS, *ENCODER_DECODERS):
         (output / kind).mkdir(parents=True, exist_ok=True)
         expected[kind] = write(kind, output / kind)
-    content = {"adapter": NAME, "new": NEW, "kinds": expected}
+    content = {
+        "adapter": NAME, "new": NEW, "kinds": expected, "encoder_decoders": ENCODER_DECODERS
+    }  # fmt: skip
     (output / "tokens.json").write_text(json.dumps(content))
     print(f"wrote {output}")
 
