@@ -10,7 +10,7 @@
 | `random_adapter` | `random_adapter(model, seed=1, name="tuned", ...)`: never the identity |
 
 KINDS are bert, roberta, distilbert, electra, deberta-v2, albert and mpnet; TASKS those of
-`propulsion_export.base`. DECODERS and ENCODER_DECODERS are the kinds of generative models; their
+`propulsion_export.base`. `kinds.py` has the generative models, for parametrising; their
 task is chosen by itself. All have 32 channels, 2 layers, 4 heads and 100 tokens; encoders have 40
 positions, generative models 160. Biases and norms are random too: transformers starts them at zero
 and one, where a mistake with them does not show.
@@ -53,20 +53,6 @@ _EXTRA = {
         "position_buckets": 8,
     },
 }
-DECODERS = (
-    "gpt2",
-    "gptj",
-    "bloom",
-    "opt",
-    "llama",
-    "mistral",
-    "qwen3",
-    "gemma3",
-    "phi3",
-    "mixtral",
-    "qwen3-moe",
-)
-ENCODER_DECODERS = ("t5", "bart")
 _TOKENS = {"vocab_size": 100, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
 _GPT = _TOKENS | {
     "n_embd": 32,

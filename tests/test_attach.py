@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
+from kinds import DECODERS
 from propulsion_export.adapter import Adapter
 from propulsion_export.attach import attached, initializer_name
 from propulsion_export.errors import AdapterError
@@ -297,19 +298,6 @@ def test_scale_on_an_embedding_that_is_never_called_is_refused(tiny_model):
 
 # Generative models
 
-DECODERS = (
-    "gpt2",
-    "gptj",
-    "bloom",
-    "opt",
-    "llama",
-    "mistral",
-    "qwen3",
-    "gemma3",
-    "phi3",
-    "mixtral",
-    "qwen3-moe",
-)
 MIXTURES = pytest.mark.parametrize("kind", ["mixtral", "qwen3-moe"])
 EXPERTS = "model.layers.0.mlp.experts"
 

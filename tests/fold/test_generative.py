@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+from kinds import DECODERS, ENCODER_DECODERS
 from propulsion_export import base
 from propulsion_export.adapter import Adapter
 from propulsion_export.attach import attached
@@ -24,20 +25,6 @@ from propulsion_export.model_fingerprint import fingerprint_of_model
 from propulsion_export.rounding import rounded_to_odd
 from propulsion_export.scales import Scale
 
-DECODERS = (
-    "gpt2",
-    "gptj",
-    "bloom",
-    "opt",
-    "llama",
-    "mistral",
-    "qwen3",
-    "gemma3",
-    "phi3",
-    "mixtral",
-    "qwen3-moe",
-)
-ENCODER_DECODERS = ("t5", "bart")
 MIXTURES = ("mixtral", "qwen3-moe")
 TIED = {
     "gpt2": "transformer.wte",

@@ -17,6 +17,7 @@ import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 
+from kinds import ENCODER_DECODERS, GENERATIVE
 from propulsion_export.artifact import Artifact
 from propulsion_export.decoding import generate, greedy
 from propulsion_export.manifest import read_manifest
@@ -26,12 +27,6 @@ from propulsion_export.pipeline.merging import merge
 from propulsion_export.pipeline.running import choose_runner, open_candidate
 from propulsion_export.pipeline.verifying import check_parity
 
-DECODERS = [
-    "gpt2", "gptj", "bloom", "opt", "llama", "mistral", "qwen3", "gemma3", "phi3", "mixtral",
-    "qwen3-moe",
-]  # fmt: skip
-ENCODER_DECODERS = ["t5", "bart"]
-KINDS = [*DECODERS, *ENCODER_DECODERS]
 STEPS = 64
 PROMPTS = [[11, 42, 7, 65, 23], [50, 9, 31], [8, 90, 77, 16, 29, 33, 60, 71]]
 
@@ -85,7 +80,7 @@ def assert_passed(report):
     assert report.passed, "\n".join(c.detail for c in report.checks if not c.passed)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", GENERATIVE)
 def test_merged_checkpoint_passes_in_plain_transformers(kind, make_world, tmp_path):
     world = make_world(kind)
 
@@ -98,7 +93,7 @@ def test_merged_checkpoint_passes_in_plain_transformers(kind, make_world, tmp_pa
     )
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", GENERATIVE)
 def test_folded_graph_passes_and_generates_what_the_merged_checkpoint_does(
     kind, make_world, tmp_path
 ):
@@ -114,7 +109,7 @@ def test_folded_graph_passes_and_generates_what_the_merged_checkpoint_does(
     np.testing.assert_array_equal(np.concatenate(alone), expected)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", GENERATIVE)
 def test_switchable_graph_passes_and_generates_with_every_adapter_and_none(
     kind, make_world, tmp_path
 ):

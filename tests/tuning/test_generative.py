@@ -8,6 +8,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
+from kinds import ENCODER_DECODERS, GENERATIVE
 from propulsion_export.adapter import Adapter
 from propulsion_export.attach import attached
 from propulsion_export.errors import UsageError
@@ -21,23 +22,8 @@ from propulsion_export.tuning.placement import resolve_targets
 from . import FROM_PEFT
 
 pytestmark = pytest.mark.filterwarnings(FROM_PEFT)
-ENCODER_DECODERS = ("t5", "bart")
 MIXTURES = pytest.mark.parametrize("kind", ["mixtral", "qwen3-moe"])
-KINDS = (
-    "gpt2",
-    "gptj",
-    "bloom",
-    "opt",
-    "llama",
-    "mistral",
-    "qwen3",
-    "gemma3",
-    "phi3",
-    "mixtral",
-    "qwen3-moe",
-    *ENCODER_DECODERS,
-)
-architectures = pytest.mark.parametrize("kind", KINDS)
+architectures = pytest.mark.parametrize("kind", GENERATIVE)
 IDS = torch.tensor([[7, 12, 44, 99, 3, 61], [20, 21, 22, 8, 9, 4]])
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 # Scaled outputs per layer: the qkv projections, or one where they are fused.
