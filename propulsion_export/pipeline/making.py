@@ -78,7 +78,6 @@ def make_switchable(base: "Base", adapters: Sequence[Adapter], dtype: Any, *, op
 def _trace(base: "Base", opset: int) -> dict[str, "ir.Model"]:
     """The graphs of a task, by file name, with the inputs and dimensions they are known by."""
     from propulsion_export import sampling, trace
-    from propulsion_export.graph.cache import NameCache
     from propulsion_export.graph.dimensions import NameDimensions
 
     config = base.model.config
@@ -86,18 +85,32 @@ def _trace(base: "Base", opset: int) -> dict[str, "ir.Model"]:
     if base.task == "text-generation":
         prompt = sampling.trace_prompt(config)
         programs = {GRAPH_FILE: trace.trace_decoder(base.model, prompt, opset=opset)}
-        NameCache()(programs[GRAPH_FILE])
+        _name_cache(base, programs[GRAPH_FILE])
     elif base.task == "text2text-generation":
         inputs = sampling.trace_inputs(names, config)
         programs = trace.trace_encoder_decoder(base.model, inputs, opset=opset)
         for name in ENCODER_DECODER_FILES[1:]:
-            NameCache()(programs[name])
+            _name_cache(base, programs[name])
     else:
         inputs = sampling.trace_inputs(names, config)
         programs = {GRAPH_FILE: trace.trace(base.model, inputs, opset=opset)}
     for program in programs.values():
         NameDimensions()(program)
     return programs
+
+
+def _name_cache(base: "Base", program: "ir.Model") -> None:
+    import onnx_ir as ir
+
+    from propulsion_export.graph.cache import NameCache
+
+    try:
+        NameCache()(program)
+    except ir.passes.PostconditionError as error:
+        raise ToolError(
+            f"{type(base.model).__name__}: is no decoder that fills a cache ({error})",
+            remedy=f"Is {base.task} the right task for {base.source}?",
+        ) from error
 
 
 def _pack(programs: dict[str, "ir.Model"], layout: Layout) -> None:

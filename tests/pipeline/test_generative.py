@@ -20,12 +20,15 @@ from safetensors.numpy import load_file, save_file
 from kinds import ENCODER_DECODERS, GENERATIVE
 from propulsion_export.artifact import Artifact
 from propulsion_export.decoding import generate, greedy
+from propulsion_export.errors import ToolError
 from propulsion_export.manifest import read_manifest
 from propulsion_export.model_fingerprint import fingerprint_of_model
 from propulsion_export.pipeline.exporting import export_onnx
 from propulsion_export.pipeline.merging import merge
 from propulsion_export.pipeline.running import choose_runner, open_candidate
 from propulsion_export.pipeline.verifying import check_parity
+from propulsion_export.sampling import trace_prompt
+from propulsion_export.trace import trace_decoder
 
 STEPS = 64
 PROMPTS = [[11, 42, 7, 65, 23], [50, 9, 31], [8, 90, 77, 16, 29, 33, 60, 71]]
@@ -209,3 +212,29 @@ def test_decoder_of_16_bits_passes(dtype, make_world, tmp_path):
 
     assert_passed(report)
     assert report.runner == ("reference" if dtype == "bfloat16" else "onnxruntime")
+
+
+def test_encoder_that_is_no_decoder_is_refused_by_name(
+    tiny_model, tiny_checkpoint, random_adapter, tmp_path
+):
+    base = tiny_checkpoint("bert", "fill-mask")
+    model = tiny_model("bert", "fill-mask")
+    made = random_adapter(model, task="text-generation")
+    (tmp_path / "adapter").mkdir()
+    made = replace(made, base=str(base), fingerprint=fingerprint_of_model(model))
+    made.write(tmp_path / "adapter")
+
+    with pytest.raises(ToolError, match=r"BertLMHeadModel: is no decoder .* Is text-generation"):
+        export_onnx([tmp_path / "adapter"], tmp_path / "onnx")
+
+    assert not (tmp_path / "onnx").exists()
+
+
+def test_model_whose_state_is_no_cache_is_refused_by_name():
+    settings = transformers.MambaConfig(
+        vocab_size=100, hidden_size=32, num_hidden_layers=1, state_size=8
+    )
+    model = transformers.MambaForCausalLM(settings).eval()
+
+    with pytest.raises(ToolError, match="MambaForCausalLM: keeps a state that is no cache of keys"):
+        trace_decoder(model, trace_prompt(settings))
