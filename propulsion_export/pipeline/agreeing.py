@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from propulsion_export.artifact import Artifact
+from propulsion_export.decoding import PAST
 from propulsion_export.errors import ArtifactError
 from propulsion_export.manifest import (
     GRAPH_FILE,
@@ -18,6 +19,15 @@ from propulsion_export.manifest import (
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+# Of tasks whose outputs have one form in every architecture: name and number of dimensions.
+_OUTPUTS: dict[str, tuple[str, int]] = {
+    "text-classification": ("logits", 2),
+    "token-classification": ("logits", 3),
+    "fill-mask": ("logits", 3),
+    "question-answering": ("start_logits", 2),
+    "text-generation": ("logits", 3),
+}
+
 
 def check_signature(artifact: Artifact, *, graph: bool = True) -> None:
     """Refuse a manifest that differs from its graph; only of ONNX artifacts the graph is read.
@@ -29,7 +39,7 @@ def check_signature(artifact: Artifact, *, graph: bool = True) -> None:
         ArtifactError: naming every difference.
     """
     manifest = artifact.manifest
-    findings = list(_misfit_layout(manifest))
+    findings = [*_misfit_layout(manifest), *_misfit_task(manifest)]
     if graph and manifest.kind == "onnx":
         single = {GRAPH_FILE: GraphEntry(manifest.inputs, manifest.outputs)}
         for name, entry in (manifest.graphs or single).items():
@@ -80,6 +90,18 @@ def _other_dtype(dtype: Dtype, graph: "ir.Model") -> Iterator[str]:
     floating = present & set(get_args(Dtype))
     if floating and dtype not in floating:
         yield f"the graph is in {', '.join(sorted(floating))}, the manifest says {dtype}"
+
+
+def _misfit_task(manifest: Manifest) -> Iterator[str]:
+    """What is run, and how it is read, goes by the task."""
+    if not manifest.outputs:
+        return  # a merged checkpoint, or several graphs, whose names are their task's
+    cached = any(spec.name.startswith(f"{PAST}.") for spec in manifest.inputs)
+    if cached != (manifest.task == "text-generation"):
+        yield f"task is {manifest.task!r} of a graph {'with' if cached else 'without'} a cache"
+    output, rank = _OUTPUTS.get(manifest.task, ("", 0))
+    if output and (output, rank) not in {(s.name, len(s.shape)) for s in manifest.outputs}:
+        yield f"task is {manifest.task!r}, which has an output {output!r} of {rank} dimensions"
 
 
 def _misfit_layout(manifest: Manifest) -> Iterator[str]:

@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 from kinds import ENCODER_DECODERS, GENERATIVE
 from propulsion_export.artifact import Artifact
 from propulsion_export.decoding import generate, greedy
-from propulsion_export.errors import ToolError
+from propulsion_export.errors import ArtifactError, ToolError
 from propulsion_export.manifest import read_manifest
 from propulsion_export.model_fingerprint import fingerprint_of_model
 from propulsion_export.pipeline.exporting import export_onnx
@@ -238,3 +238,12 @@ def test_model_whose_state_is_no_cache_is_refused_by_name():
 
     with pytest.raises(ToolError, match="MambaForCausalLM: keeps a state that is no cache of keys"):
         trace_decoder(model, trace_prompt(settings))
+
+
+@pytest.mark.parametrize("task", ["fill-mask", "text-classification", "feature-extraction"])
+def test_decoder_whose_manifest_tells_of_another_task_is_refused(task, make_world, tmp_path):
+    artifact = export_onnx([make_world("gpt2").one], tmp_path / "graph")
+    Artifact.write(tmp_path / "graph", replace(artifact.manifest, task=task))
+
+    with pytest.raises(ArtifactError, match=f"task is '{task}' of a graph with a cache"):
+        check_parity(tmp_path / "graph")
