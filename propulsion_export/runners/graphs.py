@@ -135,7 +135,7 @@ def _gather_elements() -> type:
     """GatherElements as ONNX defines it, for the reference evaluator.
 
     Its own (onnx 1.23) fails with "cannot reshape array" when it picks from more than 64 elements,
-    as for RoBERTa's token types. Remove when `test_runners` says that it no longer does.
+    as for RoBERTa's token types. Remove when `tests/runners` says that it no longer does.
     """
     from onnx.reference.op_run import OpRun
 
