@@ -38,7 +38,8 @@ def trace(model: PreTrainedModel, inputs: Tensors, *, opset: int = DEFAULT_OPSET
         ToolError: the exporter refused the model.
         UnavailableError: the installed transformers has another exporter interface.
     """
-    return _export(model, _tensors(inputs), None, opset)
+    # A decoder under another head would return its cache besides.
+    return _export(model, {**_tensors(inputs), "use_cache": False}, None, opset)
 
 
 def trace_decoder(

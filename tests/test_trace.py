@@ -7,6 +7,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from propulsion_export.adapter import Adapter
@@ -516,3 +517,12 @@ def test_encoder_decoder_that_would_end_at_once_is_traced_all_the_same(tiny_mode
 
     assert list(trace_encoder_decoder(model, inputs)) == list(ENCODER_DECODER_FILES)
     assert "forward" not in vars(model)
+
+
+def test_decoder_under_a_classifiers_head_returns_no_cache(tiny_model):
+    config = tiny_model("gpt2").config
+    model = transformers.GPT2ForSequenceClassification(config).eval()
+
+    program = trace(model, trace_inputs(("input_ids", "attention_mask"), config))
+
+    assert [value.name for value in program.graph.outputs] == ["logits"]

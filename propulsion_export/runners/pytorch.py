@@ -11,6 +11,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from propulsion_export.artifact import Runner, Tensors
 from propulsion_export.decoding import LOGITS, PAST, PRESENT
+from propulsion_export.errors import BaseModelError
 
 _KINDS = ("key", "value")
 
@@ -35,7 +36,13 @@ def torch_decoder_runner(model: Any) -> Runner:
     """Run a step of a causal language model as its graph does, see `decoding`.
 
     A cache that is not fed is an empty one.
+
+    Raises:
+        BaseModelError: the model keeps another state than keys and values; on running, none.
     """
+    name = type(model).__name__
+    if model._is_stateful:
+        raise BaseModelError(f"{name}: keeps a state that is no cache of keys and values")
     taken = ["input_ids", "attention_mask"]
     if "position_ids" in inspect.signature(model.forward).parameters:
         taken.append("position_ids")
@@ -46,6 +53,8 @@ def torch_decoder_runner(model: Any) -> Runner:
             cache = _cache(tensors, "", model.dtype)
             given = {name: tensors[name] for name in taken}
             outputs = model(**given, cache=cache, use_cache=True)
+        if outputs.get("cache") is None:
+            raise BaseModelError(f"{name}: returns no cache, expected a model that generates text")
         return {LOGITS: _to_numpy(outputs.logits), **dict(_present(cache, ""))}
 
     return run

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -17,6 +18,7 @@ from propulsion_export.decoding import (
     replaying,
     row_by_row,
 )
+from propulsion_export.errors import BaseModelError
 from propulsion_export.runners.pytorch import (
     torch_cross_decoder_runner,
     torch_decoder_runner,
@@ -310,3 +312,24 @@ def test_cache_of_the_encoders_output_is_what_is_read(kind, tiny_model):
     wrong, _ = opening.decoder.step(type(state)(state.mask, turned), TOKENS[:, :1])
 
     assert np.abs(right - wrong).max() > 1e-3
+
+
+def test_encoder_that_returns_no_cache_is_refused_by_name(tiny_model):
+    masked = tiny_model("bert", "fill-mask")
+    model = transformers.BertLMHeadModel(masked.config).eval()
+    tokens = np.array([[5, 6, 7]])
+    feeds = {
+        "input_ids": tokens, "attention_mask": np.ones_like(tokens), "position_ids": tokens - 5
+    }  # fmt: skip
+
+    with pytest.raises(BaseModelError, match="BertLMHeadModel: returns no cache"):
+        torch_decoder_runner(model)(feeds)
+
+
+def test_model_with_another_state_than_a_cache_is_refused_by_name():
+    settings = transformers.MambaConfig(
+        vocab_size=100, hidden_size=32, num_hidden_layers=1, state_size=8
+    )
+
+    with pytest.raises(BaseModelError, match="MambaForCausalLM: keeps a state"):
+        torch_decoder_runner(transformers.MambaForCausalLM(settings).eval())
