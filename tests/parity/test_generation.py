@@ -14,9 +14,11 @@ from propulsion_export.decoding import (
     EncoderDecoder,
     pad_left,
     recomputing,
+    replaying,
     row_by_row,
 )
 from propulsion_export.manifest import TensorSpec
+from propulsion_export.parity.cases import judge
 from propulsion_export.parity.generation import (
     continue_greedily,
     judge_generation,
@@ -347,3 +349,22 @@ def test_encoder_decoder_is_not_padded_on_the_right_and_all_it_decodes_counts():
     off[2, -1] += 1
     beyond = replace(about, oracle=({LOGITS: off},))
     assert failed(judge_generation(beyond, batch, crossing(), ALLOWED)) == ["recomputing"]
+
+
+def test_padding_of_a_prompt_hides_nothing_that_an_encoder_decoder_says():
+    """Of as many tokens as the prompt in every batch, whose rows are padded."""
+    tokens = np.tile(np.arange(12), (3, 1))
+    batch = crossing().pad(ROWS, 0) | {"decoder_input_ids": tokens}
+    oracle = row_by_row(recomputing(crossing()))(batch)
+    about = Subject("base", (oracle,), (oracle,), None, {})
+
+    checks = judge([about], [batch], replaying(crossing()), "float32")
+
+    assert [check.case for check in checks] == ["parity", "padding"]
+    assert failed(checks) == []
+    off = oracle[LOGITS].copy()
+    off[0, -1] += 1  # the shortest prompt, its last token
+    beyond = replace(about, oracle=({LOGITS: off},), reference=({LOGITS: off},))
+    assert failed(judge([beyond], [batch], replaying(crossing()), "float32")) == [
+        "parity", "padding"
+    ]  # fmt: skip
