@@ -3,8 +3,8 @@
 | case | holds when |
 |---|---|
 | recomputing | the same tokens in one step, without a cache, are within the allowed error |
-| right padding | so are rows padded at their end; and rows with padding inside, a prompt's before |
-| | the tokens that go on, are what PyTorch makes of the same |
+| right padding | so are rows padded at their end |
+| padding inside | rows padded between prompt and continuation are what PyTorch makes of them |
 | greedy | the likeliest tokens, one after the other, are the oracle's, of finite logits |
 
 Where greedy tokens part, the oracle's two best tokens must have been closer than two allowed
@@ -68,7 +68,7 @@ def judge_generation(
         yield _case("right padding", subject, once, ended, expected, allowed)
     if subject.inside is not None:
         inside = padded_inside(batch)
-        yield _case("right padding", subject, stepwise, inside, subject.inside, allowed)
+        yield _case("padding inside", subject, stepwise, inside, subject.inside, allowed)
     yield _greedy(subject, candidate, allowed)
 
 

@@ -16,6 +16,7 @@ Case = Literal[
     "labels",
     "recomputing",
     "right padding",
+    "padding inside",
     "greedy",
 ]
 

@@ -87,7 +87,7 @@ def test_right_decoder_passes_every_case():
     checks = judged(model())
 
     assert [check.case for check in checks] == [
-        "recomputing", "right padding", "right padding", "greedy"
+        "recomputing", "right padding", "padding inside", "greedy"
     ]  # fmt: skip
     assert failed(checks) == []
     assert {check.adapter for check in checks} == {"one"}
@@ -107,7 +107,7 @@ def test_decoder_that_is_wrong_only_with_a_cache_fails_where_a_cache_is_read():
 
     checks = judged(cached)
 
-    assert failed(checks) == ["right padding", "greedy"]
+    assert failed(checks) == ["padding inside", "greedy"]
     assert checks[1].passed  # rows padded at their end are read in one step
 
 
@@ -126,7 +126,7 @@ def test_decoder_that_is_wrong_only_when_padded_on_the_right_fails_there():
     behind = wrong_when(lambda feeds: (feeds["attention_mask"][:, -1] == 0).any())
 
     # A batch with padding inside is read piece by piece, and the first piece ends with it.
-    assert failed(judged(behind)) == ["right padding", "right padding"]
+    assert failed(judged(behind)) == ["right padding", "padding inside"]
 
 
 def test_decoder_that_is_wrong_only_with_padding_inside_fails_there():
@@ -155,7 +155,7 @@ def test_error_of_exactly_what_is_allowed_passes_and_a_little_more_fails():
         return model(lambda feeds: right(feeds) | {LOGITS: right(feeds)[LOGITS] + by})
 
     assert failed(judged(off(0.99 * ALLOWED))) == []
-    assert failed(judged(off(1.01 * ALLOWED))) == ["recomputing", "right padding", "right padding"]
+    assert failed(judged(off(1.01 * ALLOWED))) == ["recomputing", "right padding", "padding inside"]
 
 
 def flip(row, step, *, to=None):
@@ -246,7 +246,7 @@ def poisoned(poison, *, where=slice(None)):
 def test_logits_that_are_not_finite_fail_every_case(poison, where):
     checks = judged(poisoned(poison, where=where))
 
-    assert failed(checks) == ["recomputing", "right padding", "right padding", "greedy"]
+    assert failed(checks) == ["recomputing", "right padding", "padding inside", "greedy"]
     assert "not finite at step 0" in checks[-1].detail
 
 
@@ -254,7 +254,7 @@ def test_not_a_number_is_no_tie_even_if_everything_is_one():
     """With NaN the first token is the likeliest, which a generous tie would let pass."""
     checks = judged(poisoned(np.nan), allowed=1e9)
 
-    assert failed(checks) == ["recomputing", "right padding", "right padding", "greedy"]
+    assert failed(checks) == ["recomputing", "right padding", "padding inside", "greedy"]
 
 
 def test_not_a_number_that_chooses_the_oracles_token_fails():
@@ -278,7 +278,7 @@ def test_allowed_error_that_is_not_a_number_allows_nothing():
     off = wrong_when(lambda feeds: True)
 
     assert failed(judged(off, allowed=np.nan)) == [
-        "recomputing", "right padding", "right padding", "greedy"
+        "recomputing", "right padding", "padding inside", "greedy"
     ]  # fmt: skip
 
 

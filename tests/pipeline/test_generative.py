@@ -145,7 +145,14 @@ def test_adapters_exchanged_in_a_decoder_fail(make_world, tmp_path):
     exchanged = exchange(tmp_path / "both", tmp_path / "exchanged")
 
     failed = {check.case for check in check_parity(exchanged).checks if not check.passed}
-    assert failed >= {"parity", "padding", "recomputing", "right padding", "greedy"}
+    assert failed >= {
+        "parity",
+        "padding",
+        "recomputing",
+        "right padding",
+        "padding inside",
+        "greedy",
+    }
 
 
 def test_one_channel_changed_in_a_decoder_fails(make_world, tmp_path):
