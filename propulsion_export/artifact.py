@@ -13,14 +13,18 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from propulsion_export.bank import Bank, check_row, is_bank_file
 from propulsion_export.errors import ArtifactError
 from propulsion_export.manifest import (
+    BANK_INPUT,
     BASE_FEEDS,
     BASE_NAME,
     ENCODER_DECODER_FILES,
     ENGINE_FILE,
     GRAPH_FILE,
+    IDS_INPUT,
     MANIFEST_FILE,
+    AdapterEntry,
     Manifest,
     read_manifest,
 )
@@ -73,11 +77,16 @@ class Artifact:
 
     @classmethod
     def write(cls, directory: Path, manifest: Manifest) -> Self:
-        """Record the digests of all files in `directory` and write the manifest, last of all."""
+        """Record the digests of all files in `directory` and write the manifest, last of all.
+
+        A bank grows in place, so its registry has the digests of its rows.
+        """
         written = {
             file.relative_to(directory).as_posix(): digest_of(file)
             for file in sorted(directory.rglob("*"))
-            if file.is_file() and file.name != MANIFEST_FILE
+            if file.is_file()
+            and file.name != MANIFEST_FILE
+            and not is_bank_file(file.relative_to(directory).as_posix())
         }
         manifest = replace(manifest, files=written)
         replace_file(directory / MANIFEST_FILE, manifest.to_json().encode())
@@ -90,12 +99,30 @@ class Artifact:
         names = {"onnx": graph, "engine": ENGINE_FILE, "merged": ""}
         return self.directory / names[self.manifest.kind]
 
+    @property
+    def bank(self) -> Bank:
+        """Its bank, opened."""
+        return Bank.open(self.directory)
+
+    @property
+    def adapters(self) -> Mapping[str, AdapterEntry]:
+        """Its adapters by name, without the base model."""
+        if self.manifest.mode == "bank":
+            return {name: row.entry for name, row in self.bank.rows().items()}
+        return self.manifest.adapters
+
     def feeds(self, adapter: str | None) -> Tensors:
-        """What to feed the packed inputs for one adapter by name; `None` or `base`: no adapter.
+        """What to feed besides for one adapter by name; `None` or `base`: no adapter.
+
+        That of a bank are the bank and one id, int64 [1], for all rows of a batch.
 
         Raises:
             ArtifactError: the artifact has no adapter of that name, or its file cannot be read.
         """
+        if self.manifest.mode == "bank":
+            (row,), values = self.bank.choose([BASE_NAME if adapter is None else adapter])
+            check_row(row, values)
+            return {BANK_INPUT: values, IDS_INPUT: np.array([row.number])}
         # Registers bfloat16 with numpy, which safetensors needs to load it.
         import ml_dtypes  # noqa: F401
         from safetensors import SafetensorError
@@ -142,13 +169,6 @@ def digest_of(file: Path) -> str:
     """`sha256:…` of a file's content."""
     with file.open("rb") as content:
         return f"sha256:{hashlib.file_digest(content, 'sha256').hexdigest()}"
-
-
-def numpy_dtype(dtype: str) -> np.dtype[Any]:
-    """The numpy type of a manifest's dtype; bfloat16 comes from ml_dtypes."""
-    import ml_dtypes
-
-    return np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
 
 
 def _check_files(directory: Path, manifest: Manifest) -> None:

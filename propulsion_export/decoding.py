@@ -12,8 +12,9 @@ from typing import Protocol
 
 import numpy as np
 
-from propulsion_export.artifact import Runner, Tensors, numpy_dtype
+from propulsion_export.artifact import Runner, Tensors
 from propulsion_export.manifest import TensorSpec
+from propulsion_export.rounding import numpy_dtype
 from propulsion_export.scales import Array
 
 PAST, PRESENT, LOGITS = "past_key_values", "present", "logits"

@@ -16,6 +16,14 @@ from propulsion_export.errors import UsageError
 # them replaces only its own kind.
 Marker = Literal["propulsion.json", "adapter_config.json", "parity.json"]
 MARKERS: tuple[Marker, ...] = get_args(Marker)
+# By error number, how a disk says that it takes no more.
+FULL = {
+    errno.ENOSPC: "no space left on the device",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EROFS: "the file system is read-only",
+}
+
+_ELSEWHERE = "Choose another place for the output."
 
 
 @contextmanager
@@ -42,13 +50,13 @@ def staged_directory(
         UsageError: as `check_replaceable` says; the disk is full.
     """
     destination = destination.expanduser().resolve()
-    with _disk_errors_in_words(destination, _FULL | _FORBIDDEN):
+    with disk_errors_in_words(destination, FULL | _FORBIDDEN):
         check_replaceable(destination, marker=marker, force=force, inputs=inputs)
         destination.parent.mkdir(parents=True, exist_ok=True)
         partial = _aside(destination, "partial")
         partial.mkdir()
     try:
-        with _disk_errors_in_words(destination):
+        with disk_errors_in_words(destination):
             yield partial
             _open_to_readers(partial)
             _sync(partial)
@@ -71,7 +79,7 @@ def check_replaceable(
             cannot be written to.
     """
     destination = destination.expanduser().resolve()
-    with _disk_errors_in_words(destination, _FORBIDDEN):
+    with disk_errors_in_words(destination, _FORBIDDEN):
         _sweep(destination)
         _refuse_inputs(destination, inputs)
         _refuse_to_lose(destination, marker, force=force)
@@ -131,9 +139,7 @@ def _refuse_unwritable(destination: Path) -> None:
     if not above.is_dir():
         raise UsageError(f"{above}: is a file, expected a directory to write {destination} in")
     if not os.access(above, os.W_OK):
-        raise UsageError(
-            f"{above}: no permission to write here", remedy="Choose another place for the output."
-        )
+        raise UsageError(f"{above}: no permission to write here", remedy=_ELSEWHERE)
 
 
 def check_replaceable_file(path: Path, *, holds: bytes) -> None:
@@ -161,7 +167,7 @@ def replace_file(path: Path, content: bytes) -> None:
     Raises:
         UsageError: `path` is a directory or cannot be written to; the disk is full.
     """
-    with _disk_errors_in_words(path, _FULL | _FORBIDDEN):
+    with disk_errors_in_words(path, FULL | _FORBIDDEN):
         path.parent.mkdir(parents=True, exist_ok=True)
         _sweep(path)
         # Two threads may replace one file: each writes aside under a name of its own.
@@ -175,6 +181,32 @@ def replace_file(path: Path, content: bytes) -> None:
             aside.replace(path)
         finally:
             aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def disk_errors_in_words(
+    destination: Path, reasons: Mapping[int, str] = FULL, *, remedy: str = _ELSEWHERE
+) -> Iterator[None]:
+    """Say in one line why the disk refused what was to be written; other errors stay what they are.
+
+    Args:
+        destination: what was to be written, for the message.
+        reasons: by error number, what to say.
+        remedy: the sentence with the way out.
+
+    Raises:
+        UsageError: the disk refused for one of the `reasons`.
+    """
+    try:
+        yield
+    except UsageError:
+        raise
+    except Exception as error:
+        if reason := next((text for code, text in reasons.items() if _is(error, code)), None):
+            raise UsageError(
+                f"{destination}: {reason}; nothing was written", remedy=remedy
+            ) from error
+        raise
 
 
 def _aside(destination: Path, what: str) -> Path:
@@ -247,11 +279,6 @@ def _sync(directory: Path) -> None:
             os.close(descriptor)
 
 
-_FULL = {
-    errno.ENOSPC: "no space left on the device",
-    errno.EDQUOT: "the disk quota is used up",
-    errno.EROFS: "the file system is read-only",
-}
 _FORBIDDEN = {
     errno.EACCES: "no permission to write here",
     errno.ENOTDIR: "a part of the path is a file",
@@ -262,21 +289,6 @@ _FORBIDDEN = {
 }
 # numpy's tofile says it without an error number: `1000 requested and 10 written`.
 _UNNUMBERED = {errno.ENOSPC: re.compile(r"\d+ requested and \d+ written")}
-
-
-@contextmanager
-def _disk_errors_in_words(destination: Path, reasons: Mapping[int, str] = _FULL) -> Iterator[None]:
-    try:
-        yield
-    except UsageError:
-        raise
-    except Exception as error:
-        if reason := next((text for code, text in reasons.items() if _is(error, code)), None):
-            raise UsageError(
-                f"{destination}: {reason}; nothing was written",
-                remedy="Choose another place for the output.",
-            ) from error
-        raise
 
 
 def _is(error: Exception, code: int) -> bool:

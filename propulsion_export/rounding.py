@@ -1,4 +1,4 @@
-"""Round float64 to a narrower type once.
+"""The numpy types of a manifest's dtypes, and rounding float64 to one of them once.
 
 torch and ml_dtypes go from float64 to a 16-bit type by way of float32, which rounds twice: a value
 just beside the middle of two neighbours can fall onto it and then to the wrong side. Rounding the
@@ -10,6 +10,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+
+def numpy_dtype(dtype: str) -> np.dtype[Any]:
+    """The numpy type of a manifest's dtype; bfloat16 comes from ml_dtypes."""
+    import ml_dtypes
+
+    return np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
 
 
 def rounded(values: npt.NDArray[Any], dtype: npt.DTypeLike) -> npt.NDArray[Any]:

@@ -17,6 +17,7 @@ LAYERS = [
         "fingerprint",
         "adapter",
         "artifact",
+        "bank",
         "choosing",
         "decoding",
         "layout",
@@ -40,6 +41,7 @@ LAYERS = [
         "base",
         "attach",
         "fold",
+        "rows",
         "trace",
         "sampling",
         "graph",
@@ -195,9 +197,11 @@ def test_layer_one_has_no_cycle():
     left = {
         name: {
             part_of(target)
-            for target in imports_of(MODULES[f"{PACKAGE}.{name}"].read_text(), f"{PACKAGE}.{name}")
+            for module, file in MODULES.items()
+            if part_of(module) == name
+            for target in imports_of(file.read_text(), module, file.name == "__init__.py")
         }
-        & LAYERS[1]
+        & LAYERS[1] - {name}
         for name in LAYERS[1]
     }
     while ready := {name for name, needs in left.items() if not needs}:

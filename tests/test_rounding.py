@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from propulsion_export.rounding import rounded, rounded_to_odd
+from propulsion_export.rounding import numpy_dtype, rounded, rounded_to_odd
 
 NARROW = [np.float16, ml_dtypes.bfloat16]
 NUMBERS = st.floats(allow_nan=False, allow_infinity=False, width=64)
@@ -64,3 +64,8 @@ def test_wide_types_and_odd_values_pass_through():
     half = rounded(values, np.float16)
     np.testing.assert_array_equal(half[1:], np.array([np.inf, -np.inf, np.nan, 0, -0.0, np.inf]))
     assert np.signbit(half[5])
+
+
+@pytest.mark.parametrize("name", ["float32", "float16", "bfloat16", "int64"])
+def test_numpy_has_a_type_for_every_dtype_of_a_manifest(name):
+    assert numpy_dtype(name).name == name
