@@ -53,11 +53,11 @@ def command(
         "bytes": size_of(output),
         "mode": artifact.manifest.mode,
         "dtype": artifact.manifest.dtype,
-        "adapters": sorted(artifact.manifest.adapters),
+        "adapters": sorted(artifact.adapters),
     }
     line = (
         f"{output}: {artifact.manifest.mode}, {artifact.manifest.dtype}, "
-        f"{human_size(size_of(output))}, {', '.join(sorted(artifact.manifest.adapters))}"
+        f"{human_size(size_of(output))}, {', '.join(sorted(artifact.adapters))}"
     )
     if no_parity:
         console.result({**value, "parity": None}, f"{line}. Parity: not asked for")

@@ -29,10 +29,10 @@ adapters_option = click.option(
 )
 mode_option = click.option(
     "--mode",
-    type=click.Choice(["folded", "switchable"]),
+    type=click.Choice(["folded", "switchable", "bank"]),
     default="folded",
     show_default=True,
-    help="In the weights, or an optional input.",
+    help="In the weights, an optional input, or another in every row of a batch.",
 )
 task_option = click.option(
     "--task", default="auto", show_default=True, help="Which head the model has."

@@ -31,6 +31,6 @@ def command(console: Console, artifact: Path, output: Path, layout: Any, force: 
 
     with console.progress() as progress:
         made = package(artifact, output, layout=layout, force=force, progress=progress)
-    names = sorted(made.manifest.adapters)
+    names = sorted(made.adapters)
     value = {"package": str(output), "layout": layout, "bytes": size_of(output), "adapters": names}
     console.result(value, f"{output}: {layout}, {human_size(size_of(output))}, {', '.join(names)}")

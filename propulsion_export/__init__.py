@@ -12,14 +12,17 @@ from propulsion_export.registration import register_with_peft
 if TYPE_CHECKING:
     from propulsion_export.adapter import Adapter
     from propulsion_export.artifact import Artifact
+    from propulsion_export.choosing import Sampling
     from propulsion_export.engine import BuildOptions
     from propulsion_export.parity.report import ParityReport
     from propulsion_export.pipeline.adapters import add_adapter, remove_adapter
     from propulsion_export.pipeline.building import build as build_engine
     from propulsion_export.pipeline.exporting import export_onnx
+    from propulsion_export.pipeline.generating import Settings
     from propulsion_export.pipeline.merging import merge
     from propulsion_export.pipeline.packaging import package
     from propulsion_export.pipeline.predicting import predict
+    from propulsion_export.pipeline.session import Reply, Session
     from propulsion_export.pipeline.verifying import check_parity
     from propulsion_export.training import TrainOptions, train
     from propulsion_export.tuning import PropulsionConfig
@@ -30,6 +33,10 @@ _HOMES = {
     "BuildOptions": "engine:BuildOptions",
     "ParityReport": "parity.report:ParityReport",
     "PropulsionConfig": "tuning:PropulsionConfig",
+    "Reply": "pipeline.session:Reply",
+    "Sampling": "choosing:Sampling",
+    "Session": "pipeline.session:Session",
+    "Settings": "pipeline.generating:Settings",
     "TrainOptions": "training:TrainOptions",
     "add_adapter": "pipeline.adapters:add_adapter",
     "build_engine": "pipeline.building:build",
@@ -48,6 +55,10 @@ __all__ = [
     "BuildOptions",
     "ParityReport",
     "PropulsionConfig",
+    "Reply",
+    "Sampling",
+    "Session",
+    "Settings",
     "TrainOptions",
     "add_adapter",
     "build_engine",

@@ -1,8 +1,9 @@
-"""Where every tensor of an adapter lies in the packed, flat inputs of a switchable graph.
+"""Where every tensor of an adapter lies in the packed, flat inputs of a graph.
 
 `propulsion_scales` holds all scales, `propulsion_biases` all trained biases, `propulsion_modules`
 all parameters of modules saved whole (the head). One file of these three vectors is one adapter,
-ready to be fed. An adapter that says nothing of a slot leaves the base model's value there.
+ready to be fed. An adapter that says nothing of a slot leaves the base model's value there. A row
+of a bank is the same three, one behind the other.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,10 +11,17 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from propulsion_export.adapter import Adapter
-from propulsion_export.artifact import Tensors, numpy_dtype
+from propulsion_export.artifact import Artifact, Tensors
 from propulsion_export.errors import AdapterError, UsageError
-from propulsion_export.manifest import BIASES_INPUT, MODULES_INPUT, SCALES_INPUT, Slot
-from propulsion_export.rounding import rounded
+from propulsion_export.manifest import (
+    BANK_INPUT,
+    BIASES_INPUT,
+    IDS_INPUT,
+    MODULES_INPUT,
+    SCALES_INPUT,
+    Slot,
+)
+from propulsion_export.rounding import numpy_dtype, rounded
 from propulsion_export.scales import Array
 
 Layout = Mapping[str, tuple[Slot, ...]]
@@ -85,6 +93,30 @@ def pack(adapter: Adapter, layout: Layout, defaults: Tensors) -> dict[str, Array
             *missing, remedy="Export again with this adapter among those given by -a."
         )
     return feeds
+
+
+def width_of(layout: Layout) -> int:
+    """D: how many numbers one adapter has in all packed inputs together."""
+    return sum(slot.length for slots in layout.values() for slot in slots)
+
+
+def to_row(feeds: Tensors, layout: Layout) -> Array:
+    """The packed inputs of one adapter as its row of a bank, [D]: one behind the other."""
+    return np.concatenate([feeds[packed] for packed in layout])
+
+
+def packed_inputs(artifact: Artifact, adapter: str) -> Tensors:
+    """The packed inputs of an adapter, or of the base model, whatever holds them; [D] each.
+
+    Raises:
+        ArtifactError: there is no such adapter, or it cannot be read.
+    """
+    feeds, layout = artifact.feeds(adapter), artifact.manifest.layout
+    if artifact.manifest.mode != "bank":
+        return feeds
+    row = feeds[BANK_INPUT][int(feeds[IDS_INPUT][0])]
+    ends = np.cumsum([sum(slot.length for slot in slots) for slots in layout.values()])
+    return dict(zip(layout, np.split(row, ends[:-1]), strict=True))
 
 
 def check_range(adapter: Adapter, dtype: str) -> None:

@@ -40,9 +40,12 @@ SCALES_INPUT = "propulsion_scales"
 BIASES_INPUT = "propulsion_biases"
 MODULES_INPUT = "propulsion_modules"
 PACKED_INPUTS = (SCALES_INPUT, BIASES_INPUT, MODULES_INPUT)
+# Of a bank: all three behind each other, a row an adapter; and which row each row of a batch uses.
+BANK_INPUT = "propulsion_bank"
+IDS_INPUT = "adapter_ids"
 
 Kind = Literal["merged", "onnx", "engine"]
-Mode = Literal["folded", "switchable"]
+Mode = Literal["folded", "switchable", "bank"]
 Dtype = Literal["float32", "float16", "bfloat16"]
 Task = Literal[
     "feature-extraction",
@@ -112,7 +115,8 @@ class AdapterEntry:
 class BaseEntry:
     """The base model an artifact was made from: where it lay, and how to recognise it.
 
-    `labels` are the class names of the head that a switchable artifact has without an adapter.
+    `labels` are the class names of the head that a switchable or bank artifact has without an
+    adapter.
     """
 
     source: str
@@ -138,15 +142,17 @@ class Manifest:
 
     Attributes:
         kind: `merged` (a transformers checkpoint), `onnx` or `engine`.
-        mode: `folded` (the adapter is in the weights) or `switchable` (its scales are inputs).
+        mode: `folded` (the adapter is in the weights), `switchable` (its scales are inputs) or
+            `bank` (each row of a batch chooses a row of one input that holds many adapters).
         task: such as `text-classification`.
         dtype: of weights and activations.
         inputs: of the graph or engine.
         outputs: likewise.
         graphs: by file name, of an artifact that is several graphs; `inputs` and `outputs` are
             empty then.
-        layout: by packed input, the slots in it; empty when folded.
-        adapters: by name; exactly one when folded.
+        layout: by packed input, the slots in it; empty when folded. A row of a bank is these
+            packed inputs, one behind the other.
+        adapters: by name; exactly one when folded, none of a bank, which has a registry of its own.
         files: `sha256:…` by path inside the directory.
     """
 
@@ -228,8 +234,10 @@ def _contradictions(manifest: Manifest) -> list[str]:
     ]
     if (manifest.kind == "engine") != (manifest.engine is not None):
         found.append(f"engine is {manifest.engine!r} in an artifact of kind {manifest.kind!r}")
-    if manifest.mode == "switchable" and manifest.kind == "merged":
-        found.append("mode is 'switchable' in a merged checkpoint, expected 'folded'")
+    if manifest.mode != "folded" and manifest.kind == "merged":
+        found.append(f"mode is {manifest.mode!r} in a merged checkpoint, expected 'folded'")
+    if manifest.mode == "bank" and manifest.adapters:
+        found.append("adapters are told of a bank, expected them in its registry alone")
     if manifest.mode == "switchable":
         found += [
             f"the adapter {name!r} has no file, expected what to feed for it"

@@ -13,6 +13,7 @@ from propulsion_export.scales import Array
 
 _LONGEST = 48
 _BATCHES, _ROWS = 4, 4
+TRACED_ROWS = 3  # of a batch to trace with
 _FEWEST_DECODED = 7  # of a causal model, so that a step has tokens of its own before it
 _DECODED = 8
 
@@ -30,10 +31,10 @@ def trace_inputs(names: tuple[str, ...], config: PretrainedConfig) -> Tensors:
     """One padded batch, int64 [3, length], whose sizes the tracer cannot confuse with others.
 
     A mask of ones would vanish from the graph, and a size of 0, 1, or one that the configuration
-    also holds, would be taken for a constant.
+    also holds, would be taken for a constant. The length is no multiple of the rows either.
     """
     taken = {value for value in config.to_dict().values() if isinstance(value, int)}
-    length = next(size for size in range(11, 1000) if size not in taken)
+    length = next(n for n in range(11, 1000) if n not in taken and n % TRACED_ROWS)
     lengths = (length, length - 4, length - 6)
     return _batch(names, config, lengths, np.random.default_rng(0))
 

@@ -7,7 +7,7 @@ still an initializer with its own name, which is what the passes in `graph/` wor
 
 import copy
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,33 +17,46 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from propulsion_export.artifact import Tensors
-from propulsion_export.errors import ToolError, UnavailableError
+from propulsion_export.errors import PropulsionExportError, ToolError, UnavailableError
 from propulsion_export.manifest import DEFAULT_OPSET, ENCODER_DECODER_FILES
 from propulsion_export.quiet import quiet
 
 _REMEDY = "Install the tested version: pip install 'transformers>=5.24,<5.25'."
 # What generate() says about the outputs it wants; no inputs of a graph.
 _FLAGS = ("use_cache", "return_dict", "output_attentions", "output_hidden_states")
+_NONE: Mapping[str, torch.Tensor] = {}
+_DECODED = 5  # tokens that a decoder is traced with; no multiple of the batch, to be told from it
 
 
-def trace(model: PreTrainedModel, inputs: Tensors, *, opset: int = DEFAULT_OPSET) -> ir.Model:
+def trace(
+    model: PreTrainedModel,
+    inputs: Tensors,
+    *,
+    opset: int = DEFAULT_OPSET,
+    extra: Mapping[str, torch.Tensor] = _NONE,
+) -> ir.Model:
     """Trace `model` with dynamic batch and sequence dimensions.
 
     Args:
         model: in evaluation mode; scales attached to it are traced as initializers.
         inputs: padded sample inputs, int64 [batch, sequence], see `sampling.trace_inputs`.
         opset: ONNX opset of the graph.
+        extra: further inputs of the model, [batch, …]; only the batch varies.
 
     Raises:
         ToolError: the exporter refused the model.
         UnavailableError: the installed transformers has another exporter interface.
     """
     # A decoder under another head would return its cache besides.
-    return _export(model, {**_tensors(inputs), "use_cache": False}, None, opset)
+    return _export(model, {**_tensors(inputs), **extra, "use_cache": False}, None, opset)
 
 
 def trace_decoder(
-    model: PreTrainedModel, prompt: Tensors, *, opset: int = DEFAULT_OPSET
+    model: PreTrainedModel,
+    prompt: Tensors,
+    *,
+    opset: int = DEFAULT_OPSET,
+    extra: Mapping[str, torch.Tensor] = _NONE,
 ) -> ir.Model:
     """Trace one decoding step over several tokens and a cache, which may be empty.
 
@@ -54,6 +67,7 @@ def trace_decoder(
         model: a causal language model, as for `trace`.
         prompt: `input_ids` and `attention_mask`, padded on the left, see `sampling.trace_prompt`.
         opset: ONNX opset of the graph.
+        extra: as for `trace`.
 
     Returns:
         A graph whose cache inputs and outputs are named by the exporter, see
@@ -66,11 +80,15 @@ def trace_decoder(
     model = copy.copy(model)  # what the exporter does to its forward stays behind
     # Without a configuration the cache of no layer forgets what slid out of its window.
     _, arguments = _decoding_steps(model, _tensors(prompt), DynamicCache())
-    return _export(model, arguments, _varying(arguments), opset)
+    return _export(model, {**arguments, **extra}, _varying(arguments, extra), opset)
 
 
 def trace_encoder_decoder(
-    model: PreTrainedModel, prompt: Tensors, *, opset: int = DEFAULT_OPSET
+    model: PreTrainedModel,
+    prompt: Tensors,
+    *,
+    opset: int = DEFAULT_OPSET,
+    extra: Mapping[str, torch.Tensor] = _NONE,
 ) -> dict[str, ir.Model]:
     """Trace the encoder, the decoder's first step and its later ones.
 
@@ -78,6 +96,7 @@ def trace_encoder_decoder(
         model: an encoder-decoder, as for `trace`.
         prompt: `input_ids` and `attention_mask`, padded, see `sampling.trace_inputs`.
         opset: ONNX opset of the graphs.
+        extra: as for `trace`, of every graph.
 
     Returns:
         By optimum's file names; caches are named by the exporter, see `graph.cache`.
@@ -90,11 +109,12 @@ def trace_encoder_decoder(
     model, encoder = copy.copy(model), copy.copy(model)
     # Through the whole model, so that weights keep their names.
     encoder.forward = lambda **inputs: model.get_encoder()(**inputs)
-    graphs = [_export(encoder, tensors, _varying(tensors), opset)]
+    graphs = [_export(encoder, {**tensors, **extra}, _varying(tensors, extra), opset)]
     for arguments in _decoding_steps(model, tensors):
         # One token is what generate() reads at a time; the graph reads any number.
-        arguments["decoder_input_ids"] = arguments["decoder_input_ids"].repeat(1, 3)
-        graphs.append(_export(model, arguments, _varying(arguments), opset))
+        arguments["decoder_input_ids"] = arguments["decoder_input_ids"].repeat(1, _DECODED)
+        varying = _varying(arguments, extra)
+        graphs.append(_export(model, {**arguments, **extra}, varying, opset))
     return dict(zip(ENCODER_DECODER_FILES, graphs, strict=True))
 
 
@@ -120,10 +140,10 @@ def _decoding_steps(
     ]
 
 
-def _varying(arguments: Mapping[str, Any]) -> dict[str, Any]:
+def _varying(arguments: Mapping[str, Any], extra: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     """Which axes vary: batch and length, also of the cache's [batch, heads, length, width]."""
     auto = torch.export.Dim.AUTO
-    shapes: dict[str, Any] = {}
+    shapes: dict[str, Any] = {name: {0: auto} for name in extra}
     for name, value in arguments.items():
         if isinstance(value, Cache):
             leaves = _exporter_module("utils").get_leaf_tensors(value)
@@ -155,22 +175,27 @@ def _export(
             remedy=_REMEDY,
         )
     if shapes is not None:
-        _refuse_fixed(program, type(model).__name__)
+        _refuse_fixed(program, type(model).__name__, shapes)
     return program
 
 
-def _refuse_fixed(program: ir.Model, model: str) -> None:
+def _refuse_fixed(program: ir.Model, model: str, shapes: Mapping[str, Any]) -> None:
     """Batch and length have to vary; where a model depends on the size traced, torch fixes it."""
     fixed = [
         f"{model}: {value.name} is traced as {list(map(str, value.shape))}, expected a dimension "
         f"{axis} that varies"
         for value in program.graph.inputs
         if value.shape is not None
-        for axis in (0, 2 if len(value.shape) == 4 else 1)
+        for axis in _varying_axes(shapes.get(str(value.name)), len(value.shape))
         if str(value.shape[axis]).isdigit()
     ]
     if fixed:
         raise ToolError(*fixed)
+
+
+def _varying_axes(told: Any, rank: int) -> Iterable[int]:
+    """Those of an input; a cache or an encoder's output has inputs that nobody has named yet."""
+    return told if isinstance(told, dict) else (0, 2 if rank == 4 else 1)
 
 
 def _exporter_module(name: str) -> Any:
@@ -191,6 +216,8 @@ def _refusals(model: PreTrainedModel) -> Iterator[None]:
         yield
     except Exception as error:  # every stage of the exporter has exceptions of its own
         cause = error.__cause__ or error
+        if isinstance(cause, PropulsionExportError):  # said by what is attached to the model
+            raise cause from None
         first = next(iter(str(cause).strip().splitlines()), "")
         raise ToolError(
             f"{type(model).__name__}: cannot be traced ({type(cause).__name__}: {first})"

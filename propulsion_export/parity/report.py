@@ -18,6 +18,8 @@ Case = Literal[
     "right padding",
     "padding inside",
     "greedy",
+    "mixed",
+    "sample",
 ]
 
 

@@ -1,4 +1,4 @@
-"""`adapter add`, `remove`, `list`: change what a switchable artifact can switch to."""
+"""`adapter add`, `remove`: change the adapters of a switchable artifact or of a bank."""
 
 import fcntl
 import os
@@ -10,9 +10,9 @@ from pathlib import Path
 from safetensors.numpy import save
 
 from propulsion_export.adapter import Adapter
-from propulsion_export.artifact import Artifact, digest_of
+from propulsion_export.artifact import Artifact, Tensors, digest_of
 from propulsion_export.errors import ArtifactError, UsageError
-from propulsion_export.layout import check_range, pack
+from propulsion_export.layout import check_range, pack, packed_inputs, to_row
 from propulsion_export.manifest import ADAPTERS, BASE_FEEDS, BASE_NAME, AdapterEntry, Manifest
 from propulsion_export.output import replace_file
 from propulsion_export.packaging.genai import CONFIG_FILE
@@ -29,13 +29,13 @@ from propulsion_export.pipeline.inputs import (
 def add_adapter(
     artifact: Path, adapter: str | Path, *, allow_range: bool = False, force: bool = False
 ) -> Artifact:
-    """Add an adapter, `NAME=DIR` or a directory, to a switchable artifact.
+    """Add an adapter, `NAME=DIR` or a directory, to a switchable artifact or a bank.
 
-    The artifact is whole at every moment: the manifest is replaced last. Processes that change one
-    artifact do so one after the other.
+    The artifact is whole at every moment. Processes that change one artifact do so one after the
+    other. A bank takes as long for the next adapter as for the first.
 
     Raises:
-        ArtifactError: the artifact is not switchable.
+        ArtifactError: its adapters cannot change.
         AdapterError: the adapter has a tensor that the graph has no input for.
         BaseModelError: it was trained on another base model.
         UsageError: there is one of that name and `force` is off.
@@ -43,26 +43,37 @@ def add_adapter(
     (new,) = read_adapters([adapter])
     check_identity(new)
     with _locked(artifact):
-        return _add(artifact, new, source_of(adapter), allow_range=allow_range, force=force)
+        read = _read_changeable(artifact)
+        feeds = _fitted(read, new, allow_range=allow_range)
+        if read.manifest.mode == "bank":
+            entry = AdapterEntry(new.digest, source_of(adapter), new.size, None, new.labels)
+            row = to_row(feeds, read.manifest.layout)
+            read.bank.add(new.name, row, entry, replace=force)
+            return read
+        return _add(read, new, feeds, source_of(adapter), force=force)
 
 
-def _add(artifact: Path, new: Adapter, source: str, *, allow_range: bool, force: bool) -> Artifact:
-    read = _read_switchable(artifact)
+def _fitted(artifact: Artifact, new: Adapter, *, allow_range: bool) -> Tensors:
+    """What to feed for an adapter that belongs to the artifact; [D] each."""
+    manifest = artifact.manifest
+    check_base(manifest.base.fingerprint, manifest.base.source, [new])
+    if not allow_range:
+        check_range(new, manifest.dtype)
+    return pack(new, manifest.layout, packed_inputs(artifact, BASE_NAME))
+
+
+def _add(read: Artifact, new: Adapter, feeds: Tensors, source: str, *, force: bool) -> Artifact:
     if new.name in read.manifest.adapters and not force:
         raise UsageError(
-            f"{artifact}: has an adapter {new.name!r} already",
+            f"{read.directory}: has an adapter {new.name!r} already",
             remedy="Choose another name, or replace it with --force.",
         )
-    check_base(read.manifest.base.fingerprint, read.manifest.base.source, [new])
-    if not allow_range:
-        check_range(new, read.manifest.dtype)
-    feeds = pack(new, read.manifest.layout, read.feeds(BASE_NAME))
     replaced = read.manifest.adapters.get(new.name)
     file = f"{ADAPTERS}/{new.name}.safetensors"
     if replaced is not None:
         # Until the manifest is replaced the old file counts, so the new one lies beside it.
         file = f"{ADAPTERS}/{new.name}.{new.digest.removeprefix('sha256:')[:12]}.safetensors"
-    replace_file(read.directory / file, save(feeds))
+    replace_file(read.directory / file, save(dict(feeds)))
     entry = AdapterEntry(new.digest, source, new.size, file, new.labels)
     changed = replace(
         read.manifest,
@@ -73,26 +84,30 @@ def _add(artifact: Path, new: Adapter, source: str, *, allow_range: bool, force:
 
 
 def remove_adapter(artifact: Path, name: str) -> Artifact:
-    """Take an adapter out of a switchable artifact.
+    """Take an adapter out of a switchable artifact or a bank.
 
     Raises:
-        ArtifactError: the artifact is not switchable.
-        UsageError: it has no adapter of that name, or no other.
+        ArtifactError: its adapters cannot change.
+        UsageError: it has no adapter of that name, or, switchable, no other.
     """
     check_name(name)
     with _locked(artifact):
-        return _remove(artifact, name)
+        read = _read_changeable(artifact)
+        if read.manifest.mode == "bank":
+            read.bank.remove(name)
+            return read
+        return _remove(read, name)
 
 
-def _remove(artifact: Path, name: str) -> Artifact:
-    read = _read_switchable(artifact)
+def _remove(read: Artifact, name: str) -> Artifact:
     entries = dict(read.manifest.adapters)
     if name not in entries:
         raise UsageError(
-            f"{artifact}: has no adapter {name!r}, expected one of {', '.join(sorted(entries))}"
+            f"{read.directory}: has no adapter {name!r}, expected one of "
+            f"{', '.join(sorted(entries))}"
         )
     if len(entries) == 1:
-        raise UsageError(f"{artifact}: {name!r} is its only adapter and is not removed")
+        raise UsageError(f"{read.directory}: {name!r} is its only adapter and is not removed")
     del entries[name]
     return _commit(read, replace(read.manifest, adapters=entries))
 
@@ -139,12 +154,12 @@ def _commit(before: Artifact, manifest: Manifest) -> Artifact:
     return after
 
 
-def _read_switchable(artifact: Path) -> Artifact:
+def _read_changeable(artifact: Path) -> Artifact:
     read = Artifact.read(artifact)
-    if read.manifest.mode != "switchable" or read.manifest.kind == "merged":
+    if read.manifest.mode == "folded":
         raise ArtifactError(
-            f"{artifact}: is {read.manifest.mode}, expected a switchable artifact",
-            remedy="Export with --mode switchable to change adapters later.",
+            f"{artifact}: is folded, expected a switchable artifact or a bank",
+            remedy="Export with --mode switchable or bank to change adapters later.",
         )
     if CONFIG_FILE in read.manifest.files:
         raise ArtifactError(

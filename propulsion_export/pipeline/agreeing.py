@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, get_args
 from propulsion_export.artifact import Artifact
 from propulsion_export.decoding import PAST
 from propulsion_export.errors import ArtifactError
+from propulsion_export.layout import width_of
 from propulsion_export.manifest import (
+    BANK_INPUT,
     GRAPH_FILE,
     PACKED_INPUTS,
     Dtype,
@@ -105,14 +107,18 @@ def _misfit_task(manifest: Manifest) -> Iterator[str]:
 
 
 def _misfit_layout(manifest: Manifest) -> Iterator[str]:
-    if manifest.kind != "merged" and (manifest.mode == "switchable") != bool(manifest.layout):
+    if manifest.kind != "merged" and (manifest.mode == "folded") == bool(manifest.layout):
         yield f"mode is {manifest.mode!r}, the layout has {len(manifest.layout)} packed inputs"
+    if list(manifest.layout) != [name for name in PACKED_INPUTS if name in manifest.layout]:
+        yield (
+            f"the layout has {', '.join(manifest.layout)} in this order, expected "
+            f"{', '.join(PACKED_INPUTS)}"
+        )
     inputs = [*manifest.inputs, *(i for graph in manifest.graphs.values() for i in graph.inputs)]
+    of_adapters = (*PACKED_INPUTS, BANK_INPUT)
     # Every graph that has a packed input has all of it.
-    shapes = {(spec.name, spec.shape) for spec in inputs if spec.name in PACKED_INPUTS}
-    lengths = {
-        packed: sum(slot.length for slot in slots) for packed, slots in manifest.layout.items()
-    }
+    shapes = {(spec.name, spec.shape[-1:]) for spec in inputs if spec.name in of_adapters}
+    lengths = _lengths(manifest)
     for packed, shape in sorted(shapes, key=str):
         if shape != (lengths.get(packed, 0),):
             yield (
@@ -121,3 +127,10 @@ def _misfit_layout(manifest: Manifest) -> Iterator[str]:
             )
     for packed in sorted(lengths.keys() - {name for name, _ in shapes}):
         yield f"{packed}: the layout has {lengths[packed]} elements, the input's shape is none"
+
+
+def _lengths(manifest: Manifest) -> dict[str, int]:
+    """How many elements the layout gives each input that carries adapters."""
+    if manifest.mode == "bank":
+        return {BANK_INPUT: width_of(manifest.layout)}
+    return {packed: sum(slot.length for slot in slots) for packed, slots in manifest.layout.items()}

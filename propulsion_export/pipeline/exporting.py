@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING, Any, cast
 
 from propulsion_export.adapter import Adapter
 from propulsion_export.artifact import Artifact
+from propulsion_export.bank import Bank
 from propulsion_export.errors import UsageError
-from propulsion_export.layout import check_range
+from propulsion_export.layout import check_range, to_row
 from propulsion_export.machine import tool_versions
 from propulsion_export.manifest import (
     ADAPTERS,
+    BASE_NAME,
     DEFAULT_OPSET,
     GRAPH_FILE,
     MANIFEST_FILE,
@@ -33,7 +35,13 @@ from propulsion_export.pipeline.inputs import (
     silent,
     source_of,
 )
-from propulsion_export.pipeline.making import Made, default_labels, make_folded, make_switchable
+from propulsion_export.pipeline.making import (
+    Made,
+    default_labels,
+    make_bank,
+    make_folded,
+    make_switchable,
+)
 
 if TYPE_CHECKING:
     from propulsion_export.base import Base
@@ -60,12 +68,13 @@ def export_onnx(
         adapter: directories, or `NAME=DIR`; exactly one to fold, one or more to switch between.
         output: directory to write `model.onnx`, its weights, configuration, tokenizer and adapters.
         model: base model by path or name; default: the one the adapters name.
-        mode: `folded`, the adapter in the weights; `switchable`, its scales an optional input.
+        mode: `folded`, the adapter in the weights; `switchable`, its scales an optional input;
+            `bank`, each row of a batch chooses its own.
         task: which head the graph has; `auto`: the adapters'.
         dtype: `keep`, `float32`, `bfloat16` or `float16`, of weights and activations.
         opset: ONNX opset version.
         untie: give a scaled weight that is shared with another module a copy of its own (folded).
-        allow_range: accept scales that the dtype rounds badly (switchable).
+        allow_range: accept scales that the dtype rounds badly (switchable, bank).
         force: replace an earlier output.
         trust_remote_code: run code that the base model brings.
         progress: told how far it is.
@@ -92,11 +101,16 @@ def export_onnx(
         if not allow_range:
             for each in adapters:
                 check_range(each, name)
-        made = make_switchable(base, adapters, wanted, opset=opset)
+        make = make_switchable if mode == "switchable" else make_bank
+        made = make(base, adapters, wanted, opset=opset)
     progress(0.8, f"writing {output}")
     with staged_directory(output, marker=MANIFEST_FILE, force=force, inputs=inputs) as directory:
-        _write(made, base, directory, name)
         entries = _entries(adapters, adapter, mode)
+        _write(made, base, directory, name)
+        if mode == "bank":
+            _write_bank(made, directory, entries)
+        else:
+            _write_feeds(made, directory)
         head = default_labels(base, adapters, mode)
         recorded = BaseEntry(source, fingerprint, head)
         Artifact.write(directory, _manifest(made, base, recorded, entries, name))
@@ -128,11 +142,11 @@ def _manifest(
     only = graphs.pop(GRAPH_FILE, GraphEntry((), ()))
     return Manifest(
         kind="onnx",
-        mode="switchable" if made.layout else "folded",
+        mode=made.mode,
         task=cast(Task, base.task),
         dtype=dtype,
         base=recorded,
-        adapters=entries,
+        adapters={} if made.mode == "bank" else entries,
         inputs=only.inputs,
         outputs=only.outputs,
         graphs=graphs,
@@ -147,7 +161,7 @@ def _check_count(adapters: Sequence[Adapter], mode: Mode) -> None:
     if mode == "folded" and len(adapters) != 1:
         raise UsageError(
             f"{len(adapters)} adapters are given, expected one to fold into the weights",
-            remedy="Export with --mode switchable to choose between them at run time.",
+            remedy="Export with --mode switchable or bank to choose between them at run time.",
         )
     for adapter in adapters:
         check_identity(adapter)
@@ -182,8 +196,6 @@ def _load(
 
 
 def _write(made: Made, base: "Base", directory: Path, dtype: str) -> None:
-    from safetensors.numpy import save_file
-
     from propulsion_export.base import copy_tokenizer, save_config, save_generation_settings
     from propulsion_export.graph.files import write_graphs
 
@@ -191,7 +203,18 @@ def _write(made: Made, base: "Base", directory: Path, dtype: str) -> None:
     save_config(base.model, directory, dtype)
     copy_tokenizer(base.source, directory)
     save_generation_settings(base.source, base.task, directory)
+
+
+def _write_feeds(made: Made, directory: Path) -> None:
+    from safetensors.numpy import save_file
+
     if made.feeds:
         (directory / ADAPTERS).mkdir()
     for name, feeds in made.feeds.items():
         save_file(dict(feeds), directory / ADAPTERS / f"{name}.safetensors")
+
+
+def _write_bank(made: Made, directory: Path, entries: dict[str, AdapterEntry]) -> None:
+    bank = Bank.create(directory, to_row(made.feeds[BASE_NAME], made.layout))
+    for name, entry in entries.items():
+        bank.add(name, to_row(made.feeds[name], made.layout), entry)

@@ -11,7 +11,6 @@ from propulsion_export.choosing import Sampling, sampler
 from propulsion_export.decoding import Choose, Generator, go_on, greedy
 from propulsion_export.errors import UsageError
 from propulsion_export.lengths import longest_input
-from propulsion_export.pipeline.running import RunnerName, choose_runner, open_candidate
 from propulsion_export.pipeline.streaming import TextStream
 from propulsion_export.quiet import quiet
 from propulsion_export.scales import Array
@@ -62,6 +61,11 @@ class Settings:
         seeds = [None if self.seed is None else (self.seed, number) for number in numbers]
         return sampler(self.sampling, [np.random.default_rng(seed) for seed in seeds])
 
+    def tell(self, number: int, piece: str) -> None:
+        """Tell who listens of a piece of the text of this number."""
+        if piece and self.on_text is not None:
+            self.on_text(number, piece)
+
 
 @dataclass(frozen=True)
 class Writer:
@@ -73,7 +77,6 @@ class Writer:
         special: its special tokens.
         positions: how many tokens of prompt and answer the model has room for; None: any number.
         longest: a prompt of an encoder is cut at so many tokens; None: the decoder reads it.
-        settings: how to generate.
     """
 
     generator: Generator
@@ -81,7 +84,6 @@ class Writer:
     special: SpecialTokens
     positions: int | None
     longest: int | None
-    settings: Settings
 
     def encode(self, text: str, number: int) -> list[int]:
         """The tokens of the text of this number, as a prompt.
@@ -105,9 +107,13 @@ class Writer:
         return tokens
 
     def write(
-        self, prompts: Sequence[Sequence[int]], numbers: Sequence[int], feeds: Tensors
+        self,
+        prompts: Sequence[Sequence[int]],
+        numbers: Sequence[int],
+        feeds: Tensors,
+        settings: Settings,
     ) -> list[dict[str, Any]]:
-        """Generate behind the prompts of the texts of these numbers, with what an adapter feeds.
+        """Generate behind the prompts of the texts of these numbers, with what adapters feed.
 
         Returns:
             For each text `generated`, `tokens` (without the one that ends it) and `stopped`:
@@ -116,12 +122,12 @@ class Writer:
         opening = self.generator.open({**self._batch(prompts), **feeds})
         rows = [
             _Row(TextStream(self.tokenizer, self._read_before(prompt)), self.special.end, room)
-            for prompt, room in zip(prompts, self._room(opening.mask.sum(1)), strict=True)
+            for prompt, room in zip(prompts, self._room(opening.mask.sum(1), settings), strict=True)
         ]
-        choose = self.settings.choose(numbers)
+        choose = settings.choose(numbers)
         for tokens in go_on(opening, choose, lambda: np.array([bool(r.stopped) for r in rows])):
             for row, number, token in zip(rows, numbers, tokens, strict=True):
-                self._tell(number, row.take(int(token)))
+                settings.tell(number, row.take(int(token)))
         return [row.outcome() for row in rows]
 
     def _batch(self, prompts: Sequence[Sequence[int]]) -> Tensors:
@@ -132,24 +138,19 @@ class Writer:
     def _read_before(self, prompt: Sequence[int]) -> Sequence[int]:
         return prompt if self.longest is None else ()
 
-    def _room(self, read: Array) -> list[int]:
+    def _room(self, read: Array, settings: Settings) -> list[int]:
         """New tokens that each row may have, given how many its decoder has read."""
-        most = self.settings.new_tokens
+        most = settings.new_tokens
         if self.positions is None:
             return [most] * len(read)
         return [min(most, self.positions - int(count)) for count in read]
 
-    def _tell(self, number: int, piece: str) -> None:
-        if piece and self.settings.on_text is not None:
-            self.settings.on_text(number, piece)
 
-
-def open_writer(artifact: Artifact, runner: RunnerName, settings: Settings) -> Writer:
+def open_writer(artifact: Artifact, generator: Generator) -> Writer:
     """The artifact as something that writes.
 
     Raises:
         UsageError: it has no tokenizer.
-        UnavailableError: this machine cannot run it.
     """
     from propulsion_export.base import read_config, read_tokenizer
 
@@ -157,8 +158,6 @@ def open_writer(artifact: Artifact, runner: RunnerName, settings: Settings) -> W
     if tokenizer is None:
         raise UsageError(f"{artifact.directory}: has no tokenizer to read texts with")
     config = read_config(str(artifact.directory))
-    generator = open_candidate(artifact, choose_runner(artifact, runner))
-    assert not callable(generator)  # of a generative task it never is
     encoded = artifact.manifest.task == "text2text-generation"
     return Writer(
         generator,
@@ -167,7 +166,6 @@ def open_writer(artifact: Artifact, runner: RunnerName, settings: Settings) -> W
         # Models that have none (ALiBi, T5's relative positions) have no such limit.
         positions=getattr(config, "max_position_embeddings", None),
         longest=longest_input(config, tokenizer) if encoded else None,
-        settings=settings,
     )
 
 

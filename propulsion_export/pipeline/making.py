@@ -1,15 +1,15 @@
-"""The finished graph of an export: an adapter folded into it, or several to switch between."""
+"""The finished graph of an export: an adapter folded into it, several to switch between, a bank."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from propulsion_export.adapter import Adapter
-from propulsion_export.artifact import Tensors, numpy_dtype
+from propulsion_export.artifact import Tensors
 from propulsion_export.errors import ToolError
-from propulsion_export.layout import Layout, pack, plan_layout
+from propulsion_export.layout import Layout, pack, plan_layout, width_of
 from propulsion_export.manifest import (
     BASE_NAME,
     BIASES_INPUT,
@@ -21,19 +21,28 @@ from propulsion_export.manifest import (
     Slot,
 )
 from propulsion_export.pipeline.inputs import labels_of, with_room
-from propulsion_export.rounding import rounded
+from propulsion_export.rounding import numpy_dtype, rounded
 from propulsion_export.scales import Scale
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+    import torch
 
     from propulsion_export.base import Base
 
 
 @dataclass(frozen=True)
 class Made:
-    """Finished graphs by file name; of switchable ones the layout and every adapter's feeds."""
+    """Finished graphs by file name.
 
+    Attributes:
+        mode: what they are.
+        programs: the graphs.
+        layout: of what an adapter feeds; empty when folded.
+        feeds: the packed inputs of every adapter and of the base model; empty when folded.
+    """
+
+    mode: Mode
     programs: dict[str, "ir.Model"]
     layout: Layout
     feeds: dict[str, Tensors]
@@ -46,13 +55,50 @@ def make_folded(base: "Base", adapter: Adapter, dtype: Any, *, opset: int, untie
 
     fold_(base.model, adapter, dtype=dtype, untie=untie)
     traced = _trace(base, opset)
-    return Made({name: optimise(program) for name, program in traced.items()}, {}, {})
+    programs = {name: optimise(program) for name, program in traced.items()}
+    return Made("folded", programs, {}, {})
 
 
 def make_switchable(base: "Base", adapters: Sequence[Adapter], dtype: Any, *, opset: int) -> Made:
     """Trace `base` in `dtype` with all that the adapters bring as optional packed inputs."""
-    from propulsion_export.attach import attached, check_fits
+    from propulsion_export.attach import attached
     from propulsion_export.graph.finishing import SetDefaults, optimise
+
+    layout, defaults = _plan(base, adapters, dtype)
+    base.model.to(dtype)
+    with attached(base.model, _placeholder(layout)):
+        programs = _trace(base, opset)
+    _pack(programs, layout)
+    programs = {name: optimise(program) for name, program in programs.items()}
+    for program in programs.values():
+        inputs = {value.name for value in program.graph.inputs}
+        SetDefaults({name: v for name, v in defaults.items() if name in inputs})(program)
+    return Made("switchable", programs, layout, _feeds(adapters, layout, defaults))
+
+
+def make_bank(base: "Base", adapters: Sequence[Adapter], dtype: Any, *, opset: int) -> Made:
+    """Trace `base` in `dtype` so that each row of a batch chooses its adapter from a bank."""
+    import torch
+
+    from propulsion_export.graph.finishing import optimise
+    from propulsion_export.graph.rows import GatherRows
+    from propulsion_export.rows import ROWS_INPUT, attached_rows
+    from propulsion_export.sampling import TRACED_ROWS
+
+    layout, defaults = _plan(base, adapters, dtype)
+    base.model.to(dtype)
+    rows = torch.ones((TRACED_ROWS, width_of(layout)), dtype=dtype)
+    with attached_rows(base.model, layout):
+        programs = _trace(base, opset, {ROWS_INPUT: rows})
+    for name, program in programs.items():
+        GatherRows(ROWS_INPUT)(program)
+        programs[name] = optimise(program)
+    return Made("bank", programs, layout, _feeds(adapters, layout, defaults))
+
+
+def _plan(base: "Base", adapters: Sequence[Adapter], dtype: Any) -> tuple[Layout, Tensors]:
+    """Where everything of any adapter lies, and what lies there of the base model."""
+    from propulsion_export.attach import check_fits
 
     model = base.model
     order = [name for name, _ in model.named_modules()]
@@ -63,37 +109,38 @@ def make_switchable(base: "Base", adapters: Sequence[Adapter], dtype: Any, *, op
         check_fits(model, adapter)
     layout = plan_layout(roomy, order, base.label_parameters)
     defaults = _defaults(base, roomy[0], layout, numpy_dtype(str(dtype).removeprefix("torch.")))
-    model.to(dtype)
-    with attached(model, _placeholder(layout)):
-        programs = _trace(base, opset)
-    _pack(programs, layout)
-    programs = {name: optimise(program) for name, program in programs.items()}
-    for program in programs.values():
-        inputs = {value.name for value in program.graph.inputs}
-        SetDefaults({name: v for name, v in defaults.items() if name in inputs})(program)
+    return layout, defaults
+
+
+def _feeds(adapters: Sequence[Adapter], layout: Layout, defaults: Tensors) -> dict[str, Tensors]:
     feeds = {adapter.name: pack(adapter, layout, defaults) for adapter in adapters}
-    return Made(programs, layout, {BASE_NAME: defaults, **feeds})
+    return {BASE_NAME: defaults, **feeds}
 
 
-def _trace(base: "Base", opset: int) -> dict[str, "ir.Model"]:
-    """The graphs of a task, by file name, with the inputs and dimensions they are known by."""
+def _trace(
+    base: "Base", opset: int, extra: Mapping[str, "torch.Tensor"] | None = None
+) -> dict[str, "ir.Model"]:
+    """The graphs of a task, by file name, with the inputs and dimensions they are known by.
+
+    `extra` are inputs that the model takes besides those of its task.
+    """
     from propulsion_export import sampling, trace
     from propulsion_export.graph.dimensions import NameDimensions
 
-    config = base.model.config
+    config, more = base.model.config, extra or {}
     names = sampling.input_names(type(base.model), config)
     if base.task == "text-generation":
         prompt = sampling.trace_prompt(config)
-        programs = {GRAPH_FILE: trace.trace_decoder(base.model, prompt, opset=opset)}
+        programs = {GRAPH_FILE: trace.trace_decoder(base.model, prompt, opset=opset, extra=more)}
         _name_cache(base, programs[GRAPH_FILE])
     elif base.task == "text2text-generation":
         inputs = sampling.trace_inputs(names, config)
-        programs = trace.trace_encoder_decoder(base.model, inputs, opset=opset)
+        programs = trace.trace_encoder_decoder(base.model, inputs, opset=opset, extra=more)
         for name in ENCODER_DECODER_FILES[1:]:
             _name_cache(base, programs[name])
     else:
         inputs = sampling.trace_inputs(names, config)
-        programs = {GRAPH_FILE: trace.trace(base.model, inputs, opset=opset)}
+        programs = {GRAPH_FILE: trace.trace(base.model, inputs, opset=opset, extra=more)}
     for program in programs.values():
         NameDimensions()(program)
     return programs
@@ -154,7 +201,7 @@ def _defaults(
 
 def default_labels(base: "Base", adapters: Sequence[Adapter], mode: Mode) -> tuple[str, ...] | None:
     """Class names of the head that `_defaults` chose."""
-    if mode != "switchable" or not base.label_parameters:
+    if mode == "folded" or not base.label_parameters:
         return None
     if base.label_parameters & base.missing:
         return adapters[0].labels

@@ -16,6 +16,7 @@ from propulsion_export.decoding import (
     replaying,
     row_by_row,
 )
+from propulsion_export.layout import packed_inputs
 from propulsion_export.lengths import longest_input
 from propulsion_export.manifest import BASE_NAME, MODULES_INPUT
 from propulsion_export.parity.generation import continue_greedily, padded_inside
@@ -148,18 +149,17 @@ def _attached(base: "Base", adapter: Adapter) -> Iterator[None]:
 
 
 def _feeds(artifact: Artifact, name: str) -> Tensors:
-    if artifact.manifest.mode == "folded":
-        return {}
-    # ONNX has defaults inside the graph, and the base case is there to prove them.
-    bare = name == BASE_NAME and artifact.manifest.kind == "onnx"
-    return {} if bare else artifact.feeds(name)
+    manifest = artifact.manifest
+    # A switchable graph has defaults inside, and the base case is there to prove them.
+    bare = name == BASE_NAME and manifest.kind == "onnx" and manifest.mode == "switchable"
+    return {} if bare or manifest.mode == "folded" else artifact.feeds(name)
 
 
 def _states(artifact: Artifact, base: "Base", adapters: Sequence[Adapter]) -> list[_State]:
     room = labels_of(adapters, base.label_parameters)
     roomy = [with_room(adapter, room, base.label_parameters) for adapter in adapters]
     states = [_State(adapter.name, adapter, without_scales(adapter)) for adapter in roomy]
-    if artifact.manifest.mode == "switchable":
+    if artifact.manifest.mode != "folded":
         states.append(_State(BASE_NAME, _default_head(artifact, base), None))
     return states
 
@@ -169,7 +169,7 @@ def _default_head(artifact: Artifact, base: "Base") -> Adapter:
 
     The artifact's own default: the adapter that it came from may be gone by now.
     """
-    flat = artifact.feeds(BASE_NAME).get(MODULES_INPUT)
+    flat = packed_inputs(artifact, BASE_NAME).get(MODULES_INPUT)
     slots = artifact.manifest.layout.get(MODULES_INPUT, ())
     modules = {
         slot.path: flat[slot.offset : slot.offset + slot.length].reshape(slot.shape).astype(float)

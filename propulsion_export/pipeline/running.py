@@ -1,14 +1,19 @@
 """Which runtime runs an artifact, and the artifact as a runner."""
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
+
+import numpy as np
 
 from propulsion_export.artifact import Artifact, Runner, Tensors
 from propulsion_export.decoding import PAST, CausalModel, EncoderDecoder, Generator
 from propulsion_export.errors import UsageError
 from propulsion_export.machine import cuda_devices
-from propulsion_export.manifest import ENCODER_DECODER_FILES
+from propulsion_export.manifest import ENCODER_DECODER_FILES, IDS_INPUT
+from propulsion_export.scales import Array
 
 # A generator is not callable: that tells the two apart.
 Candidate = Runner | Generator
@@ -77,13 +82,38 @@ def _open(artifact: Artifact, name: str, path: Path) -> Runner:
     from propulsion_export.runners import graphs
 
     if name == "reference":
-        return graphs.reference_runner(path)
-    if name == "tensorrt":
+        run = graphs.reference_runner(path)
+    elif name == "tensorrt":
         engine = artifact.manifest.engine
         assert engine is not None
-        return graphs.tensorrt_runner(path, engine.runtime, engine.profiles)
-    provider = "CUDAExecutionProvider" if name.endswith("cuda") else "CPUExecutionProvider"
-    return graphs.onnxruntime_runner(path, provider)
+        run = graphs.tensorrt_runner(path, engine.runtime, engine.profiles)
+    else:
+        provider = "CUDAExecutionProvider" if name.endswith("cuda") else "CPUExecutionProvider"
+        run = graphs.onnxruntime_runner(path, provider)
+    return _with_ids(run) if artifact.manifest.mode == "bank" else run
+
+
+def _with_ids(run: Runner) -> Runner:
+    """Give every row of a batch the one adapter id that is fed, if it is one."""
+
+    def each(feeds: Tensors) -> Tensors:
+        rows = len(feeds["input_ids"])
+        ids = np.ascontiguousarray(np.broadcast_to(feeds[IDS_INPUT], (rows,)))
+        return run({**feeds, IDS_INPUT: ids})
+
+    return each
+
+
+def place_for(name: str) -> Callable[[Array], Any]:
+    """How to put an array where this runner computes, once for many runs that are fed it."""
+    from propulsion_export.runners import graphs
+
+    places: dict[str, Callable[[Array], Any]] = {
+        "onnxruntime": partial(graphs.place_in_onnxruntime, device="cpu"),
+        "onnxruntime-cuda": partial(graphs.place_in_onnxruntime, device="cuda"),
+        "tensorrt": graphs.place_for_tensorrt,
+    }
+    return places.get(name, np.asarray)
 
 
 def _by_cache(first: Runner, later: Runner) -> Runner:

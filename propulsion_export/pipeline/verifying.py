@@ -1,18 +1,20 @@
 """`parity`: does an artifact compute what the PyTorch base model with its adapters computes?"""
 
-from collections.abc import Iterator, Sequence
+import random
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 from propulsion_export.adapter import Adapter
 from propulsion_export.artifact import Artifact, Tensors
-from propulsion_export.decoding import replaying
+from propulsion_export.decoding import LOGITS, replaying
 from propulsion_export.errors import AdapterError, UnavailableError, UsageError
 from propulsion_export.machine import tool_versions
 from propulsion_export.output import check_replaceable, staged_directory
 from propulsion_export.parity.cases import judge
 from propulsion_export.parity.generation import judge_generation
+from propulsion_export.parity.mixing import judge_mixed
 from propulsion_export.parity.report import Check, NotRun, ParityReport
 from propulsion_export.parity.subject import Subject
 from propulsion_export.pipeline.agreeing import check_signature
@@ -32,6 +34,8 @@ from propulsion_export.pipeline.running import (
     open_candidate,
 )
 
+# Of a bank, at once: what PyTorch computes of each in float64 takes its time.
+MOST_ADAPTERS = 16
 REPORT_FILE: Literal["parity.json"] = "parity.json"
 
 
@@ -53,7 +57,8 @@ def check_parity(
     Args:
         artifact: directory of a merged checkpoint, an ONNX export or an engine.
         model: where the base model lies now; default: where the artifact says.
-        adapter: where its adapters lie now, `NAME=DIR`; default: where the artifact says.
+        adapter: where its adapters lie now, `NAME=DIR`; default: where the artifact says. Of more
+            than 16 in a bank these are judged, and others drawn with the seed.
         runner: what runs it; `auto`: what fits its kind and dtype.
         inputs: texts to compare on, a line each (.txt) or JSONL with `text`; default: made tokens.
         seed: of the tokens made.
@@ -72,12 +77,12 @@ def check_parity(
         check_replaceable(report, marker=REPORT_FILE, force=force, inputs=given)
     read = Artifact.read(artifact)
     if report is not None:
-        recorded = [entry.source for entry in read.manifest.adapters.values()]
+        recorded = [entry.source for entry in read.adapters.values()]
         recorded.append(read.manifest.base.source)
         check_replaceable(report, marker=REPORT_FILE, force=force, inputs=recorded)
     check_signature(read)
     name = choose_runner(read, runner)
-    adapters = _adapters(read, adapter)
+    adapters = _adapters(read, adapter, seed)
     blank = ParityReport(
         artifact=str(artifact),
         kind=read.manifest.kind,
@@ -97,7 +102,7 @@ def check_parity(
         progress(0.7, f"running {name}")
         checks = _judge(read, subjects, batches, candidate)
         rows = sum(len(next(iter(batch.values()))) for batch in batches)
-        verdict = replace(blank, inputs=rows, checks=(*_labels(read, adapters), *checks))
+        verdict = replace(blank, inputs=rows, checks=(*_told(read, adapters, seed), *checks))
     except UnavailableError as error:
         verdict = replace(blank, not_run=(NotRun(f"{name} on {artifact}", str(error)),))
     if report is not None:
@@ -110,14 +115,20 @@ def _judge(
     read: Artifact, subjects: Sequence[Subject], batches: Sequence[Tensors], run: Candidate
 ) -> list[Check]:
     """All cases; generative models are judged as runners of whole sequences first."""
-    dtype = read.manifest.dtype
-    if callable(run):
-        return list(judge(subjects, batches, run, dtype))
-    checks = list(judge(subjects, batches, replaying(run), dtype))
-    allowed = {c.adapter: c.outputs[0].allowed for c in checks if c.case == "parity" and c.outputs}
-    for subject in subjects:
-        if subject.name in allowed:
-            checks += judge_generation(subject, batches[0], run, allowed[subject.name])
+    whole = run if callable(run) else replaying(run)
+    checks = list(judge(subjects, batches, whole, read.manifest.dtype))
+    allowed = {
+        check.adapter: {errors.output: errors.allowed for errors in check.outputs}
+        for check in checks
+        if check.case == "parity" and check.outputs
+    }
+    if not callable(run):
+        judged = [subject for subject in subjects if subject.name in allowed]
+        for subject in judged:
+            bound = allowed[subject.name][LOGITS]
+            checks += judge_generation(subject, batches[0], run, bound)
+    if read.manifest.mode == "bank" and allowed:
+        checks.append(judge_mixed(subjects, batches, whole, allowed))
     return checks
 
 
@@ -130,9 +141,12 @@ def write_report(verdict: ParityReport, directory: Path, *, force: bool = False)
         (staged / REPORT_FILE).write_text(verdict.to_json(), encoding="utf-8")
 
 
-def _adapters(artifact: Artifact, given: Sequence[str | Path]) -> list[Adapter]:
-    """The artifact's adapters, read where they lie now, each proven to be the recorded one."""
-    entries = artifact.manifest.adapters
+def _adapters(artifact: Artifact, given: Sequence[str | Path], seed: int) -> list[Adapter]:
+    """The artifact's adapters, read where they lie now, each proven to be the recorded one.
+
+    Of a bank with many, those that are given and some more.
+    """
+    entries = artifact.adapters
     if len(entries) == 1 and len(given) == 1 and "=" not in str(given[0]):
         given = [f"{next(iter(entries))}={given[0]}"]
     told = {adapter.name: adapter for adapter in read_adapters(given)}
@@ -142,7 +156,8 @@ def _adapters(artifact: Artifact, given: Sequence[str | Path]) -> list[Adapter]:
             f"{', '.join(sorted(entries))}"
         )
     adapters = []
-    for name, entry in entries.items():
+    for name in _sample(sorted(entries), told, seed):
+        entry = entries[name]
         if name not in told and not Path(entry.source).is_dir():
             raise AdapterError(
                 f"adapter {name}: is no longer at {entry.source}",
@@ -159,9 +174,22 @@ def _adapters(artifact: Artifact, given: Sequence[str | Path]) -> list[Adapter]:
     return adapters
 
 
-def _labels(artifact: Artifact, adapters: Sequence[Adapter]) -> Iterator[Check]:
+def _sample(names: Sequence[str], given: Collection[str], seed: int) -> list[str]:
+    """All names, or of more than a verdict judges the given ones and some more, drawn."""
+    others = [name for name in names if name not in given]
+    room = max(0, MOST_ADAPTERS - len(given))
+    drawn = {*given, *random.Random(seed).sample(others, min(room, len(others)))}
+    return [name for name in names if name in drawn]
+
+
+def _told(artifact: Artifact, adapters: Sequence[Adapter], seed: int) -> Iterator[Check]:
+    """How many adapters are judged, where not all, and whether their classes have their names."""
+    total = len(artifact.adapters)
+    if len(adapters) < total:
+        detail = f"{len(adapters)} of {total} adapters are judged, drawn with seed {seed}"
+        yield Check("sample", "all", True, f"{detail}; -a NAME=DIR judges those that it names")
     for adapter in adapters:
-        told = artifact.manifest.adapters[adapter.name].labels
+        told = artifact.adapters[adapter.name].labels
         if adapter.labels is None and told is None:
             continue
         same = adapter.labels == told

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from kinds import ENCODER_DECODERS
 from propulsion_export.adapter import Adapter
 from propulsion_export.artifact import Artifact
 from propulsion_export.layout import pack
@@ -86,6 +87,35 @@ def folded(world):
     output = world.root / "folded"
     export_onnx([world.three], output)
     return output
+
+
+@pytest.fixture(scope="session")
+def banked(world):
+    """The bank of both adapters; copy it before changing it."""
+    output = world.root / "banked"
+    export_onnx([world.three, world.five], output, mode="bank")
+    return output
+
+
+@pytest.fixture(scope="session")
+def make_world(tmp_path_factory, tiny_model, tiny_checkpoint, positive_adapter, write_adapter):
+    """`make_world(kind)`: a base model and two adapters for it, on disk."""
+    worlds = {}
+
+    def make(kind):
+        if kind not in worlds:
+            task = "text2text-generation" if kind in ENCODER_DECODERS else "text-generation"
+            base = tiny_checkpoint(kind, task)
+            model = tiny_model(kind)
+            root = tmp_path_factory.mktemp(kind)
+            for seed, name in ((1, "one"), (2, "two")):
+                made = positive_adapter(model, seed, name, task=task)
+                made = replace(made, base=str(base), fingerprint=fingerprint_of_model(model))
+                write_adapter(made, root / name)
+            worlds[kind] = SimpleNamespace(base=base, one=root / "one", two=root / "two", task=task)
+        return worlds[kind]
+
+    return make
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ import itertools
 import json
 import shutil
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -32,27 +31,6 @@ from propulsion_export.trace import trace_decoder
 
 STEPS = 64
 PROMPTS = [[11, 42, 7, 65, 23], [50, 9, 31], [8, 90, 77, 16, 29, 33, 60, 71]]
-
-
-@pytest.fixture(scope="session")
-def make_world(tmp_path_factory, tiny_model, tiny_checkpoint, positive_adapter, write_adapter):
-    """`make_world(kind)`: a base model and two adapters for it, on disk."""
-    worlds = {}
-
-    def make(kind):
-        if kind not in worlds:
-            task = "text2text-generation" if kind in ENCODER_DECODERS else "text-generation"
-            base = tiny_checkpoint(kind, task)
-            model = tiny_model(kind)
-            root = tmp_path_factory.mktemp(kind)
-            for seed, name in ((1, "one"), (2, "two")):
-                made = positive_adapter(model, seed, name, task=task)
-                made = replace(made, base=str(base), fingerprint=fingerprint_of_model(model))
-                write_adapter(made, root / name)
-            worlds[kind] = SimpleNamespace(base=base, one=root / "one", two=root / "two", task=task)
-        return worlds[kind]
-
-    return make
 
 
 def tokens_of_transformers(kind, directory):

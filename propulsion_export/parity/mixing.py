@@ -1,0 +1,75 @@
+"""What is asked of a bank besides: rows of one batch, each with an adapter of its own."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import cycle, islice
+
+import numpy as np
+
+from propulsion_export.artifact import Runner, Tensors
+from propulsion_export.manifest import IDS_INPUT
+from propulsion_export.parity.comparison import hidden_positions
+from propulsion_export.parity.report import Check
+from propulsion_export.parity.subject import Subject
+from propulsion_export.scales import Array
+
+# By subject and output, what the parity case allows.
+Allowed = Mapping[str, Mapping[str, float]]
+
+
+def judge_mixed(
+    subjects: Sequence[Subject], inputs: Sequence[Tensors], candidate: Runner, allowed: Allowed
+) -> Check:
+    """Every row of a mixed batch is within the allowed error of its own adapter's oracle.
+
+    It is also said whether the row is bit for bit what it is among rows of its adapter alone; the
+    shapes are the same, so that kernels have no reason to compute another way.
+
+    Args:
+        subjects: with one adapter id each among their feeds.
+        inputs: batches, of which so many are run that every subject has a row.
+        candidate: what is judged.
+        allowed: from the parity case; without the subjects that failed to return their outputs.
+    """
+    judged = [subject for subject in subjects if subject.name in allowed]
+    chosen = cycle(judged)
+    rows = len(next(iter(inputs[0].values())))
+    batches = max(len(inputs), math.ceil(len(judged) / rows))
+    shares: list[float] = []
+    exact = True
+    for index in islice(cycle(range(len(inputs))), batches):
+        batch = inputs[index]
+        mixed = list(islice(chosen, len(next(iter(batch.values())))))
+        found = candidate({**batch, **_feeds(mixed)})
+        for row, subject in enumerate(mixed):
+            errors = _errors(subject, inputs, index, row, found)
+            shares += [_share(error, allowed[subject.name][name]) for name, error in errors]
+            own = candidate({**batch, **subject.feeds})
+            exact &= all(np.array_equal(found[name][row], own[name][row]) for name in found)
+    worst = float(np.max(shares))  # NaN if there is one, which Python's own max() can lose
+    return Check(
+        "mixed",
+        "all",
+        worst <= 1,
+        f"rows with an adapter each use up to {worst:.1%} of the allowed error; "
+        f"{'bit for bit' if exact else 'not bit for bit'} as among rows of their adapter alone",
+    )
+
+
+def _feeds(subjects: Sequence[Subject]) -> Tensors:
+    ids: Array = np.concatenate([subject.feeds[IDS_INPUT] for subject in subjects])
+    return {**subjects[0].feeds, IDS_INPUT: ids}
+
+
+def _errors(
+    subject: Subject, inputs: Sequence[Tensors], batch: int, row: int, found: Tensors
+) -> Iterator[tuple[str, float]]:
+    """The largest error of each output in one row, without the positions that the mask hides."""
+    for name in subject.oracle[batch]:
+        hidden = hidden_positions(name, inputs, subject.oracle)[batch][row]
+        error = np.abs(found[name][row].astype(np.float64) - subject.oracle[batch][name][row])
+        yield name, float(np.where(hidden, 0.0, error).max(initial=0))
+
+
+def _share(error: float, bound: float) -> float:
+    return error / bound if bound else (error and math.inf)

@@ -1,0 +1,331 @@
+"""One graph for any number of adapters: every architecture and task, a thousand adapters.
+
+A bank is judged in three ways: by the verdict, which asks PyTorch of every adapter; with a thousand
+random rows, a mixed batch against batches of one adapter each, bit for bit; and with a thousand
+random adapters against PyTorch.
+"""
+
+import shutil
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from kinds import DECODERS, ENCODER_DECODERS, GENERATIVE
+from propulsion_export.adapter import Adapter
+from propulsion_export.artifact import Artifact
+from propulsion_export.attach import attached
+from propulsion_export.bank import Bank
+from propulsion_export.decoding import replaying
+from propulsion_export.errors import AdapterError, ArtifactError, BaseModelError, UsageError
+from propulsion_export.layout import pack, packed_inputs, to_row, width_of
+from propulsion_export.manifest import BANK_INPUT, BASE_NAME, IDS_INPUT, read_manifest
+from propulsion_export.model_fingerprint import fingerprint_of_model
+from propulsion_export.parity.comparison import FACTOR
+from propulsion_export.pipeline.adapters import add_adapter, remove_adapter
+from propulsion_export.pipeline.exporting import export_onnx
+from propulsion_export.pipeline.running import choose_runner, open_candidate
+from propulsion_export.pipeline.verifying import check_parity
+from propulsion_export.runners.pytorch import torch_runner
+
+ENCODERS = ("bert", "roberta", "distilbert", "electra", "deberta-v2", "albert", "mpnet")
+TASKS = ("token-classification", "question-answering", "fill-mask", "feature-extraction")
+EXPERTS = ("mixtral", "qwen3-moe")
+ADAPTERS, ROWS, LENGTH = 1000, 8, 6
+CASES = [
+    *((kind, "text-classification") for kind in ENCODERS),
+    *(("bert", task) for task in TASKS),
+    *((kind, "text-generation") for kind in DECODERS),
+    *((kind, "text2text-generation") for kind in ENCODER_DECODERS),
+]
+
+
+@pytest.fixture(scope="session")
+def make_bank(tmp_path_factory, tiny_model, tiny_checkpoint, positive_adapter, write_adapter):
+    """`make_bank(kind, task)`: a bank of two adapters, with their directories and the model."""
+    made = {}
+
+    def make(kind, task):
+        if (kind, task) in made:
+            return made[kind, task]
+        root = tmp_path_factory.mktemp(f"{kind}-{task}")
+        base = tiny_checkpoint(kind, task)
+        model = tiny_model(kind, *(() if kind in GENERATIVE else (task,)))
+        options = {
+            "biases": kind not in ("deberta-v2", *GENERATIVE),
+            "head": task in ("text-classification", "token-classification", "question-answering"),
+            "only": "self_attn" if kind in EXPERTS else None,
+        }
+        adapters = []
+        for seed, name in ((1, "one"), (2, "two")):
+            adapter = positive_adapter(model, seed, name, task=task, **options)
+            adapters.append(
+                replace(adapter, base=str(base), fingerprint=fingerprint_of_model(model))
+            )
+            write_adapter(adapters[-1], root / name)
+        export_onnx([root / "one", root / "two"], root / "bank", mode="bank")
+        made[kind, task] = SimpleNamespace(
+            bank=root / "bank", root=root, model=model, one=root / "one", two=root / "two"
+        )
+        return made[kind, task]
+
+    return make
+
+
+def runner_of(directory):
+    """The bank as a runner of whole sequences."""
+    artifact = Artifact.read(directory)
+    run = open_candidate(artifact, choose_runner(artifact, "auto"))
+    return artifact, run if callable(run) else replaying(run)
+
+
+def inputs_of(artifact, seed=0):
+    """A batch of random tokens, padded on the left for a decoder, else on the right."""
+    chooser = np.random.default_rng(seed)
+    shape = (ROWS, LENGTH)
+    lengths = chooser.integers(3, LENGTH + 1, ROWS)[:, None]
+    mask = (np.arange(LENGTH) < lengths).astype(np.int64)
+    if artifact.manifest.task == "text-generation":
+        mask = mask[:, ::-1].copy()
+    inputs = {
+        "input_ids": np.where(mask == 1, chooser.integers(5, 99, shape), 0),
+        "attention_mask": mask,
+    }
+    if artifact.manifest.task == "text2text-generation":
+        inputs["decoder_input_ids"] = chooser.integers(5, 99, shape)
+    elif any(spec.name == "token_type_ids" for spec in artifact.manifest.inputs):
+        inputs["token_type_ids"] = np.zeros_like(mask)
+    return inputs
+
+
+def random_bank(artifact, seed=0):
+    """The base model's row, and a thousand like it, each number off by up to a half."""
+    base = to_row(packed_inputs(artifact, BASE_NAME), artifact.manifest.layout)
+    factors = np.random.default_rng(seed).uniform(0.5, 1.5, (ADAPTERS + 1, base.size))
+    factors[0] = 1
+    return (base * factors).astype(np.float32)
+
+
+@pytest.mark.parametrize(("kind", "task"), CASES)
+def test_the_verdict_passes(kind, task, make_bank):
+    made = make_bank(kind, task)
+
+    report = check_parity(made.bank)
+
+    assert report.passed, "\n".join(c.detail for c in report.checks if not c.passed)
+    mixed = next(check for check in report.checks if check.case == "mixed")
+    assert "; bit for bit" in mixed.detail
+    assert {check.adapter for check in report.checks if check.case == "parity"} == {
+        "one",
+        "two",
+        "base",
+    }
+
+
+@pytest.mark.parametrize(("kind", "task"), CASES)
+def test_rows_of_a_thousand_adapters_are_bit_for_bit_what_they_are_by_themselves(
+    kind, task, make_bank
+):
+    artifact, run = runner_of(make_bank(kind, task).bank)
+    inputs, bank = inputs_of(artifact), random_bank(artifact)
+    ids = np.random.default_rng(1).permutation(ADAPTERS) + 1
+    neighbours_differ = 0
+
+    for start in range(0, ADAPTERS, ROWS):
+        part = ids[start : start + ROWS]
+        mixed = run({**inputs, BANK_INPUT: bank, IDS_INPUT: part})
+        for row in range(ROWS):
+            alone = run({**inputs, BANK_INPUT: bank, IDS_INPUT: part[row : row + 1]})
+            for name, values in mixed.items():
+                np.testing.assert_array_equal(values[row], alone[name][row])
+                neighbours_differ += not np.array_equal(values, alone[name])
+
+    assert neighbours_differ == ADAPTERS * len(mixed)
+
+
+def test_a_thousand_adapters_are_what_pytorch_computes_of_each_alone(make_bank, random_adapter):
+    made = make_bank("bert", "text-classification")
+    artifact, run = runner_of(made.bank)
+    inputs = inputs_of(artifact)
+    layout, base = artifact.manifest.layout, packed_inputs(artifact, BASE_NAME)
+    options = {"biases": True, "head": True}
+    adapters = [random_adapter(made.model, seed, f"a{seed}", **options) for seed in range(ADAPTERS)]
+    bank = np.stack([to_row(pack(adapter, layout, base), layout) for adapter in adapters])
+    single = made.model.float()
+    oracle, own, found = [], [], []
+    for start in range(0, ADAPTERS, ROWS):
+        ids = np.arange(start, start + ROWS)
+        found.append(run({**inputs, BANK_INPUT: bank, IDS_INPUT: ids})["logits"])
+        for row, adapter in enumerate(adapters[start : start + ROWS]):
+            one = {name: values[row : row + 1] for name, values in inputs.items()}
+            one = {name: v[:, inputs["attention_mask"][row] == 1] for name, v in one.items()}
+            for dtype, kept in ((torch.float64, oracle), (torch.float32, own)):
+                single.to(dtype)
+                with attached(single, adapter):
+                    kept.append(torch_runner(single)(one)["logits"])
+    made.model.float()
+    oracle, own, found = (np.concatenate(parts) for parts in (oracle, own, found))
+
+    allowed = FACTOR * np.abs(own - oracle).max()
+    assert np.abs(found - oracle).max() <= allowed
+    assert np.abs(np.roll(found, 1, axis=0) - oracle).max() > 1e4 * allowed
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama", "t5"])
+def test_the_graph_has_the_two_inputs_of_the_contract(kind, make_bank):
+    task = {"bert": "text-classification", "llama": "text-generation"}
+    artifact = Artifact.read(make_bank(kind, task.get(kind, "text2text-generation")).bank)
+    manifest = artifact.manifest
+    graphs = manifest.graphs.values() if manifest.graphs else [manifest]
+
+    for graph in graphs:
+        specs = {spec.name: spec for spec in graph.inputs}
+        width = width_of(manifest.layout)
+        assert specs[BANK_INPUT].shape == ("adapters", width)
+        assert specs[IDS_INPUT].shape == ("batch",)
+        assert specs[IDS_INPUT].dtype == "int64"
+        assert not any(name.startswith("propulsion_rows") for name in specs)
+
+
+def copied(directory, tmp_path):
+    return shutil.copytree(directory, tmp_path / "bank")
+
+
+def test_an_adapter_is_added_later_without_a_new_trace(banked, world, tmp_path):
+    directory = copied(banked, tmp_path)
+    graph = (directory / "model.onnx").read_bytes()
+
+    add_adapter(directory, f"later={world.three}")
+
+    assert (directory / "model.onnx").read_bytes() == graph
+    assert sorted(Artifact.read(directory).adapters) == ["five", "later", "three"]
+    report = check_parity(directory)
+    assert report.passed
+    assert "later" in {check.adapter for check in report.checks if check.case == "effect"}
+
+
+def test_adapters_are_removed_down_to_the_base_model(banked, tmp_path):
+    directory = copied(banked, tmp_path)
+
+    remove_adapter(directory, "three")
+    assert list(Artifact.read(directory).adapters) == ["five"]
+    remove_adapter(directory, "five")
+
+    assert Artifact.read(directory).adapters == {}
+    with pytest.raises(UsageError, match="no adapter 'five'"):
+        remove_adapter(directory, "five")
+    with pytest.raises(ArtifactError, match="no adapter 'three'"):
+        Artifact.read(directory).feeds("three")
+
+
+def test_replacing_an_adapter_needs_force_and_changes_what_is_computed(banked, world, tmp_path):
+    directory = copied(banked, tmp_path)
+    before = packed_inputs(Artifact.read(directory), "three")
+    with pytest.raises(UsageError, match="has an adapter 'three' already"):
+        add_adapter(directory, f"three={world.five}")
+
+    add_adapter(directory, f"three={world.five}", force=True)
+
+    after = packed_inputs(Artifact.read(directory), "three")
+    assert not np.array_equal(before["propulsion_scales"], after["propulsion_scales"])
+    assert Artifact.read(directory).adapters["three"].labels == tuple(f"five-{i}" for i in range(5))
+
+
+def test_an_adapter_that_has_no_room_is_refused(banked, world, tmp_path):
+    directory = copied(banked, tmp_path)
+    three = Adapter.read(world.three)
+    (tmp_path / "wide").mkdir()
+    wide = replace(three, modules={"classifier.weight": np.ones((9, 32), np.float32)})
+    wide.write(tmp_path / "wide")
+
+    with pytest.raises(AdapterError, match=r"classifier.weight has shape \[9, 32\], the artifact"):
+        add_adapter(directory, tmp_path / "wide")
+
+    assert sorted(Artifact.read(directory).adapters) == ["five", "three"]
+
+
+def test_an_adapter_of_another_base_model_is_refused(banked, world, tiny_model, tmp_path):
+    directory = copied(banked, tmp_path)
+    stranger = fingerprint_of_model(tiny_model("bert", seed=9))
+    (tmp_path / "stranger").mkdir()
+    replace(Adapter.read(world.three), fingerprint=stranger).write(tmp_path / "stranger")
+
+    with pytest.raises(BaseModelError, match="is not the base model of adapter stranger"):
+        add_adapter(directory, tmp_path / "stranger")
+
+    assert sorted(Artifact.read(directory).adapters) == ["five", "three"]
+
+
+@pytest.mark.parametrize("mistake", ["swapped", "moved"])
+def test_a_planted_mistake_fails(mistake, banked, tmp_path):
+    """Rows that are each other's, and a row whose scales lie one channel off."""
+    directory = copied(banked, tmp_path)
+    artifact = Artifact.read(directory)
+    rows, values = artifact.bank.rows(), np.array(artifact.bank.values())
+    three, five = values[rows["three"].number], values[rows["five"].number]
+    planted = {
+        "swapped": {"three": five, "five": three},
+        "moved": {"three": np.roll(three, 1), "five": five},
+    }
+    shutil.rmtree(directory / "adapters")
+    bank = Bank.create(directory, values[0])
+    for name, row in planted[mistake].items():
+        bank.add(name, row, rows[name].entry)
+
+    report = check_parity(directory)
+
+    assert not report.passed
+    failed = {check.case for check in report.checks if not check.passed}
+    assert {"parity", "mixed"} <= failed
+
+
+def test_a_damaged_row_is_found(banked, tmp_path):
+    directory = copied(banked, tmp_path)
+    bank = Artifact.read(directory).bank
+    row = bank.row("three")
+    with bank.file.open("r+b") as file:
+        file.seek(row.number * bank.width * 4 + 40)
+        file.write(b"\x00\x00\x80\x7f")
+
+    with pytest.raises(ArtifactError, match=rf"row {row.number} is sha256"):
+        Artifact.read(directory).feeds("three")
+    assert Artifact.read(directory).feeds("five")[IDS_INPUT] == bank.row("five").number
+
+
+def test_what_a_row_cannot_have_is_refused_and_nothing_is_left(
+    tiny_checkpoint, tiny_model, positive_adapter, write_adapter, tmp_path
+):
+    base, model = tiny_checkpoint("mixtral", "text-generation"), tiny_model("mixtral")
+    made = positive_adapter(model, 1, "one", task="text-generation")
+    made = replace(made, base=str(base), fingerprint=fingerprint_of_model(model))
+    adapter = write_adapter(made, tmp_path / "one")
+
+    with pytest.raises(UsageError, match=r"experts\.gate_up_proj: scales experts"):
+        export_onnx([adapter], tmp_path / "bank", mode="bank")
+
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one"]
+
+
+def test_the_adapters_of_a_bank_stand_in_its_registry_alone(banked):
+    manifest = read_manifest(banked / "propulsion.json")
+
+    assert manifest.mode == "bank"
+    assert manifest.adapters == {}
+    assert not any(name.startswith("adapters/") for name in manifest.files)
+
+
+def test_of_many_adapters_a_verdict_judges_a_sample_and_says_so(banked, world, tmp_path):
+    directory = copied(banked, tmp_path)
+    for number in range(20):
+        add_adapter(directory, f"copy{number}={world.three if number % 2 else world.five}")
+
+    report = check_parity(directory, adapter=[f"copy7={world.three}"])
+
+    assert report.passed
+    sample = next(check for check in report.checks if check.case == "sample")
+    assert "16 of 22 adapters are judged, drawn with seed 0" in sample.detail
+    judged = {check.adapter for check in report.checks if check.case == "parity"}
+    assert len(judged) == 17
+    assert {"copy7", "base"} <= judged
