@@ -25,6 +25,13 @@ from .options import DIRECTORY, FILE, output_options, runtime_option, target_opt
     "cache 2048. With any shapes given, a decoder has one profile instead of three.",
 )
 @click.option("--refit", type=click.Choice(["none", "scales"]), default="none", show_default=True)
+@click.option(
+    "--bank",
+    type=click.Choice(["input", "constant"]),
+    default="input",
+    show_default=True,
+    help="Fed with each run, or its rows of now built in.",
+)
 @click.option("--timing-cache", type=FILE, help="Read where it exists, then written.")
 @click.option("--builder-optimization-level", type=click.IntRange(0, 5))
 @click.option("--version-compatible", is_flag=True)

@@ -43,6 +43,7 @@ PACKED_INPUTS = (SCALES_INPUT, BIASES_INPUT, MODULES_INPUT)
 # Of a bank: all three behind each other, a row an adapter; and which row each row of a batch uses.
 BANK_INPUT = "propulsion_bank"
 IDS_INPUT = "adapter_ids"
+ADAPTERS_DIMENSION = "adapters"  # how many rows the bank has
 
 Kind = Literal["merged", "onnx", "engine"]
 Mode = Literal["folded", "switchable", "bank"]

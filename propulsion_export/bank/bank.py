@@ -38,7 +38,7 @@ from propulsion_export.bank.rows import (
     row_bytes,
     told,
 )
-from propulsion_export.bank.transactions import changing, create_registry, reading
+from propulsion_export.bank.transactions import back_up, changing, create_registry, reading
 from propulsion_export.errors import ArtifactError, UsageError
 from propulsion_export.manifest import AdapterEntry, is_fit_name
 from propulsion_export.output import replace_file
@@ -232,6 +232,16 @@ class Bank:
             drop_row(db, name)
             advance(db, state.file, state.next_row)
 
+    def copy(self, directory: Path) -> None:
+        """Write the bank of this moment below another artifact's directory, which has none.
+
+        Not by copying the registry's file: closing that would drop other threads' locks on it.
+        """
+        with reading(self.directory) as (db, state):
+            (directory / state.file).parent.mkdir(parents=True, exist_ok=True)
+            copy_rows(self.directory, state, range(state.next_row), to=directory / state.file)
+            back_up(db, directory)
+
     def compact(self) -> None:
         """Give back the rows of removed and replaced adapters: a new bank file, numbered anew.
 
@@ -247,7 +257,7 @@ class Bank:
             if state.next_row == 1 + len(kept):
                 return
             file = next_file(state.file)
-            copy_rows(self.directory, state, [0, *kept], file=file)
+            copy_rows(self.directory, state, [0, *kept], to=self.directory / file)
             renumber(db, kept)
             advance(db, file, 1 + len(kept))
         with suppress(OSError):  # the next change tries again

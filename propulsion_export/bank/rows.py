@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -98,15 +99,15 @@ def append_row(directory: Path, state: State, data: bytes) -> None:
         os.close(descriptor)
 
 
-def copy_rows(directory: Path, state: State, numbers: list[int], *, file: str) -> None:
+def copy_rows(directory: Path, state: State, numbers: Iterable[int], *, to: Path) -> None:
     """Write rows of the bank file, in the order of `numbers`, as a new file that a crash spares."""
-    with (directory / state.file).open("rb") as old, (directory / file).open("xb") as new:
+    with (directory / state.file).open("rb") as old, to.open("xb") as new:
         os.fchmod(new.fileno(), os.fstat(old.fileno()).st_mode & 0o777)
         for number, kept in enumerate(numbers):
             row = os.pread(old.fileno(), state.stride, kept * state.stride)
             _write_at(new.fileno(), row, number * state.stride)
         os.fsync(new.fileno())
-    descriptor = os.open(directory / ADAPTERS, os.O_RDONLY | os.O_DIRECTORY)
+    descriptor = os.open(to.parent, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
     finally:

@@ -114,6 +114,16 @@ def create_registry(directory: Path, state: State) -> None:
         db.execute("COMMIT")
 
 
+def back_up(db: sqlite3.Connection, directory: Path) -> None:
+    """Write the registry that `db` reads as that of another directory.
+
+    Raises:
+        UsageError: the disk is full or read-only.
+    """
+    with _in_words(directory), closing(_connect(directory, "rwc")) as other:
+        db.backup(other)
+
+
 def _begin(directory: Path, *, write: bool) -> tuple[sqlite3.Connection, State]:
     try:
         return _begin_as(directory, "rw" if write else "ro", write=write)

@@ -5,15 +5,16 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from propulsion_export.artifact import Artifact
 from propulsion_export.engine.network import Network, parse, specs_of
 from propulsion_export.engine.options import BuildOptions, check_options
 from propulsion_export.engine.profiles import Profile, choose_profiles, longest_sequence
 from propulsion_export.engine.source import (
+    adapter_inputs,
     check_operators,
-    packed_inputs,
+    give_default_,
     read_graph,
     read_settings,
     require_inputs_,
@@ -27,8 +28,11 @@ from propulsion_export.engine.targets import (
 )
 from propulsion_export.errors import ArtifactError, ToolError, UnavailableError
 from propulsion_export.machine import tool_versions
-from propulsion_export.manifest import ENGINE_FILE, GRAPH_FILE, EngineEntry, Manifest
+from propulsion_export.manifest import BANK_INPUT, ENGINE_FILE, GRAPH_FILE, EngineEntry, Manifest
 from propulsion_export.output import replace_file
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 _MEBIBYTE = 2**20
 _COMPATIBILITY = {"ampere+": "AMPERE_PLUS", "same-cc": "SAME_COMPUTE_CAPABILITY"}
@@ -54,6 +58,7 @@ def build_engine(
     """Write `model.engine`, and what else an engine artifact needs, into an empty directory.
 
     The scales of a switchable artifact become an input that must be fed: TensorRT has no defaults.
+    A bank stays an input, unless it is built in.
 
     Args:
         artifact: of kind `onnx`.
@@ -81,13 +86,13 @@ def build_engine(
     tell(f"parsing {GRAPH_FILE}")
     graph = read_graph(artifact.directory)
     check_operators(graph, _model_name(artifact))
-    refittable = packed_inputs(graph) if options.refit == "scales" else ()
-    require_inputs_(graph, constant=refittable)
+    built_in = _build_in_(graph, artifact, options)
+    require_inputs_(graph, constant=built_in)
     network = parse(job.trt, graph, artifact.directory)
     manifest = _manifest(artifact, network, job)
     tell(f"building for {', '.join(job.targets)} with {job.runtime} {job.trt.__version__}")
     config = _configure(job, network)
-    _mark_refittable(job.trt, network, config, refittable)
+    _mark_refittable(job.trt, network, config, built_in if options.refit == "scales" else ())
     plan = build(network, config, options.timing_cache)
     (directory / ENGINE_FILE).write_bytes(plan)
     _copy_rest(artifact, directory)
@@ -131,6 +136,19 @@ def read_timing_cache(config: Any, file: Path) -> None:
         )
 
 
+def _build_in_(graph: "ir.Model", artifact: Artifact, options: BuildOptions) -> tuple[str, ...]:
+    """The inputs that become weights of the engine; a bank gets the rows that it has now."""
+    if not _builds_in(options):
+        return ()
+    if artifact.manifest.mode == "bank":
+        give_default_(graph, BANK_INPUT, artifact.bank.values())
+    return adapter_inputs(graph)
+
+
+def _builds_in(options: BuildOptions) -> bool:
+    return options.refit == "scales" or options.bank == "constant"
+
+
 def _check_one_graph(artifact: Artifact) -> None:
     if artifact.manifest.graphs:
         raise UnavailableError(
@@ -154,7 +172,9 @@ def _order(artifact: Artifact, options: BuildOptions) -> _Job:
     targets = choose_targets(options.targets, runtime, manifest.dtype)
     given = (options.min_shapes, options.opt_shapes, options.max_shapes)
     longest = longest_sequence(read_settings(artifact.directory))
-    profiles = choose_profiles(manifest.inputs, given, longest)
+    gone = {BANK_INPUT} if _builds_in(options) else set()
+    inputs = [spec for spec in manifest.inputs if spec.name not in gone]
+    profiles = choose_profiles(inputs, given, longest)
     return _Job(load(runtime), runtime, targets, profiles, options)
 
 
@@ -250,3 +270,5 @@ def _copy_rest(artifact: Artifact, directory: Path) -> None:
         if not _is_graph(name):
             (directory / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(artifact.directory / name, directory / name)
+    if artifact.manifest.mode == "bank":
+        artifact.bank.copy(directory)

@@ -25,7 +25,9 @@ class BuildOptions:
         opt_shapes: the same for the shapes the engine is to be best at.
         max_shapes: the same for the largest.
         refit: `scales` builds the scales of a switchable artifact in as weights that can be
-            replaced later, in place of an input.
+            replaced later, in place of an input; of a bank all its rows.
+        bank: `constant` builds in the rows that a bank has now, in place of an input, for servers
+            whose requests cannot bring it; adapters added later need another build.
         timing_cache: a file that makes the next build faster; read where it exists, then written.
         builder_optimization_level: 0 (fast build) to 5 (long search).
         version_compatible: the engine also runs in later versions of TensorRT.
@@ -40,6 +42,7 @@ class BuildOptions:
     opt_shapes: Shapes = field(default_factory=dict)
     max_shapes: Shapes = field(default_factory=dict)
     refit: Literal["none", "scales"] = "none"
+    bank: Literal["input", "constant"] = "input"
     timing_cache: Path | None = None
     builder_optimization_level: int | None = None
     version_compatible: bool = False
@@ -51,6 +54,7 @@ class BuildOptions:
         """What of it the manifest keeps: all that shapes the engine and is not recorded apart."""
         return {
             "refit": self.refit,
+            "bank": self.bank,
             "builder_optimization_level": self.builder_optimization_level,
             "version_compatible": self.version_compatible,
             "hardware_compatibility": self.hardware_compatibility,
@@ -87,6 +91,9 @@ def _contradictions(options: BuildOptions, mode: Mode) -> list[str]:
         ),
         "--refit scales: found a folded artifact, expected one exported with --mode switchable": (
             options.refit == "scales" and mode == "folded"
+        ),
+        f"--bank constant: found a {mode} artifact, expected one exported with --mode bank": (
+            options.bank == "constant" and mode != "bank"
         ),
         "--strip-weights: found --refit scales too, expected one of them": (
             options.refit == "scales" and options.strip_weights

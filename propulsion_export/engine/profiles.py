@@ -11,7 +11,7 @@ from typing import Any
 
 from propulsion_export.errors import UsageError
 from propulsion_export.lengths import known_positions
-from propulsion_export.manifest import TensorSpec
+from propulsion_export.manifest import ADAPTERS_DIMENSION, BANK_INPUT, TensorSpec
 
 Shapes = Mapping[str, tuple[int, ...]]
 Range = tuple[int, int, int]
@@ -23,6 +23,8 @@ _BATCH: Range = (1, 8, 32)
 _LENGTH = 512  # the longest default sequence
 _CACHED_LENGTH = 2048  # the same of a decoder with a cache
 _TYPICAL = 128
+_ADAPTERS: Range = (1, 64, 16384)
+_LARGEST = 2**31 - 1  # elements of a tensor in TensorRT
 
 
 def parse_shapes(text: str) -> dict[str, tuple[int, ...]]:
@@ -60,8 +62,9 @@ def choose_profiles(
     """Choose min, opt and max for every input with a symbolic dimension.
 
     What is not given is filled in: a batch (a symbolic first axis) is 1 / 8 / 32, a sequence
-    1 / 128 / min(512, `longest`). A default never contradicts a given shape: it moves out of its
-    way.
+    1 / 128 / min(512, `longest`), and the rows of a bank 1 / 64 / 16384, or fewer of wide adapters,
+    since a tensor has at most 2^31 - 1 elements. A default never contradicts a given shape: it
+    moves out of its way.
 
     A decoder with a cache has three profiles up to L = min(2048, `longest`): prefill, up to L
     tokens behind an empty past; decoding, one token behind up to L - 1; and several tokens behind a
@@ -97,6 +100,7 @@ def choose_profiles(
             for symbol, role in roles.items()
             if role != "total"
         }
+        _fit_bank_(inputs, ranges, given)
         _check_ranges(roles, ranges, longest)
         total = _sum(roles, ranges)
         _check_totals(roles, values, total)
@@ -117,6 +121,8 @@ def _profile(inputs: Sequence[TensorSpec], ranges: Mapping[str, Range]) -> Profi
 
 
 def _role(symbol: str, axis: int) -> str:
+    if symbol == ADAPTERS_DIMENSION:
+        return "adapters"
     if axis == 0:
         return "batch"
     if "+" in symbol or "total" in symbol:
@@ -145,8 +151,25 @@ def _defaults(
     return [_ranges(sequence, (0, past // 2, past))]
 
 
+def _fit_bank_(
+    inputs: Sequence[TensorSpec], ranges: dict[str, Range], given: Sequence[Shapes]
+) -> None:
+    """Let the default bank of wide adapters hold fewer of them, as large as a tensor may be."""
+    bank = next((spec for spec in inputs if spec.name == BANK_INPUT), None)
+    if bank is None or any(BANK_INPUT in shapes for shapes in given):
+        return
+    most = max(1, _LARGEST // int(bank.shape[1]))
+    low, typical, high = ranges[ADAPTERS_DIMENSION]
+    ranges[ADAPTERS_DIMENSION] = (low, min(typical, most), min(high, most))
+
+
 def _ranges(sequence: int, past: Range) -> dict[str, Range]:
-    return {"batch": _BATCH, "sequence": (1, min(_TYPICAL, sequence), sequence), "past": past}
+    return {
+        "batch": _BATCH,
+        "sequence": (1, min(_TYPICAL, sequence), sequence),
+        "past": past,
+        "adapters": _ADAPTERS,
+    }
 
 
 def _sum(roles: Mapping[str, str], ranges: Mapping[str, Range]) -> Range:
@@ -228,7 +251,7 @@ def _check_ranges(
                 f"shapes: found {symbol} min {low}, opt {typical}, max {high}, "
                 f"expected {smallest} <= min <= opt <= max"
             )
-        if longest is not None and roles[symbol] != "batch" and high > longest:
+        if longest is not None and roles[symbol] in ("sequence", "past") and high > longest:
             wrong.append(
                 f"--max-shapes: found {symbol} {high}, expected at most {longest}, "
                 "the positions the model has"

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from propulsion_export.errors import ArtifactError, UnavailableError
-from propulsion_export.manifest import GRAPH_FILE, PACKED_INPUTS
+from propulsion_export.manifest import BANK_INPUT, GRAPH_FILE, PACKED_INPUTS
+from propulsion_export.scales import Array
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -110,10 +111,20 @@ def _reduction(node: "ir.Node") -> str:
     return "none" if attribute is None else str(attribute.value)
 
 
-def packed_inputs(model: "ir.Model") -> tuple[str, ...]:
-    """Those of the graph's inputs that carry an adapter."""
+def adapter_inputs(model: "ir.Model") -> tuple[str, ...]:
+    """Those of the graph's inputs that carry adapters."""
     names = {value.name for value in model.graph.inputs}
-    return tuple(name for name in PACKED_INPUTS if name in names)
+    return tuple(name for name in (*PACKED_INPUTS, BANK_INPUT) if name in names)
+
+
+def give_default_(model: "ir.Model", name: str, values: Array) -> None:
+    """Let an input have a default, in place."""
+    import onnx_ir as ir
+
+    value = next(value for value in model.graph.inputs if value.name == name)
+    value.shape = ir.Shape(values.shape)
+    value.const_value = ir.tensor(values, name=name)
+    model.graph.register_initializer(value)
 
 
 def _tensors(model: "ir.Model") -> Iterator[Any]:

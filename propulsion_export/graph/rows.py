@@ -3,9 +3,7 @@
 import onnx_ir as ir
 
 from propulsion_export.graph.dimensions import BATCH
-from propulsion_export.manifest import BANK_INPUT, IDS_INPUT
-
-ADAPTERS_DIMENSION = "adapters"
+from propulsion_export.manifest import ADAPTERS_DIMENSION, BANK_INPUT, IDS_INPUT
 
 
 class GatherRows(ir.passes.InPlacePass):

@@ -13,7 +13,14 @@ from propulsion_export.adapter import Adapter
 from propulsion_export.artifact import Artifact, Tensors, digest_of
 from propulsion_export.errors import ArtifactError, UsageError
 from propulsion_export.layout import check_range, pack, packed_inputs, to_row
-from propulsion_export.manifest import ADAPTERS, BASE_FEEDS, BASE_NAME, AdapterEntry, Manifest
+from propulsion_export.manifest import (
+    ADAPTERS,
+    BANK_INPUT,
+    BASE_FEEDS,
+    BASE_NAME,
+    AdapterEntry,
+    Manifest,
+)
 from propulsion_export.output import replace_file
 from propulsion_export.packaging.genai import CONFIG_FILE
 from propulsion_export.pipeline.agreeing import check_signature
@@ -161,6 +168,11 @@ def _read_changeable(artifact: Path) -> Artifact:
             f"{artifact}: is folded, expected a switchable artifact or a bank",
             remedy="Export with --mode switchable or bank to change adapters later.",
         )
+    if read.manifest.kind == "engine" and not _takes_adapters(read.manifest):
+        raise ArtifactError(
+            f"{artifact}: has its adapters built into the engine, expected them as inputs",
+            remedy="Change the ONNX export it was made from, and build that again.",
+        )
     if CONFIG_FILE in read.manifest.files:
         raise ArtifactError(
             f"{artifact}: is a package for onnxruntime-genai, which has its adapters in files of "
@@ -169,3 +181,8 @@ def _read_changeable(artifact: Path) -> Artifact:
         )
     check_signature(read, graph=False)
     return read
+
+
+def _takes_adapters(manifest: Manifest) -> bool:
+    names = {spec.name for spec in manifest.inputs}
+    return bool(names & {BANK_INPUT, *manifest.layout})

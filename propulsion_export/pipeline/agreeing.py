@@ -125,8 +125,16 @@ def _misfit_layout(manifest: Manifest) -> Iterator[str]:
                 f"{packed}: the layout has {lengths.get(packed, 0)} elements, the input's shape is "
                 f"{list(shape)}"
             )
-    for packed in sorted(lengths.keys() - {name for name, _ in shapes}):
+    for packed in sorted(lengths.keys() - {name for name, _ in shapes} - _built_in(manifest)):
         yield f"{packed}: the layout has {lengths[packed]} elements, the input's shape is none"
+
+
+def _built_in(manifest: Manifest) -> set[str]:
+    """The inputs that an engine has as weights instead."""
+    options = {} if manifest.engine is None else manifest.engine.options
+    if options.get("refit") != "scales" and options.get("bank") != "constant":
+        return set()
+    return {*PACKED_INPUTS, BANK_INPUT}
 
 
 def _lengths(manifest: Manifest) -> dict[str, int]:

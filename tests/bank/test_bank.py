@@ -319,3 +319,16 @@ TestChanges = Changes.TestCase
 TestChanges.settings = settings(
     max_examples=15, stateful_step_count=20, deadline=None, derandomize=True
 )
+
+
+def test_a_copy_is_the_bank_of_that_moment_and_lives_on_its_own(bank, tmp_path):
+    bank.remove("c")
+
+    bank.copy(tmp_path / "copy")
+    put(bank, "d", 9)
+
+    copied = Bank.open(tmp_path / "copy")
+    assert seeds_of(copied) == {name: seed for name, seed in HELD.items() if name != "c"}
+    np.testing.assert_array_equal(copied.values(), bank.values()[:-1])
+    put(copied, "e", 8)
+    assert "e" not in seeds_of(bank)

@@ -312,3 +312,41 @@ def test_a_fixed_input_may_be_given_its_own_shape():
 )
 def test_the_longest_sequence_is_read_from_the_configuration(config, expected):
     assert longest_sequence(config) == expected
+
+
+BANK = (
+    *ENCODER[:2],
+    TensorSpec("propulsion_bank", "float32", ("adapters", 1000)),
+    TensorSpec("adapter_ids", "int64", ("batch",)),
+)
+
+
+def test_a_bank_has_room_for_16384_rows_by_default():
+    (profile,) = choose_profiles(BANK, NONE, 512)
+
+    assert profile["propulsion_bank"] == {"min": [1, 1000], "opt": [64, 1000], "max": [16384, 1000]}
+    assert profile["adapter_ids"]["max"] == [32]
+
+
+def test_the_rows_of_a_bank_are_no_positions_of_the_model():
+    (profile,) = choose_profiles(BANK, NONE, 8)
+
+    assert profile["propulsion_bank"]["max"] == [16384, 1000]
+    assert profile["input_ids"]["max"] == [32, 8]
+
+
+@pytest.mark.parametrize("width", [131_072, 1_000_000, 2**30])
+def test_a_bank_of_wide_adapters_stays_within_what_a_tensor_may_hold(width):
+    wide = (*BANK[:2], TensorSpec("propulsion_bank", "float32", ("adapters", width)), BANK[3])
+
+    (profile,) = choose_profiles(wide, NONE, 512)
+
+    rows = profile["propulsion_bank"]["max"][0]
+    assert rows * width < 2**31 <= (rows + 1) * width
+    assert profile["propulsion_bank"]["opt"][0] <= rows
+
+
+def test_a_given_bank_is_taken_as_it_is():
+    (profile,) = choose_profiles(BANK, ({}, {}, {"propulsion_bank": (40_000, 1000)}), 512)
+
+    assert profile["propulsion_bank"]["max"] == [40_000, 1000]

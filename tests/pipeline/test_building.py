@@ -7,6 +7,7 @@ from propulsion_export.cli import main
 from propulsion_export.engine import BuildOptions
 from propulsion_export.errors import ArtifactError, ToolError, UnavailableError, UsageError
 from propulsion_export.model_fingerprint import fingerprint_of_model
+from propulsion_export.pipeline.adapters import add_adapter
 from propulsion_export.pipeline.building import build
 from propulsion_export.pipeline.exporting import export_onnx
 from propulsion_export.pipeline.merging import merge
@@ -255,3 +256,73 @@ def test_an_encoder_decoder_is_refused_by_name(kind, name, generative, tmp_path)
         build(generative(kind, "folded", "float32"), tmp_path / "engine", SM89)
 
     assert not (tmp_path / "engine").exists()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_bank_becomes_an_engine_whose_profile_covers_the_number_of_adapters(
+    dtype, world, tmp_path
+):
+    export_onnx([world.three, world.five], tmp_path / "bank", mode="bank", dtype=dtype)
+
+    artifact = build(tmp_path / "bank", tmp_path / "engine", RTX)
+
+    read = {spec.name: spec for spec in artifact.manifest.inputs}
+    width = artifact.bank.width
+    assert read["propulsion_bank"].shape == ("adapters", width)
+    assert read["propulsion_bank"].dtype == dtype
+    assert read["adapter_ids"].shape == ("batch",)
+    (profile,) = artifact.manifest.engine.profiles
+    assert profile["propulsion_bank"] == {
+        "min": [1, width],
+        "opt": [64, width],
+        "max": [16384, width],
+    }
+    assert profile["adapter_ids"] == {"min": [1], "opt": [8], "max": [32]}
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_the_bank_of_a_decoder_becomes_an_engine(kind, generative, tmp_path):
+    artifact = build(generative(kind, "bank", "float16"), tmp_path / "engine", SM89)
+
+    profiles = artifact.manifest.engine.profiles
+    assert len(profiles) == 3
+    assert all(profile["propulsion_bank"]["max"][0] == 16384 for profile in profiles)
+    assert {"propulsion_bank", "adapter_ids", PAST} <= {s.name for s in artifact.manifest.inputs}
+
+
+def test_more_adapters_than_that_can_be_asked_for(banked, tmp_path):
+    width = Artifact.read(banked).bank.width
+    shapes = {"propulsion_bank": (50_000, width)}
+
+    artifact = build(banked, tmp_path / "engine", replace(SM89, max_shapes=shapes))
+
+    (profile,) = artifact.manifest.engine.profiles
+    assert profile["propulsion_bank"]["max"] == [50_000, width]
+
+
+def test_an_engine_of_a_bank_takes_adapters_without_another_build(banked, world, tmp_path):
+    build(banked, tmp_path / "engine", SM89)
+    before = (tmp_path / "engine" / "model.engine").read_bytes()
+
+    changed = add_adapter(tmp_path / "engine", f"later={world.three}")
+
+    assert sorted(changed.adapters) == ["five", "later", "three"]
+    assert (tmp_path / "engine" / "model.engine").read_bytes() == before
+    assert sorted(Artifact.read(banked).adapters) == ["five", "three"]
+
+
+def test_a_bank_that_is_built_in_is_no_input_and_takes_no_further_adapters(banked, world, tmp_path):
+    artifact = build(banked, tmp_path / "engine", replace(SM89, bank="constant"))
+
+    names = {spec.name for spec in artifact.manifest.inputs}
+    assert "adapter_ids" in names
+    assert "propulsion_bank" not in names
+    assert "propulsion_bank" not in artifact.manifest.engine.profiles[0]
+    assert artifact.bank.rows() == Artifact.read(banked).bank.rows()
+    with pytest.raises(ArtifactError, match="has its adapters built into the engine"):
+        add_adapter(tmp_path / "engine", f"later={world.three}")
+
+
+def test_only_a_bank_can_be_built_in(folded, tmp_path):
+    with pytest.raises(UsageError, match="--bank constant: found a folded artifact"):
+        build(folded, tmp_path / "engine", replace(SM89, bank="constant"))
