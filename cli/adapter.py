@@ -1,62 +1,110 @@
-"""`propulsion-export adapter`: change what a switchable artifact can switch to."""
+"""`propulsion-export adapter`: change the adapters of a switchable artifact or a bank."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from .console import Console, console_options
+from .console import Console, console_options, human_size
 from .options import DIRECTORY
 
+if TYPE_CHECKING:
+    from propulsion_export.artifact import Artifact
 
-@click.group(epilog="\b\nExample: propulsion-export adapter list onnx/switchable")
+
+@click.group(epilog="\b\nExample: propulsion-export adapter list onnx/bank")
 def command() -> None:
-    """Add, remove and list a switchable artifact's adapters, without tracing again."""
+    """Add, remove and list adapters of a switchable artifact or a bank, without tracing again."""
 
 
-@command.command(
-    epilog="\b\nExample: propulsion-export adapter add onnx/switchable pos=adapters/pos"
-)
+@command.command(epilog="\b\nExample: propulsion-export adapter add onnx/bank pos=adapters/pos")
 @click.argument("artifact", metavar="DIR", type=DIRECTORY)
 @click.argument("adapter", metavar="[NAME=]ADAPTER")
 @click.option("--allow-range", is_flag=True, help="Accept scales that the dtype rounds badly.")
 @click.option("--force", is_flag=True, help="Replace an adapter of that name.")
 @console_options
 def add(console: Console, artifact: Path, adapter: str, allow_range: bool, force: bool) -> None:
-    """Add an adapter to a switchable artifact."""
+    """Add an adapter to a switchable artifact or a bank.
+
+    A bank takes as long for the ten thousandth as for the first.
+    """
     from propulsion_export.pipeline.adapters import add_adapter
 
-    changed = add_adapter(artifact, adapter, allow_range=allow_range, force=force)
-    names = sorted(changed.manifest.adapters)
-    console.result({"adapters": names}, f"{artifact}: {', '.join(names)}")
+    _tell(console, add_adapter(artifact, adapter, allow_range=allow_range, force=force))
 
 
-@command.command(epilog="\b\nExample: propulsion-export adapter remove onnx/switchable pos")
+@command.command(epilog="\b\nExample: propulsion-export adapter remove onnx/bank pos")
 @click.argument("artifact", metavar="DIR", type=DIRECTORY)
 @click.argument("name")
 @console_options
 def remove(console: Console, artifact: Path, name: str) -> None:
-    """Take an adapter out of a switchable artifact."""
+    """Take an adapter out of a switchable artifact or a bank.
+
+    A bank keeps its row, which others may be reading, until `adapter compact`.
+    """
     from propulsion_export.pipeline.adapters import remove_adapter
 
-    changed = remove_adapter(artifact, name)
-    names = sorted(changed.manifest.adapters)
-    console.result({"adapters": names}, f"{artifact}: {', '.join(names)}")
+    _tell(console, remove_adapter(artifact, name))
 
 
-@command.command("list", epilog="\b\nExample: propulsion-export adapter list onnx/switchable")
+@command.command(epilog="\b\nExample: propulsion-export adapter compact onnx/bank")
+@click.argument("artifact", metavar="DIR", type=DIRECTORY)
+@console_options
+def compact(console: Console, artifact: Path) -> None:
+    """Give back the room of a bank's removed and replaced adapters.
+
+    Ids change: whoever feeds them without this library looks them up again.
+    """
+    from propulsion_export.pipeline.adapters import compact_bank
+
+    freed = compact_bank(artifact)
+    console.result({"freed": freed}, f"{artifact}: {human_size(freed)} given back")
+
+
+@command.command("list", epilog="\b\nExample: propulsion-export adapter list onnx/bank")
 @click.argument("artifact", metavar="DIR", type=DIRECTORY)
 @console_options
 def list_(console: Console, artifact: Path) -> None:
-    """List an artifact's adapters."""
+    """List an artifact's adapters; those of a bank with the ids that its graph is fed."""
     from propulsion_export.artifact import Artifact
 
-    entries = Artifact.read(artifact).manifest.adapters
-    rows = [
-        (name, f"{entry.size:,}", ", ".join(entry.labels or ()), entry.digest[7:19])
-        for name, entry in sorted(entries.items())
-    ]
+    read = Artifact.read(artifact)
+    ids = {}
+    if read.manifest.mode == "bank":
+        rows = read.bank.rows()
+        entries = {name: row.entry for name, row in rows.items()}
+        ids = {name: {"id": row.number} for name, row in rows.items()}
+    else:
+        entries = dict(sorted(read.manifest.adapters.items()))
     value = {
-        name: {"scales": entry.size, "labels": entry.labels, "digest": entry.digest}
-        for name, entry in sorted(entries.items())
+        name: {
+            "scales": entry.size,
+            "labels": entry.labels,
+            "digest": entry.digest,
+            **ids.get(name, {}),
+        }
+        for name, entry in entries.items()
     }
-    console.result({"adapters": value}, console.table(("name", "scales", "labels", "digest"), rows))
+    table = [
+        (
+            name,
+            *map(str, ids.get(name, {}).values()),
+            f"{entry.size:,}",
+            ", ".join(entry.labels or ()),
+            entry.digest[7:19],
+        )
+        for name, entry in entries.items()
+    ]
+    heads = ("name", *(("id",) if ids else ()), "scales", "labels", "digest")
+    console.result({"adapters": value}, console.table(heads, table))
+
+
+def _tell(console: Console, changed: "Artifact") -> None:
+    """The adapters that there are now; of a bank, which may have very many, their number."""
+    if changed.manifest.mode == "bank":
+        count = len(changed.bank)
+        noun = "adapter" if count == 1 else "adapters"
+        console.result({"count": count}, f"{changed.directory}: {count:,} {noun}")
+        return
+    names = sorted(changed.manifest.adapters)
+    console.result({"adapters": names}, f"{changed.directory}: {', '.join(names)}")

@@ -14,13 +14,13 @@ from propulsion_export.errors import PropulsionExportError, UnavailableError
 COMMANDS = {
     "train": "Train a Propulsion adapter on labelled text.",
     "merge": "Fold an adapter into the weights: a plain transformers checkpoint.",
-    "onnx": "Trace to ONNX, adapters folded in or switchable at run time.",
+    "onnx": "Trace to ONNX: adapters folded in, switchable, or one in every row.",
     "trt": "Build a TensorRT or TensorRT-RTX engine from an ONNX export.",
     "parity": "The verdict: does an artifact compute what PyTorch computes?",
     "run": "Predict with an artifact, or generate text.",
     "package": "Write what a server loads: onnxruntime-genai.",
     "inspect": "Say what an adapter, artifact or engine is.",
-    "adapter": "Add, remove and list a switchable artifact's adapters.",
+    "adapter": "Add, remove and list adapters of a switchable artifact or a bank.",
     "export": "The road in one go: adapters in; ONNX, engine, parity report out.",
     "doctor": "What this machine can do, and what is missing.",
 }

@@ -24,9 +24,12 @@ def command(console: Console, path: Path) -> None:
     if not path.is_dir():
         raise ArtifactError(f"{path}: does not exist, expected a directory")
     if (path / MANIFEST_FILE).is_file():
-        manifest = Artifact.read(path).manifest
-        value = json.loads(manifest.to_json())
+        artifact = Artifact.read(path)
+        value = json.loads(artifact.manifest.to_json())
         del value["base"]["fingerprint"], value["files"]
+        if artifact.manifest.mode == "bank":
+            bank = artifact.bank
+            value["adapters"] = {"count": len(bank), "width": bank.width, "file": bank.file.name}
     elif (path / CONFIG_FILE).is_file():
         value = _describe(Adapter.read(path))
     else:

@@ -38,10 +38,11 @@ from .verdict import exit_code, verdict_line
 def command(
     console: Console, adapter: tuple[str, ...], output: Path, no_parity: bool, **options: Any
 ) -> int:
-    """Trace to ONNX, adapters folded in or switchable at run time.
+    """Trace to ONNX: an adapter folded in, several to switch between, or one in every row.
 
-    Writes model.onnx with its weights beside it, config.json, the tokenizer and, when switchable,
-    every adapter as a small file to feed. Compares with PyTorch unless told not to.
+    Writes model.onnx with its weights beside it, config.json, the tokenizer and the adapters: when
+    switchable a small file each to feed, in a bank a row each. `adapter add` adds to them later.
+    Compares with PyTorch unless told not to.
     """
     from propulsion_export.pipeline.exporting import export_onnx
     from propulsion_export.pipeline.verifying import check_parity

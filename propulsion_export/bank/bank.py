@@ -54,6 +54,14 @@ class Snapshot:
     rows: dict[str, Row]
     values: Array
 
+    def check(self, row: Row) -> None:
+        """Compare a row with its checksum.
+
+        Raises:
+            ArtifactError: its bytes are others.
+        """
+        check_row(row, self.values)
+
 
 @dataclass(frozen=True)
 class Bank:

@@ -106,6 +106,21 @@ def remove_adapter(artifact: Path, name: str) -> Artifact:
         return _remove(read, name)
 
 
+def compact_bank(artifact: Path) -> int:
+    """Give back the room of a bank's removed and replaced adapters; returns the bytes.
+
+    Raises:
+        ArtifactError: the artifact is no bank.
+    """
+    with _locked(artifact):
+        read = _read_changeable(artifact)
+        if read.manifest.mode != "bank":
+            raise ArtifactError(f"{artifact}: is {read.manifest.mode}, expected a bank")
+        before = read.bank.file.stat().st_size
+        read.bank.compact()
+        return before - read.bank.file.stat().st_size
+
+
 def _remove(read: Artifact, name: str) -> Artifact:
     entries = dict(read.manifest.adapters)
     if name not in entries:

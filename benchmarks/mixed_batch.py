@@ -1,0 +1,238 @@
+"""What a different adapter in every row costs, beside everything one would do instead.
+
+    python benchmarks/mixed_batch.py [--placement attention] [--batch 8] [--rounds 10]
+
+An encoder of BERT-base's size with random weights. Every round runs each subject once, in a new
+order, so that a machine that slows down slows all; the figure is the median over rounds of the
+ratio to the folded graph in the same round. Graphs run in ONNX Runtime on the CPU, PyTorch beside
+them on as many threads; each PyTorch subject is also held against PyTorch's own base model. LoRA
+has rank 8 on the same modules, embeddings left out, which PEFT does not mix.
+"""
+
+import argparse
+import json
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import BertConfig, BertModel
+
+from propulsion_export import Adapter, Artifact, export_onnx
+from propulsion_export.base import load_base
+from propulsion_export.folding_rules import output_width
+from propulsion_export.graph.dimensions import NameDimensions
+from propulsion_export.graph.files import write_graph
+from propulsion_export.graph.finishing import optimise
+from propulsion_export.layout import packed_inputs, to_row
+from propulsion_export.manifest import BANK_INPUT, BASE_NAME, IDS_INPUT
+from propulsion_export.model_fingerprint import fingerprint_of_model
+from propulsion_export.runners.graphs import onnxruntime_runner, place_in_onnxruntime
+from propulsion_export.sampling import TRACED_ROWS, input_names, trace_inputs
+from propulsion_export.scales import Scale
+from propulsion_export.trace import trace
+
+# A part of the module paths that each placement scales.
+PLACEMENTS = {"all": "", "attention": "attention.self."}
+RANK = 8
+ADAPTERS = (1, 8, 1000)
+FOLDED, TORCH = "folded", "PyTorch, base"
+
+
+def prepare(directory: Path, placement: str, layers: int) -> torch.nn.Module:
+    """Base model, adapter and its three exports, below `directory`; the model."""
+    torch.manual_seed(0)
+    model = BertModel(BertConfig(num_hidden_layers=layers)).eval()
+    model.save_pretrained(directory / "model")
+    chooser = np.random.default_rng(0)
+    kinds = (torch.nn.Linear, torch.nn.Embedding)
+    scales = {
+        path: Scale(chooser.uniform(0.9, 1.1, output_width(module)))
+        for path, module in model.named_modules()
+        if isinstance(module, kinds) and PLACEMENTS[placement] in path
+    }
+    adapter = Adapter("random", scales, task="feature-extraction")
+    adapter = replace(
+        adapter, base=str(directory / "model"), fingerprint=fingerprint_of_model(model)
+    )
+    (directory / "adapter").mkdir()
+    adapter.write(directory / "adapter")
+    for mode in ("folded", "switchable", "bank"):
+        export_onnx([f"random={directory / 'adapter'}"], directory / mode, mode=mode)
+    return load_base(str(directory / "model"), task="feature-extraction").model
+
+
+def targets(model: torch.nn.Module, placement: str) -> list[str]:
+    """Paths of the Linears that the adapters act on."""
+    return [
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and PLACEMENTS[placement] in path
+    ]
+
+
+@contextmanager
+def lora_as_input(model: torch.nn.Module, paths: list[str], *, per_row: bool) -> Iterator[int]:
+    """Let the model take all A and B as one more input `lora`; yields its width.
+
+    Its shape is [batch, width] with a LoRA for each row, or [1, width] with one for all.
+    """
+    parts: dict[str, torch.Tensor] = {}
+    sizes = {path: (model.get_submodule(path).in_features, output_width(model.get_submodule(path)))
+             for path in paths}  # fmt: skip
+    lengths = [RANK * (inner + outer) for inner, outer in sizes.values()]
+
+    def take(module, arguments, named):
+        parts.update(zip(paths, named.pop("lora").split(lengths, dim=1), strict=True))
+        return arguments, named
+
+    def add(path, module, arguments, output):
+        inner, outer = sizes[path]
+        down, up = parts[path].split([RANK * inner, RANK * outer], dim=1)
+        down, up = down.reshape(-1, inner, RANK), up.reshape(-1, RANK, outer)
+        values = arguments[0]
+        if not per_row:
+            return output + values @ down[0] @ up[0]
+        flat = values if values.ndim == 3 else values[:, None]
+        return output + (flat @ down @ up).reshape(output.shape)
+
+    hooks = [model.register_forward_pre_hook(take, with_kwargs=True)]
+    hooks += [model.get_submodule(path).register_forward_hook(partial(add, path)) for path in paths]
+    try:
+        yield sum(lengths)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def write_lora(model: torch.nn.Module, directory: Path, paths: list[str], *, per_row: bool) -> int:
+    """Trace the model with LoRA as an input; its width."""
+    inputs = trace_inputs(input_names(type(model), model.config), model.config)
+    with lora_as_input(model, paths, per_row=per_row) as width:
+        rows = torch.rand(TRACED_ROWS if per_row else 1, width)
+        program = trace(model, inputs, extra={"lora": rows})
+    NameDimensions()(program)
+    directory.mkdir()
+    write_graph(optimise(program), directory)
+    return width
+
+
+def graph_subjects(directory: Path, model, placement: str, batch: int) -> dict[str, Callable]:
+    """By name, what runs one batch of tokens in ONNX Runtime."""
+    chooser = np.random.default_rng(2)
+    names = input_names(type(model), model.config)
+    base = trace(model, trace_inputs(names, model.config))
+    NameDimensions()(base)
+    (directory / "base").mkdir()
+    subjects = {"base": onnxruntime_runner(write_graph(optimise(base), directory / "base"))}
+    subjects[FOLDED] = onnxruntime_runner(directory / "folded" / "model.onnx")
+    switchable = Artifact.read(directory / "switchable")
+    run, feeds = onnxruntime_runner(switchable.path), dict(switchable.feeds("random"))
+    subjects["switchable, one adapter"] = partial(with_feeds, run, feeds)
+    subjects["switchable, a row at a time"] = partial(row_by_row, run, [feeds] * batch)
+    banked = Artifact.read(directory / "bank")
+    run = onnxruntime_runner(banked.path)
+    row = to_row(packed_inputs(banked, BASE_NAME), banked.manifest.layout)
+    for count in ADAPTERS:
+        rows = np.float32(row * chooser.uniform(0.9, 1.1, (count + 1, row.size)))
+        ids = chooser.choice(count, batch, replace=count < batch) + 1
+        bank = {BANK_INPUT: place_in_onnxruntime(rows, "cpu"), IDS_INPUT: ids}
+        subjects[f"bank of {count:,}"] = partial(with_feeds, run, bank)
+    for name, per_row in (("LoRA as inputs, one", False), ("LoRA as inputs, one a row", True)):
+        folder = directory / f"lora-{per_row}"
+        width = write_lora(model, folder, targets(model, placement), per_row=per_row)
+        lora = chooser.normal(0, 0.02, (batch if per_row else 1, width)).astype(np.float32)
+        run = onnxruntime_runner(folder / "model.onnx")
+        subjects[name] = partial(with_feeds, run, {"lora": lora})
+    return subjects
+
+
+def torch_subjects(model, placement: str, batch: int) -> dict[str, Callable]:
+    """The same in PyTorch: the base model, and PEFT's LoRA with an adapter for each row."""
+    subjects = {TORCH: partial(in_torch, load_copy(model), {})}
+    config = LoraConfig(r=RANK, target_modules=targets(model, placement), init_lora_weights=False)
+    mixed = get_peft_model(load_copy(model), config, adapter_name="a0")
+    for number in range(1, batch):
+        mixed.add_adapter(f"a{number}", config)
+    names = {"adapter_names": [f"a{number}" for number in range(batch)]}
+    subjects["PyTorch, PEFT LoRA, one a row"] = partial(in_torch, mixed.eval(), names)
+    return subjects
+
+
+def load_copy(model) -> torch.nn.Module:
+    copied = BertModel(model.config).eval()
+    copied.load_state_dict(model.state_dict())
+    return copied
+
+
+def with_feeds(run: Callable, feeds: dict, inputs: dict) -> None:
+    run(inputs | feeds)
+
+
+def row_by_row(run: Callable, feeds: list[dict], inputs: dict) -> None:
+    for row, own in enumerate(feeds):
+        run({name: values[row : row + 1] for name, values in inputs.items()} | own)
+
+
+def in_torch(model: torch.nn.Module, named: dict, inputs: dict) -> None:
+    with torch.inference_mode():
+        model(**{name: torch.from_numpy(values) for name, values in inputs.items()}, **named)
+
+
+def measure(subjects: dict[str, Callable], batch: int, length: int, rounds: int) -> dict:
+    tokens = np.random.default_rng(1).integers(1000, 30000, (batch, length))
+    inputs = {
+        "input_ids": tokens,
+        "attention_mask": np.ones_like(tokens),
+        "token_type_ids": np.zeros_like(tokens),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in subjects}
+    order, shuffler = list(subjects), random.Random(0)
+    for number in range(rounds + 2):
+        shuffler.shuffle(order)
+        for name in order:
+            started = time.perf_counter()
+            subjects[name](inputs)
+            if number > 1:  # the first runs allocate
+                seconds[name].append(time.perf_counter() - started)
+    result = {name: ratios(seconds[name], seconds[FOLDED], FOLDED) for name in subjects}
+    for name in subjects:
+        if name.startswith("PyTorch"):
+            result[name] |= ratios(seconds[name], seconds[TORCH], TORCH)
+    return result
+
+
+def ratios(times: list[float], peer: list[float], name: str) -> dict:
+    each = [taken / other for taken, other in zip(times, peer, strict=True)]
+    return {
+        f"median ratio to {name}": round(statistics.median(each), 3),
+        f"quartiles to {name}": [round(cut, 3) for cut in statistics.quantiles(each)[::2]],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--placement", choices=PLACEMENTS, default="all")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=10)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as directory:
+        model = prepare(Path(directory), options.placement, options.layers)
+        subjects = graph_subjects(Path(directory), model, options.placement, options.batch)
+        subjects |= torch_subjects(model, options.placement, options.batch)
+        result = measure(subjects, options.batch, options.length, options.rounds)
+    print(json.dumps(vars(options) | result, indent=2))
+
+
+if __name__ == "__main__":
+    main()
