@@ -86,19 +86,24 @@ def main() -> None:
         *("onnx", *both, "--mode", "switchable", "-o", f"{OUTPUT}/onnx-switchable", "--no-parity"),
     )
     step(
+        "ONNX, another adapter in every row of a batch",
+        *("onnx", *both, "--mode", "bank", "-o", f"{OUTPUT}/onnx-bank", "--no-parity"),
+    )
+    step(
         "An engine, built without a GPU",
         *("trt", f"{OUTPUT}/onnx-switchable", "-o", f"{OUTPUT}/engine"),
         *("--runtime", "tensorrt-rtx", "--target", "sm_89"),
     )
     told = step(
-        "Predict: one graph, an adapter for each text",
-        *("run", f"{OUTPUT}/onnx-switchable"),
+        "Predict: one batch, an adapter for each text",
+        *("run", f"{OUTPUT}/onnx-bank"),
         *("--text", "a large wild cat with stripes", "--adapter", "topic"),
         *("--text", "to move fast on foot", "--adapter", "part-of-speech"),
     )
     for item in told["predictions"]:
         print(f"{item['text']} -> {item['adapter']}: {item['label']} ({item['score']:.0%})")
-    rows = [judge(name) for name in ("merged", "onnx-folded", "onnx-switchable", "engine")]
+    artifacts = ("merged", "onnx-folded", "onnx-switchable", "onnx-bank", "engine")
+    rows = [judge(name) for name in artifacts]
 
     console = Console(json=False, quiet=False)
     headers = ("artifact", "size", "allowed error", "parity", "report")

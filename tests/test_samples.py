@@ -139,6 +139,20 @@ def test_switchable_sample_switches(root):
     ]
 
 
+def test_bank_sample_answers_each_row_with_its_adapter(root):
+    done = run_sample(root, *COMMANDS["05_bank.py"])
+
+    assert done.returncode == 0, done.stderr
+    # The base model has no head of its own; the bank has that of the first adapter.
+    first, second = (LABELS[WINNERS[name]] for name in ("topic", "part-of-speech"))
+    assert [line.split()[:2] for line in done.stdout.splitlines()] == [
+        ["first", first],
+        ["second", second],
+        ["base", first],
+        ["third", second],
+    ]
+
+
 def test_parity_sample_passes_what_is_right(root, merged):
     assert merged.returncode == 0, merged.stderr
     sample, artifact, report = COMMANDS["04_parity_in_ci.py"]
@@ -229,8 +243,8 @@ def test_every_command_of_the_demo_can_be_called(demo, calls):
 
     used = [made.arguments[0] for made in calls.made]
     assert used == [
-        *("doctor", "train", "train", "inspect", "merge", "onnx", "onnx", "trt", "run"),
-        *["parity"] * 4,
+        *("doctor", "train", "train", "inspect", "merge", "onnx", "onnx", "onnx", "trt", "run"),
+        *["parity"] * 5,
     ]
     for made in calls.made:
         assert parse(made.arguments)
