@@ -3,7 +3,7 @@
 | case | holds when |
 |---|---|
 | parity | every output is within the allowed error of the oracle |
-| effect | taking the scales away changes the oracle by far more than the candidate errs |
+| effect | what the scales change in the oracle has arrived in the candidate, no more, no less |
 | padding | a row alone, unpadded, is within the allowed error of the same row in a padded batch |
 | switching | adapter A after B gives what A gave before, bit for bit |
 """
@@ -14,12 +14,20 @@ import numpy as np
 
 from propulsion_export.artifact import Runner, Tensors
 from propulsion_export.decoding import alone
-from propulsion_export.parity.comparison import OutputErrors, compare, has_positions, mismatch
+from propulsion_export.parity.comparison import (
+    FACTOR,
+    OutputErrors,
+    compare,
+    has_positions,
+    hidden_positions,
+    mismatch,
+)
 from propulsion_export.parity.report import Check
 from propulsion_export.parity.subject import Subject
 
-# How many times larger than the candidate's error the adapter's effect has to be.
-EFFECT_RATIO = 10.0
+# Share of an adapter's effect that may be lost, or added.
+LOST = 0.1
+Outputs = Sequence[Tensors]
 
 
 def judge(
@@ -40,7 +48,7 @@ def judge(
         passed = all(output.passed for output in errors)
         checks.append(Check("parity", subject.name, passed, _worst(errors), errors))
         if subject.unscaled is not None:
-            checks.append(_effect(subject, errors))
+            checks.append(_effect(subject, inputs, errors, outputs))
         if "attention_mask" in inputs[0]:
             checks.append(_padding(subject, inputs, candidate, errors))
     if len(subjects) > 1:
@@ -57,26 +65,38 @@ def _worst(errors: Sequence[OutputErrors]) -> str:
     )
 
 
-def _effect(subject: Subject, errors: Sequence[OutputErrors]) -> Check:
-    """Compare the most affected output's effect with the error there."""
+def _effect(
+    subject: Subject, inputs: Sequence[Tensors], errors: Sequence[OutputErrors], found: Outputs
+) -> Check:
+    """How much of what the scales change has arrived in the candidate.
+
+    The least-squares factor of the adapter's effect in what the candidate changes against the
+    oracle without scales: 1 for a right candidate, 0 for one that dropped the adapter. Rounding
+    averages out over the elements, so that an effect shows that is hardly larger than the error.
+    Outputs count by what they may err; one whose effect is below PyTorch's own error tells nothing.
+    """
     assert subject.unscaled is not None
-    ratio, effect, against = 0.0, 0.0, 0.0
+    arrived, whole, times = 0.0, 0.0, 0.0
     for output in errors:
-        change = max(
-            float(np.abs(with_it[output.output] - without[output.output]).max(initial=0))
-            for with_it, without in zip(subject.oracle, subject.unscaled, strict=True)
-        )
-        # The tolerance's floor stands in for an error of zero.
-        error = max(output.error, output.allowed / EFFECT_RATIO)
-        if error > 0 and change / error > ratio:
-            ratio, effect, against = change / error, change, error
+        name, own = output.output, output.allowed / FACTOR
+        hidden = hidden_positions(name, inputs, subject.oracle)
+        parts = zip(hidden, subject.oracle, subject.unscaled, found, strict=True)
+        effects = [(oracle[name] - without[name]) * ~hide for hide, oracle, without, _ in parts]
+        size = float(np.max([np.abs(effect).max(initial=0) for effect in effects]))
+        if size <= own:
+            continue
+        for effect, without, candidate in zip(effects, subject.unscaled, found, strict=True):
+            change = candidate[name].astype(np.float64) - without[name]
+            arrived += float(np.where(effect == 0, 0, change * effect / own**2).sum())
+            whole += float(np.square(effect / own).sum())
+        times = max(times, size / own)
+    share = arrived / whole if whole else 0.0
     return Check(
         "effect",
         subject.name,
-        ratio >= EFFECT_RATIO,
-        f"the scales change the outputs by {effect:.3g}, {ratio:.3g} times the error "
-        f"{against:.3g}; "
-        f"at least {EFFECT_RATIO:g} times is expected",
+        abs(share - 1) <= LOST,
+        f"{share:.1%} of what the scales change has arrived, {1 - LOST:.0%} to {1 + LOST:.0%} is "
+        f"expected; they change the outputs by {times:.3g} times PyTorch's own error",
     )
 
 

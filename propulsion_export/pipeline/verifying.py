@@ -156,7 +156,7 @@ def _adapters(artifact: Artifact, given: Sequence[str | Path], seed: int) -> lis
             f"{', '.join(sorted(entries))}"
         )
     adapters = []
-    for name in _sample(sorted(entries), told, seed):
+    for name in _sample(list(entries), told, seed):
         entry = entries[name]
         if name not in told and not Path(entry.source).is_dir():
             raise AdapterError(

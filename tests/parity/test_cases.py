@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from propulsion_export.parity.cases import EFFECT_RATIO, Subject, judge
+from propulsion_export.parity.cases import Subject, judge
 
 WEIGHT = np.array([[1.0, -2.0], [0.5, 3.0]])
 INPUTS = (
@@ -107,22 +107,54 @@ def test_adapter_without_effect_fails():
     (check,) = [c for c in judge([same], INPUTS, candidate, "float32") if c.case == "effect"]
 
     assert not check.passed
-    assert "change the outputs by 0" in check.detail
+    assert "change the outputs by 0 times" in check.detail
 
 
-@pytest.mark.parametrize(("ratio", "passes"), [(1.1, True), (0.9, False)])
-def test_effect_has_to_exceed_the_error_by_the_stated_ratio(ratio, passes):
-    inputs = ({"x": np.ones((1, 1))},)
-    error = 0.01
-    oracle = ({"y": np.ones((1, 1))},)
-    reference = ({"y": np.ones((1, 1)) + error},)
-    unscaled = ({"y": np.ones((1, 1)) + ratio * EFFECT_RATIO * error},)
+def weak(kept, *, size=2.0, seed=0):
+    """Whether `effect` holds of a candidate that has kept so much of an adapter's effect.
 
-    checks = judge(
-        [Subject("one", oracle, reference, unscaled, {})], inputs, lambda _: reference[0], "float32"
-    )
+    The effect is `size` times PyTorch's own error, which the candidate's equals.
+    """
+    chooser = np.random.default_rng(seed)
+    inputs = ({"x": np.ones((16, 4))},)
+    effect, own, error = (chooser.uniform(-1, 1, (16, 4)) for _ in range(3))
+    for values in (effect, own, error):
+        values /= np.abs(values).max()
+    unscaled = np.ones((16, 4))
+    oracle = unscaled + size * effect
+    subject = Subject("one", ({"y": oracle},), ({"y": oracle + own},), ({"y": unscaled},), {})
+    found = {"y": unscaled + kept * size * effect + error}
+    (check,) = [c for c in judge([subject], inputs, lambda _: found, "float32")
+                if c.case == "effect"]  # fmt: skip
+    return check
 
-    assert verdicts(checks) == {("parity", "one"): True, ("effect", "one"): passes}
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_weak_effect_passes_though_the_candidate_errs_half_as_much(seed):
+    assert weak(1, seed=seed, size=4).passed
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("kept", [0, 0.5, -1, 1.5])
+def test_a_weak_effect_that_is_lost_in_part_or_doubled_fails(kept, seed):
+    assert not weak(kept, seed=seed).passed
+
+
+@pytest.mark.parametrize(
+    ("kept", "passes"), [(0.92, True), (1.08, True), (0.88, False), (1.12, False)]
+)
+def test_a_tenth_of_a_strong_effect_may_be_lost_or_added(kept, passes):
+    check = weak(kept, size=1000)
+
+    assert check.passed == passes
+    assert check.detail.startswith(f"{kept:.0%}"[:2])
+
+
+def test_an_effect_below_the_error_tells_nothing_and_fails():
+    check = weak(1, size=0.9)
+
+    assert not check.passed
+    assert check.detail.startswith("0.0% of what the scales change")
 
 
 def test_effect_that_is_not_finite_does_not_count():

@@ -206,3 +206,30 @@ def pretend(directory, right, source):
     artifact = Artifact.read(directory)
     entry = replace(artifact.manifest.adapters["three"], digest=right.digest, source=str(source))
     artifact.with_manifest(replace(artifact.manifest, adapters={"three": entry}))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dropped", [False, True])
+def test_an_adapter_that_was_trained_a_little_is_told_from_none(
+    dtype, dropped, world, tmp_path, write_adapter
+):
+    """In bfloat16 the effect of these scales is hardly larger than the error."""
+    right = Adapter.read(world.three)
+    nearly = {
+        path: Scale(1 + (scale.values - 1) / 12, scale.side) for path, scale in right.scales.items()
+    }
+    little = replace(right, scales=nearly, biases={})
+    write_adapter(little, tmp_path / "little" / "three")
+    folded = tmp_path / "little" / "three"
+    if dropped:
+        ones = {path: Scale(np.full_like(s.values, 1.001), s.side) for path, s in nearly.items()}
+        folded = write_adapter(replace(little, scales=ones), tmp_path / "dropped" / "three")
+    export_onnx([folded], tmp_path / "out", dtype=dtype)
+    pretend(tmp_path / "out", Adapter.read(tmp_path / "little/three"), tmp_path / "little/three")
+
+    report = check_parity(tmp_path / "out")
+
+    effect = next(check for check in report.checks if check.case == "effect")
+    assert effect.passed != dropped, effect.detail
+    if not dropped:
+        assert report.passed
