@@ -1,36 +1,66 @@
 """`propulsion-export package`: what a server loads."""
 
+import shlex
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from .console import Console, console_options, human_size, size_of
 from .options import DIRECTORY, output_options
 
+if TYPE_CHECKING:
+    from propulsion_export.pipeline.packaging import Package
 
-@click.command(
-    epilog="\b\nExample: propulsion-export package onnx/switchable -o served --layout genai"
-)
+
+@click.command(epilog="\b\nExample: propulsion-export package onnx/bank -o models --layout triton")
 @click.argument("artifact", metavar="DIR", type=DIRECTORY)
 @click.option(
     "--layout",
-    type=click.Choice(["genai"]),
+    type=click.Choice(["genai", "onnx-adapter", "triton"]),
     required=True,
-    help="genai: a causal language model for onnxruntime-genai.",
+    help="genai: a causal language model for onnxruntime-genai. onnx-adapter: a switchable export "
+    "for ONNX Runtime's LoraAdapter. triton: a bank, a folded export or an engine for Triton.",
+)
+@click.option(
+    "--model-name", metavar="NAME", help="What Triton's clients ask for.  [default: that of -o]"
+)
+@click.option(
+    "--max-batch-size",
+    type=click.IntRange(min=1),
+    help="Rows that Triton puts together.  [default: 32, or what an engine takes]",
 )
 @output_options
 @console_options
-def command(console: Console, artifact: Path, output: Path, layout: Any, force: bool) -> None:
-    """Write what a server loads, from an ONNX export.
+def command(console: Console, artifact: Path, output: Path, layout: Any, **options: Any) -> None:
+    """Write what a server loads, from an ONNX export or, for Triton, from an engine too.
 
-    The output is a copy, which needs the export no more, and is an artifact itself: `run` and
-    `parity` take it too.
+    The output needs the input no more. Of genai and onnx-adapter it is a copy with the server's
+    files, and an artifact itself: `run` and `parity` take it too. Of triton it is a model
+    repository that holds the adapters of this moment: `--model-name topics` makes
+    models/topics/config.pbtxt and models/topics/1.
     """
     from propulsion_export.pipeline.packaging import package
 
     with console.progress() as progress:
-        made = package(artifact, output, layout=layout, force=force, progress=progress)
-    names = sorted(made.adapters)
-    value = {"package": str(output), "layout": layout, "bytes": size_of(output), "adapters": names}
-    console.result(value, f"{output}: {layout}, {human_size(size_of(output))}, {', '.join(names)}")
+        made = package(artifact, output, layout=layout, progress=progress, **options)
+    value = {
+        "package": str(output),
+        "layout": layout,
+        "bytes": size_of(output),
+        "adapters": list(made.adapters),
+        "model_name": made.model_name,
+    }
+    told = f"{output}: {layout}, {human_size(size_of(output))}, {', '.join(made.adapters)}"
+    console.result(value, f"{told}\nNext: {_next(made)}")
+
+
+def _next(made: "Package") -> str:
+    """What to type to use the package."""
+    directory = shlex.quote(str(made.directory))
+    if made.layout == "triton":
+        return f"tritonserver --model-repository {directory}"
+    if made.layout == "genai":
+        code = f"import onnxruntime_genai as og; og.Model({str(made.directory)!r})"
+        return f"python -c {shlex.quote(code)}"
+    return f"propulsion-export run {directory} --adapter {shlex.quote(made.adapters[0])} --text ..."

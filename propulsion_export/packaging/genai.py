@@ -1,23 +1,17 @@
-"""What onnxruntime-genai reads beside a graph: its configuration and its adapter files."""
+"""What onnxruntime-genai reads beside a graph and its adapter files: its configuration."""
 
-import hashlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from propulsion_export.artifact import Tensors
 from propulsion_export.decoding import LOGITS, PAST, PRESENT
-from propulsion_export.errors import UnavailableError
 from propulsion_export.manifest import GRAPH_FILE, TensorSpec
 from propulsion_export.special_tokens import SpecialTokens
 
 CONFIG_FILE = "genai_config.json"
-ADAPTER_SUFFIX = ".onnx_adapter"
 # Its name for any graph of the inputs and outputs below. For the architectures whose names it
 # knows (`llama`, `phi3`) it does nothing else; for others (`gptj`, `bloom`) it has no name.
 _TYPE = "decoder"
 _READ = ("input_ids", "attention_mask", "position_ids")
-_VERSION_DIGITS = 7  # hexadecimal: what surely fits a positive int32
 
 
 def genai_config(
@@ -58,38 +52,6 @@ def genai_config(
         # Each step returns a longer cache; the other way is for graphs that write into a fixed one.
         "search": {"do_sample": False, "max_length": longest, "past_present_share_buffer": False},
     }
-
-
-def write_onnx_adapter(file: Path, feeds: Tensors, *, adapter: str, base: str) -> None:
-    """Write what to feed for one adapter as ONNX Runtime's own adapter file.
-
-    Args:
-        file: to write.
-        feeds: by input name.
-        adapter: a text that is another for each adapter, such as a digest: its version.
-        base: a text that is another for each base model: the model's version.
-
-    Raises:
-        UnavailableError: onnxruntime is not installed.
-    """
-    try:
-        from onnxruntime import AdapterFormat, OrtValue
-    except ModuleNotFoundError as error:
-        raise UnavailableError(
-            "onnxruntime is not installed", remedy="Run: pip install 'propulsion-export[cpu]'."
-        ) from error
-    # The values only point at the arrays, which `feeds` keeps until the file is written.
-    values = {name: OrtValue.ortvalue_from_numpy(array) for name, array in feeds.items()}
-    made = AdapterFormat()
-    made.set_adapter_version(_version(adapter))
-    made.set_model_version(_version(base))
-    made.set_parameters(values)
-    made.export_adapter(str(file))
-
-
-def _version(text: str) -> int:
-    """A number for a text, since the format has two numbers and nothing to tell models apart by."""
-    return int(hashlib.sha256(text.encode()).hexdigest()[:_VERSION_DIGITS], 16)
 
 
 def _tokens(special: SpecialTokens) -> dict[str, Any]:

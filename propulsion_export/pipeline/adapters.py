@@ -23,6 +23,7 @@ from propulsion_export.manifest import (
 )
 from propulsion_export.output import replace_file
 from propulsion_export.packaging.genai import CONFIG_FILE
+from propulsion_export.packaging.onnx_adapter import ADAPTER_SUFFIX
 from propulsion_export.pipeline.agreeing import check_signature
 from propulsion_export.pipeline.inputs import (
     check_base,
@@ -188,10 +189,12 @@ def _read_changeable(artifact: Path) -> Artifact:
             f"{artifact}: has its adapters built into the engine, expected them as inputs",
             remedy="Change the ONNX export it was made from, and build that again.",
         )
-    if CONFIG_FILE in read.manifest.files:
+    if any(name.endswith(ADAPTER_SUFFIX) for name in read.manifest.files) or (
+        CONFIG_FILE in read.manifest.files
+    ):
         raise ArtifactError(
-            f"{artifact}: is a package for onnxruntime-genai, which has its adapters in files of "
-            "its own",
+            f"{artifact}: is a package for ONNX Runtime, which has its adapters in files of their "
+            "own",
             remedy="Change the ONNX export it was made from, and package that again.",
         )
     check_signature(read, graph=False)

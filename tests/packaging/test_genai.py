@@ -1,11 +1,9 @@
 from types import SimpleNamespace
 
-import numpy as np
-import onnxruntime
 import pytest
 
 from propulsion_export.manifest import TensorSpec
-from propulsion_export.packaging.genai import genai_config, write_onnx_adapter
+from propulsion_export.packaging.genai import genai_config
 from propulsion_export.special_tokens import SpecialTokens
 
 CONFIG = SimpleNamespace(hidden_size=64, num_attention_heads=8, vocab_size=100)
@@ -55,35 +53,3 @@ def test_a_model_without_a_padding_token_is_padded_with_another(special, pad):
     content = genai_config((*TEXT, *CACHE), CONFIG, special, longest=160)
 
     assert content["model"]["pad_token_id"] == pad
-
-
-@pytest.mark.parametrize("dtype", [np.float32, np.float16])
-def test_the_adapter_file_holds_the_feeds_bit_for_bit(dtype, tmp_path):
-    feeds = {
-        "propulsion_scales": np.random.default_rng(0).normal(1, 0.2, 100_000).astype(dtype),
-        "propulsion_biases": np.random.default_rng(1).normal(size=7).astype(dtype),
-    }
-
-    write_onnx_adapter(tmp_path / "a.onnx_adapter", feeds, adapter="sha256:00", base="{}")
-
-    read = onnxruntime.AdapterFormat.read_adapter(str(tmp_path / "a.onnx_adapter"))
-    found = {name: value.numpy() for name, value in read.get_parameters().items()}
-    assert found.keys() == feeds.keys()
-    for name in feeds:
-        np.testing.assert_array_equal(found[name], feeds[name], strict=True)
-
-
-def test_versions_tell_adapters_and_base_models_apart(tmp_path):
-    def versions(adapter, base):
-        file = tmp_path / "a.onnx_adapter"
-        write_onnx_adapter(file, {"x": np.ones(2, np.float32)}, adapter=adapter, base=base)
-        read = onnxruntime.AdapterFormat.read_adapter(str(file))
-        return read.get_adapter_version(), read.get_model_version()
-
-    first, again = versions("one", "base"), versions("one", "base")
-    other, another = versions("two", "base"), versions("one", "other")
-
-    assert first == again
-    assert first[1] == other[1] != another[1]
-    assert first[0] == another[0] != other[0]
-    assert min(*first, *other, *another) > 0

@@ -1,0 +1,78 @@
+"""Ask Triton Inference Server, each text with an adapter of its own: `topic="a large wild cat"`."""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import tritonclient.http as triton
+from transformers import AutoTokenizer
+from tritonclient.utils import triton_to_np_dtype
+
+BUCKET = 8  # tokens: Triton batches requests of equal lengths only, so there should be few lengths
+
+
+def encode(directory, texts, adapters):
+    """The tensors of a request by name: a row a text, padded to one length."""
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    known = json.loads((directory / "adapters.json").read_text(encoding="utf-8"))
+    if unknown := set(adapters) - known.keys():
+        raise SystemExit(f"{directory}: has no adapter {min(unknown)!r}, only {', '.join(known)}")
+    tokens = tokenizer(
+        texts, padding=True, pad_to_multiple_of=BUCKET, truncation=True, return_tensors="np"
+    )
+    # An id that is no adapter's is an error for the whole batch, or somebody else's adapter.
+    ids = [known[name]["id"] for name in adapters]
+    fed = {} if None in ids else {"adapter_ids": np.array(ids, np.int64)[:, None]}
+    labels = [known[name]["labels"] for name in adapters]
+    # Some tokenizers leave out what some of their models want.
+    types = {"token_type_ids": np.zeros_like(tokens["input_ids"])}
+    return {**types, **tokens, **fed}, tokens["attention_mask"], labels
+
+
+def ask(client, name, tensors):
+    """The model's outputs by name; of the tensors it is sent those that it has."""
+    known = client.get_model_metadata(name)
+    inputs = []
+    for wanted in known["inputs"]:
+        values = tensors[wanted["name"]].astype(triton_to_np_dtype(wanted["datatype"]))
+        inputs.append(triton.InferInput(wanted["name"], values.shape, wanted["datatype"]))
+        inputs[-1].set_data_from_numpy(values)
+    result = client.infer(name, inputs)
+    return {output["name"]: result.as_numpy(output["name"]) for output in known["outputs"]}
+
+
+def predict(client, directory, texts, adapters):
+    """A label a text or, where each token has one, a list of them; other outputs' shapes."""
+    tensors, mask, labels = encode(directory, texts, adapters)
+    outputs = ask(client, directory.name, tensors)
+    if "logits" not in outputs or None in labels:
+        return [
+            {name: values[row].shape for name, values in outputs.items()}
+            for row in range(len(texts))
+        ]
+    answers = []
+    for row, names in enumerate(labels):
+        # Heads with fewer labels are padded: the adapter's own come first.
+        best = outputs["logits"][row][..., : len(names)].argmax(-1)
+        answers.append([names[one] for one in best[mask[row] == 1]] if best.ndim else names[best])
+    return answers
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("directory", type=Path, help="of the model in the repository")
+    parser.add_argument("texts", nargs="+", metavar="ADAPTER=TEXT", help="`base`: no adapter")
+    parser.add_argument("--url", default="localhost:8000")
+    given = parser.parse_args()
+    pairs = [text.partition("=") for text in given.texts]
+    texts, adapters = [text for _, _, text in pairs], [name for name, _, _ in pairs]
+    client = triton.InferenceServerClient(given.url)
+    for text, name, answer in zip(
+        texts, adapters, predict(client, given.directory, texts, adapters), strict=True
+    ):
+        print(f"{text}\t{name}\t{answer}")
+
+
+if __name__ == "__main__":
+    main()
