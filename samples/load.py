@@ -43,8 +43,9 @@ class Load:
         p50, p99 = np.percentile(self.latencies, [50, 99])
         others = {status: count for status, count in self.statuses.items() if status != 200}
         return (
-            f"{self.throughput:7.1f} requests/s   p50 {p50:6.1f} ms   p99 {p99:6.1f} ms   "
-            f"{self.rows_per_batch:5.1f} rows/batch" + (f"   not 200: {others}" if others else "")
+            f"{len(self.latencies)} of {self.statuses.total()} answered   "
+            f"{self.throughput:.1f}/s   p50 {p50:.1f} ms   p99 {p99:.1f} ms   "
+            f"{self.rows_per_batch:.1f} rows/batch" + (f"   not 200: {others}" if others else "")
         )
 
 

@@ -1,6 +1,7 @@
 import io
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -624,3 +625,66 @@ def test_a_verdict_has_the_documented_exit_code_and_one_line():
     )
     assert verdict_line(cases[3]) == "parity: not run (onnxruntime on onnx: not installed)"
     assert verdict_line(cases[0]).startswith("parity: passed, 1 checks on 16 inputs in onnxruntime")
+
+
+@pytest.fixture
+def bank(artifact, tmp_path):
+    """The artifact of the other tests as a bank of two adapters."""
+    from propulsion_export.bank import Bank
+    from propulsion_export.manifest import AdapterEntry, TensorSpec
+
+    read = Artifact.read(artifact)
+    width = sum(slot.length for slots in read.manifest.layout.values() for slot in slots)
+    shutil.rmtree(artifact / "adapters")
+    made = Bank.create(artifact, np.ones(width, np.float32))
+    for number, name in enumerate(("topic", "pos"), 2):
+        entry = AdapterEntry(f"sha256:{number}{'0' * 63}", f"adapters/{name}", width)
+        made.add(name, np.full(width, number, np.float32), entry)
+    inputs = tuple(spec for spec in read.manifest.inputs if spec.name != SCALES_INPUT)
+    inputs += (
+        TensorSpec("propulsion_bank", "float32", ("adapters", width)),
+        TensorSpec("adapter_ids", "int64", ("batch",)),
+    )
+    Artifact.write(artifact, replace(read.manifest, mode="bank", adapters={}, inputs=inputs))
+    return artifact
+
+
+def test_the_adapters_of_a_bank_are_listed_with_their_ids_added_removed_and_compacted(
+    run, bank, tmp_path
+):
+    code, out, err = run("adapter", "list", bank, "--json")
+    assert (code, err) == (0, "")
+    assert {name: told["id"] for name, told in json.loads(out)["adapters"].items()} == {
+        "pos": 2,
+        "topic": 1,
+    }
+
+    new = write_adapter(tmp_path / "new")
+    code, out, err = run("adapter", "add", bank, f"third={new}", "--json")
+    assert (code, json.loads(out), err) == (0, {"count": 3}, "")
+    assert Artifact.read(bank).bank.values()[3].tolist() == [2.5, -3.0]
+    code, out, err = run("adapter", "add", bank, f"third={new}")
+    assert (code, out) == (2, "")
+    assert "has an adapter 'third' already" in err
+
+    code, out, err = run("adapter", "remove", bank, "topic")
+    assert (code, out, err) == (0, f"{bank}: 2 adapters\n", "")
+    code, out, err = run("adapter", "compact", bank)
+    assert (code, out, err) == (0, f"{bank}: 8 B given back\n", "")
+
+    code, out, err = run("adapter", "list", bank)
+    assert (code, err) == (0, "")
+    assert [line.split()[:2] for line in out.splitlines()] == [
+        ["name", "id"],
+        ["pos", "1"],
+        ["third", "2"],
+    ]
+    code, out, err = run("inspect", bank, "--json")
+    assert json.loads(out)["adapters"] == {"count": 2, "width": 2, "file": "bank-1.bin"}
+
+
+def test_only_a_bank_is_compacted(run, artifact):
+    code, out, err = run("adapter", "compact", artifact)
+
+    assert (code, out) == (4, "")
+    assert "is switchable, expected a bank" in err

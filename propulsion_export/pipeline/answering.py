@@ -1,7 +1,8 @@
 """What a model that generates nothing says of texts: tokens in, a prediction a text out."""
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from propulsion_export.artifact import Artifact, Runner, Tensors
@@ -11,11 +12,18 @@ from propulsion_export.pipeline.describing import Outcome, describe
 
 # Their predictions are spans of the text, which only a fast tokenizer can find again.
 _OF_SPANS = ("token-classification", "question-answering")
+# Outputs that have a value for each token, by task.
+_OF_TOKENS = {
+    "token-classification": ("logits",),
+    "fill-mask": ("logits",),
+    "question-answering": ("start_logits", "end_logits"),
+    "feature-extraction": ("last_hidden_state",),
+}
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What came of one text: the model's outputs for it, and what they mean."""
+    """What came of one text: the model's outputs for it without padding, and what they mean."""
 
     outputs: Tensors
     described: dict[str, Any]
@@ -31,6 +39,8 @@ class Reader:
         names: of the inputs it reads.
         limit: in tokens; a text that is longer is cut.
         task: what its outputs are for.
+        one_at_a_time: transformers sets how the tokenizer cuts and pads within a call, and
+            tokenizers of some versions raise "Already borrowed" while another thread encodes.
     """
 
     run: Runner
@@ -38,6 +48,7 @@ class Reader:
     names: tuple[str, ...]
     limit: int
     task: str
+    one_at_a_time: threading.Lock = field(default_factory=threading.Lock)
 
     def read(
         self,
@@ -56,13 +67,14 @@ class Reader:
         """
         from propulsion_export.sampling import encode_texts, tensors_of
 
-        encoding = encode_texts(
-            self.names,
-            self.tokenizer,
-            list(texts),
-            limit=self.limit,
-            contexts=list(contexts) or None,
-        )
+        with self.one_at_a_time:
+            encoding = encode_texts(
+                self.names,
+                self.tokenizer,
+                list(texts),
+                limit=self.limit,
+                contexts=list(contexts) or None,
+            )
         outputs = self.run({**tensors_of(self.names, encoding), **feeds})
         for row, source in enumerate(contexts or texts):
             outcome = Outcome(
@@ -73,7 +85,15 @@ class Reader:
                 outputs={name: values[row] for name, values in outputs.items()},
                 labels=labels[row],
             )
-            yield Answer(outcome.outputs, describe(self.task, outcome, self.tokenizer))
+            yield Answer(self._own(outcome), describe(self.task, outcome, self.tokenizer))
+
+    def _own(self, outcome: Outcome) -> Tensors:
+        """A row's outputs without those of padding, which depend on the texts beside it."""
+        padded = _OF_TOKENS.get(self.task, ())
+        return {
+            name: values[outcome.mask] if name in padded else values
+            for name, values in outcome.outputs.items()
+        }
 
 
 def open_reader(artifact: Artifact, run: Runner) -> Reader:

@@ -1,7 +1,8 @@
 """The part of `run` that generates text: prompts in, tokens and text out, as they come."""
 
+import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,6 @@ from propulsion_export.decoding import Choose, Generator, go_on, greedy
 from propulsion_export.errors import UsageError
 from propulsion_export.lengths import longest_input
 from propulsion_export.pipeline.streaming import TextStream
-from propulsion_export.quiet import quiet
 from propulsion_export.scales import Array
 from propulsion_export.special_tokens import SpecialTokens
 
@@ -77,6 +77,7 @@ class Writer:
         special: its special tokens.
         positions: how many tokens of prompt and answer the model has room for; None: any number.
         longest: a prompt of an encoder is cut at so many tokens; None: the decoder reads it.
+        one_at_a_time: as of `answering.Reader`.
     """
 
     generator: Generator
@@ -84,6 +85,7 @@ class Writer:
     special: SpecialTokens
     positions: int | None
     longest: int | None
+    one_at_a_time: threading.Lock = field(default_factory=threading.Lock)
 
     def encode(self, text: str, number: int) -> list[int]:
         """The tokens of the text of this number, as a prompt.
@@ -92,8 +94,9 @@ class Writer:
             UsageError: it has none, or leaves no position for an answer.
         """
         cut = {} if self.longest is None else {"truncation": True, "max_length": self.longest}
-        with quiet():  # of a text that is too long we tell ourselves
-            tokens: list[int] = self.tokenizer(text, **cut)["input_ids"]
+        with self.one_at_a_time:
+            # Of a text that is too long we tell ourselves: not verbose.
+            tokens: list[int] = self.tokenizer(text, verbose=False, **cut)["input_ids"]
         if not tokens and self.special.begin is not None:
             tokens = [self.special.begin]
         if not tokens:

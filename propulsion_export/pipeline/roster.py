@@ -4,16 +4,29 @@ A roster never changes: who has one computes with the adapters of that moment, w
 replaced or removed meanwhile.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import fcntl
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Protocol, Self
 
 import numpy as np
 
 from propulsion_export.artifact import Artifact, Tensors
-from propulsion_export.bank import Row, Snapshot, check_row
+from propulsion_export.bank import Row, Snapshot
 from propulsion_export.errors import ArtifactError
-from propulsion_export.manifest import BANK_INPUT, BASE_FEEDS, BASE_NAME, IDS_INPUT, Manifest
+from propulsion_export.manifest import (
+    ADAPTERS,
+    BANK_INPUT,
+    BASE_FEEDS,
+    BASE_NAME,
+    IDS_INPUT,
+    MANIFEST_FILE,
+    Manifest,
+    read_manifest,
+)
 from propulsion_export.scales import Array
 
 # Puts an array where a runtime computes, so that it is not sent there with every request.
@@ -49,6 +62,10 @@ class Roster(Protocol):
     """The adapters of an artifact at one moment."""
 
     @property
+    def artifact(self) -> Artifact:
+        """As it was read."""
+
+    @property
     def names(self) -> tuple[str, ...]:
         """Of the adapters, sorted."""
 
@@ -66,27 +83,46 @@ class Roster(Protocol):
 
 @dataclass(frozen=True)
 class PackedRoster:
-    """One adapter for all rows of a batch: of a folded or switchable artifact."""
+    """One adapter for all rows of a batch: of a folded or switchable artifact.
 
-    manifest: Manifest
+    Attributes:
+        artifact: as it was read.
+        feeds: of every adapter by name, because its file may be gone later.
+    """
+
+    artifact: Artifact
     feeds: Mapping[str, Tensors]
 
     @classmethod
-    def read(cls, artifact: Artifact) -> Self:
-        """All that is there now: later the files may be gone."""
-        folded = artifact.manifest.mode == "folded"
-        names = [*artifact.manifest.adapters, *(() if folded else (BASE_NAME,))]
-        return cls(artifact.manifest, {name: artifact.feeds(name) for name in names})
+    def read(cls, artifact: Artifact, before: Self | None = None) -> Self:
+        """The adapters of now.
+
+        Args:
+            artifact: as it was read last; not again, if it is the same still.
+            before: the roster that this one follows.
+
+        Raises:
+            ArtifactError: it is damaged, or another model than that of `before`.
+        """
+        # First without the lock, which others have for as long as it takes to add an adapter.
+        if before is not None and _manifest_of(artifact) == before.artifact.manifest:
+            return before
+        with held_still(artifact.directory):
+            now = _read_again(artifact, before)
+            folded = now.manifest.mode == "folded"
+            names = [*now.manifest.adapters, *(() if folded else (BASE_NAME,))]
+            return cls(now, {name: now.feeds(name) for name in names})
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(sorted(self.manifest.adapters))
+        return tuple(sorted(self.artifact.manifest.adapters))
 
     @property
     def default(self) -> str:
         return self.names[0] if len(self.names) == 1 else BASE_NAME
 
     def groups(self, adapters: Sequence[str], most: int) -> list[Group]:
+        _refuse_unknown(self.artifact, adapters, self.feeds)
         groups = []
         for name in dict.fromkeys(adapters):
             choice = self._choice(name)
@@ -97,11 +133,10 @@ class PackedRoster:
         return groups
 
     def _choice(self, name: str) -> Choice:
-        if name not in self.feeds:
-            raise _unknown(name, sorted({BASE_NAME, *self.names} & self.feeds.keys()))
+        manifest = self.artifact.manifest
         if name == BASE_NAME:
-            return Choice(name, self.manifest.files[BASE_FEEDS], self.manifest.base.labels)
-        entry = self.manifest.adapters[name]
+            return Choice(name, manifest.files[BASE_FEEDS], manifest.base.labels)
+        entry = manifest.adapters[name]
         return Choice(name, entry.digest, entry.labels)
 
 
@@ -110,26 +145,30 @@ class BankRoster:
     """An adapter for each row: of a bank.
 
     Attributes:
+        artifact: as it was read.
         snapshot: of the bank.
         placed: its rows, where the runtime computes.
-        base_labels: of the base model.
-        checked: rows whose bytes are known to be the recorded ones; grows, and is shared with the
-            rosters that follow.
+        checked: rows by name, whose bytes are known to be the recorded ones; grows.
     """
 
+    artifact: Artifact
     snapshot: Snapshot
     placed: Any
-    base_labels: tuple[str, ...] | None
-    checked: set[tuple[str, int]]
+    checked: dict[str, Row]
 
     @classmethod
     def read(cls, artifact: Artifact, place: Place, before: Self | None = None) -> Self:
-        """The bank of now, `before` the roster that it follows."""
-        snapshot = artifact.bank.snapshot()
-        if before is not None and before.snapshot.version == snapshot.version:
+        """The bank of now; see `PackedRoster.read`."""
+        now = _read_again(artifact, before)
+        bank = now.bank
+        if before is not None and before.snapshot.version == bank.version():
             return before
-        checked = set() if before is None else before.checked
-        return cls(snapshot, place(snapshot.values), artifact.manifest.base.labels, checked)
+        snapshot = bank.snapshot()
+        # What was removed is forgotten, so that a bank in change does not fill the memory. Copied
+        # before it is walked through, because requests go on adding to it.
+        checked = {} if before is None else before.checked.copy()
+        still = {name: row for name, row in checked.items() if snapshot.rows.get(name) == row}
+        return cls(now, snapshot, place(snapshot.values), still)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -140,37 +179,99 @@ class BankRoster:
         return BASE_NAME
 
     def groups(self, adapters: Sequence[str], most: int) -> list[Group]:
+        _refuse_unknown(self.artifact, adapters, self.snapshot.rows)
         chosen = {name: self._row(name) for name in dict.fromkeys(adapters)}
+        choices = {name: self._choice(name, row) for name, row in chosen.items()}
         groups = []
         for part in _parts(range(len(adapters)), most):
             names = [adapters[row] for row in part]
             ids = np.array([chosen[name].number for name in names], np.int64)
             feeds = {BANK_INPUT: self.placed, IDS_INPUT: ids}
-            groups.append(Group(part, feeds, [self._choice(name, chosen[name]) for name in names]))
+            groups.append(Group(part, feeds, [choices[name] for name in names]))
         return groups
 
     def _row(self, name: str) -> Row:
-        row = self.snapshot.base if name == BASE_NAME else self.snapshot.rows.get(name)
-        if row is None:
-            raise _unknown(name, [BASE_NAME, *self.names])
-        if (row.file, row.number) not in self.checked:
-            check_row(row, self.snapshot.values)
-            self.checked.add((row.file, row.number))
+        row = self.snapshot.base if name == BASE_NAME else self.snapshot.rows[name]
+        if name not in self.checked:
+            self.snapshot.check(row)
+            self.checked[name] = row
         return row
 
     def _choice(self, name: str, row: Row) -> Choice:
         if name == BASE_NAME:
-            return Choice(name, row.checksum, self.base_labels)
+            return Choice(name, row.checksum, self.artifact.manifest.base.labels)
         return Choice(name, row.entry.digest, row.entry.labels)
 
 
-def _unknown(name: str, known: Sequence[str]) -> ArtifactError:
-    shown = ", ".join(known[:_NAMED])
-    more = f" and {len(known) - _NAMED} more" if len(known) > _NAMED else ""
-    return ArtifactError(
-        f"the adapter {name!r} is unknown, expected one of {shown}{more}",
-        remedy="`propulsion-export adapter add` adds one.",
+def _read_again(artifact: Artifact, before: Roster | None) -> Artifact:
+    """The artifact as it is now, which is read only if it has changed since `artifact`.
+
+    Raises:
+        ArtifactError: it is damaged, or another model by now.
+    """
+    manifest = _manifest_of(artifact)
+    loaded = artifact if before is None else before.artifact
+    if _model_of(manifest) != _model_of(loaded.manifest):
+        raise ArtifactError(
+            f"{artifact.directory}: has become another model since it was loaded, expected other "
+            "adapters at most",
+            remedy="Load it again.",
+        )
+    return artifact if manifest == artifact.manifest else Artifact.read(artifact.directory)
+
+
+def _manifest_of(artifact: Artifact) -> Manifest:
+    """That of now."""
+    return read_manifest(artifact.directory / MANIFEST_FILE)
+
+
+def _model_of(manifest: Manifest) -> Manifest:
+    """What stays of a manifest when adapters change."""
+    others = {
+        file: digest
+        for file, digest in manifest.files.items()
+        if file == BASE_FEEDS or not file.startswith(f"{ADAPTERS}/")
+    }
+    return replace(manifest, adapters={}, files=others)
+
+
+@contextmanager
+def held_still(directory: Path) -> Iterator[None]:
+    """Let nobody change an artifact's adapters meanwhile: who does has the lock that is shared."""
+    with ExitStack() as closing:
+        with suppress(OSError):  # of no directory, or one without locks: nobody changes it
+            descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+            closing.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+        yield
+
+
+def _refuse_unknown(artifact: Artifact, adapters: Sequence[str], known: Collection[str]) -> None:
+    """Refuse names that are neither among those `known` nor, unless folded, the base model's."""
+    folded = artifact.manifest.mode == "folded"
+    unknown = [
+        name
+        for name in dict.fromkeys(adapters)
+        if name not in known and (folded or name != BASE_NAME)
+    ]
+    if not unknown:
+        return
+    if folded:
+        found = f"has the adapter {next(iter(known))!r} folded in, expected no other, got {{!r}}"
+        remedy = "Export with --mode switchable to choose adapters at run time."
+    else:
+        found = f"has no adapter {{!r}}, expected one of {_some(known)}"
+        remedy = "`propulsion-export adapter add` adds one."
+    raise ArtifactError(
+        *(f"{artifact.directory}: {found.format(name)}" for name in unknown), remedy=remedy
     )
+
+
+def _some(names: Collection[str]) -> str:
+    """Names for a message, the base model's first, and how many there are besides."""
+    ordered = [BASE_NAME, *sorted({*names} - {BASE_NAME})]
+    more = f" and {len(ordered) - _NAMED} more" if len(ordered) > _NAMED else ""
+    return ", ".join(ordered[:_NAMED]) + more
 
 
 def _parts(rows: Sequence[int], most: int) -> list[Sequence[int]]:

@@ -1,5 +1,6 @@
 """`Session`: an artifact that is loaded once and predicts for many, each with its adapter."""
 
+import os
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,11 +12,19 @@ import numpy as np
 from propulsion_export.artifact import Artifact, Tensors
 from propulsion_export.decoding import recomputing
 from propulsion_export.errors import ArtifactError, UsageError
+from propulsion_export.manifest import BANK_INPUT, IDS_INPUT, PACKED_INPUTS
 from propulsion_export.pipeline.adapters import add_adapter, remove_adapter
 from propulsion_export.pipeline.agreeing import check_signature
 from propulsion_export.pipeline.answering import Reader, open_reader
 from propulsion_export.pipeline.generating import Settings, Writer, open_writer
-from propulsion_export.pipeline.roster import BankRoster, Choice, Group, PackedRoster, Roster
+from propulsion_export.pipeline.roster import (
+    BankRoster,
+    Choice,
+    Group,
+    PackedRoster,
+    Roster,
+    held_still,
+)
 from propulsion_export.pipeline.running import RunnerName, choose_runner, open_candidate, place_for
 
 _ROWS = 32  # in a batch, at most: what an engine takes by default
@@ -46,7 +55,11 @@ class Session:
     """A loaded artifact; any number of threads may call it at the same time.
 
     A request computes with the adapters that there are when it begins, whatever is added, replaced
-    or removed meanwhile, by this session or another.
+    or removed meanwhile. What this session changes is seen by the next request. Of what others
+    change, a new name is seen when it is asked for, all else after `refresh`.
+
+    It belongs to the process that opened it, because a fork has no threads of a runtime. A pickled
+    one opens the same artifact again.
 
     Args:
         artifact: a merged checkpoint, an ONNX export or an engine, or its directory.
@@ -58,16 +71,26 @@ class Session:
     """
 
     def __init__(self, artifact: Path | str | Artifact, *, runner: RunnerName = "auto") -> None:
-        read = artifact if isinstance(artifact, Artifact) else Artifact.read(artifact)
+        read = artifact if isinstance(artifact, Artifact) else _read(Path(artifact).expanduser())
         check_signature(read)
-        name = choose_runner(read, runner)
         self._artifact = read
-        self._candidate = open_candidate(read, name)
+        self._runner = choose_runner(read, runner)
+        self._candidate = open_candidate(read, self._runner)
         self._text: Reader | Writer | None = None
         self._opening = threading.Lock()
-        self._place = place_for(name)
-        self._changing = threading.Lock()
-        self._roster = self._read_roster(read)
+        self._place = place_for(self._runner)
+        self._following = threading.Lock()
+        self._process = os.getpid()
+        self._roster = self._read_roster(read, None)
+
+    def __repr__(self) -> str:
+        return (
+            f"<Session of {self._artifact.directory}: {self._artifact.manifest.task}, "
+            f"{self._runner}, {len(self.adapters)} adapters>"
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _open, (self._artifact.directory.absolute(), self._runner)
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -94,16 +117,23 @@ class Session:
         Raises:
             ArtifactError: there is no adapter of a name.
             UsageError: another number of adapters or contexts than rows; no rows; texts without a
-                tokenizer.
+                tokenizer; an input that the model needs is missing; `context` or `settings` for
+                another task; the process is a fork of the one that opened the session.
         """
+        if os.getpid() != self._process:
+            raise UsageError(
+                "the session was opened before this process was forked, expected one of its own",
+                remedy="Open a session in each process.",
+            )
         rows = _count(inputs)
-        names = self._names(adapter, rows)
-        groups = self._groups(names, rows if isinstance(inputs, Mapping) else _ROWS)
         if isinstance(inputs, Mapping):
+            self._check_tensors(inputs, context, settings)
+            groups = self._groups(adapter, rows, rows)
             answers = [self._of_tensors(inputs, group) for group in groups]
         else:
             texts = [inputs] if isinstance(inputs, str) else list(inputs)
-            contexts = one_each("contexts", context, rows) if context else ()
+            contexts = self._contexts(context, rows, settings)
+            groups = self._groups(adapter, rows, _ROWS)
             answers = self._of_texts(texts, contexts, groups, settings or Settings())
         replies = {
             row: reply
@@ -118,11 +148,8 @@ class Session:
         Raises:
             PropulsionExportError: as `add_adapter` says; nothing has changed then.
         """
-        with self._changing:
-            changed = add_adapter(
-                self._artifact.directory, adapter, allow_range=allow_range, force=force
-            )
-            self._roster = self._read_roster(changed)
+        directory = self._artifact.directory
+        self._follow(add_adapter(directory, adapter, allow_range=allow_range, force=force))
 
     def remove(self, name: str) -> None:
         """Take an adapter out of the artifact; requests that began with it still have it.
@@ -130,40 +157,76 @@ class Session:
         Raises:
             PropulsionExportError: as `remove_adapter` says; nothing has changed then.
         """
-        with self._changing:
-            self._roster = self._read_roster(remove_adapter(self._artifact.directory, name))
+        self._follow(remove_adapter(self._artifact.directory, name))
 
     def refresh(self) -> None:
-        """See what other processes have added, replaced and removed."""
-        with self._changing:
-            self._roster = self._read_roster(Artifact.read(self._artifact.directory))
+        """See what others have added, replaced and removed.
 
-    def _read_roster(self, artifact: Artifact) -> Roster:
-        if artifact.manifest.mode != "bank":
-            return PackedRoster.read(artifact)
-        before = getattr(self, "_roster", None)
-        return BankRoster.read(artifact, self._place, before)
+        Raises:
+            ArtifactError: it is damaged, or another model by now; the session stays as it was.
+        """
+        self._follow(self._roster.artifact)
 
-    def _names(self, given: str | Sequence[str] | None, rows: int) -> Sequence[str]:
-        if given is None or isinstance(given, str):
-            return [given or self._roster.default] * rows
-        return one_each("adapters", given, rows)
+    def _follow(self, artifact: Artifact) -> None:
+        """Go on with the adapters of now; `artifact` is as it was read last."""
+        with self._following:  # of two looks at it the later counts
+            self._roster = self._read_roster(artifact, self._roster)
 
-    def _groups(self, names: Sequence[str], most: int) -> list[Group]:
+    def _read_roster(self, artifact: Artifact, before: Roster | None) -> Roster:
+        if artifact.manifest.mode == "bank":
+            assert before is None or isinstance(before, BankRoster)
+            return BankRoster.read(artifact, self._place, before)
+        assert before is None or isinstance(before, PackedRoster)
+        return PackedRoster.read(artifact, before)
+
+    def _groups(self, adapter: str | Sequence[str] | None, rows: int, most: int) -> Sequence[Group]:
         """The rows that go together; a name that is new is looked for where it may come from."""
+        roster = self._roster  # once: the next look may find another
         try:
-            return self._roster.groups(names, most)
+            return roster.groups(_names(adapter, rows, roster), most)
         except ArtifactError:
-            before = self._roster
             self.refresh()
-            if self._roster is before:
+            if self._roster is roster:
                 raise
-            return self._roster.groups(names, most)
+        roster = self._roster
+        return roster.groups(_names(adapter, rows, roster), most)
+
+    def _check_tensors(
+        self, inputs: Tensors, context: str | Sequence[str], settings: Settings | None
+    ) -> None:
+        if context or settings is not None:
+            raise UsageError("context and settings go with texts, the inputs are tensors")
+        needed = {"input_ids", "attention_mask"}  # a generator makes the others itself
+        if callable(self._candidate):
+            told = self._artifact.manifest.inputs
+            needed = {spec.name for spec in told if not spec.optional} or {"input_ids"}
+        missing = needed - {*PACKED_INPUTS, BANK_INPUT, IDS_INPUT} - inputs.keys()
+        if missing:
+            raise UsageError(
+                f"the inputs are {', '.join(inputs)}, expected {', '.join(sorted(missing))} besides"
+            )
+
+    def _contexts(
+        self, given: str | Sequence[str], rows: int, settings: Settings | None
+    ) -> Sequence[str]:
+        task = self._artifact.manifest.task
+        if settings is not None and callable(self._candidate):
+            raise UsageError(f"settings: are of generating text, the artifact is for {task}")
+        if task == "question-answering":
+            if not given:
+                raise UsageError(
+                    f"{task}: no context is given, expected the text that holds the answer"
+                )
+            return one_each("contexts", given, rows)
+        if given:
+            raise UsageError(f"context: is for question-answering, the artifact is for {task}")
+        return ()
 
     def _of_tensors(self, inputs: Tensors, group: Group) -> list[Reply]:
         run = self._candidate if callable(self._candidate) else recomputing(self._candidate)
         rows = list(group.rows)
-        outputs = run({**{name: values[rows] for name, values in inputs.items()}, **group.feeds})
+        own = {name: np.asarray(values)[rows] for name, values in inputs.items()}
+        outputs = run({**own, **group.feeds})
         return [
             self._reply(choice, {name: values[row] for name, values in outputs.items()})
             for row, choice in enumerate(group.choices)
@@ -227,18 +290,34 @@ class Session:
         return Reply(choice.adapter, choice.version, choice.labels, outputs, prediction)
 
 
+def _open(directory: Path, runner: RunnerName) -> Session:
+    return Session(directory, runner=runner)
+
+
+def _read(directory: Path) -> Artifact:
+    with held_still(directory):
+        return Artifact.read(directory)
+
+
 def _count(inputs: str | Sequence[str] | Tensors) -> int:
+    """How many rows there are."""
     if isinstance(inputs, str):
         return 1
-    if not isinstance(inputs, Mapping):
-        counts = {len(inputs)}
+    if isinstance(inputs, Mapping):
+        shapes = {name: np.shape(values) for name, values in inputs.items()}
+        counts = {shape[0] if shape else 0 for shape in shapes.values()} or {0}
+        if len(counts) > 1:
+            told = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
+            raise UsageError(f"the inputs are {told}, expected as many rows each")
     else:
-        counts = {len(np.atleast_1d(values)) for values in inputs.values()} or {0}
+        counts = {len(inputs)}
     if counts == {0}:
         raise UsageError("there are no rows, expected some")
-    if len(counts) > 1:
-        raise UsageError(f"the inputs have {sorted(counts)} rows, expected as many each")
     return counts.pop()
+
+
+def _names(given: str | Sequence[str] | None, rows: int, roster: Roster) -> Sequence[str]:
+    return one_each("adapters", roster.default if given is None else given, rows)
 
 
 def one_each(what: str, given: str | Sequence[str], count: int) -> Sequence[str]:

@@ -2,6 +2,7 @@
 
 import os
 import threading
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from propulsion_export.scales import Array
 
 # Of an engine: by input, its smallest, typical and largest shape; as in the manifest.
 Profiles = Sequence[Mapping[str, Mapping[str, Sequence[int]]]]
+_BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16
 _NO_BFLOAT16 = "ONNX Runtime has no bfloat16 kernels for this provider"
 
 
@@ -40,6 +42,9 @@ def onnxruntime_runner(path: Path, provider: str = "CPUExecutionProvider") -> Ru
         )
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # it tells of every optional input, on stderr
+    # It would keep a plan of the memory for every combination of shapes there ever was, and each
+    # adapter that is added makes the bank another shape.
+    options.enable_mem_pattern = False
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=[provider])
     except Exception as error:  # its exceptions have no public base class
@@ -75,10 +80,13 @@ class _Placed:
 def place_in_onnxruntime(array: Array, device: Literal["cpu", "cuda"]) -> Any:
     """Put an array where ONNX Runtime computes; the CPU reads it where it is, without a copy.
 
-    What is returned is fed in place of the array.
+    What is returned is fed in place of the array. One of bfloat16 always stays in the CPU's memory.
     """
     from onnxruntime import OrtValue
 
+    if array.dtype.name == "bfloat16":  # which numpy has not, so ONNX Runtime takes its bits
+        bits = array.view(np.uint16)
+        return _Placed(OrtValue.ortvalue_from_numpy_with_onnx_type(bits, _BFLOAT16), array)
     return _Placed(OrtValue.ortvalue_from_numpy(array, device, 0), array)
 
 
@@ -159,9 +167,12 @@ def tensorrt_runner(
 
 def place_for_tensorrt(array: Array) -> Any:
     """Put an array into the GPU's memory; what is returned is fed in place of it."""
-    from polygraphy.cuda import DeviceArray
+    from polygraphy.cuda import DeviceArray, wrapper
 
-    return DeviceArray(shape=array.shape, dtype=array.dtype).copy_from(np.ascontiguousarray(array))
+    placed = DeviceArray(shape=array.shape, dtype=array.dtype)
+    # It does not do so itself (polygraphy 0.50), and banks come and go.
+    weakref.finalize(placed, wrapper().free, placed.ptr).atexit = False
+    return placed.copy_from(np.ascontiguousarray(array))
 
 
 def fitting_profile(profiles: Profiles, feeds: Tensors) -> int:

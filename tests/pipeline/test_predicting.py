@@ -15,7 +15,7 @@ from transformers import (
 from propulsion_export.adapter import Adapter
 from propulsion_export.attach import attached
 from propulsion_export.errors import ArtifactError, UsageError
-from propulsion_export.pipeline import predicting
+from propulsion_export.pipeline import session
 from propulsion_export.pipeline.adapters import remove_adapter
 from propulsion_export.pipeline.merging import merge
 from propulsion_export.pipeline.predicting import predict
@@ -98,7 +98,7 @@ def test_texts_come_from_a_file_too(switchable, tmp_path):
     ("options", "error", "message"),
     [
         ({}, UsageError, "no text is given"),
-        ({"text": TEXTS, "adapter": ["three", "five"]}, UsageError, "2 adapters for 3 texts"),
+        ({"text": TEXTS, "adapter": ["three", "five"]}, UsageError, "2 adapters for 3 rows"),
         ({"text": ["ba"], "adapter": ["nine"]}, ArtifactError, "expected one of base, five, three"),
         ({"text": ["ba"], "runner": "torch"}, UsageError, "cannot run a onnx artifact"),
         (
@@ -130,13 +130,13 @@ def test_many_texts_are_run_in_batches_and_predicted_as_alone(switchable, monkey
         for second in ("ko", "do re", "mi", "fa", "bol", "la")
     ]
     sizes = []
-    open_candidate = predicting.open_candidate
+    open_candidate = session.open_candidate
 
     def counting(*arguments):
         run = open_candidate(*arguments)
         return lambda tensors: sizes.append(len(tensors["input_ids"])) or run(tensors)
 
-    monkeypatch.setattr(predicting, "open_candidate", counting)
+    monkeypatch.setattr(session, "open_candidate", counting)
     together = predict(switchable, text=texts, adapter=["five"])
 
     assert sizes == [32, 10]
@@ -218,7 +218,7 @@ def test_questions_without_contexts_for_each_are_refused(merged):
 
     with pytest.raises(UsageError, match=r"question-answering: no context .* Give --context"):
         predict(artifact, text=["ba"])
-    with pytest.raises(UsageError, match="2 contexts for 3 texts"):
+    with pytest.raises(UsageError, match="2 contexts for 3 rows"):
         predict(artifact, text=TEXTS, context=["a", "b"])
 
 

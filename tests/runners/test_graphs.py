@@ -1,5 +1,9 @@
 """Runners feed what a model takes, and say in one line why they cannot run."""
 
+import gc
+import weakref
+
+import ml_dtypes
 import numpy as np
 import onnx.reference
 import onnx_ir as ir
@@ -11,6 +15,8 @@ from propulsion_export.runners import graphs
 from propulsion_export.runners.graphs import (
     fitting_profile,
     onnxruntime_runner,
+    place_for_tensorrt,
+    place_in_onnxruntime,
     reference_runner,
     tensorrt_runner,
 )
@@ -157,3 +163,140 @@ def test_what_the_evaluator_cannot_run_is_unavailable(gathered):
 
     with pytest.raises(UnavailableError, match="reference evaluator cannot run it"):
         reference_runner(path)({**feeds, "indices": np.array([[99, 0, 0]] * 2)})
+
+
+# Arrays that stay where they are
+
+GATHERED = """
+<ir_version: 10, opset_import: ["" : 20]>
+graph (float[batch, 2] x, float[adapters, 2] bank, int64[batch] ids)
+    => (float[batch, 2] scaled, int64[batch] same) {
+    rows = Gather <axis = 0> (bank, ids)
+    scaled = Mul (x, rows)
+    same = Identity (ids)
+}
+"""
+
+
+@pytest.fixture
+def banked(tmp_path):
+    ir.save(ir.from_onnx_text(GATHERED), tmp_path / "model.onnx")
+    return onnxruntime_runner(tmp_path / "model.onnx")
+
+
+@pytest.fixture
+def mapped(tmp_path):
+    """A bank of 1,000 rows in a file: row r is r and r + 1/2."""
+    values = np.arange(1000)[:, None] + np.array([0, 0.5])
+    values.astype(np.float32).tofile(tmp_path / "bank.bin")
+    return np.memmap(tmp_path / "bank.bin", np.float32, mode="r", shape=(1000, 2))
+
+
+def test_a_placed_array_is_read_where_it_lies(mapped):
+    placed = place_in_onnxruntime(mapped, "cpu")
+
+    assert placed.value.data_ptr() == mapped.ctypes.data
+    assert placed.shape == (1000, 2)
+
+
+def test_bfloat16_is_placed_too():
+    bits = np.arange(8, dtype=np.float32).astype(ml_dtypes.bfloat16).reshape(4, 2)
+
+    placed = place_in_onnxruntime(bits, "cpu")
+
+    assert placed.value.data_type() == "tensor(bfloat16)"
+    assert (placed.value.data_ptr(), placed.shape) == (bits.ctypes.data, (4, 2))
+
+
+def test_a_placed_array_is_fed_like_any_other(banked, mapped):
+    ids = np.array([999, 3])
+    feeds = {"x": X, "ids": ids, "unknown": X}
+
+    plain = banked({**feeds, "bank": np.array(mapped)})
+    placed = banked({**feeds, "bank": place_in_onnxruntime(mapped, "cpu")})
+
+    assert list(placed) == ["scaled", "same"]
+    np.testing.assert_array_equal(placed["scaled"], X * mapped[ids])
+    np.testing.assert_array_equal(plain["scaled"], placed["scaled"])
+    np.testing.assert_array_equal(placed["same"], ids)
+
+
+def test_beside_a_placed_array_inputs_need_not_be_contiguous(banked, mapped):
+    """They are bound by their address; what is copied to make them so must live on."""
+    wide = np.arange(40000, dtype=np.float32).reshape(2, 20000)
+    ids = np.arange(40000)[::2] % 1000
+
+    scaled = banked({"x": wide.T, "ids": ids, "bank": place_in_onnxruntime(mapped, "cpu")})
+
+    np.testing.assert_array_equal(scaled["scaled"], wide.T * mapped[ids])
+
+
+def test_a_placed_array_lives_as_long_as_it_is_used(banked, tmp_path):
+    np.full((4, 2), 3, np.float32).tofile(tmp_path / "bank.bin")
+    array = np.memmap(tmp_path / "bank.bin", np.float32, mode="r", shape=(4, 2))
+    alive = weakref.ref(array)
+    placed = place_in_onnxruntime(array, "cpu")
+    (tmp_path / "bank.bin").unlink()
+
+    del array
+    gc.collect()
+    scaled = banked({"x": X, "ids": np.array([1, 2]), "bank": placed})["scaled"]
+
+    np.testing.assert_array_equal(scaled, 3 * X)
+    del placed
+    gc.collect()
+    assert alive() is None
+
+
+def test_memory_does_not_grow_with_the_shapes_there_were(banked):
+    """A bank has another shape after each change."""
+    bank = np.ones((15000, 2), np.float32)
+
+    def run(rows):
+        banked({"x": X, "ids": np.array([1, 2]), "bank": place_in_onnxruntime(bank[:rows], "cpu")})
+
+    for rows in range(10, 3000):
+        run(rows)
+    before = owned()
+    for rows in range(3000, 15000):
+        run(rows)
+
+    assert owned() - before < 2**20
+
+
+def owned():
+    """Bytes of memory of this process alone."""
+    gc.collect()
+    with open("/proc/self/status") as status:  # noqa: PTH123
+        return next(int(line.split()[1]) for line in status if line.startswith("RssAnon")) * 1024
+
+
+def test_an_array_on_the_gpu_is_freed_with_the_last_who_uses_it(monkeypatch):
+    """Polygraphy leaves that to its user."""
+    import polygraphy.cuda
+
+    freed = []
+
+    class Memory:
+        """Stands in for the GPU's."""
+
+        def free(self, address):
+            freed.append(address)
+
+    class DeviceArray:
+        def __init__(self, shape, dtype):
+            self.shape, self.ptr = shape, 4096
+
+        def copy_from(self, values):
+            return self
+
+    monkeypatch.setattr(polygraphy.cuda, "wrapper", Memory)
+    monkeypatch.setattr(polygraphy.cuda, "DeviceArray", DeviceArray)
+    placed = place_for_tensorrt(np.ones((4, 2), np.float32))
+    gc.collect()
+    assert (placed.shape, freed) == ((4, 2), [])
+
+    del placed
+    gc.collect()
+
+    assert freed == [4096]
