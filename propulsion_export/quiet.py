@@ -8,6 +8,7 @@ import contextlib
 import io
 import logging
 import os
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,11 +23,21 @@ _LOGGERS = (
     "datasets",
     "huggingface_hub",
 )
+_ONE_AT_A_TIME = threading.RLock()
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence libraries inside the block; exceptions pass through untouched."""
+    """Silence libraries inside the block; exceptions pass through untouched.
+
+    Of several threads one after the other: what it changes belongs to the whole process.
+    """
+    with _ONE_AT_A_TIME, _silence():
+        yield
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
     levels = {name: logging.getLogger(name).level for name in _LOGGERS}
     environment = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"}
     before = {name: os.environ.get(name) for name in environment}

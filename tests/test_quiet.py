@@ -1,6 +1,8 @@
 import logging
 import os
 import sys
+import threading
+import time
 import warnings
 
 import pytest
@@ -108,3 +110,30 @@ def test_standard_error_is_left_alone(capsys):
         print("ours", file=sys.stderr)
 
     assert capsys.readouterr().err == "ours\n"
+
+
+def test_two_threads_are_quiet_one_after_the_other_and_nothing_stays_changed():
+    before, together, at_once = state(), threading.Barrier(4), []
+
+    def work():
+        together.wait()
+        for _ in range(50):
+            with quiet():
+                at_once.append(1)
+                time.sleep(0)
+                assert len(at_once) == 1
+                at_once.pop()
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert at_once == []
+    assert state() == before
+
+
+def test_quiet_inside_quiet_does_not_wait_for_itself():
+    with quiet(), quiet():
+        chatter()

@@ -178,6 +178,61 @@ def test_a_flattened_linear_is_scaled_by_row():
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("shape", [(2, 4), (2, 5, 4), (2, 3, 5, 4), (2, 3, 5, 6, 4)])
+@pytest.mark.parametrize("side", ["output", "input"])
+def test_activations_of_any_rank_are_scaled_by_row(shape, side):
+    class Wrapped(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.inner = torch.nn.Linear(4, 4)
+
+        def forward(self, values):
+            return self.inner(values)
+
+    model, values = Wrapped(), torch.randn(shape)
+    rows = torch.tensor([[1.0, 2, 3, -4], [-1, 0.5, 4, 8]])
+    layout = {"propulsion_scales": (Slot("inner", 0, 4, (4,), side),)}
+    each = rows.reshape(2, *[1] * (len(shape) - 2), 4)
+    expected = model(values) * each if side == "output" else model(values * each)
+
+    with attached_rows(model, layout):
+        found = model(values, **{ROWS_INPUT: rows})
+
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("shape", [(2, 4), (2, 5, 4), (2, 3, 5, 4)])
+def test_weights_of_any_rank_of_input_are_each_rows_own(shape):
+    class Wrapped(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = torch.nn.Linear(4, 3)
+
+        def forward(self, values):
+            return self.inner(values)
+
+    model, values = Wrapped(), torch.randn(shape)
+    layout = {
+        "propulsion_modules": (
+            Slot("inner.weight", 0, 12, (3, 4)),
+            Slot("inner.bias", 12, 3, (3,)),
+        )
+    }
+    rows = torch.randn(2, 15)
+    expected = torch.stack(
+        [
+            torch.nn.functional.linear(one, row[:12].reshape(3, 4), row[12:])
+            for one, row in zip(values, rows, strict=True)
+        ]
+    )
+
+    with attached_rows(model, layout):
+        found = model(values, **{ROWS_INPUT: rows})
+
+    torch.testing.assert_close(found, expected)
+
+
 def test_without_rows_and_afterwards_the_model_is_the_base_model(tiny_model, random_adapter):
     model = tiny_model("bert")
     adapters = adapters_of(model, random_adapter, biases=True, head=True)

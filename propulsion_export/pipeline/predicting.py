@@ -9,8 +9,9 @@ from propulsion_export.choosing import Sampling
 from propulsion_export.errors import UsageError
 from propulsion_export.pipeline.generating import DEFAULT_NEW_TOKENS, OnText, Settings
 from propulsion_export.pipeline.inputs import read_texts
+from propulsion_export.pipeline.requests import contexts_for, one_each
 from propulsion_export.pipeline.running import RunnerName
-from propulsion_export.pipeline.session import Session, one_each
+from propulsion_export.pipeline.session import Session
 
 _OF_SAMPLING = ("temperature", "top_k", "top_p")
 
@@ -64,7 +65,7 @@ def predict(
     if not texts:
         raise UsageError("no text is given, expected some", remedy="Give --text or --inputs.")
     names = one_each("adapters", adapter, len(texts)) if adapter else None
-    contexts = _contexts(read.manifest.task, context, len(texts))
+    contexts = contexts_for(read.manifest.task, context, len(texts))
     options = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
@@ -101,16 +102,3 @@ def _settings(
         seed=given.get("seed"),
         on_text=on_text,
     )
-
-
-def _contexts(task: str, given: Sequence[str], count: int) -> Sequence[str]:
-    if task == "question-answering":
-        if not given:
-            raise UsageError(
-                "question-answering: no context is given, expected the text that holds the answer",
-                remedy="Give --context.",
-            )
-        return one_each("contexts", given, count)
-    if given:
-        raise UsageError(f"--context: is for question-answering, the artifact is for {task}")
-    return ()

@@ -17,6 +17,13 @@ from propulsion_export.pipeline.adapters import add_adapter, remove_adapter
 from propulsion_export.pipeline.agreeing import check_signature
 from propulsion_export.pipeline.answering import Reader, open_reader
 from propulsion_export.pipeline.generating import Settings, Writer, open_writer
+from propulsion_export.pipeline.requests import (
+    Inputs,
+    check_given,
+    contexts_for,
+    count_rows,
+    one_each,
+)
 from propulsion_export.pipeline.roster import (
     BankRoster,
     Choice,
@@ -99,7 +106,7 @@ class Session:
 
     def __call__(
         self,
-        inputs: str | Sequence[str] | Tensors,
+        inputs: Inputs,
         adapter: str | Sequence[str] | None = None,
         *,
         context: str | Sequence[str] = (),
@@ -125,14 +132,15 @@ class Session:
                 "the session was opened before this process was forked, expected one of its own",
                 remedy="Open a session in each process.",
             )
-        rows = _count(inputs)
+        rows = count_rows(inputs)
         if isinstance(inputs, Mapping):
             self._check_tensors(inputs, context, settings)
             groups = self._groups(adapter, rows, rows)
             answers = [self._of_tensors(inputs, group) for group in groups]
         else:
             texts = [inputs] if isinstance(inputs, str) else list(inputs)
-            contexts = self._contexts(context, rows, settings)
+            self._check_settings(settings)
+            contexts = contexts_for(self._artifact.manifest.task, context, rows)
             groups = self._groups(adapter, rows, _ROWS)
             answers = self._of_texts(texts, contexts, groups, settings or Settings())
         replies = {
@@ -200,27 +208,12 @@ class Session:
         if callable(self._candidate):
             told = self._artifact.manifest.inputs
             needed = {spec.name for spec in told if not spec.optional} or {"input_ids"}
-        missing = needed - {*PACKED_INPUTS, BANK_INPUT, IDS_INPUT} - inputs.keys()
-        if missing:
-            raise UsageError(
-                f"the inputs are {', '.join(inputs)}, expected {', '.join(sorted(missing))} besides"
-            )
+        check_given(inputs, needed - {*PACKED_INPUTS, BANK_INPUT, IDS_INPUT})
 
-    def _contexts(
-        self, given: str | Sequence[str], rows: int, settings: Settings | None
-    ) -> Sequence[str]:
-        task = self._artifact.manifest.task
+    def _check_settings(self, settings: Settings | None) -> None:
         if settings is not None and callable(self._candidate):
+            task = self._artifact.manifest.task
             raise UsageError(f"settings: are of generating text, the artifact is for {task}")
-        if task == "question-answering":
-            if not given:
-                raise UsageError(
-                    f"{task}: no context is given, expected the text that holds the answer"
-                )
-            return one_each("contexts", given, rows)
-        if given:
-            raise UsageError(f"context: is for question-answering, the artifact is for {task}")
-        return ()
 
     def _of_tensors(self, inputs: Tensors, group: Group) -> list[Reply]:
         run = self._candidate if callable(self._candidate) else recomputing(self._candidate)
@@ -299,35 +292,5 @@ def _read(directory: Path) -> Artifact:
         return Artifact.read(directory)
 
 
-def _count(inputs: str | Sequence[str] | Tensors) -> int:
-    """How many rows there are."""
-    if isinstance(inputs, str):
-        return 1
-    if isinstance(inputs, Mapping):
-        shapes = {name: np.shape(values) for name, values in inputs.items()}
-        counts = {shape[0] if shape else 0 for shape in shapes.values()} or {0}
-        if len(counts) > 1:
-            told = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
-            raise UsageError(f"the inputs are {told}, expected as many rows each")
-    else:
-        counts = {len(inputs)}
-    if counts == {0}:
-        raise UsageError("there are no rows, expected some")
-    return counts.pop()
-
-
 def _names(given: str | Sequence[str] | None, rows: int, roster: Roster) -> Sequence[str]:
     return one_each("adapters", roster.default if given is None else given, rows)
-
-
-def one_each(what: str, given: str | Sequence[str], count: int) -> Sequence[str]:
-    """What is given for each of `count` rows; one is for all.
-
-    Raises:
-        UsageError: it is another number.
-    """
-    if isinstance(given, str):
-        return [given] * count
-    if len(given) not in (1, count):
-        raise UsageError(f"{len(given)} {what} for {count} rows, expected one, or one each")
-    return given if len(given) == count else [given[0]] * count

@@ -24,6 +24,8 @@ _NO_BFLOAT16 = "ONNX Runtime has no bfloat16 kernels for this provider"
 def onnxruntime_runner(path: Path, provider: str = "CPUExecutionProvider") -> Runner:
     """Run an ONNX model in ONNX Runtime; the session lives as long as the runner.
 
+    It computes with OMP_NUM_THREADS threads, as PyTorch does; without that with one a core.
+
     Raises:
         UnavailableError: onnxruntime is missing, or has no kernel for a node of the graph.
         ToolError: it cannot load the model.
@@ -45,6 +47,7 @@ def onnxruntime_runner(path: Path, provider: str = "CPUExecutionProvider") -> Ru
     # It would keep a plan of the memory for every combination of shapes there ever was, and each
     # adapter that is added makes the bank another shape.
     options.enable_mem_pattern = False
+    options.intra_op_num_threads = _threads()
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=[provider])
     except Exception as error:  # its exceptions have no public base class
@@ -63,6 +66,12 @@ def onnxruntime_runner(path: Path, provider: str = "CPUExecutionProvider") -> Ru
         return dict(zip(names, session.run(names, feeds), strict=True))
 
     return run
+
+
+def _threads() -> int:
+    """What OMP_NUM_THREADS says, of a list the first; 0, the runtime's own choice, without it."""
+    first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return int(first) if first.isdecimal() else 0
 
 
 @dataclass(frozen=True)

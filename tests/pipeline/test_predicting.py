@@ -104,7 +104,7 @@ def test_texts_come_from_a_file_too(switchable, tmp_path):
         (
             {"text": ["ba"], "context": ["be"]},
             UsageError,
-            "--context: is for question-answering, the artifact is for text-classification",
+            "context: is for question-answering, the artifact is for text-classification",
         ),
         (
             {"text": ["ba"], "top_k": 3, "max_new_tokens": 8},
@@ -216,7 +216,7 @@ def test_one_context_serves_several_questions_and_a_long_one_is_cut(merged):
 def test_questions_without_contexts_for_each_are_refused(merged):
     artifact = merged("bert", "question-answering")
 
-    with pytest.raises(UsageError, match=r"question-answering: no context .* Give --context"):
+    with pytest.raises(UsageError, match=r"question-answering: no context .* with --context"):
         predict(artifact, text=["ba"])
     with pytest.raises(UsageError, match="2 contexts for 3 rows"):
         predict(artifact, text=TEXTS, context=["a", "b"])

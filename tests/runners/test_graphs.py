@@ -300,3 +300,35 @@ def test_an_array_on_the_gpu_is_freed_with_the_last_who_uses_it(monkeypatch):
     gc.collect()
 
     assert freed == [4096]
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"), [("3", 3), ("2,1", 2), (" 4 ", 4), ("", 0), ("many", 0), (None, 0)]
+)
+def test_onnx_runtime_has_as_many_threads_as_pytorch(told, expected, tmp_path, monkeypatch):
+    import onnxruntime
+
+    asked = []
+
+    class Session(onnxruntime.InferenceSession):
+        def __init__(self, path, options, **others):
+            asked.append(options.intra_op_num_threads)
+            super().__init__(path, options, **others)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if told is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", told)
+    ir.save(ir.from_onnx_text(THREADS_GRAPH), tmp_path / "model.onnx")
+
+    onnxruntime_runner(tmp_path / "model.onnx")
+
+    assert asked == [expected]
+
+
+THREADS_GRAPH = """
+<ir_version: 10, opset_import: ["" : 20]>
+graph (float[n] x) => (float[n] y) {
+    y = Neg (x)
+}
+"""

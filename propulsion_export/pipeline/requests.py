@@ -1,0 +1,74 @@
+"""What is asked of a session: how many rows, and what goes with each of them."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from propulsion_export.artifact import Tensors
+from propulsion_export.errors import UsageError
+
+Inputs = str | Sequence[str] | Tensors
+
+
+def count_rows(inputs: Inputs) -> int:
+    """How many rows there are: a text is one.
+
+    Raises:
+        UsageError: there are none, or arrays of different numbers.
+    """
+    if isinstance(inputs, str):
+        return 1
+    if isinstance(inputs, Mapping):
+        shapes = {name: np.shape(values) for name, values in inputs.items()}
+        counts = {shape[0] if shape else 0 for shape in shapes.values()} or {0}
+        if len(counts) > 1:
+            told = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
+            raise UsageError(f"the inputs are {told}, expected as many rows each")
+    else:
+        counts = {len(inputs)}
+    if counts == {0}:
+        raise UsageError("there are no rows, expected some")
+    return counts.pop()
+
+
+def one_each(what: str, given: str | Sequence[str], count: int) -> Sequence[str]:
+    """What is given for each of `count` rows; one is for all.
+
+    Raises:
+        UsageError: it is another number.
+    """
+    if isinstance(given, str):
+        return [given] * count
+    if len(given) not in (1, count):
+        raise UsageError(f"{len(given)} {what} for {count} rows, expected one, or one each")
+    return given if len(given) == count else [given[0]] * count
+
+
+def contexts_for(task: str, given: str | Sequence[str], rows: int) -> Sequence[str]:
+    """Where the answers to questions stand, for each row; none for another task.
+
+    Raises:
+        UsageError: there is none for a question, or one for another task.
+    """
+    if task == "question-answering":
+        if not given:
+            raise UsageError(
+                f"{task}: no context is given, expected the text that holds the answer",
+                remedy="Give it as context, on the command line with --context.",
+            )
+        return one_each("contexts", given, rows)
+    if given:
+        raise UsageError(f"context: is for question-answering, the artifact is for {task}")
+    return ()
+
+
+def check_given(inputs: Tensors, needed: set[str]) -> None:
+    """Refuse tensors that lack an input.
+
+    Raises:
+        UsageError: naming those that are missing.
+    """
+    if missing := needed - inputs.keys():
+        raise UsageError(
+            f"the inputs are {', '.join(inputs)}, expected {', '.join(sorted(missing))} besides"
+        )
