@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from propulsion_export.artifact import Artifact
+from propulsion_export.bank import Bank
 from propulsion_export.engine.network import Network, parse, specs_of
 from propulsion_export.engine.options import BuildOptions, check_options
 from propulsion_export.engine.profiles import Profile, choose_profiles, longest_sequence
@@ -28,7 +29,14 @@ from propulsion_export.engine.targets import (
 )
 from propulsion_export.errors import ArtifactError, ToolError, UnavailableError
 from propulsion_export.machine import tool_versions
-from propulsion_export.manifest import BANK_INPUT, ENGINE_FILE, GRAPH_FILE, EngineEntry, Manifest
+from propulsion_export.manifest import (
+    BANK_INPUT,
+    ENGINE_FILE,
+    GRAPH_FILE,
+    EngineEntry,
+    Manifest,
+    Mode,
+)
 from propulsion_export.output import replace_file
 
 if TYPE_CHECKING:
@@ -86,7 +94,8 @@ def build_engine(
     tell(f"parsing {GRAPH_FILE}")
     graph = read_graph(artifact.directory)
     check_operators(graph, _model_name(artifact))
-    built_in = _build_in_(graph, artifact, options)
+    _copy_rest(artifact, directory)
+    built_in = _build_in_(graph, artifact.manifest.mode, directory, options)
     require_inputs_(graph, constant=built_in)
     network = parse(job.trt, graph, artifact.directory)
     manifest = _manifest(artifact, network, job)
@@ -95,7 +104,6 @@ def build_engine(
     _mark_refittable(job.trt, network, config, built_in if options.refit == "scales" else ())
     plan = build(network, config, options.timing_cache)
     (directory / ENGINE_FILE).write_bytes(plan)
-    _copy_rest(artifact, directory)
     return manifest
 
 
@@ -136,12 +144,14 @@ def read_timing_cache(config: Any, file: Path) -> None:
         )
 
 
-def _build_in_(graph: "ir.Model", artifact: Artifact, options: BuildOptions) -> tuple[str, ...]:
-    """The inputs that become weights of the engine; a bank gets the rows that it has now."""
+def _build_in_(
+    graph: "ir.Model", mode: Mode, directory: Path, options: BuildOptions
+) -> tuple[str, ...]:
+    """The inputs that become weights of the engine; a bank gets the rows of the engine's copy."""
     if not _builds_in(options):
         return ()
-    if artifact.manifest.mode == "bank":
-        give_default_(graph, BANK_INPUT, artifact.bank.values())
+    if mode == "bank":
+        give_default_(graph, BANK_INPUT, Bank.open(directory).values())
     return adapter_inputs(graph)
 
 
