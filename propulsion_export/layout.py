@@ -95,6 +95,23 @@ def pack(adapter: Adapter, layout: Layout, defaults: Tensors) -> dict[str, Array
     return feeds
 
 
+def labels_in(adapter: Adapter, layout: Layout) -> tuple[str, ...] | None:
+    """The adapter's class names.
+
+    If nobody gave it any and its head has fewer rows than there is room for, `LABEL_0` and so on:
+    the logits behind them are padding, which must not win.
+    """
+    if adapter.labels is not None:
+        return adapter.labels
+    room = {slot.path: slot.shape for slot in layout.get(MODULES_INPUT, ())}
+    counts = {
+        values.shape[0]
+        for name, values in adapter.modules.items()
+        if name in room and values.shape != room[name]
+    }
+    return tuple(f"LABEL_{number}" for number in range(counts.pop())) if counts else None
+
+
 def width_of(layout: Layout) -> int:
     """D: how many numbers one adapter has in all packed inputs together."""
     return sum(slot.length for slots in layout.values() for slot in slots)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from propulsion_export.adapter import Adapter
 from propulsion_export.errors import AdapterError, UsageError
-from propulsion_export.layout import check_range, pack, plan_layout
+from propulsion_export.layout import check_range, labels_in, pack, plan_layout
 from propulsion_export.manifest import BIASES_INPUT, MODULES_INPUT, SCALES_INPUT, Slot
 from propulsion_export.scales import Scale
 
@@ -394,3 +394,14 @@ def test_a_scale_beyond_the_dtype_is_told_by_expert_and_channel():
 
     with pytest.raises(UsageError, match=r"a\.down: scale 7e\+04 of channel 1 of expert 1.*2 such"):
         check_range(adapter, "float16")
+
+
+def test_a_head_with_fewer_rows_than_the_room_has_labels_though_nobody_named_them():
+    wide, narrow = (
+        Adapter(name, {}, modules=head(count)) for name, count in (("wide", 5), ("narrow", 2))
+    )
+    layout = plan_layout([wide, narrow], ORDER, {"head.weight", "head.bias"})
+
+    assert labels_in(narrow, layout) == ("LABEL_0", "LABEL_1")
+    assert labels_in(wide, layout) is None
+    assert labels_in(replace(narrow, labels=("a", "b")), layout) == ("a", "b")

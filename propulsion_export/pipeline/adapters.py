@@ -12,7 +12,7 @@ from safetensors.numpy import save
 from propulsion_export.adapter import Adapter
 from propulsion_export.artifact import Artifact, Tensors, digest_of
 from propulsion_export.errors import ArtifactError, UsageError
-from propulsion_export.layout import check_range, pack, packed_inputs, to_row
+from propulsion_export.layout import check_range, labels_in, pack, packed_inputs, to_row
 from propulsion_export.manifest import (
     ADAPTERS,
     BANK_INPUT,
@@ -54,7 +54,8 @@ def add_adapter(
         read = _read_changeable(artifact)
         feeds = _fitted(read, new, allow_range=allow_range)
         if read.manifest.mode == "bank":
-            entry = AdapterEntry(new.digest, source_of(adapter), new.size, None, new.labels)
+            labels = labels_in(new, read.manifest.layout)
+            entry = AdapterEntry(new.digest, source_of(adapter), new.size, None, labels)
             row = to_row(feeds, read.manifest.layout)
             read.bank.add(new.name, row, entry, replace=force)
             return read
@@ -82,7 +83,8 @@ def _add(read: Artifact, new: Adapter, feeds: Tensors, source: str, *, force: bo
         # Until the manifest is replaced the old file counts, so the new one lies beside it.
         file = f"{ADAPTERS}/{new.name}.{new.digest.removeprefix('sha256:')[:12]}.safetensors"
     replace_file(read.directory / file, save(dict(feeds)))
-    entry = AdapterEntry(new.digest, source, new.size, file, new.labels)
+    labels = labels_in(new, read.manifest.layout)
+    entry = AdapterEntry(new.digest, source, new.size, file, labels)
     changed = replace(
         read.manifest,
         adapters=read.manifest.adapters | {new.name: entry},

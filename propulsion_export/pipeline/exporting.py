@@ -8,7 +8,7 @@ from propulsion_export.adapter import Adapter
 from propulsion_export.artifact import Artifact
 from propulsion_export.bank import Bank
 from propulsion_export.errors import UsageError
-from propulsion_export.layout import check_range, to_row
+from propulsion_export.layout import Layout, check_range, labels_in, to_row
 from propulsion_export.machine import tool_versions
 from propulsion_export.manifest import (
     ADAPTERS,
@@ -105,7 +105,7 @@ def export_onnx(
         made = make(base, adapters, wanted, opset=opset)
     progress(0.8, f"writing {output}")
     with staged_directory(output, marker=MANIFEST_FILE, force=force, inputs=inputs) as directory:
-        entries = _entries(adapters, adapter, mode)
+        entries = _entries(adapters, adapter, mode, made.layout)
         _write(made, base, directory, name)
         if mode == "bank":
             _write_bank(made, directory, entries)
@@ -119,7 +119,10 @@ def export_onnx(
 
 
 def _entries(
-    adapters: Sequence[Adapter], specifications: Sequence[str | Path], mode: Mode
+    adapters: Sequence[Adapter],
+    specifications: Sequence[str | Path],
+    mode: Mode,
+    layout: Layout,
 ) -> dict[str, AdapterEntry]:
     return {
         read.name: AdapterEntry(
@@ -127,7 +130,7 @@ def _entries(
             source=source_of(specification),
             size=read.size,
             file=f"{ADAPTERS}/{read.name}.safetensors" if mode == "switchable" else None,
-            labels=read.labels,
+            labels=labels_in(read, layout),
         )
         for read, specification in zip(adapters, specifications, strict=True)
     }

@@ -10,6 +10,7 @@ from propulsion_export.adapter import Adapter
 from propulsion_export.artifact import Artifact, Tensors
 from propulsion_export.decoding import LOGITS, replaying
 from propulsion_export.errors import AdapterError, UnavailableError, UsageError
+from propulsion_export.layout import labels_in
 from propulsion_export.machine import tool_versions
 from propulsion_export.output import check_replaceable, staged_directory
 from propulsion_export.parity.cases import judge
@@ -190,10 +191,11 @@ def _told(artifact: Artifact, adapters: Sequence[Adapter], seed: int) -> Iterato
         yield Check("sample", "all", True, f"{detail}; -a NAME=DIR judges those that it names")
     for adapter in adapters:
         told = artifact.adapters[adapter.name].labels
-        if adapter.labels is None and told is None:
+        expected = labels_in(adapter, artifact.manifest.layout)
+        if expected is None and told is None:
             continue
-        same = adapter.labels == told
+        same = expected == told
         detail = "the artifact names the classes as the adapter does"
         if not same:
-            detail = f"the artifact names the classes {told}, the adapter {adapter.labels}"
+            detail = f"the artifact names the classes {told}, the adapter {expected}"
         yield Check("labels", adapter.name, same, detail)

@@ -26,6 +26,7 @@ from propulsion_export.parity.comparison import FACTOR
 from propulsion_export.pipeline.adapters import add_adapter, remove_adapter
 from propulsion_export.pipeline.exporting import export_onnx
 from propulsion_export.pipeline.running import choose_runner, open_candidate
+from propulsion_export.pipeline.session import Session
 from propulsion_export.pipeline.verifying import check_parity
 from propulsion_export.runners.pytorch import torch_runner
 
@@ -343,3 +344,21 @@ def test_of_many_adapters_a_verdict_judges_a_sample_and_says_so(banked, world, t
     judged = {check.adapter for check in report.checks if check.case == "parity"}
     assert len(judged) == 17
     assert {"copy7", "base"} <= judged
+
+
+def test_a_class_of_anothers_head_never_wins_for_an_adapter_without_label_names(
+    banked, world, write_adapter, tmp_path
+):
+    """Its logits may all be below the zero that fills the room of the larger head."""
+    directory = copied(banked, tmp_path)
+    three = Adapter.read(world.three)
+    low = dict(three.modules) | {"classifier.bias": np.full(3, -100, np.float32)}
+    (tmp_path / "nameless").mkdir()
+    replace(three, modules=low, labels=None).write(tmp_path / "nameless")
+
+    add_adapter(directory, tmp_path / "nameless")
+
+    (reply,) = Session(directory)("ba ce", adapter="nameless")
+    assert reply.labels == ("LABEL_0", "LABEL_1", "LABEL_2")
+    assert reply.outputs["logits"].max() < -50
+    assert reply.prediction["label"] in reply.labels
