@@ -395,12 +395,12 @@ def test_dimension_that_the_exporter_fixed_is_refused_by_name():
         )
         return ir.Model(ir.Graph([cache], [cache], nodes=[], opset_imports={"": 20}), ir_version=10)
 
-    _refuse_fixed(program(["s1", 2, "s2", 8]), "Model")
+    _refuse_fixed(program(["s1", 2, "s2", 8]), "Model", {})
     for shape in (["s1", 2, 11, 8], ["s1", 2, "11", 8], [3, 2, "s2", 8]):
         with pytest.raises(
             ToolError, match=r"Model: cache.0 is traced as .* that varies"
         ) as caught:
-            _refuse_fixed(program(shape), "Model")
+            _refuse_fixed(program(shape), "Model", {})
         assert "\n" not in str(caught.value)
 
 
@@ -526,3 +526,14 @@ def test_decoder_under_a_classifiers_head_returns_no_cache(tiny_model):
     program = trace(model, trace_inputs(("input_ids", "attention_mask"), config))
 
     assert [value.name for value in program.graph.outputs] == ["logits"]
+
+
+def test_of_further_inputs_only_the_batch_has_to_vary():
+    def program(shape):
+        rows = ir.Value(name="rows", shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.FLOAT))
+        return ir.Model(ir.Graph([rows], [rows], nodes=[], opset_imports={"": 20}), ir_version=10)
+
+    shapes = {"rows": {0: "auto"}}
+    _refuse_fixed(program(["s1", 522]), "Model", shapes)
+    with pytest.raises(ToolError, match=r"rows is traced as .* dimension 0 that varies"):
+        _refuse_fixed(program([3, 522]), "Model", shapes)

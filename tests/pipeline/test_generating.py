@@ -227,7 +227,7 @@ def test_drawing_from_the_likeliest_alone_is_greedy(options, switchable, expecte
         ({"seed": 3}, "--seed: nothing is drawn"),
         ({"seed": -1, "top_k": 3}, "--seed: -1"),
         ({"temperature": 0.0}, "--temperature: 0"),
-        ({"context": ["be"]}, "--context: is for question-answering"),
+        ({"context": ["be"]}, "context: is for question-answering"),
     ],
 )
 def test_a_wrong_option_is_told(options, message, switchable):
