@@ -44,7 +44,8 @@ def predict(
         text: the texts; for question answering, the questions.
         inputs: more of them, a line each (.txt) or JSONL with `text`.
         context: where the answers stand, one for all questions or one for each.
-        adapter: names, one for all texts or one for each; default: the only one, or the base model.
+        adapter: names, one for all texts or one for each; default: the only one of an artifact that
+            is no bank, or the base model.
         runner: what runs it.
         max_new_tokens: to generate, at most; default: 128. Never more than there are positions.
         temperature: draw tokens, likely ones more (below 1) or less often. Without this and the
