@@ -93,7 +93,8 @@ class Base:
         if random:
             raise BaseModelError(
                 *(
-                    f"{self.source}: {name} is neither in the checkpoint nor in the adapter"
+                    f"{self.source}: {name} is neither in the checkpoint nor in the adapter, or "
+                    "not in this width"
                     for name in random
                 ),
                 remedy=f"Give another --task than {self.task}, or train the head with the adapter.",

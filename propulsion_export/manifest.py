@@ -117,12 +117,14 @@ class BaseEntry:
     """The base model an artifact was made from: where it lay, and how to recognise it.
 
     `labels` are the class names of the head that a switchable or bank artifact has without an
-    adapter.
+    adapter; without `own_head` it is the first adapter's, since the base model's checkpoint has
+    none of that width.
     """
 
     source: str
     fingerprint: Fingerprint
     labels: tuple[str, ...] | None = None
+    own_head: bool = True
 
 
 @dataclass(frozen=True)
@@ -201,6 +203,11 @@ def read_manifest(file: Path) -> Manifest:
         raise ArtifactError(f"{file}: cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{file}: is no JSON ({error})") from error
+    if isinstance(value, dict) and value.get("kind") == "triton":
+        raise ArtifactError(
+            f"{file.parent}: is a package for Triton, which has its adapters inside",
+            remedy="Use the artifact that it was made from, and package that again.",
+        )
     version = value.get("schema_version") if isinstance(value, dict) else None
     if type(version) is not int or version != SCHEMA_VERSION:  # True equals 1 too
         newer = isinstance(version, int) and version > SCHEMA_VERSION

@@ -185,6 +185,7 @@ def test_the_manifest_on_disk_is_exactly_this(switchable):
             "source": "some/base",
             "fingerprint": {"dtype": "float32", "entries": {"weight": [0.5] * 8}},
             "labels": None,
+            "own_head": True,
         },
         "adapters": {
             "topic": {
@@ -845,3 +846,11 @@ def test_writing_again_keeps_no_digest_of_a_file_that_went(folded):
         "model.onnx"
     }
     Artifact.read(folded)
+
+
+def test_a_package_for_triton_is_told_from_a_damaged_manifest(switchable):
+    value = json.loads((switchable / MANIFEST).read_text()) | {"kind": "triton"}
+    (switchable / MANIFEST).write_text(json.dumps(value))
+
+    with pytest.raises(ArtifactError, match="is a package for Triton, which has its adapters ins"):
+        Artifact.read(switchable)

@@ -11,13 +11,14 @@ from safetensors.numpy import save
 
 from propulsion_export.adapter import Adapter
 from propulsion_export.artifact import Artifact, Tensors, digest_of
-from propulsion_export.errors import ArtifactError, UsageError
+from propulsion_export.errors import AdapterError, ArtifactError, UsageError
 from propulsion_export.layout import check_range, labels_in, pack, packed_inputs, to_row
 from propulsion_export.manifest import (
     ADAPTERS,
     BANK_INPUT,
     BASE_FEEDS,
     BASE_NAME,
+    MODULES_INPUT,
     AdapterEntry,
     Manifest,
 )
@@ -65,10 +66,25 @@ def add_adapter(
 def _fitted(artifact: Artifact, new: Adapter, *, allow_range: bool) -> Tensors:
     """What to feed for an adapter that belongs to the artifact; [D] each."""
     manifest = artifact.manifest
+    _check_head(manifest, new)
     check_base(manifest.base.fingerprint, manifest.base.source, [new])
     if not allow_range:
         check_range(new, manifest.dtype)
     return pack(new, manifest.layout, packed_inputs(artifact, BASE_NAME))
+
+
+def _check_head(manifest: Manifest, new: Adapter) -> None:
+    """Refuse an adapter that would get another adapter's head."""
+    heads = [slot.path for slot in manifest.layout.get(MODULES_INPUT, ())]
+    lacking = [name for name in heads if name not in new.modules]
+    if lacking and not manifest.base.own_head:
+        raise AdapterError(
+            *(
+                f"adapter {new.name}: has no {name}, and the base model none of that width"
+                for name in lacking
+            ),
+            remedy="Train the head with the adapter.",
+        )
 
 
 def _add(read: Artifact, new: Adapter, feeds: Tensors, source: str, *, force: bool) -> Artifact:

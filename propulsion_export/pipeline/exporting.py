@@ -112,7 +112,8 @@ def export_onnx(
         else:
             _write_feeds(made, directory)
         head = default_labels(base, adapters, mode)
-        recorded = BaseEntry(source, fingerprint, head)
+        own = made.mode == "folded" or not base.label_parameters & base.missing
+        recorded = BaseEntry(source, fingerprint, head, own_head=own)
         Artifact.write(directory, _manifest(made, base, recorded, entries, name))
     progress(1.0, f"wrote {output}")
     return Artifact.read(output)

@@ -1,6 +1,7 @@
 """What every verb starts with: adapters and texts read, the base model found and recognised."""
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -73,7 +74,7 @@ def _split(specification: str | Path) -> tuple[str | None, Path]:
     """Name, if one is given, and directory; a directory that exists is one, `=` or not."""
     whole = Path(specification).expanduser()
     name, separator, path = str(specification).partition("=")
-    if separator and not whole.exists():
+    if separator and not os.path.lexists(whole):  # which, of any text, does not raise
         return name, Path(path).expanduser()
     return None, whole
 

@@ -6,6 +6,7 @@ import numpy as np
 
 from propulsion_export.artifact import Tensors
 from propulsion_export.errors import UsageError
+from propulsion_export.scales import Array
 
 Inputs = str | Sequence[str] | Tensors
 
@@ -62,13 +63,31 @@ def contexts_for(task: str, given: str | Sequence[str], rows: int) -> Sequence[s
     return ()
 
 
-def check_given(inputs: Tensors, needed: set[str]) -> None:
-    """Refuse tensors that lack an input.
+def as_given(inputs: Tensors, needed: set[str], optional: set[str]) -> dict[str, Array]:
+    """The tensors as a model takes them: numbers of tokens in int64, of one kind unless told.
 
     Raises:
-        UsageError: naming those that are missing.
+        UsageError: naming those that are missing, that the model does not know, or that have other
+            dimensions or types.
     """
-    if missing := needed - inputs.keys():
+    given = {name: np.asarray(values) for name, values in inputs.items()}
+    if "input_ids" in given and "token_type_ids" in needed - given.keys():
+        given["token_type_ids"] = np.zeros_like(given["input_ids"])
+    if missing := needed - given.keys():
         raise UsageError(
             f"the inputs are {', '.join(inputs)}, expected {', '.join(sorted(missing))} besides"
         )
+    known = needed | optional
+    findings = [
+        f"the input {name!r} is unknown, expected only {', '.join(sorted(known))}"
+        for name in given
+        if name not in known
+    ]
+    findings += [
+        f"{name}: is {values.dtype} {list(values.shape)}, expected whole numbers [batch, sequence]"
+        for name, values in given.items()
+        if name in known and (values.ndim != 2 or values.dtype.kind not in "iub")
+    ]
+    if findings:
+        raise UsageError(*findings)
+    return {name: values.astype(np.int64) for name, values in given.items()}

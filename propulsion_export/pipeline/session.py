@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from propulsion_export.artifact import Artifact, Tensors
 from propulsion_export.decoding import recomputing
 from propulsion_export.errors import ArtifactError, UsageError
@@ -19,7 +17,7 @@ from propulsion_export.pipeline.answering import Reader, open_reader
 from propulsion_export.pipeline.generating import Settings, Writer, open_writer
 from propulsion_export.pipeline.requests import (
     Inputs,
-    check_given,
+    as_given,
     contexts_for,
     count_rows,
     one_each,
@@ -134,9 +132,9 @@ class Session:
             )
         rows = count_rows(inputs)
         if isinstance(inputs, Mapping):
-            self._check_tensors(inputs, context, settings)
+            tensors = self._tensors(inputs, context, settings)
             groups = self._groups(adapter, rows, rows)
-            answers = [self._of_tensors(inputs, group) for group in groups]
+            answers = [self._of_tensors(tensors, group) for group in groups]
         else:
             texts = [inputs] if isinstance(inputs, str) else list(inputs)
             self._check_settings(settings)
@@ -199,16 +197,18 @@ class Session:
         roster = self._roster
         return roster.groups(_names(adapter, rows, roster), most)
 
-    def _check_tensors(
+    def _tensors(
         self, inputs: Tensors, context: str | Sequence[str], settings: Settings | None
-    ) -> None:
+    ) -> Tensors:
         if context or settings is not None:
             raise UsageError("context and settings go with texts, the inputs are tensors")
-        needed = {"input_ids", "attention_mask"}  # a generator makes the others itself
-        if callable(self._candidate):
-            told = self._artifact.manifest.inputs
-            needed = {spec.name for spec in told if not spec.optional} or {"input_ids"}
-        check_given(inputs, needed - {*PACKED_INPUTS, BANK_INPUT, IDS_INPUT})
+        told = self._artifact.manifest.inputs
+        if not callable(self._candidate):  # a generator makes the others itself
+            return as_given(inputs, {"input_ids", "attention_mask"}, {"decoder_input_ids"})
+        if not told:  # a merged checkpoint
+            return as_given(inputs, {"input_ids"}, {"attention_mask", "token_type_ids"})
+        names = {spec.name for spec in told} - {*PACKED_INPUTS, BANK_INPUT, IDS_INPUT}
+        return as_given(inputs, names, set())
 
     def _check_settings(self, settings: Settings | None) -> None:
         if settings is not None and callable(self._candidate):
@@ -218,7 +218,7 @@ class Session:
     def _of_tensors(self, inputs: Tensors, group: Group) -> list[Reply]:
         run = self._candidate if callable(self._candidate) else recomputing(self._candidate)
         rows = list(group.rows)
-        own = {name: np.asarray(values)[rows] for name, values in inputs.items()}
+        own = {name: values[rows] for name, values in inputs.items()}
         outputs = run({**own, **group.feeds})
         return [
             self._reply(choice, {name: values[row] for name, values in outputs.items()})

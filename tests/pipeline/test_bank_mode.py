@@ -362,3 +362,29 @@ def test_a_class_of_anothers_head_never_wins_for_an_adapter_without_label_names(
     assert reply.labels == ("LABEL_0", "LABEL_1", "LABEL_2")
     assert reply.outputs["logits"].max() < -50
     assert reply.prediction["label"] in reply.labels
+
+
+def test_an_adapter_without_a_head_does_not_get_anothers(banked, world, tmp_path):
+    directory = copied(banked, tmp_path)
+    (tmp_path / "headless").mkdir()
+    replace(Adapter.read(world.three), modules={}, labels=None).write(tmp_path / "headless")
+
+    with pytest.raises(AdapterError, match=r"has no classifier.weight, and the base model none"):
+        add_adapter(directory, tmp_path / "headless")
+
+    assert sorted(Artifact.read(directory).adapters) == ["five", "three"]
+
+
+def test_an_adapter_without_a_head_has_the_checkpoints_own(make_bank, tmp_path):
+    made = make_bank("bert", "text-classification")
+    directory = copied(made.bank, tmp_path)
+    (tmp_path / "headless").mkdir()
+    one = Adapter.read(made.one)
+    replace(one, modules={}, labels=None).write(tmp_path / "headless")
+
+    add_adapter(directory, tmp_path / "headless")
+
+    feeds = packed_inputs(Artifact.read(directory), "headless")
+    base = packed_inputs(Artifact.read(directory), BASE_NAME)
+    np.testing.assert_array_equal(feeds["propulsion_modules"], base["propulsion_modules"])
+    assert check_parity(directory).passed

@@ -96,3 +96,8 @@ def test_ones_and_a_head_are_no_adapter(world):
 
     with pytest.raises(AdapterError, match="all its scales are 1 and no bias was trained"):
         check_identity(replace(read, scales=ones))
+
+
+def test_a_name_that_is_too_long_for_any_file_is_refused_in_a_line():
+    with pytest.raises(UsageError, match="because the name becomes a file's"):
+        read_adapters([f"{'x' * 300}=adapters/a"])

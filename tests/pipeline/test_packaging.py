@@ -568,7 +568,7 @@ def test_a_repository_is_replaced_by_force_alone_and_by_no_other_command(banked,
 
     assert {path.name for path in output.iterdir()} == {"new", "propulsion.json"}
     with pytest.raises(
-        ArtifactError, match=r"kind is 'triton', expected one of merged, onnx, engine"
+        ArtifactError, match="is a package for Triton, which has its adapters inside"
     ):
         predict(output, text=["ba"])
 

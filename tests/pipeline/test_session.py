@@ -375,7 +375,7 @@ def test_tensors_of_a_generative_model_give_logits_of_every_position(generative,
             {"input_ids": np.zeros((2, 3), np.int64)},
             {},
             UsageError,
-            "the inputs are input_ids, expected attention_mask, token_type_ids besides",
+            "the inputs are input_ids, expected attention_mask besides",
         ),
         (["ba"], {"context": "be"}, UsageError, "context: is for question-answering, the"),
         (["ba"], {"settings": Settings()}, UsageError, "settings: are of generating text, the"),
@@ -757,3 +757,37 @@ def test_a_fork_is_told_to_open_its_own(opened):
         os._exit(2)
 
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+
+
+MASK = np.ones((2, 3), np.int64)
+IDS = np.array([[5, 6, 7], [8, 9, 10]])
+
+
+def test_tensors_are_taken_as_a_tokenizer_or_torch_gives_them(banked):
+    session = Session(banked)
+    whole = {"input_ids": IDS, "attention_mask": MASK, "token_type_ids": 0 * MASK}
+    expected = session(whole, adapter=["three", "five"])
+
+    for inputs in (
+        {"input_ids": IDS, "attention_mask": MASK},
+        {"input_ids": IDS.astype(np.int32), "attention_mask": MASK.astype(bool)},
+        {"input_ids": IDS.tolist(), "attention_mask": MASK.tolist()},
+    ):
+        for reply, other in zip(session(inputs, adapter=["three", "five"]), expected, strict=True):
+            np.testing.assert_array_equal(reply.outputs["logits"], other.outputs["logits"])
+
+
+@pytest.mark.parametrize(
+    ("inputs", "found"),
+    [
+        ({"adapter_ids": IDS}, "the input 'adapter_ids' is unknown, expected only"),
+        (
+            {"input_ids": IDS.astype(float)},
+            r"input_ids: is float64 \[2, 3\], expected whole",
+        ),
+        ({"attention_mask": MASK[:, 0]}, r"attention_mask: is int64 \[2\], expected whole numbers"),
+    ],
+)
+def test_tensors_that_the_model_would_not_take_are_told_in_a_line(inputs, found, banked):
+    with pytest.raises(UsageError, match=found):
+        Session(banked)({"input_ids": IDS, "attention_mask": MASK, **inputs})
