@@ -35,7 +35,6 @@ from propulsion_export.manifest import (
     GRAPH_FILE,
     EngineEntry,
     Manifest,
-    Mode,
 )
 from propulsion_export.output import replace_file
 
@@ -94,8 +93,7 @@ def build_engine(
     tell(f"parsing {GRAPH_FILE}")
     graph = read_graph(artifact.directory)
     check_operators(graph, _model_name(artifact))
-    _copy_rest(artifact, directory)
-    built_in = _build_in_(graph, artifact.manifest.mode, directory, options)
+    built_in = _build_in_(graph, artifact, directory, options)
     require_inputs_(graph, constant=built_in)
     network = parse(job.trt, graph, artifact.directory)
     manifest = _manifest(artifact, network, job)
@@ -104,6 +102,9 @@ def build_engine(
     _mark_refittable(job.trt, network, config, built_in if options.refit == "scales" else ())
     plan = build(network, config, options.timing_cache)
     (directory / ENGINE_FILE).write_bytes(plan)
+    _copy_rest(artifact, directory)
+    if manifest.mode == "bank" and not built_in:
+        artifact.bank.copy(directory)
     return manifest
 
 
@@ -145,12 +146,13 @@ def read_timing_cache(config: Any, file: Path) -> None:
 
 
 def _build_in_(
-    graph: "ir.Model", mode: Mode, directory: Path, options: BuildOptions
+    graph: "ir.Model", artifact: Artifact, directory: Path, options: BuildOptions
 ) -> tuple[str, ...]:
     """The inputs that become weights of the engine; a bank gets the rows of the engine's copy."""
     if not _builds_in(options):
         return ()
-    if mode == "bank":
+    if artifact.manifest.mode == "bank":
+        artifact.bank.copy(directory)
         give_default_(graph, BANK_INPUT, Bank.open(directory).values())
     return adapter_inputs(graph)
 
@@ -280,5 +282,3 @@ def _copy_rest(artifact: Artifact, directory: Path) -> None:
         if not _is_graph(name):
             (directory / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(artifact.directory / name, directory / name)
-    if artifact.manifest.mode == "bank":
-        artifact.bank.copy(directory)

@@ -252,7 +252,8 @@ def test_an_adapter_that_has_no_room_is_refused(banked, world, tmp_path):
     directory = copied(banked, tmp_path)
     three = Adapter.read(world.three)
     (tmp_path / "wide").mkdir()
-    wide = replace(three, modules={"classifier.weight": np.ones((9, 32), np.float32)})
+    head = {"classifier.weight": np.ones((9, 32)), "classifier.bias": np.ones(9)}
+    wide = replace(three, modules={name: np.float32(v) for name, v in head.items()}, labels=None)
     wide.write(tmp_path / "wide")
 
     with pytest.raises(AdapterError, match=r"classifier.weight has shape \[9, 32\], the artifact"):
