@@ -8,6 +8,7 @@ from propulsion_export.adapter import Adapter
 from propulsion_export.artifact import Artifact, Tensors
 from propulsion_export.errors import BaseModelError, DataError, UsageError
 from propulsion_export.lengths import longest_input
+from propulsion_export.manifest import MODULES_INPUT
 from propulsion_export.pipeline.inputs import check_base, labels_of, read_texts
 from propulsion_export.pipeline.running import REFERENCE_LENGTH
 
@@ -41,7 +42,7 @@ def load_recorded_base(
     base = load_base(
         source,
         task=manifest.task,
-        labels=labels_of(adapters, growing),
+        labels=label_room(artifact, adapters, growing),
         trust_remote_code=trust_remote_code,
     )
     for adapter in adapters:
@@ -54,6 +55,18 @@ def load_recorded_base(
         )
     check_base(fingerprint, source, adapters)
     return base
+
+
+def label_room(
+    artifact: Artifact, adapters: Sequence[Adapter], label_parameters: frozenset[str]
+) -> int | None:
+    """How many labels the artifact's head has room for; None when it has that of the base model.
+
+    The adapter that had the most may have been removed.
+    """
+    slots = artifact.manifest.layout.get(MODULES_INPUT, ())
+    widths = [slot.shape[0] for slot in slots if slot.path in label_parameters]
+    return max(widths) if widths else labels_of(adapters, label_parameters)
 
 
 def make_batches(

@@ -32,6 +32,22 @@ def count_rows(inputs: Inputs) -> int:
     return counts.pop()
 
 
+def check_texts(texts: Sequence[str]) -> None:
+    """Refuse what no tokenizer reads.
+
+    Raises:
+        UsageError: naming every row that is no text, or holds half a character.
+    """
+    findings = []
+    for row, text in enumerate(texts, 1):
+        if not isinstance(text, str):
+            findings.append(f"text {row}: is {type(text).__name__}, expected a text")
+        elif any("\ud800" <= character <= "\udfff" for character in text):
+            findings.append(f"text {row}: holds half a character (a lone surrogate)")
+    if findings:
+        raise UsageError(*findings)
+
+
 def one_each(what: str, given: str | Sequence[str], count: int) -> Sequence[str]:
     """What is given for each of `count` rows; one is for all.
 

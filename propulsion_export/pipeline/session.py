@@ -18,6 +18,7 @@ from propulsion_export.pipeline.generating import Settings, Writer, open_writer
 from propulsion_export.pipeline.requests import (
     Inputs,
     as_given,
+    check_texts,
     contexts_for,
     count_rows,
     one_each,
@@ -137,6 +138,7 @@ class Session:
             answers = [self._of_tensors(tensors, group) for group in groups]
         else:
             texts = [inputs] if isinstance(inputs, str) else list(inputs)
+            check_texts(texts)
             self._check_settings(settings)
             contexts = contexts_for(self._artifact.manifest.task, context, rows)
             groups = self._groups(adapter, rows, _ROWS)

@@ -140,3 +140,11 @@ def test_work_that_grows_with_the_adapters_is_seen(bank, directory, monkeypatch)
     fill(directory, 2000)
     _, many = work_of(monkeypatch, bank, Bank.rows)
     assert many > 100 * few
+
+
+def test_a_row_number_that_is_none_is_refused(bank, directory):
+    with registry(directory) as other:
+        other.execute("UPDATE adapters SET number = 'x' WHERE name = 'b'")
+
+    with pytest.raises(ArtifactError, match="names rows 1 to x, expected rows from 1 to 4"):
+        Bank.open(directory)

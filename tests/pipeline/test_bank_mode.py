@@ -389,3 +389,14 @@ def test_an_adapter_without_a_head_has_the_checkpoints_own(make_bank, tmp_path):
     base = packed_inputs(Artifact.read(directory), BASE_NAME)
     np.testing.assert_array_equal(feeds["propulsion_modules"], base["propulsion_modules"])
     assert check_parity(directory).passed
+
+
+@pytest.mark.parametrize("mode", ["bank", "switchable"])
+def test_the_verdict_passes_when_the_widest_head_is_gone(mode, banked, switchable, tmp_path):
+    directory = copied(banked if mode == "bank" else switchable, tmp_path)
+    remove_adapter(directory, "five")
+
+    assert check_parity(directory).passed
+    if mode == "bank":
+        remove_adapter(directory, "three")
+        assert check_parity(directory).passed

@@ -791,3 +791,12 @@ def test_tensors_are_taken_as_a_tokenizer_or_torch_gives_them(banked):
 def test_tensors_that_the_model_would_not_take_are_told_in_a_line(inputs, found, banked):
     with pytest.raises(UsageError, match=found):
         Session(banked)({"input_ids": IDS, "attention_mask": MASK, **inputs})
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [("ba \ud800 ce", "text 2: holds half a character"), (None, "text 2: is NoneType")],
+)
+def test_what_no_tokenizer_reads_is_told_in_a_line(text, found, banked):
+    with pytest.raises(UsageError, match=found):
+        Session(banked)(["ba", text], adapter="three")
