@@ -95,14 +95,18 @@ def pack(adapter: Adapter, layout: Layout, defaults: Tensors) -> dict[str, Array
     return feeds
 
 
-def labels_in(adapter: Adapter, layout: Layout) -> tuple[str, ...] | None:
-    """The adapter's class names.
+def labels_in(
+    adapter: Adapter, layout: Layout, base: tuple[str, ...] | None
+) -> tuple[str, ...] | None:
+    """The adapter's class names, or those of the base model, `base`, whose head it uses.
 
-    If nobody gave it any and its head has fewer rows than there is room for, `LABEL_0` and so on:
-    the logits behind them are padding, which must not win.
+    If nobody named the classes of its own head, which has fewer rows than there is room for,
+    `LABEL_0` and so on: the logits behind them are padding, which must not win.
     """
     if adapter.labels is not None:
         return adapter.labels
+    if not adapter.modules:
+        return base
     room = {slot.path: slot.shape for slot in layout.get(MODULES_INPUT, ())}
     counts = {
         values.shape[0]

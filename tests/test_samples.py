@@ -43,7 +43,7 @@ COMMANDS = commands_of(README)
 # The numbered samples, each run as the README says
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def root(tmp_path_factory, random_adapter):
     """A directory with the samples and, as if `make demo` had run, two adapters."""
     from transformers import AutoModelForSequenceClassification
@@ -71,7 +71,7 @@ def root(tmp_path_factory, random_adapter):
     return directory
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def merged(root):
     """What 02_merge.py prints and writes."""
     return run_sample(root, *COMMANDS["02_merge.py"])

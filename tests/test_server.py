@@ -279,7 +279,7 @@ def test_metrics_look_back_a_window_and_total_from_the_start():
 # The whole server
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def world(tmp_path_factory, tiny_model, tiny_checkpoint, random_adapter):
     """A bank of `one` and `two`, and the directories of three adapters of 3, 2 and 4 labels."""
     root = tmp_path_factory.mktemp("served")

@@ -265,7 +265,7 @@ DECODERS = ["llama", "gpt2"]
 LONG = {"llama": {"max_position_embeddings": 4096}}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def traced_decoder(tiny_model, random_adapter, tmp_path_factory):
     """`traced_decoder(kind)`: a decoder, an adapter for it, and the graph of both, made once."""
     made = {}

@@ -29,7 +29,7 @@ VERSION = "1"
 BANK_FILE = "propulsion_bank.bin"
 DEFAULT_MAX_BATCH_SIZE = 32
 _GENERATIVE = {
-    "text-generation": "Package an ONNX export of it with --layout genai.",
+    "text-generation": "Export with --mode switchable or folded, and package with --layout genai.",
     "text2text-generation": "Serve it with ONNX Runtime itself.",
 }
 _BACKENDS = {"onnx": ("onnxruntime", "model.onnx"), "engine": ("tensorrt", "model.plan")}

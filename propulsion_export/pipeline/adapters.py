@@ -29,7 +29,6 @@ from propulsion_export.pipeline.agreeing import check_signature
 from propulsion_export.pipeline.inputs import (
     check_base,
     check_identity,
-    check_name,
     read_adapters,
     source_of,
 )
@@ -54,20 +53,25 @@ def add_adapter(
     with _locked(artifact):
         read = _read_changeable(artifact)
         feeds = _fitted(read, new, allow_range=allow_range)
+        labels = labels_in(new, read.manifest.layout, read.manifest.base.labels)
+        entry = AdapterEntry(new.digest, source_of(adapter), new.size, None, labels)
         if read.manifest.mode == "bank":
-            labels = labels_in(new, read.manifest.layout)
-            entry = AdapterEntry(new.digest, source_of(adapter), new.size, None, labels)
             row = to_row(feeds, read.manifest.layout)
             read.bank.add(new.name, row, entry, replace=force)
             return read
-        return _add(read, new, feeds, source_of(adapter), force=force)
+        return _add(read, new.name, feeds, entry, force=force)
 
 
 def _fitted(artifact: Artifact, new: Adapter, *, allow_range: bool) -> Tensors:
     """What to feed for an adapter that belongs to the artifact; [D] each."""
     manifest = artifact.manifest
     _check_head(manifest, new)
-    check_base(manifest.base.fingerprint, manifest.base.source, [new])
+    check_base(
+        manifest.base.fingerprint,
+        manifest.base.source,
+        [new],
+        remedy="Add it to an artifact of the model that it was trained on.",
+    )
     if not allow_range:
         check_range(new, manifest.dtype)
     return pack(new, manifest.layout, packed_inputs(artifact, BASE_NAME))
@@ -87,23 +91,23 @@ def _check_head(manifest: Manifest, new: Adapter) -> None:
         )
 
 
-def _add(read: Artifact, new: Adapter, feeds: Tensors, source: str, *, force: bool) -> Artifact:
-    if new.name in read.manifest.adapters and not force:
+def _add(
+    read: Artifact, name: str, feeds: Tensors, entry: AdapterEntry, *, force: bool
+) -> Artifact:
+    replaced = read.manifest.adapters.get(name)
+    if replaced is not None and not force:
         raise UsageError(
-            f"{read.directory}: has an adapter {new.name!r} already",
+            f"{read.directory}: has an adapter {name!r} already",
             remedy="Choose another name, or replace it with --force.",
         )
-    replaced = read.manifest.adapters.get(new.name)
-    file = f"{ADAPTERS}/{new.name}.safetensors"
+    file = f"{ADAPTERS}/{name}.safetensors"
     if replaced is not None:
         # Until the manifest is replaced the old file counts, so the new one lies beside it.
-        file = f"{ADAPTERS}/{new.name}.{new.digest.removeprefix('sha256:')[:12]}.safetensors"
+        file = f"{ADAPTERS}/{name}.{entry.digest.removeprefix('sha256:')[:12]}.safetensors"
     replace_file(read.directory / file, save(dict(feeds)))
-    labels = labels_in(new, read.manifest.layout)
-    entry = AdapterEntry(new.digest, source, new.size, file, labels)
     changed = replace(
         read.manifest,
-        adapters=read.manifest.adapters | {new.name: entry},
+        adapters=read.manifest.adapters | {name: replace(entry, file=file)},
         files=read.manifest.files | {file: digest_of(read.directory / file)},
     )
     return _commit(read, changed)
@@ -116,7 +120,8 @@ def remove_adapter(artifact: Path, name: str) -> Artifact:
         ArtifactError: its adapters cannot change.
         UsageError: it has no adapter of that name, or, switchable, no other.
     """
-    check_name(name)
+    if name == BASE_NAME:
+        raise UsageError(f"{artifact}: {name!r} is the base model, which is not removed")
     with _locked(artifact):
         read = _read_changeable(artifact)
         if read.manifest.mode == "bank":

@@ -8,7 +8,7 @@ from propulsion_export.adapter import Adapter
 from propulsion_export.artifact import Artifact
 from propulsion_export.bank import Bank
 from propulsion_export.errors import UsageError
-from propulsion_export.layout import Layout, check_range, labels_in, to_row
+from propulsion_export.layout import check_range, labels_in, to_row
 from propulsion_export.machine import tool_versions
 from propulsion_export.manifest import (
     ADAPTERS,
@@ -105,15 +105,14 @@ def export_onnx(
         made = make(base, adapters, wanted, opset=opset)
     progress(0.8, f"writing {output}")
     with staged_directory(output, marker=MANIFEST_FILE, force=force, inputs=inputs) as directory:
-        entries = _entries(adapters, adapter, mode, made.layout)
+        own = not base.label_parameters & base.missing
+        recorded = BaseEntry(source, fingerprint, default_labels(base, adapters), own_head=own)
+        entries = _entries(adapters, adapter, made, recorded)
         _write(made, base, directory, name)
         if mode == "bank":
             _write_bank(made, directory, entries)
         else:
             _write_feeds(made, directory)
-        head = default_labels(base, adapters, mode)
-        own = made.mode == "folded" or not base.label_parameters & base.missing
-        recorded = BaseEntry(source, fingerprint, head, own_head=own)
         Artifact.write(directory, _manifest(made, base, recorded, entries, name))
     progress(1.0, f"wrote {output}")
     return Artifact.read(output)
@@ -122,16 +121,16 @@ def export_onnx(
 def _entries(
     adapters: Sequence[Adapter],
     specifications: Sequence[str | Path],
-    mode: Mode,
-    layout: Layout,
+    made: Made,
+    base: BaseEntry,
 ) -> dict[str, AdapterEntry]:
     return {
         read.name: AdapterEntry(
             digest=read.digest,
             source=source_of(specification),
             size=read.size,
-            file=f"{ADAPTERS}/{read.name}.safetensors" if mode == "switchable" else None,
-            labels=labels_in(read, layout),
+            file=f"{ADAPTERS}/{read.name}.safetensors" if made.mode == "switchable" else None,
+            labels=labels_in(read, made.layout, base.labels),
         )
         for read, specification in zip(adapters, specifications, strict=True)
     }

@@ -137,7 +137,13 @@ def absolute(source: str) -> str:
     return str(directory.resolve()) if directory.exists() else source
 
 
-def check_base(found: Fingerprint, source: str, adapters: Sequence[Adapter]) -> None:
+def check_base(
+    found: Fingerprint,
+    source: str,
+    adapters: Sequence[Adapter],
+    *,
+    remedy: str = "Give the model it was trained on with -m.",
+) -> None:
     """Refuse adapters that were trained on another base model.
 
     Raises:
@@ -149,7 +155,7 @@ def check_base(found: Fingerprint, source: str, adapters: Sequence[Adapter]) -> 
         if adapter.fingerprint and (difference := adapter.fingerprint.difference(found))
     ]
     if strangers:
-        raise BaseModelError(*strangers, remedy="Give the model it was trained on with -m.")
+        raise BaseModelError(*strangers, remedy=remedy)
 
 
 def labels_of(adapters: Sequence[Adapter], label_parameters: frozenset[str]) -> int | None:

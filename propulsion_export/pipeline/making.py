@@ -199,9 +199,9 @@ def _defaults(
     return defaults
 
 
-def default_labels(base: "Base", adapters: Sequence[Adapter], mode: Mode) -> tuple[str, ...] | None:
+def default_labels(base: "Base", adapters: Sequence[Adapter]) -> tuple[str, ...] | None:
     """Class names of the head that `_defaults` chose."""
-    if mode == "folded" or not base.label_parameters:
+    if not base.label_parameters:
         return None
     if base.label_parameters & base.missing:
         return adapters[0].labels

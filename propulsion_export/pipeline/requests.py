@@ -9,6 +9,8 @@ from propulsion_export.errors import UsageError
 from propulsion_export.scales import Array
 
 Inputs = str | Sequence[str] | Tensors
+# What has a number for every token of the text, [batch, sequence].
+_OF_TOKENS = {"input_ids", "attention_mask", "token_type_ids"}
 
 
 def count_rows(inputs: Inputs) -> int:
@@ -104,6 +106,10 @@ def as_given(inputs: Tensors, needed: set[str], optional: set[str]) -> dict[str,
         for name, values in given.items()
         if name in known and (values.ndim != 2 or values.dtype.kind not in "iub")
     ]
+    whole = {given[name].shape for name in _OF_TOKENS & given.keys()}
+    if not findings and len(whole) > 1:
+        shapes = ", ".join(f"{n} {list(given[n].shape)}" for n in given if n in _OF_TOKENS)
+        findings.append(f"the inputs are {shapes}, expected one shape")
     if findings:
         raise UsageError(*findings)
     return {name: values.astype(np.int64) for name, values in given.items()}

@@ -185,13 +185,18 @@ def _sample(names: Sequence[str], given: Collection[str], seed: int) -> list[str
 
 def _told(artifact: Artifact, adapters: Sequence[Adapter], seed: int) -> Iterator[Check]:
     """How many adapters are judged, where not all, and whether their classes have their names."""
-    total = len(artifact.adapters)
-    if len(adapters) < total:
-        detail = f"{len(adapters)} of {total} adapters are judged, drawn with seed {seed}"
-        yield Check("sample", "all", True, f"{detail}; -a NAME=DIR judges those that it names")
+    entries = artifact.adapters
+    if len(adapters) < len(entries):
+        yield Check(
+            "sample",
+            "all",
+            True,
+            f"{len(adapters)} of {len(entries)} adapters are judged, drawn with seed {seed}; "
+            "-a NAME=DIR judges those that it names",
+        )
     for adapter in adapters:
-        told = artifact.adapters[adapter.name].labels
-        expected = labels_in(adapter, artifact.manifest.layout)
+        told = entries[adapter.name].labels
+        expected = labels_in(adapter, artifact.manifest.layout, artifact.manifest.base.labels)
         if expected is None and told is None:
             continue
         same = expected == told

@@ -34,6 +34,7 @@ ENCODERS = ("bert", "roberta", "distilbert", "electra", "deberta-v2", "albert", 
 TASKS = ("token-classification", "question-answering", "fill-mask", "feature-extraction")
 EXPERTS = ("mixtral", "qwen3-moe")
 ADAPTERS, ROWS, LENGTH = 1000, 40, 6
+LABELS = ("no", "yes", "maybe")  # of the checkpoint
 CASES = [
     *((kind, "text-classification") for kind in ENCODERS),
     *(("bert", task) for task in TASKS),
@@ -268,8 +269,9 @@ def test_an_adapter_of_another_base_model_is_refused(banked, world, tiny_model, 
     (tmp_path / "stranger").mkdir()
     replace(Adapter.read(world.three), fingerprint=stranger).write(tmp_path / "stranger")
 
-    with pytest.raises(BaseModelError, match="is not the base model of adapter stranger"):
+    with pytest.raises(BaseModelError, match="is not the base model of adapter stranger") as told:
         add_adapter(directory, tmp_path / "stranger")
+    assert " -m" not in str(told.value)  # which `adapter add` has not
 
     assert sorted(Artifact.read(directory).adapters) == ["five", "three"]
 
@@ -388,7 +390,22 @@ def test_an_adapter_without_a_head_has_the_checkpoints_own(make_bank, tmp_path):
     feeds = packed_inputs(Artifact.read(directory), "headless")
     base = packed_inputs(Artifact.read(directory), BASE_NAME)
     np.testing.assert_array_equal(feeds["propulsion_modules"], base["propulsion_modules"])
+    assert Artifact.read(directory).adapters["headless"].labels == LABELS
     assert check_parity(directory).passed
+
+
+@pytest.mark.parametrize("mode", ["folded", "switchable", "bank"])
+def test_classes_of_the_checkpoints_head_have_its_names(mode, make_bank, tmp_path):
+    one = Adapter.read(make_bank("bert", "text-classification").one)
+    (tmp_path / "headless").mkdir()
+    replace(one, modules={}, labels=None).write(tmp_path / "headless")
+
+    export_onnx([tmp_path / "headless"], tmp_path / "out", mode=mode)
+
+    (reply,) = Session(tmp_path / "out")("ba ce", adapter="headless")
+    assert reply.labels == LABELS
+    assert reply.prediction["label"] in LABELS
+    assert check_parity(tmp_path / "out").passed
 
 
 @pytest.mark.parametrize("mode", ["bank", "switchable"])
@@ -400,3 +417,11 @@ def test_the_verdict_passes_when_the_widest_head_is_gone(mode, banked, switchabl
     if mode == "bank":
         remove_adapter(directory, "three")
         assert check_parity(directory).passed
+
+
+@pytest.mark.parametrize("mode", ["bank", "switchable"])
+def test_the_base_model_is_not_removed(mode, banked, switchable, tmp_path):
+    directory = copied(banked if mode == "bank" else switchable, tmp_path)
+
+    with pytest.raises(UsageError, match="'base' is the base model, which is not removed"):
+        remove_adapter(directory, "base")

@@ -36,7 +36,7 @@ PAST = "past_key_values.0.key"
 PACKED = {"propulsion_scales", "propulsion_biases", "propulsion_modules"}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def exports(world, folded, switchable):
     made = {("folded", "float32"): folded, ("switchable", "float32"): switchable}
     for mode in ("folded", "switchable"):
@@ -115,7 +115,7 @@ def test_an_engine_never_replaces_the_export_it_is_built_from(exports):
     assert (source / "propulsion.json").read_bytes() == before
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def generative(tmp_path_factory, tiny_model, tiny_checkpoint, positive_adapter, write_adapter):
     """`generative(kind, mode, dtype)`: the export of a tiny generative model with an adapter."""
     made = {}

@@ -26,7 +26,7 @@ NEW = 24
 BEGIN, END = 0, 1
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def world(tmp_path_factory, tiny_model, positive_adapter, write_adapter):
     """A tiny Llama with a real tokenizer, adapters `one` and `two`, exported and merged."""
     root = tmp_path_factory.mktemp("real-tokenizer")
@@ -46,13 +46,13 @@ def world(tmp_path_factory, tiny_model, positive_adapter, write_adapter):
     return SimpleNamespace(root=root, model=model, tokenizer=tokenizer)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def switchable(world):
     """The switchable export; copy it before changing it."""
     return world.root / "switchable"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def expected(world):
     """`expected(text, adapter, new)`: the tokens that transformers generates."""
 

@@ -51,7 +51,7 @@ KINDS = ("llama", "gpt2")
 MORE_KINDS = ("bloom", "gptj", "opt", "mistral", "qwen3", "gemma3", "phi3", "mixtral", "qwen3-moe")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def served(tmp_path_factory, tiny_model, tiny_checkpoint, positive_adapter, write_adapter):
     """`served(kind)`: a tiny model, adapters one and two, and a package of both, switchable."""
     made = {}
@@ -75,7 +75,7 @@ def served(tmp_path_factory, tiny_model, tiny_checkpoint, positive_adapter, writ
     return make
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def by_transformers(tiny_model, served):
     """`by_transformers(kind, name)`: the tokens that a merged model generates behind PROMPTS."""
 
@@ -286,7 +286,7 @@ def random_tokens(rows, length=7):
     return {"input_ids": ids, "attention_mask": np.ones_like(ids)}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def adapted(switchable, served, tmp_path_factory):
     """`adapted(kind)`: a package for LoraAdapter, of an encoder or a decoder."""
     root, made = tmp_path_factory.mktemp("adapted"), {}
@@ -409,7 +409,7 @@ def with_weights_aside(artifact, output):
     return output
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def repository(banked, tmp_path_factory):
     """The bank as a repository with the model `topics`."""
     root = tmp_path_factory.mktemp("triton")

@@ -44,13 +44,13 @@ ROWS, LENGTH = 16, 7
 KINDS = ("switchable", "banked")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def merged(world):
     merge(world.three, world.root / "merged-three")
     return world.root / "merged-three"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def opened(switchable, banked, folded, merged):
     """`opened(kind)`: a session of it that all tests share; none changes its adapters."""
     places = {"switchable": switchable, "banked": banked, "folded": folded, "merged": merged}
@@ -64,7 +64,7 @@ def copied(switchable, banked, tmp_path):
     return lambda kind: shutil.copytree(places[kind], tmp_path / kind)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def oracle(world):
     """`oracle(name, inputs)`: logits by PyTorch, in float64 and in float32."""
     adapters = {name: Adapter.read(getattr(world, name)) for name in ("three", "five")}
@@ -204,7 +204,7 @@ def test_what_transformers_tokenizes_is_taken_as_it_is(world, opened):
 # All tasks
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def make_task(tmp_path_factory, tiny_model, tiny_checkpoint, positive_adapter, write_adapter):
     """`make_task(task)`: a bank of two adapters, and a merged checkpoint of each."""
 
@@ -279,7 +279,7 @@ def test_outputs_of_tokens_are_those_of_the_text_without_padding(make_task):
 # Generating
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def generative(make_world):
     """`generative(kind)`: a session of a bank of two adapters, with what it was made of."""
 
@@ -786,6 +786,8 @@ def test_tensors_are_taken_as_a_tokenizer_or_torch_gives_them(banked):
             r"input_ids: is float64 \[2, 3\], expected whole",
         ),
         ({"attention_mask": MASK[:, 0]}, r"attention_mask: is int64 \[2\], expected whole numbers"),
+        ({"attention_mask": np.ones((2, 7), int)}, r"attention_mask \[2, 7\], .*expected one shape"),
+        ({"token_type_ids": 0 * MASK[:, :2]}, r"token_type_ids \[2, 2\], expected one shape"),
     ],
 )
 def test_tensors_that_the_model_would_not_take_are_told_in_a_line(inputs, found, banked):

@@ -10,7 +10,7 @@ from propulsion_export.training import TrainOptions, train
 from propulsion_export.training.card import model_card, write_loss_curve
 
 
-@pytest.fixture(name="trained", scope="module")
+@pytest.fixture(name="trained", scope="session")
 def make_trained(tiny_base, texts, held_out_texts, tmp_path_factory):
     options = TrainOptions(validation=held_out_texts, epochs=2, batch_size=16)
     return train(tiny_base, texts, tmp_path_factory.mktemp("out") / "topics", options=options)

@@ -32,7 +32,7 @@ def metrics_of(directory):
     return json.loads((directory / "metrics.json").read_text(encoding="utf-8"))
 
 
-@pytest.fixture(name="trained", scope="module")
+@pytest.fixture(name="trained", scope="session")
 def make_trained(tiny_base, texts, held_out_texts, tmp_path_factory):
     """One adapter that several tests look at."""
     options = TrainOptions(
