@@ -786,7 +786,10 @@ def test_tensors_are_taken_as_a_tokenizer_or_torch_gives_them(banked):
             r"input_ids: is float64 \[2, 3\], expected whole",
         ),
         ({"attention_mask": MASK[:, 0]}, r"attention_mask: is int64 \[2\], expected whole numbers"),
-        ({"attention_mask": np.ones((2, 7), int)}, r"attention_mask \[2, 7\], .*expected one shape"),
+        (
+            {"attention_mask": np.ones((2, 7), int)},
+            r"attention_mask \[2, 7\], .*expected one shape",
+        ),
         ({"token_type_ids": 0 * MASK[:, :2]}, r"token_type_ids \[2, 2\], expected one shape"),
     ],
 )
