@@ -5,7 +5,7 @@ Reading checks the manifest and every file it names, so that nothing downstream 
 
 import fnmatch
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -14,8 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from propulsion_export.bank import Bank, check_row, is_bank_file
-from propulsion_export.errors import ArtifactError
+from propulsion_export.errors import ArtifactError, UnknownAdapterError, unknown_adapters
 from propulsion_export.manifest import (
+    ADD_ONE,
     BANK_INPUT,
     BASE_FEEDS,
     BASE_NAME,
@@ -117,10 +118,15 @@ class Artifact:
         That of a bank are the bank and one id, int64 [1], for all rows of a batch.
 
         Raises:
-            ArtifactError: the artifact has no adapter of that name, or its file cannot be read.
+            UnknownAdapterError: the artifact has no adapter of that name.
+            ArtifactError: its file cannot be read.
         """
+        if self.manifest.mode == "folded":
+            self.check_names([] if adapter is None else [adapter])
+            return {}
+        name = BASE_NAME if adapter is None else adapter
         if self.manifest.mode == "bank":
-            (row,), values = self.bank.choose([BASE_NAME if adapter is None else adapter])
+            (row,), values = self.bank.choose([name])
             check_row(row, values)
             return {BANK_INPUT: values, IDS_INPUT: np.array([row.number])}
         # Registers bfloat16 with numpy, which safetensors needs to load it.
@@ -128,22 +134,7 @@ class Artifact:
         from safetensors import SafetensorError
         from safetensors.numpy import load_file
 
-        if self.manifest.mode == "folded":
-            only = next(iter(self.manifest.adapters))
-            if adapter not in (None, only):
-                raise ArtifactError(
-                    f"{self.directory}: has the adapter {only!r} folded in, expected no other, got "
-                    f"{adapter!r}",
-                    remedy="Export with --mode switchable to choose adapters at run time.",
-                )
-            return {}
-        name = BASE_NAME if adapter is None else adapter
-        if name != BASE_NAME and name not in self.manifest.adapters:
-            known = ", ".join(sorted(self.manifest.adapters))
-            raise ArtifactError(
-                f"{self.directory}: has no adapter {name!r}, expected one of {BASE_NAME}, {known}",
-                remedy="`propulsion-export adapter add` adds one.",
-            )
+        self.check_names([name])
         file = BASE_FEEDS if name == BASE_NAME else self.manifest.adapters[name].file
         if file not in self.manifest.files:
             raise ArtifactError(
@@ -158,6 +149,27 @@ class Artifact:
                 f"{self.directory / file}: holds no feeds that can be read ({error})",
                 remedy="Copy the whole directory again, or export again.",
             ) from error
+
+    def check_names(self, names: Iterable[str]) -> None:
+        """Refuse names that no adapter has; a bank knows its own.
+
+        Raises:
+            UnknownAdapterError: there is one.
+        """
+        folded = self.manifest.mode == "folded"
+        known = [*(() if folded else (BASE_NAME,)), *sorted(self.manifest.adapters)]
+        unknown = [name for name in dict.fromkeys(names) if name not in known]
+        if unknown and folded:
+            raise UnknownAdapterError(
+                *(
+                    f"{self.directory}: has the adapter {known[0]!r} folded in, expected no other, "
+                    f"got {name!r}"
+                    for name in unknown
+                ),
+                remedy="Export with --mode switchable to choose adapters at run time.",
+            )
+        if unknown:
+            raise unknown_adapters(self.directory, unknown, known, remedy=ADD_ONE)
 
     def with_manifest(self, manifest: Manifest) -> Self:
         """Replace the manifest alone, in one step; files keep the digests it names."""

@@ -2,6 +2,7 @@
 
     PropulsionExportError
     ├── UsageError              2   the call asks for something that cannot be
+    │   └── UnknownAdapterError     an adapter by a name that none has
     ├── UnavailableError        3   this machine cannot do it: shown as *not run*, never as passed
     └── InvalidInputError       4   what was handed in is invalid, damaged or of another base
         ├── AdapterError            an adapter directory
@@ -13,9 +14,12 @@
 A mismatch of results is not an error but a report with `passed == False`.
 """
 
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 _SHOWN = 4
+_NAMED = 8  # adapters that a message names
 
 
 class PropulsionExportError(Exception):
@@ -56,6 +60,21 @@ class UsageError(PropulsionExportError):
     """The call asks for something that cannot be."""
 
     exit_code = 2
+
+
+class UnknownAdapterError(UsageError):
+    """An artifact has no adapter of a name."""
+
+
+def unknown_adapters(
+    directory: Path, unknown: Iterable[str], known: Sequence[str], *, remedy: str = ""
+) -> UnknownAdapterError:
+    """The error that tells which names an artifact does not know, and some of those it does."""
+    more = f" and {len(known) - _NAMED} more" if len(known) > _NAMED else ""
+    expected = f"expected one of {', '.join(known[:_NAMED])}{more}" if known else "it has none"
+    return UnknownAdapterError(
+        *(f"{directory}: has no adapter {name!r}, {expected}" for name in unknown), remedy=remedy
+    )
 
 
 class UnavailableError(PropulsionExportError):

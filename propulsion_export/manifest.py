@@ -31,6 +31,7 @@ ENGINE_FILE = "model.engine"
 ADAPTERS = "adapters"
 DEFAULT_OPSET = 20  # the newest that every TensorRT engine builds from
 BASE_NAME = "base"  # no adapter: the base model; no adapter may be called so
+ADD_ONE = "`propulsion-export adapter add` adds one."  # to an artifact that lacks an adapter
 BASE_FEEDS = f"{ADAPTERS}/{BASE_NAME}.safetensors"
 
 # A file's name may have 255 bytes; the rest is for `.0123456789ab.safetensors` and the like.

@@ -25,8 +25,15 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from batching import Answer, Batcher, Full, Limits, Metrics, Row, answer
 from propulsion_export import Reply, Session
-from propulsion_export.errors import ArtifactError, PropulsionExportError, UsageError
+from propulsion_export.errors import (
+    ArtifactError,
+    PropulsionExportError,
+    UnknownAdapterError,
+    UsageError,
+)
 
+# What is not the fault of the request, or is told apart from other faults of it.
+STATUS = ((UnknownAdapterError, 404), (ArtifactError, 500))
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -76,10 +83,7 @@ class Server:
         return Response(status_code=204)
 
     async def delete(self, name: str) -> Response:
-        try:
-            await asyncio.to_thread(self.session.remove, name)
-        except UsageError as error:
-            raise ArtifactError(*error.findings, remedy=error.remedy) from error  # 404, not 422
+        await asyncio.to_thread(self.session.remove, name)
         return Response(status_code=204)
 
     async def read_metrics(self) -> dict[str, Any]:
@@ -135,7 +139,7 @@ def content(told: Answer) -> tuple[dict[str, Any], int]:
         prediction = dict(told.prediction or {})
         return {"adapter": told.adapter, "version": told.version, "prediction": prediction}, 200
     if isinstance(told, PropulsionExportError):
-        status = 404 if isinstance(told, ArtifactError) else 422
+        status = next((s for kind, s in STATUS if isinstance(told, kind)), 422)
         return {"error": str(told), "status": status}, status
     raise told
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from propulsion_export.artifact import Artifact, digest_of
-from propulsion_export.errors import ArtifactError
+from propulsion_export.errors import ArtifactError, UnknownAdapterError
 from propulsion_export.fingerprint import Fingerprint
 from propulsion_export.manifest import (
     BASE_FEEDS,
@@ -790,7 +790,7 @@ def test_a_fresh_interpreter_loads_bfloat16_feeds(switchable):
 @pytest.mark.parametrize("name", ["tpoic", "", "../topic", "BASE"])
 def test_an_unknown_adapter_is_refused_with_those_known(switchable, name):
     with pytest.raises(
-        ArtifactError, match=f"has no adapter '{name}', expected one of base, topic"
+        UnknownAdapterError, match=f"has no adapter '{name}', expected one of base, topic"
     ):
         Artifact.read(switchable).feeds(name)
 
@@ -801,7 +801,7 @@ def test_a_folded_artifact_needs_no_feeds_and_has_no_other_adapter(folded):
     assert artifact.feeds(None) == {}
     assert artifact.feeds("topic") == {}
     for other in ("base", "pos", ""):
-        with pytest.raises(ArtifactError, match="has the adapter 'topic' folded in"):
+        with pytest.raises(UnknownAdapterError, match="has the adapter 'topic' folded in"):
             artifact.feeds(other)
 
 

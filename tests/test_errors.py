@@ -13,12 +13,14 @@ from propulsion_export.errors import (
     PropulsionExportError,
     ToolError,
     UnavailableError,
+    UnknownAdapterError,
     UsageError,
 )
 
 CODES = {
     PropulsionExportError: 4,
     UsageError: 2,
+    UnknownAdapterError: 2,
     UnavailableError: 3,
     InvalidInputError: 4,
     AdapterError: 4,

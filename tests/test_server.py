@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from propulsion_export import Reply, Session, export_onnx
-from propulsion_export.errors import ArtifactError, UsageError
+from propulsion_export.errors import ArtifactError, UnknownAdapterError, UsageError
 from propulsion_export.model_fingerprint import fingerprint_of_model
 
 SAMPLES = Path(__file__).parents[1] / "samples"
@@ -47,7 +47,7 @@ class Known:
 
     def __call__(self, texts, adapter):
         if unknown := {*adapter} - {"one", "two"}:
-            raise ArtifactError(f"there is no adapter {min(unknown)}")
+            raise UnknownAdapterError(f"there is no adapter {min(unknown)}")
         self.computed += texts
         return [
             Reply(name, "v1", prediction={"label": text})
@@ -617,6 +617,16 @@ def test_health_and_a_bug_that_meets_one_request(session):
         health = ask(running.port, "GET", "/health")[0]
 
     assert (statuses, health) == ([200, 500, 200], 204)
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(UnknownAdapterError, 404), (UsageError, 422), (ArtifactError, 500)]
+)
+def test_whose_fault_a_failure_is(error, status):
+    assert server.content(error("here: that")) == (
+        {"error": "here: that", "status": status},
+        status,
+    )
 
 
 def test_a_page_cannot_reach_it_under_a_name_of_its_own(session):

@@ -31,7 +31,6 @@ from propulsion_export.bank.rows import (
     append_row,
     bytes_of,
     check_length,
-    check_row,
     checksum_of,
     copy_rows,
     map_rows,
@@ -39,7 +38,7 @@ from propulsion_export.bank.rows import (
     told,
 )
 from propulsion_export.bank.transactions import back_up, changing, create_registry, reading
-from propulsion_export.errors import ArtifactError, UsageError
+from propulsion_export.errors import ArtifactError, UsageError, unknown_adapters
 from propulsion_export.manifest import AdapterEntry, is_fit_name
 from propulsion_export.output import replace_file
 from propulsion_export.scales import Array
@@ -53,14 +52,6 @@ class Snapshot:
     base: Row
     rows: dict[str, Row]
     values: Array
-
-    def check(self, row: Row) -> None:
-        """Compare a row with its checksum.
-
-        Raises:
-            ArtifactError: its bytes are others.
-        """
-        check_row(row, self.values)
 
 
 @dataclass(frozen=True)
@@ -135,26 +126,18 @@ class Bank:
         with reading(self.directory) as (db, _):
             return count_names(db)
 
-    def row(self, name: str) -> Row:
-        """The row of an adapter by name; BASE_NAME: the base model's.
-
-        Raises:
-            ArtifactError: there is no adapter of that name.
-        """
-        with reading(self.directory) as (db, state):
-            return rows_named(self.directory, db, state, names=[name])[name]
-
     def choose(self, names: Sequence[str]) -> tuple[list[Row], Array]:
         """The rows of adapters, and the values that they are numbers of, as `values()` gives them.
 
-        Both are of one moment, which `row()` and `values()` in turn may not be: `compact` numbers
+        Both are of one moment, which `rows()` and `values()` in turn may not be: `compact` numbers
         the rows anew. The work depends on how many names there are, not on how many adapters.
+        `check_row` compares a row's bytes with its checksum.
 
         Args:
             names: in the order of the rows; any of them repeatedly, and BASE_NAME.
 
         Raises:
-            ArtifactError: there is no adapter of one of the names.
+            UnknownAdapterError: there is no adapter of one of the names.
         """
         with reading(self.directory) as (db, state):
             found = rows_named(self.directory, db, state, names=names)
@@ -176,22 +159,6 @@ class Bank:
             rows = all_rows(self.directory, db, state)
             values = map_rows(self.directory, state)
             return Snapshot(state.version, base_row(state), rows, values)
-
-    def check(self, row: Row) -> None:
-        """Read a row and compare it with its checksum.
-
-        Raises:
-            ArtifactError: the row's bytes are others; the bank was compacted since.
-        """
-        with reading(self.directory) as (_, state):
-            file = self.directory / row.file
-            if row.file != state.file:
-                raise ArtifactError(
-                    f"{file}: has made room for {state.file}, where row {row.number} has another "
-                    "number",
-                    remedy="Look up the adapter again.",
-                )
-            check_row(row, map_rows(self.directory, state))
 
     def add(self, name: str, values: Array, entry: AdapterEntry, *, replace: bool = False) -> Row:
         """Append an adapter's row, in a time that does not depend on how many there are.
@@ -228,15 +195,13 @@ class Bank:
         """Forget an adapter; its row stays for those who are reading it, until `compact`.
 
         Raises:
-            UsageError: there is none of that name; the disk is full or read-only.
+            UnknownAdapterError: there is none of that name.
+            UsageError: the disk is full or read-only.
             ArtifactError: the registry is damaged, or other processes keep it locked.
         """
         with changing(self.directory) as (db, state):
             if not has_name(db, name):
-                raise UsageError(
-                    f"{self.directory}: has no adapter {name!r}, expected one of "
-                    f"{known_names(db) or 'none, because it is empty'}"
-                )
+                raise unknown_adapters(self.directory, [name], known_names(db))
             drop_row(db, name)
             advance(db, state.file, state.next_row)
 

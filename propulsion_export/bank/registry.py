@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from propulsion_export.errors import ArtifactError
-from propulsion_export.manifest import ADAPTERS, BASE_NAME, AdapterEntry, is_fit_name
+from propulsion_export.errors import ArtifactError, unknown_adapters
+from propulsion_export.manifest import ADAPTERS, ADD_ONE, BASE_NAME, AdapterEntry, is_fit_name
 from propulsion_export.rounding import numpy_dtype
 
 BANK_FILE = f"{ADAPTERS}/bank.bin"  # until rows are given back: then bank-1.bin, and so on
@@ -19,7 +19,6 @@ DTYPES = ("float32", "float16", "bfloat16")
 COPY_AGAIN = "Copy the whole directory again, or export again."
 
 _BANK_NAME = re.compile(rf"{ADAPTERS}/bank(?:-([1-9]\d{{0,8}}))?\.bin")
-_NAMED = 8  # adapters that a message names
 _TABLES = (
     "CREATE TABLE bank (file TEXT NOT NULL, dtype TEXT NOT NULL, width INTEGER NOT NULL,"
     " next_row INTEGER NOT NULL, version INTEGER NOT NULL, base_checksum TEXT NOT NULL)",
@@ -174,7 +173,7 @@ def rows_named(
     """The rows of some adapters by name, of which BASE_NAME may be one.
 
     Raises:
-        ArtifactError: there is no adapter of one of the names.
+        UnknownAdapterError: there is no adapter of one of the names.
     """
     asked = "SELECT number, entry, checksum FROM adapters WHERE name = ?"
     found, missing = {}, []
@@ -186,11 +185,8 @@ def rows_named(
         else:
             missing.append(name)
     if missing:
-        expected = f"expected one of {known_names(db, BASE_NAME)}"
-        raise ArtifactError(
-            *(f"{directory}: has no adapter {name!r}, {expected}" for name in missing),
-            remedy="`propulsion-export adapter add` adds one.",
-        )
+        known = [BASE_NAME, *known_names(db)]
+        raise unknown_adapters(directory, missing, known, remedy=ADD_ONE)
     return found
 
 
@@ -218,12 +214,9 @@ def count_names(db: sqlite3.Connection) -> int:
     return int(db.execute("SELECT count(*) FROM adapters").fetchone()[0])
 
 
-def known_names(db: sqlite3.Connection, *first: str) -> str:
-    """Some names for a message, and how many there are besides."""
-    named = db.execute("SELECT name FROM adapters ORDER BY name LIMIT ?", (_NAMED,)).fetchall()
-    more = count_names(db) - len(named)
-    ending = f" and {more} more" if more else ""
-    return ", ".join([*first, *(name for (name,) in named)]) + ending
+def known_names(db: sqlite3.Connection) -> list[str]:
+    """The names of all adapters, in order."""
+    return [name for (name,) in db.execute("SELECT name FROM adapters ORDER BY name")]
 
 
 def numbers_in_use(db: sqlite3.Connection) -> list[int]:

@@ -1,9 +1,5 @@
 """`adapter add`, `remove`: change the adapters of a switchable artifact or of a bank."""
 
-import fcntl
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +7,7 @@ from safetensors.numpy import save
 
 from propulsion_export.adapter import Adapter
 from propulsion_export.artifact import Artifact, Tensors, digest_of
-from propulsion_export.errors import AdapterError, ArtifactError, UsageError
+from propulsion_export.errors import AdapterError, ArtifactError, UsageError, unknown_adapters
 from propulsion_export.layout import check_range, labels_in, pack, packed_inputs, to_row
 from propulsion_export.manifest import (
     ADAPTERS,
@@ -32,6 +28,7 @@ from propulsion_export.pipeline.inputs import (
     read_adapters,
     source_of,
 )
+from propulsion_export.pipeline.locking import locked
 
 
 def add_adapter(
@@ -50,7 +47,7 @@ def add_adapter(
     """
     (new,) = read_adapters([adapter])
     check_identity(new)
-    with _locked(artifact):
+    with locked(artifact):
         read = _read_changeable(artifact)
         feeds = _fitted(read, new, allow_range=allow_range)
         labels = labels_in(new, read.manifest.layout, read.manifest.base.labels)
@@ -118,11 +115,12 @@ def remove_adapter(artifact: Path, name: str) -> Artifact:
 
     Raises:
         ArtifactError: its adapters cannot change.
-        UsageError: it has no adapter of that name, or, switchable, no other.
+        UnknownAdapterError: it has no adapter of that name.
+        UsageError: it is the base model, or the only adapter of a switchable artifact.
     """
     if name == BASE_NAME:
         raise UsageError(f"{artifact}: {name!r} is the base model, which is not removed")
-    with _locked(artifact):
+    with locked(artifact):
         read = _read_changeable(artifact)
         if read.manifest.mode == "bank":
             read.bank.remove(name)
@@ -136,7 +134,7 @@ def compact_bank(artifact: Path) -> int:
     Raises:
         ArtifactError: the artifact is no bank.
     """
-    with _locked(artifact):
+    with locked(artifact):
         read = _read_changeable(artifact)
         if read.manifest.mode != "bank":
             raise ArtifactError(f"{artifact}: is {read.manifest.mode}, expected a bank")
@@ -148,43 +146,11 @@ def compact_bank(artifact: Path) -> int:
 def _remove(read: Artifact, name: str) -> Artifact:
     entries = dict(read.manifest.adapters)
     if name not in entries:
-        raise UsageError(
-            f"{read.directory}: has no adapter {name!r}, expected one of "
-            f"{', '.join(sorted(entries))}"
-        )
+        raise unknown_adapters(read.directory, [name], sorted(entries))
     if len(entries) == 1:
         raise UsageError(f"{read.directory}: {name!r} is its only adapter and is not removed")
     del entries[name]
     return _commit(read, replace(read.manifest, adapters=entries))
-
-
-@contextmanager
-def _locked(artifact: Path) -> Iterator[None]:
-    """Let no other process change the artifact meanwhile.
-
-    The lock is on the directory itself, so that none is left behind, not even by a killed process.
-
-    Raises:
-        ArtifactError: there is no such directory, or its file system has no locks.
-    """
-    try:
-        descriptor = os.open(artifact.expanduser(), os.O_RDONLY | os.O_DIRECTORY)
-    except OSError as error:
-        raise ArtifactError(
-            f"{artifact}: cannot be opened ({error.strerror}), expected an artifact directory"
-        ) from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-    except OSError as error:
-        os.close(descriptor)
-        raise ArtifactError(
-            f"{artifact}: cannot be locked ({error.strerror})",
-            remedy="Change a copy of it on a local disk.",
-        ) from error
-    try:
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _commit(before: Artifact, manifest: Manifest) -> Artifact:

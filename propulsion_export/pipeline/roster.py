@@ -4,21 +4,18 @@ A roster never changes: who has one computes with the adapters of that moment, w
 replaced or removed meanwhile.
 """
 
-import fcntl
-import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Protocol, Self
 
 import numpy as np
 
 from propulsion_export.artifact import Artifact, Tensors
-from propulsion_export.bank import Row, Snapshot
-from propulsion_export.errors import ArtifactError
+from propulsion_export.bank import Row, Snapshot, check_row
+from propulsion_export.errors import ArtifactError, unknown_adapters
 from propulsion_export.manifest import (
     ADAPTERS,
+    ADD_ONE,
     BANK_INPUT,
     BASE_FEEDS,
     BASE_NAME,
@@ -27,11 +24,11 @@ from propulsion_export.manifest import (
     Manifest,
     read_manifest,
 )
+from propulsion_export.pipeline.locking import held_still
 from propulsion_export.scales import Array
 
 # Puts an array where a runtime computes, so that it is not sent there with every request.
 Place = Callable[[Array], Any]
-_NAMED = 8  # adapters that a message names
 
 
 @dataclass(frozen=True)
@@ -77,7 +74,8 @@ class Roster(Protocol):
         """The rows that go together, at most `most` of them; `adapters` has a name for each.
 
         Raises:
-            ArtifactError: it has no adapter of a name, or one that cannot be read.
+            UnknownAdapterError: it has no adapter of a name.
+            ArtifactError: it has one that cannot be read.
         """
 
 
@@ -122,7 +120,7 @@ class PackedRoster:
         return self.names[0] if len(self.names) == 1 else BASE_NAME
 
     def groups(self, adapters: Sequence[str], most: int) -> list[Group]:
-        _refuse_unknown(self.artifact, adapters, self.feeds)
+        self.artifact.check_names(adapters)
         groups = []
         for name in dict.fromkeys(adapters):
             choice = self._choice(name)
@@ -179,7 +177,7 @@ class BankRoster:
         return BASE_NAME
 
     def groups(self, adapters: Sequence[str], most: int) -> list[Group]:
-        _refuse_unknown(self.artifact, adapters, self.snapshot.rows)
+        self._check_names(adapters)
         chosen = {name: self._row(name) for name in dict.fromkeys(adapters)}
         choices = {name: self._choice(name, row) for name, row in chosen.items()}
         groups = []
@@ -190,10 +188,17 @@ class BankRoster:
             groups.append(Group(part, feeds, [choices[name] for name in names]))
         return groups
 
+    def _check_names(self, names: Sequence[str]) -> None:
+        known = self.snapshot.rows
+        unknown = [n for n in dict.fromkeys(names) if n not in known and n != BASE_NAME]
+        if unknown:
+            directory = self.artifact.directory
+            raise unknown_adapters(directory, unknown, [BASE_NAME, *known], remedy=ADD_ONE)
+
     def _row(self, name: str) -> Row:
         row = self.snapshot.base if name == BASE_NAME else self.snapshot.rows[name]
         if name not in self.checked:
-            self.snapshot.check(row)
+            check_row(row, self.snapshot.values)
             self.checked[name] = row
         return row
 
@@ -233,45 +238,6 @@ def _model_of(manifest: Manifest) -> Manifest:
         if file == BASE_FEEDS or not file.startswith(f"{ADAPTERS}/")
     }
     return replace(manifest, adapters={}, files=others)
-
-
-@contextmanager
-def held_still(directory: Path) -> Iterator[None]:
-    """Let nobody change an artifact's adapters meanwhile: who does has the lock that is shared."""
-    with ExitStack() as closing:
-        with suppress(OSError):  # of no directory, or one without locks: nobody changes it
-            descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-            closing.callback(os.close, descriptor)
-            fcntl.flock(descriptor, fcntl.LOCK_SH)
-        yield
-
-
-def _refuse_unknown(artifact: Artifact, adapters: Sequence[str], known: Collection[str]) -> None:
-    """Refuse names that are neither among those `known` nor, unless folded, the base model's."""
-    folded = artifact.manifest.mode == "folded"
-    unknown = [
-        name
-        for name in dict.fromkeys(adapters)
-        if name not in known and (folded or name != BASE_NAME)
-    ]
-    if not unknown:
-        return
-    if folded:
-        found = f"has the adapter {next(iter(known))!r} folded in, expected no other, got {{!r}}"
-        remedy = "Export with --mode switchable to choose adapters at run time."
-    else:
-        found = f"has no adapter {{!r}}, expected one of {_some(known)}"
-        remedy = "`propulsion-export adapter add` adds one."
-    raise ArtifactError(
-        *(f"{artifact.directory}: {found.format(name)}" for name in unknown), remedy=remedy
-    )
-
-
-def _some(names: Collection[str]) -> str:
-    """Names for a message, the base model's first, and how many there are besides."""
-    ordered = [BASE_NAME, *sorted({*names} - {BASE_NAME})]
-    more = f" and {len(ordered) - _NAMED} more" if len(ordered) > _NAMED else ""
-    return ", ".join(ordered[:_NAMED]) + more
 
 
 def _parts(rows: Sequence[int], most: int) -> list[Sequence[int]]:

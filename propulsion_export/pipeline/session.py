@@ -9,12 +9,13 @@ from typing import Any
 
 from propulsion_export.artifact import Artifact, Tensors
 from propulsion_export.decoding import recomputing
-from propulsion_export.errors import ArtifactError, UsageError
+from propulsion_export.errors import UnknownAdapterError, UsageError
 from propulsion_export.manifest import BANK_INPUT, IDS_INPUT, PACKED_INPUTS
 from propulsion_export.pipeline.adapters import add_adapter, remove_adapter
 from propulsion_export.pipeline.agreeing import check_signature
 from propulsion_export.pipeline.answering import Reader, open_reader
 from propulsion_export.pipeline.generating import Settings, Writer, open_writer
+from propulsion_export.pipeline.locking import held_still
 from propulsion_export.pipeline.requests import (
     Inputs,
     as_given,
@@ -29,7 +30,6 @@ from propulsion_export.pipeline.roster import (
     Group,
     PackedRoster,
     Roster,
-    held_still,
 )
 from propulsion_export.pipeline.running import RunnerName, choose_runner, open_candidate, place_for
 
@@ -121,7 +121,7 @@ class Session:
             settings: how to generate text.
 
         Raises:
-            ArtifactError: there is no adapter of a name.
+            UnknownAdapterError: there is no adapter of a name.
             UsageError: another number of adapters or contexts than rows; no rows; texts without a
                 tokenizer; an input that the model needs is missing; `context` or `settings` for
                 another task; the process is a fork of the one that opened the session.
@@ -192,7 +192,7 @@ class Session:
         roster = self._roster  # once: the next look may find another
         try:
             return roster.groups(_names(adapter, rows, roster), most)
-        except ArtifactError:
+        except UnknownAdapterError:
             self.refresh()
             if self._roster is roster:
                 raise

@@ -12,7 +12,7 @@ from contextlib import closing
 import ml_dtypes
 import numpy as np
 
-from propulsion_export.bank import BANK_FILE, REGISTRY_FILE
+from propulsion_export.bank import BANK_FILE, REGISTRY_FILE, check_row
 from propulsion_export.manifest import AdapterEntry
 
 WIDTH = 5
@@ -40,9 +40,19 @@ def seeds_of(bank):
     snapshot = bank.snapshot()
     np.testing.assert_array_equal(snapshot.values[0], numbers(0))
     for row in [snapshot.base, *snapshot.rows.values()]:
-        bank.check(row)
+        check_row(row, snapshot.values)
         np.testing.assert_array_equal(snapshot.values[row.number], numbers(row.entry.size))
     return {name: row.entry.size for name, row in snapshot.rows.items()}
+
+
+def row_of(bank, name):
+    (row,), _ = bank.choose([name])
+    return row
+
+
+def check(bank, name):
+    (row,), values = bank.choose([name])
+    check_row(row, values)
 
 
 def registry(directory):
@@ -85,7 +95,7 @@ COMMON = """
 import json, os, random, shutil, signal, sys, time
 from pathlib import Path
 import numpy as np
-from propulsion_export.bank import Bank
+from propulsion_export.bank import Bank, check_row
 from propulsion_export.manifest import AdapterEntry
 
 def numbers(seed):
@@ -98,7 +108,7 @@ def put(bank, name, seed, **options):
 def seeds_of(bank):
     snapshot = bank.snapshot()
     for row in [snapshot.base, *snapshot.rows.values()]:
-        bank.check(row)
+        check_row(row, snapshot.values)
         assert np.array_equal(snapshot.values[row.number], numbers(row.entry.size)), row
     return {name: row.entry.size for name, row in snapshot.rows.items()}
 """

@@ -6,7 +6,7 @@ from propulsion_export.bank import BANK_FILE, REGISTRY_FILE, Bank, is_bank_file,
 from propulsion_export.errors import ArtifactError
 from propulsion_export.manifest import BASE_NAME
 
-from . import entry, fill, put, registry
+from . import entry, fill, put, registry, row_of
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_an_entry_that_cannot_be_read_is_told_by_its_row(bank, directory, text):
         db.execute("UPDATE adapters SET entry = ? WHERE name = 'b'", (text,))
     with pytest.raises(ArtifactError, match="cannot tell of whom row 3 is"):
         bank.rows()
-    assert bank.row("a").entry == entry(1)
+    assert row_of(bank, "a").entry == entry(1)
 
 
 # How much work it is
@@ -89,7 +89,6 @@ CONSTANT = {
     "add": lambda bank: put(bank, "new", 9),
     "replace": lambda bank: put(bank, "b", 9, replace=True),
     "remove": lambda bank: bank.remove("c"),
-    "row": lambda bank: bank.row("a"),
     "choose": lambda bank: bank.choose(["c", BASE_NAME, "a", "c"]),
     "open": lambda bank: Bank.open(bank.directory),
     "version": Bank.version,

@@ -17,6 +17,7 @@ from . import (
     output_of,
     put,
     registry,
+    row_of,
     seeds_of,
     start,
 )
@@ -111,7 +112,7 @@ def test_a_read_only_directory_is_read_and_nothing_is_made_in_it(bank, directory
     try:
         opened = Bank.open(directory)
         assert seeds_of(opened) == HELD
-        assert opened.row("c").entry == entry(4)
+        assert row_of(opened, "c").entry == entry(4)
         if os.geteuid():  # root may write everywhere
             with pytest.raises(UsageError, match="no permission to write here"):
                 put(opened, "d", 9)

@@ -302,14 +302,14 @@ def test_a_planted_mistake_fails(mistake, banked, tmp_path):
 def test_a_damaged_row_is_found(banked, tmp_path):
     directory = copied(banked, tmp_path)
     bank = Artifact.read(directory).bank
-    row = bank.row("three")
+    row = bank.rows()["three"]
     with bank.file.open("r+b") as file:
         file.seek(row.number * bank.width * 4 + 40)
         file.write(b"\x00\x00\x80\x7f")
 
     with pytest.raises(ArtifactError, match=rf"row {row.number} is sha256"):
         Artifact.read(directory).feeds("three")
-    assert Artifact.read(directory).feeds("five")[IDS_INPUT] == bank.row("five").number
+    assert Artifact.read(directory).feeds("five")[IDS_INPUT] == bank.rows()["five"].number
 
 
 def test_what_a_row_cannot_have_is_refused_and_nothing_is_left(

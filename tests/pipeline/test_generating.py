@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from propulsion_export.adapter import Adapter
 from propulsion_export.attach import attached
 from propulsion_export.cli import main
-from propulsion_export.errors import ArtifactError, UsageError
+from propulsion_export.errors import UnknownAdapterError, UsageError
 from propulsion_export.model_fingerprint import fingerprint_of_model
 from propulsion_export.pipeline.exporting import export_onnx
 from propulsion_export.pipeline.merging import merge
@@ -238,7 +238,7 @@ def test_a_wrong_option_is_told(options, message, switchable):
 def test_an_adapter_that_is_not_there_is_told(switchable):
     told = []
 
-    with pytest.raises(ArtifactError, match="has no adapter 'nine'"):
+    with pytest.raises(UnknownAdapterError, match="has no adapter 'nine'"):
         predict(
             switchable,
             text=["Hi", "Hi"],

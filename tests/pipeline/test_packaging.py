@@ -531,7 +531,7 @@ def test_an_engine_with_its_bank_inside_keeps_the_numbers_it_was_built_with(bank
     assert {name: entry["id"] for name, entry in told_adapters(model).items()} == {
         "base": 0,
         **numbers,
-    } | {"three": Artifact.read(engine).bank.row("three").number}
+    } | {"three": Artifact.read(engine).bank.rows()["three"].number}
     config = text_format.Parse((model / "config.pbtxt").read_text(), ModelConfig())
     assert (config.backend, config.max_batch_size) == ("tensorrt", 4)
 
@@ -587,7 +587,7 @@ def test_nothing_is_left_of_a_repository_that_fails_on_the_way(banked, tmp_path)
     directory = shutil.copytree(banked, tmp_path / "bank")
     bank = Artifact.read(directory).bank
     with bank.file.open("r+b") as file:
-        file.seek(bank.row("five").number * bank.values()[0].nbytes)
+        file.seek(bank.rows()["five"].number * bank.values()[0].nbytes)
         file.write(b"\xff\xff")
 
     with pytest.raises(ArtifactError, match=r"row \d is sha256:\w+, expected"):

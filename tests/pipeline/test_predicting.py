@@ -14,7 +14,7 @@ from transformers import (
 
 from propulsion_export.adapter import Adapter
 from propulsion_export.attach import attached
-from propulsion_export.errors import ArtifactError, UsageError
+from propulsion_export.errors import UnknownAdapterError, UsageError
 from propulsion_export.pipeline import session
 from propulsion_export.pipeline.adapters import remove_adapter
 from propulsion_export.pipeline.merging import merge
@@ -99,7 +99,11 @@ def test_texts_come_from_a_file_too(switchable, tmp_path):
     [
         ({}, UsageError, "no text is given"),
         ({"text": TEXTS, "adapter": ["three", "five"]}, UsageError, "2 adapters for 3 rows"),
-        ({"text": ["ba"], "adapter": ["nine"]}, ArtifactError, "expected one of base, five, three"),
+        (
+            {"text": ["ba"], "adapter": ["nine"]},
+            UnknownAdapterError,
+            "expected one of base, five, three",
+        ),
         ({"text": ["ba"], "runner": "torch"}, UsageError, "cannot run a onnx artifact"),
         (
             {"text": ["ba"], "context": ["be"]},
@@ -119,7 +123,7 @@ def test_a_wrong_call_is_told(options, error, message, switchable):
 
 
 def test_a_folded_artifact_refuses_another_adapter(folded):
-    with pytest.raises(ArtifactError, match="has the adapter 'three' folded in"):
+    with pytest.raises(UnknownAdapterError, match="has the adapter 'three' folded in"):
         predict(folded, text=["ba"], adapter=["five"])
 
 

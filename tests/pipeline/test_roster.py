@@ -15,7 +15,7 @@ import pytest
 
 from propulsion_export.adapter import Adapter
 from propulsion_export.artifact import Artifact
-from propulsion_export.errors import ArtifactError
+from propulsion_export.errors import ArtifactError, UnknownAdapterError
 from propulsion_export.manifest import BANK_INPUT, IDS_INPUT
 from propulsion_export.pipeline.adapters import add_adapter, remove_adapter
 from propulsion_export.pipeline.roster import BankRoster, PackedRoster
@@ -104,7 +104,9 @@ def test_what_changes_later_is_in_the_next_roster_and_not_in_this_one(kind, copi
     np.testing.assert_array_equal(before, after)
     assert (roster.names, later.names) == (("five", "three"), ("new", "three"))
     assert not np.array_equal(fed(later.groups(["three"], 1)[0])[0], before[0][0])
-    with pytest.raises(ArtifactError, match="no adapter 'new', expected one of base, five, three"):
+    with pytest.raises(
+        UnknownAdapterError, match="no adapter 'new', expected one of base, five, three"
+    ):
         roster.groups(["new"], 1)
 
 
@@ -172,7 +174,7 @@ def test_a_damaged_row_is_refused_whenever_it_came_and_the_others_are_not(copies
     add_adapter(directory, f"new={world.three}")
     bank = Artifact.read(directory).bank
     with bank.file.open("r+b") as file:
-        file.seek(bank.row("new").number * bank.width * 4 + 40)
+        file.seek(bank.rows()["new"].number * bank.width * 4 + 40)
         file.write(b"\x00\x00\x80\x7f")
 
     later = read(directory, roster)
@@ -199,7 +201,7 @@ def test_all_unknown_names_are_told_and_not_too_many_known_ones(copies, world):
     for number in range(12):
         add_adapter(directory, f"a{number:02}={world.three}")
 
-    with pytest.raises(ArtifactError) as raised:
+    with pytest.raises(UnknownAdapterError) as raised:
         read(directory).groups(["x", "three", "y", "x"], 4)
 
     shown = "base, a00, a01, a02, a03, a04, a05, a06 and 7 more"
@@ -215,5 +217,5 @@ def test_a_folded_artifact_has_one_adapter_and_no_base_model(folded):
     [group] = roster.groups(["three", "three"], 9)
     assert (group.feeds, list(group.rows)) == ({}, [0, 1])
     for name in ("base", "five"):
-        with pytest.raises(ArtifactError, match=f"'three' folded in, expected no .*'{name}'"):
+        with pytest.raises(UnknownAdapterError, match=f"'three' folded in, expected no .*'{name}'"):
             roster.groups(["three", name], 9)

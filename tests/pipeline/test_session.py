@@ -26,7 +26,11 @@ from propulsion_export.artifact import Artifact
 from propulsion_export.attach import attached
 from propulsion_export.bank import REGISTRY_FILE
 from propulsion_export.choosing import Sampling
-from propulsion_export.errors import ArtifactError, UnavailableError, UsageError
+from propulsion_export.errors import (
+    UnavailableError,
+    UnknownAdapterError,
+    UsageError,
+)
 from propulsion_export.manifest import EngineEntry
 from propulsion_export.model_fingerprint import fingerprint_of_model
 from propulsion_export.parity.comparison import FACTOR
@@ -358,8 +362,8 @@ def test_tensors_of_a_generative_model_give_logits_of_every_position(generative,
 @pytest.mark.parametrize(
     ("inputs", "options", "error", "message"),
     [
-        (["ba"], {"adapter": "nine"}, ArtifactError, "no adapter 'nine', expected one of base"),
-        (["ba"], {"adapter": ""}, ArtifactError, "no adapter ''"),
+        (["ba"], {"adapter": "nine"}, UnknownAdapterError, "no adapter 'nine', expected one"),
+        (["ba"], {"adapter": ""}, UnknownAdapterError, "no adapter ''"),
         (["ba"] * 3, {"adapter": ["three", "five"]}, UsageError, "2 adapters for 3 rows"),
         (["ba"], {"adapter": []}, UsageError, "0 adapters for 1 rows"),
         ([], {}, UsageError, "there are no rows"),
@@ -390,7 +394,9 @@ def test_a_wrong_call_is_told_in_a_line(inputs, options, error, message, kind, o
 
 @pytest.mark.parametrize("kind", ["folded", "merged"])
 def test_a_folded_adapter_is_the_only_one(kind, opened):
-    with pytest.raises(ArtifactError, match=r"'three' folded in, .*'five'.* --mode switchable"):
+    with pytest.raises(
+        UnknownAdapterError, match=r"'three' folded in, .*'five'.* --mode switchable"
+    ):
         opened(kind)(TEXTS[:2], adapter=["three", "five"])
 
 
@@ -452,7 +458,7 @@ def test_what_a_session_changes_the_next_request_sees(kind, copied, world):
     assert (new.prediction, new.version) == (three.prediction, three.version)
     assert replaced.version == Adapter.read(world.five).digest
     assert replaced.labels == Adapter.read(world.five).labels
-    with pytest.raises(ArtifactError, match="no adapter 'new'"):
+    with pytest.raises(UnknownAdapterError, match="no adapter 'new'"):
         session("ba be", "new")
     with pytest.raises(UsageError, match="has an adapter 'three' already"):
         session.add(f"three={world.five}")
@@ -493,7 +499,7 @@ def test_an_unknown_name_does_not_read_the_whole_artifact_again(copied, monkeypa
         session = Session(copied(kind))
         monkeypatch.setattr(Artifact, "read", lambda *_: pytest.fail("was read again"))
 
-        with pytest.raises(ArtifactError, match="no adapter 'nine'"):
+        with pytest.raises(UnknownAdapterError, match="no adapter 'nine'"):
             session("ba", "nine")
         monkeypatch.undo()
 

@@ -23,7 +23,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 from propulsion_export.adapter import Adapter
 from propulsion_export.artifact import Artifact
 from propulsion_export.attach import attached
-from propulsion_export.errors import ArtifactError
+from propulsion_export.errors import UnknownAdapterError
 from propulsion_export.model_fingerprint import fingerprint_of_model
 from propulsion_export.parity.comparison import FACTOR
 from propulsion_export.pipeline.session import Session
@@ -161,7 +161,7 @@ class Load:
             inputs = {name: values[rows] for name, values in self.oracle.inputs.items()}
             try:
                 replies = self.session(inputs, names)
-            except ArtifactError as error:
+            except UnknownAdapterError as error:
                 self._unknown(str(error), names)
             except Exception as error:
                 self.wrong.append(repr(error))
