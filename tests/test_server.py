@@ -72,7 +72,7 @@ def test_a_wrong_row_is_told_and_every_other_is_computed_once(names):
         if row in right:
             assert (told.adapter, told.prediction) == (row.adapter, {"label": row.text})
         else:
-            assert isinstance(told, ArtifactError if row.adapter == "three" else UsageError)
+            assert type(told) is (UnknownAdapterError if row.adapter == "three" else UsageError)
 
 
 # The batcher alone
