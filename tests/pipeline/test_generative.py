@@ -9,6 +9,7 @@ import itertools
 import json
 import shutil
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -30,6 +31,11 @@ from propulsion_export.sampling import trace_prompt
 from propulsion_export.trace import trace_decoder
 
 STEPS = 64
+# Those whose weights are folded in ways of their own; each trace takes ten seconds and more.
+QUICK = ("gpt2", "llama", "gemma3", "mixtral", "t5")
+FOLDED = [
+    kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in GENERATIVE
+]
 PROMPTS = [[11, 42, 7, 65, 23], [50, 9, 31], [8, 90, 77, 16, 29, 33, 60, 71]]
 
 
@@ -57,6 +63,20 @@ def tokens_of_artifact(directory, adapter=None, prompts=PROMPTS):
     return np.stack(list(itertools.islice(generate(model, feeds, greedy), STEPS)), axis=1)
 
 
+@pytest.fixture(scope="session")
+def exported(make_world, tmp_path_factory):
+    """`exported(kind, mode)`: folded has the adapter `one`, switchable both; copy to change it."""
+
+    @cache
+    def make(kind, mode):
+        world, output = make_world(kind), tmp_path_factory.mktemp(kind) / mode
+        adapters = [world.one] if mode == "folded" else [world.one, world.two]
+        export_onnx(adapters, output, mode=mode)
+        return output
+
+    return make
+
+
 def assert_passed(report):
     assert report.passed, "\n".join(c.detail for c in report.checks if not c.passed)
 
@@ -74,33 +94,29 @@ def test_merged_checkpoint_passes_in_plain_transformers(kind, make_world, tmp_pa
     )
 
 
-@pytest.mark.parametrize("kind", GENERATIVE)
+@pytest.mark.parametrize("kind", FOLDED)
 def test_folded_graph_passes_and_generates_what_the_merged_checkpoint_does(
-    kind, make_world, tmp_path
+    kind, make_world, exported, tmp_path
 ):
-    world = make_world(kind)
-    merge(world.one, tmp_path / "merged")
+    folded = exported(kind, "folded")
+    merge(make_world(kind).one, tmp_path / "merged")
 
-    export_onnx([world.one], tmp_path / "folded")
-
-    assert_passed(check_parity(tmp_path / "folded"))
+    assert_passed(check_parity(folded))
     expected = tokens_of_transformers(kind, tmp_path / "merged")
-    np.testing.assert_array_equal(tokens_of_artifact(tmp_path / "folded"), expected)
-    alone = [tokens_of_artifact(tmp_path / "folded", prompts=[prompt]) for prompt in PROMPTS]
+    np.testing.assert_array_equal(tokens_of_artifact(folded), expected)
+    alone = [tokens_of_artifact(folded, prompts=[prompt]) for prompt in PROMPTS]
     np.testing.assert_array_equal(np.concatenate(alone), expected)
 
 
 @pytest.mark.parametrize("kind", GENERATIVE)
 def test_switchable_graph_passes_and_generates_with_every_adapter_and_none(
-    kind, make_world, tmp_path
+    kind, make_world, exported, tmp_path
 ):
-    world = make_world(kind)
+    world, both = make_world(kind), exported(kind, "switchable")
     merge(world.one, tmp_path / "one")
     merge(world.two, tmp_path / "two")
 
-    export_onnx([world.one, world.two], tmp_path / "both", mode="switchable")
-
-    report = check_parity(tmp_path / "both")
+    report = check_parity(both)
     assert_passed(report)
     assert {check.adapter for check in report.checks if check.case == "greedy"} == {
         "one", "two", "base"
@@ -111,16 +127,12 @@ def test_switchable_graph_passes_and_generates_with_every_adapter_and_none(
         (None, world.base),
     ):
         expected = tokens_of_transformers(kind, directory)
-        np.testing.assert_array_equal(tokens_of_artifact(tmp_path / "both", name), expected)
-    assert (tokens_of_artifact(tmp_path / "both", "one") != expected).any()
+        np.testing.assert_array_equal(tokens_of_artifact(both, name), expected)
+    assert (tokens_of_artifact(both, "one") != expected).any()
 
 
-def test_adapters_exchanged_in_a_decoder_fail(make_world, tmp_path):
-    world = make_world("llama")
-    export_onnx([world.one, world.two], tmp_path / "both", mode="switchable")
-    assert_passed(check_parity(tmp_path / "both"))
-
-    exchanged = exchange(tmp_path / "both", tmp_path / "exchanged")
+def test_adapters_exchanged_in_a_decoder_fail(exported, tmp_path):
+    exchanged = exchange(exported("llama", "switchable"), tmp_path / "exchanged")
 
     failed = {check.case for check in check_parity(exchanged).checks if not check.passed}
     assert failed >= {
@@ -133,9 +145,8 @@ def test_adapters_exchanged_in_a_decoder_fail(make_world, tmp_path):
     }
 
 
-def test_one_channel_changed_in_a_decoder_fails(make_world, tmp_path):
-    world = make_world("gpt2")
-    export_onnx([world.one], tmp_path / "graph", mode="switchable")
+def test_one_channel_changed_in_a_decoder_fails(exported, tmp_path):
+    shutil.copytree(exported("gpt2", "switchable"), tmp_path / "graph")
     file = tmp_path / "graph" / "adapters" / "one.safetensors"
     feeds = load_file(file)
     feeds["propulsion_scales"][40] *= 1.01
@@ -156,10 +167,8 @@ def exchange(source, destination):
     return destination
 
 
-def test_graphs_of_an_encoder_decoder_have_optimums_names_and_share_weights(make_world, tmp_path):
-    export_onnx([make_world("t5").one], tmp_path / "t5")
-
-    manifest = json.loads((tmp_path / "t5" / "propulsion.json").read_text())
+def test_graphs_of_an_encoder_decoder_have_optimums_names_and_share_weights(exported):
+    manifest = json.loads((exported("t5", "folded") / "propulsion.json").read_text())
     names = {
         name: [spec["name"] for spec in graph["inputs"]]
         for name, graph in manifest["graphs"].items()
@@ -174,8 +183,8 @@ def test_graphs_of_an_encoder_decoder_have_optimums_names_and_share_weights(make
     assert manifest["inputs"] == []
 
 
-def test_graph_of_a_decoder_has_the_names_that_its_clients_read(make_world, tmp_path):
-    artifact = export_onnx([make_world("llama").one], tmp_path / "llama")
+def test_graph_of_a_decoder_has_the_names_that_its_clients_read(exported):
+    artifact = Artifact.read(exported("llama", "folded"))
 
     inputs = {spec.name: spec for spec in artifact.manifest.inputs}
     assert list(inputs)[:5] == [
@@ -226,9 +235,10 @@ def test_model_whose_state_is_no_cache_is_refused_by_name():
 
 
 @pytest.mark.parametrize("task", ["fill-mask", "text-classification", "feature-extraction"])
-def test_decoder_whose_manifest_tells_of_another_task_is_refused(task, make_world, tmp_path):
-    artifact = export_onnx([make_world("gpt2").one], tmp_path / "graph")
-    Artifact.write(tmp_path / "graph", replace(artifact.manifest, task=task))
+def test_decoder_whose_manifest_tells_of_another_task_is_refused(task, exported, tmp_path):
+    shutil.copytree(exported("gpt2", "folded"), tmp_path / "graph")
+    manifest = read_manifest(tmp_path / "graph" / "propulsion.json")
+    Artifact.write(tmp_path / "graph", replace(manifest, task=task))
 
     with pytest.raises(ArtifactError, match=f"task is '{task}' of a graph with a cache"):
         check_parity(tmp_path / "graph")

@@ -63,6 +63,7 @@ def make_llama(tmp_path, tiny_model, random_adapter):
     shutil.rmtree(tmp_path)  # gigabytes, which pytest would keep for three runs
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not Path("/proc/self/status").exists(), reason="only Linux tells a process's peak memory so"
 )

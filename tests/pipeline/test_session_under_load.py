@@ -299,7 +299,7 @@ def put_under_load(directory, oracle, contents, requests):
 
 @pytest.mark.parametrize("kind", ["banked", "switchable"])
 def test_every_answer_is_that_of_the_version_it_reports(kind, copied, oracle, contents):
-    done = put_under_load(copied(kind), oracle, contents, 800)
+    done = put_under_load(copied(kind), oracle, contents, 400)
 
     assert done.load.told["answered"] > 200
     assert len({version for name, version in done.load.versions if name in NAMES}) > 2
