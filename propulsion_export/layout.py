@@ -130,7 +130,8 @@ def packed_inputs(artifact: Artifact, adapter: str) -> Tensors:
     """The packed inputs of an adapter, or of the base model, whatever holds them; [D] each.
 
     Raises:
-        ArtifactError: there is no such adapter, or it cannot be read.
+        UnknownAdapterError: there is no such adapter.
+        ArtifactError: it cannot be read.
     """
     feeds, layout = artifact.feeds(adapter), artifact.manifest.layout
     if artifact.manifest.mode != "bank":

@@ -20,6 +20,7 @@ from propulsion_export.layout import Layout
 from propulsion_export.manifest import BIASES_INPUT, MODULES_INPUT, SCALES_INPUT, Slot
 
 ROWS_INPUT = "propulsion_rows"
+_REPLACEABLE = (nn.Linear, Conv1D, nn.LayerNorm)  # whose parameters `_forward` can replace
 _REMEDY = "Export with --mode switchable, where a whole batch has one adapter."
 
 
@@ -93,11 +94,12 @@ def _check_possible(model: nn.Module, layout: Layout) -> None:
         if (reason := _reason_against(model, slot.path))
     ]
     others += [
-        f"{name}.{parameter}: of {type(module).__name__} there is no other {parameter} for each "
+        f"{path}.{parameter}: of {type(module).__name__} there is no other {parameter} for each "
         "row of a batch"
-        for name, parameter, module in _owners(model, layout)
-        if not isinstance(module, (nn.Linear, Conv1D, nn.LayerNorm))
-        or name.rpartition(".")[2] in _DETOURS
+        for path, parameters in _replaced(layout).items()
+        if not isinstance(module := model.get_submodule(path), _REPLACEABLE)
+        or path.rpartition(".")[2] in _DETOURS
+        for parameter in parameters
     ]
     if experts or others:
         raise UsageError(*experts, *others, remedy=_REMEDY)
@@ -111,23 +113,19 @@ def _reason_against(model: nn.Module, path: str) -> str | None:
     return None
 
 
-def _owners(model: nn.Module, layout: Layout) -> Iterator[tuple[str, str, nn.Module]]:
-    """Path, parameter name and module of all that is replaced rather than scaled."""
-    names = [f"{slot.path}.bias" for slot in layout.get(BIASES_INPUT, ())]
-    names += [slot.path for slot in layout.get(MODULES_INPUT, ())]
-    for name in names:
-        path, _, parameter = name.rpartition(".")
-        yield path, parameter, model.get_submodule(path)
+def _replaced(layout: Layout) -> dict[str, dict[str, tuple[str, Slot]]]:
+    """What is replaced, not scaled: by module path and parameter name, where it is packed."""
+    found: dict[str, dict[str, tuple[str, Slot]]] = {}
+    for slot in layout.get(BIASES_INPUT, ()):
+        found.setdefault(slot.path, {})["bias"] = (BIASES_INPUT, slot)
+    for slot in layout.get(MODULES_INPUT, ()):
+        path, _, parameter = slot.path.rpartition(".")
+        found.setdefault(path, {})[parameter] = (MODULES_INPUT, slot)
+    return found
 
 
 def _attach_(model: nn.Module, layout: Layout, rows: _Rows, undo: list[Any]) -> None:
-    replaced: dict[str, dict[str, tuple[str, Slot]]] = {}
-    for slot in layout.get(BIASES_INPUT, ()):
-        replaced.setdefault(slot.path, {})["bias"] = (BIASES_INPUT, slot)
-    for slot in layout.get(MODULES_INPUT, ()):
-        path, _, parameter = slot.path.rpartition(".")
-        replaced.setdefault(path, {})[parameter] = (MODULES_INPUT, slot)
-    for path, parameters in replaced.items():
+    for path, parameters in _replaced(layout).items():
         module = model.get_submodule(path)
         undo.append(_replace(module, "forward", partial(_forward, module, path, rows, parameters)))
     for slot in layout.get(SCALES_INPUT, ()):
@@ -266,14 +264,12 @@ def _beside(values: torch.Tensor, part: torch.Tensor, path: str) -> torch.Tensor
     end to end, [batch * tokens, channels], are told apart again.
     """
     batch, channels = part.shape
-    if values.ndim > 2 and values.shape[0] == 1:
-        return part.reshape(batch, *[1] * (values.ndim - 2), channels)
-    _check_rows(values, batch, path)
-    if values.shape[0] == batch:
-        return part.reshape(batch, *[1] * (values.ndim - 2), channels)
-    each = values.shape[0] // batch
-    spread = part[:, None].expand(batch, each, channels).reshape(-1, channels)
-    return spread.reshape(-1, *[1] * (values.ndim - 2), channels)
+    if values.ndim == 2 or values.shape[0] != 1:
+        _check_rows(values, batch, path)
+        if values.shape[0] != batch:
+            each = values.shape[0] // batch
+            part = part[:, None].expand(batch, each, channels).reshape(-1, channels)
+    return part[(slice(None), *[None] * (values.ndim - 2))]
 
 
 def _check_rows(values: torch.Tensor, batch: int, path: str) -> None:

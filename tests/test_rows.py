@@ -55,17 +55,22 @@ def each_alone(model, adapters):
     return torch.cat(found)
 
 
-@pytest.mark.parametrize("kind", [*ENCODERS, "gpt2", "llama", "opt", "bloom", "phi3"])
-def test_every_row_is_what_it_is_alone_with_its_adapter(kind, tiny_model, random_adapter):
-    model = tiny_model(kind).double()
-    adapters = adapters_of(model, random_adapter, head=kind in ENCODERS)
+def assert_each_row_is_what_it_is_alone(model, adapters, tolerance=1e-6):
     layout = layout_of(model, adapters)
-    rows = rows_of(model, adapters, layout).double()
+    rows = rows_of(model, adapters, layout).to(model.dtype)
 
     with attached_rows(model, layout):
         mixed = logits(model, TOKENS, **{ROWS_INPUT: rows})
 
-    torch.testing.assert_close(mixed, each_alone(model, adapters), rtol=1e-5, atol=1e-5)
+    alone = each_alone(model, adapters)
+    torch.testing.assert_close(mixed, alone, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("kind", [*ENCODERS, "gpt2", "llama", "opt", "bloom", "phi3"])
+def test_every_row_is_what_it_is_alone_with_its_adapter(kind, tiny_model, random_adapter):
+    model = tiny_model(kind).double()
+    adapters = adapters_of(model, random_adapter, head=kind in ENCODERS)
+    assert_each_row_is_what_it_is_alone(model, adapters, tolerance=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["bert", "gpt2"])
@@ -86,13 +91,7 @@ def test_the_rows_differ_and_their_order_counts(kind, tiny_model, random_adapter
 def test_trained_biases_are_each_rows_own(kind, tiny_model, random_adapter):
     model = tiny_model(kind).double()
     adapters = adapters_of(model, random_adapter, biases=True)
-    layout = layout_of(model, adapters)
-    rows = rows_of(model, adapters, layout).double()
-
-    with attached_rows(model, layout):
-        mixed = logits(model, TOKENS, **{ROWS_INPUT: rows})
-
-    torch.testing.assert_close(mixed, each_alone(model, adapters), rtol=1e-6, atol=1e-6)
+    assert_each_row_is_what_it_is_alone(model, adapters)
 
 
 def test_a_trained_norm_is_each_rows_own(tiny_model, random_adapter):
@@ -108,13 +107,7 @@ def test_a_trained_norm_is_each_rows_own(tiny_model, random_adapter):
         )
         for seed, adapter in enumerate(adapters_of(model, random_adapter))
     ]
-    layout = layout_of(model, adapters)
-    rows = rows_of(model, adapters, layout).double()
-
-    with attached_rows(model, layout):
-        mixed = logits(model, TOKENS, **{ROWS_INPUT: rows})
-
-    torch.testing.assert_close(mixed, each_alone(model, adapters), rtol=1e-6, atol=1e-6)
+    assert_each_row_is_what_it_is_alone(model, adapters)
 
 
 def test_scales_of_inputs_are_each_rows_own(tiny_model, random_adapter):
@@ -127,13 +120,7 @@ def test_scales_of_inputs_are_each_rows_own(tiny_model, random_adapter):
         )
         for seed, adapter in enumerate(adapters_of(model, random_adapter))
     ]
-    layout = layout_of(model, adapters)
-    rows = rows_of(model, adapters, layout).double()
-
-    with attached_rows(model, layout):
-        mixed = logits(model, TOKENS, **{ROWS_INPUT: rows})
-
-    torch.testing.assert_close(mixed, each_alone(model, adapters), rtol=1e-6, atol=1e-6)
+    assert_each_row_is_what_it_is_alone(model, adapters)
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3-moe"])

@@ -58,7 +58,7 @@ def predict(
     Raises:
         UsageError: there is no text, or another number of adapters or contexts than of texts; an
             option of generating for another task.
-        ArtifactError: the artifact has no such adapter.
+        UnknownAdapterError: the artifact has no adapter of a name.
         UnavailableError: this machine cannot run it.
     """
     read = Artifact.read(artifact)

@@ -9,7 +9,7 @@ from typing import Literal
 from propulsion_export.adapter import Adapter
 from propulsion_export.artifact import Artifact, Tensors
 from propulsion_export.decoding import LOGITS, replaying
-from propulsion_export.errors import AdapterError, UnavailableError, UsageError
+from propulsion_export.errors import AdapterError, UnavailableError, unknown_adapters
 from propulsion_export.layout import labels_in
 from propulsion_export.machine import tool_versions
 from propulsion_export.output import check_replaceable, staged_directory
@@ -152,10 +152,7 @@ def _adapters(artifact: Artifact, given: Sequence[str | Path], seed: int) -> lis
         given = [f"{next(iter(entries))}={given[0]}"]
     told = {adapter.name: adapter for adapter in read_adapters(given)}
     if unknown := told.keys() - entries.keys():
-        raise UsageError(
-            f"-a {min(unknown)}: the artifact has no such adapter, expected one of "
-            f"{', '.join(sorted(entries))}"
-        )
+        raise unknown_adapters(artifact.directory, sorted(unknown), sorted(entries))
     adapters = []
     for name in _sample(list(entries), told, seed):
         entry = entries[name]

@@ -18,7 +18,13 @@ from propulsion_export.artifact import Artifact
 from propulsion_export.attach import attached
 from propulsion_export.bank import Bank
 from propulsion_export.decoding import recomputing
-from propulsion_export.errors import AdapterError, ArtifactError, BaseModelError, UsageError
+from propulsion_export.errors import (
+    AdapterError,
+    ArtifactError,
+    BaseModelError,
+    UnknownAdapterError,
+    UsageError,
+)
 from propulsion_export.layout import pack, packed_inputs, to_row, width_of
 from propulsion_export.manifest import BANK_INPUT, BASE_NAME, IDS_INPUT, read_manifest
 from propulsion_export.model_fingerprint import fingerprint_of_model
@@ -230,9 +236,9 @@ def test_adapters_are_removed_down_to_the_base_model(banked, tmp_path):
     remove_adapter(directory, "five")
 
     assert Artifact.read(directory).adapters == {}
-    with pytest.raises(UsageError, match="no adapter 'five'"):
+    with pytest.raises(UnknownAdapterError, match="no adapter 'five'"):
         remove_adapter(directory, "five")
-    with pytest.raises(ArtifactError, match="no adapter 'three'"):
+    with pytest.raises(UnknownAdapterError, match="no adapter 'three'"):
         Artifact.read(directory).feeds("three")
 
 

@@ -116,7 +116,7 @@ def test_an_adapter_that_is_not_the_recorded_one_is_refused(world, folded):
 
 
 def test_an_adapter_that_the_artifact_does_not_have_is_refused(world, switchable):
-    with pytest.raises(UsageError, match="has no such adapter, expected one of five, three"):
+    with pytest.raises(UsageError, match="has no adapter 'four', expected one of five, three"):
         check_parity(switchable, adapter=[f"four={world.five}"])
 
 
