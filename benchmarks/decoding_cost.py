@@ -15,19 +15,16 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from propulsion_export import Adapter, Artifact, export_onnx, merge
+from prepared import export_modes, write_random_adapter
+from propulsion_export import Artifact, merge
 from propulsion_export.decoding import generate, greedy
-from propulsion_export.folding_rules import output_width
-from propulsion_export.model_fingerprint import fingerprint_of_model
 from propulsion_export.pipeline.running import choose_runner, open_candidate
-from propulsion_export.scales import Scale
 
 PLACEMENTS = {"all": "model.", "attention": "self_attn."}
 NEVER = 10**9  # an end token that does not come
@@ -46,22 +43,15 @@ def prepare(directory: Path, placement: str) -> None:
     )
     model = LlamaForCausalLM(config).eval()
     model.save_pretrained(directory / "base")
-    chooser = np.random.default_rng(0)
-    kinds = (torch.nn.Linear, torch.nn.Embedding)
-    scales = {
-        path: Scale(chooser.uniform(0.9, 1.1, output_width(module)))
-        for path, module in model.named_modules()
-        if isinstance(module, kinds) and PLACEMENTS[placement] in path
-    }
-    adapter = Adapter("random", scales, task="text-generation")
-    (directory / "adapter").mkdir()
-    adapter = replace(
-        adapter, base=str(directory / "base"), fingerprint=fingerprint_of_model(model)
+    write_random_adapter(
+        model,
+        directory / "adapter",
+        PLACEMENTS[placement],
+        base=directory / "base",
+        task="text-generation",
     )
-    adapter.write(directory / "adapter")
     merge(directory / "adapter", directory / "merged")
-    for mode in ("folded", "switchable"):
-        export_onnx([f"random={directory / 'adapter'}"], directory / mode, mode=mode)
+    export_modes(directory, ("folded", "switchable"))
 
 
 def candidates(directory: Path, prompt: np.ndarray, tokens: int) -> dict[str, Callable[[], object]]:

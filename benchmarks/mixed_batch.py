@@ -17,7 +17,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -26,22 +25,27 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import BertConfig, BertModel
 
-from propulsion_export import Adapter, Artifact, export_onnx
+from prepared import (
+    BERT_PLACEMENTS,
+    bert_inputs,
+    export_base,
+    export_modes,
+    write_random_adapter,
+)
+from propulsion_export import Artifact
 from propulsion_export.base import load_base
 from propulsion_export.folding_rules import output_width
 from propulsion_export.graph.dimensions import NameDimensions
 from propulsion_export.graph.files import write_graph
 from propulsion_export.graph.finishing import optimise
 from propulsion_export.layout import packed_inputs, to_row
-from propulsion_export.manifest import BANK_INPUT, BASE_NAME, IDS_INPUT
-from propulsion_export.model_fingerprint import fingerprint_of_model
+from propulsion_export.manifest import BANK_INPUT, BASE_NAME, IDS_INPUT, AdapterEntry
+from propulsion_export.pipeline.roster import BankRoster
 from propulsion_export.runners.graphs import onnxruntime_runner, place_in_onnxruntime
 from propulsion_export.sampling import TRACED_ROWS, input_names, trace_inputs
-from propulsion_export.scales import Scale
 from propulsion_export.trace import trace
 
-# A part of the module paths that each placement scales.
-PLACEMENTS = {"all": "", "attention": "attention.self."}
+TASK = "feature-extraction"
 RANK = 8
 ADAPTERS = (1, 8, 1000)
 FOLDED, TORCH = "folded", "PyTorch, base"
@@ -52,22 +56,10 @@ def prepare(directory: Path, placement: str, layers: int) -> torch.nn.Module:
     torch.manual_seed(0)
     model = BertModel(BertConfig(num_hidden_layers=layers)).eval()
     model.save_pretrained(directory / "model")
-    chooser = np.random.default_rng(0)
-    kinds = (torch.nn.Linear, torch.nn.Embedding)
-    scales = {
-        path: Scale(chooser.uniform(0.9, 1.1, output_width(module)))
-        for path, module in model.named_modules()
-        if isinstance(module, kinds) and PLACEMENTS[placement] in path
-    }
-    adapter = Adapter("random", scales, task="feature-extraction")
-    adapter = replace(
-        adapter, base=str(directory / "model"), fingerprint=fingerprint_of_model(model)
-    )
-    (directory / "adapter").mkdir()
-    adapter.write(directory / "adapter")
-    for mode in ("folded", "switchable", "bank"):
-        export_onnx([f"random={directory / 'adapter'}"], directory / mode, mode=mode)
-    return load_base(str(directory / "model"), task="feature-extraction").model
+    part, base = BERT_PLACEMENTS[placement], directory / "model"
+    write_random_adapter(model, directory / "adapter", part, base=base, task=TASK)
+    export_modes(directory, ("folded", "switchable", "bank"))
+    return load_base(str(base), task=TASK).model
 
 
 def targets(model: torch.nn.Module, placement: str) -> list[str]:
@@ -75,7 +67,7 @@ def targets(model: torch.nn.Module, placement: str) -> list[str]:
     return [
         path
         for path, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and PLACEMENTS[placement] in path
+        if isinstance(module, torch.nn.Linear) and BERT_PLACEMENTS[placement] in path
     ]
 
 
@@ -128,11 +120,7 @@ def write_lora(model: torch.nn.Module, directory: Path, paths: list[str], *, per
 def graph_subjects(directory: Path, model, placement: str, batch: int) -> dict[str, Callable]:
     """By name, what runs one batch of tokens in ONNX Runtime."""
     chooser = np.random.default_rng(2)
-    names = input_names(type(model), model.config)
-    base = trace(model, trace_inputs(names, model.config))
-    NameDimensions()(base)
-    (directory / "base").mkdir()
-    subjects = {"base": onnxruntime_runner(write_graph(optimise(base), directory / "base"))}
+    subjects = {"base": onnxruntime_runner(export_base(model, directory / "base"))}
     subjects[FOLDED] = onnxruntime_runner(directory / "folded" / "model.onnx")
     switchable = Artifact.read(directory / "switchable")
     run, feeds = onnxruntime_runner(switchable.path), dict(switchable.feeds("random"))
@@ -188,12 +176,7 @@ def in_torch(model: torch.nn.Module, named: dict, inputs: dict) -> None:
 
 
 def measure(subjects: dict[str, Callable], batch: int, length: int, rounds: int) -> dict:
-    tokens = np.random.default_rng(1).integers(1000, 30000, (batch, length))
-    inputs = {
-        "input_ids": tokens,
-        "attention_mask": np.ones_like(tokens),
-        "token_type_ids": np.zeros_like(tokens),
-    }
+    inputs = bert_inputs(batch, length)
     seconds: dict[str, list[float]] = {name: [] for name in subjects}
     order, shuffler = list(subjects), random.Random(0)
     for number in range(rounds + 2):
@@ -210,6 +193,32 @@ def measure(subjects: dict[str, Callable], batch: int, length: int, rounds: int)
     return result
 
 
+def measure_switching(directory: Path, batch: int) -> dict[str, float]:
+    """Milliseconds an adapter until a batch of others than before can be computed.
+
+    The first time that one is asked for, its row is read and compared with its checksum.
+    """
+    artifact = Artifact.read(directory / "bank")
+    bank, chooser = artifact.bank, np.random.default_rng(3)
+    names = [f"a{number}" for number in range(ADAPTERS[-1] // batch * batch)]
+    for name in names:
+        row = chooser.uniform(0.9, 1.1, bank.width).astype(np.float32)
+        bank.add(name, row, AdapterEntry(f"sha256:{name}", name, bank.width))
+    roster = BankRoster.read(artifact, partial(place_in_onnxruntime, device="cpu"))
+    batches = [names[start : start + batch] for start in range(0, len(names), batch)]
+    told = {}
+    for time_asked in ("first", "later"):
+        seconds = []
+        for asked in batches:
+            started = time.perf_counter()
+            roster.groups(asked, batch)
+            seconds.append(time.perf_counter() - started)
+        told[f"milliseconds to switch an adapter, {time_asked}"] = round(
+            statistics.median(seconds) / batch * 1000, 3
+        )
+    return told
+
+
 def ratios(times: list[float], peer: list[float], name: str) -> dict:
     each = [taken / other for taken, other in zip(times, peer, strict=True)]
     return {
@@ -220,7 +229,7 @@ def ratios(times: list[float], peer: list[float], name: str) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--placement", choices=PLACEMENTS, default="all")
+    parser.add_argument("--placement", choices=BERT_PLACEMENTS, default="all")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--layers", type=int, default=12)
@@ -231,6 +240,7 @@ def main() -> None:
         subjects = graph_subjects(Path(directory), model, options.placement, options.batch)
         subjects |= torch_subjects(model, options.placement, options.batch)
         result = measure(subjects, options.batch, options.length, options.rounds)
+        result |= measure_switching(Path(directory), options.batch)
     print(json.dumps(vars(options) | result, indent=2))
 
 

@@ -3,8 +3,7 @@
     python benchmarks/switchable_cost.py [--placement attention] [--batch 8] [--rounds 30]
 
 Every round runs each graph once, so that a machine that slows down slows all of them; the figure is
-the median over rounds of the ratio to the base model's graph in the same round. The adapters are
-random: a scale costs the same whatever its value.
+the median over rounds of the ratio to the base model's graph in the same round.
 """
 
 import argparse
@@ -13,56 +12,35 @@ import statistics
 import sys
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-import torch
-
-from propulsion_export import Adapter, Artifact, export_onnx
+from prepared import (
+    BERT_PLACEMENTS,
+    bert_inputs,
+    export_base,
+    export_modes,
+    write_random_adapter,
+)
+from propulsion_export import Artifact
 from propulsion_export.base import load_base
-from propulsion_export.folding_rules import output_width
-from propulsion_export.graph.dimensions import NameDimensions
-from propulsion_export.graph.files import write_graph
-from propulsion_export.graph.finishing import optimise
-from propulsion_export.model_fingerprint import fingerprint_of_model
 from propulsion_export.runners.graphs import onnxruntime_runner
-from propulsion_export.sampling import input_names, trace_inputs
-from propulsion_export.scales import Scale
-from propulsion_export.trace import trace
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "samples"))
 from minilm import model_directory
 
-# A part of the module paths that each placement scales.
-PLACEMENTS = {"all": "", "attention": "attention.self."}
+TASK = "feature-extraction"
 
 
 def prepare(directory: Path, placement: str) -> dict[str, tuple[Path, dict]]:
     """Graph and extra feeds by name."""
-    source = str(model_directory())
-    model = load_base(source, task="feature-extraction").model
-    chooser = np.random.default_rng(0)
-    kinds = (torch.nn.Linear, torch.nn.Embedding)
-    scales = {
-        path: Scale(chooser.uniform(0.9, 1.1, output_width(module)))
-        for path, module in model.named_modules()
-        if isinstance(module, kinds) and PLACEMENTS[placement] in path
-    }
-    adapter = Adapter("random", scales, task="feature-extraction")
-    (directory / "adapter").mkdir()
-    replace(adapter, base=source, fingerprint=fingerprint_of_model(model)).write(
-        directory / "adapter"
-    )
-    for mode in ("folded", "switchable"):
-        export_onnx([f"random={directory / 'adapter'}"], directory / mode, mode=mode)
-    names = input_names(type(model), model.config)
-    base = trace(model, trace_inputs(names, model.config))
-    NameDimensions()(base)
-    (directory / "base").mkdir()
+    source = model_directory()
+    model = load_base(str(source), task=TASK).model
+    part = BERT_PLACEMENTS[placement]
+    write_random_adapter(model, directory / "adapter", part, base=source, task=TASK)
+    export_modes(directory, ("folded", "switchable"))
     switchable = Artifact.read(directory / "switchable")
     return {
-        "base": (write_graph(optimise(base), directory / "base"), {}),
+        "base": (export_base(model, directory / "base"), {}),
         "folded": (directory / "folded" / "model.onnx", {}),
         "switchable, no adapter fed": (switchable.path, {}),
         "switchable, adapter fed": (switchable.path, dict(switchable.feeds("random"))),
@@ -70,12 +48,7 @@ def prepare(directory: Path, placement: str) -> dict[str, tuple[Path, dict]]:
 
 
 def measure(graphs: dict[str, tuple[Path, dict]], batch: int, length: int, rounds: int) -> dict:
-    tokens = np.random.default_rng(1).integers(1000, 30000, (batch, length))
-    inputs = {
-        "input_ids": tokens,
-        "attention_mask": np.ones_like(tokens),
-        "token_type_ids": np.zeros_like(tokens),
-    }
+    inputs = bert_inputs(batch, length)
     runs = {name: (onnxruntime_runner(path), feeds) for name, (path, feeds) in graphs.items()}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds + 3):
@@ -98,7 +71,7 @@ def measure(graphs: dict[str, tuple[Path, dict]], batch: int, length: int, round
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--placement", choices=PLACEMENTS, default="all")
+    parser.add_argument("--placement", choices=BERT_PLACEMENTS, default="all")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=30)
