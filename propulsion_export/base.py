@@ -33,7 +33,7 @@ TASKS = (
     "fill-mask",
     *GENERATIVE_TASKS,
 )
-_LABELLED = ("text-classification", "token-classification")
+LABELLED = ("text-classification", "token-classification")
 _TASK_OF_CLASS = {
     "ForSequenceClassification": "text-classification",
     "ForTokenClassification": "token-classification",
@@ -168,8 +168,8 @@ def load_base(
         BaseModelError: it cannot be loaded.
     """
     config = read_config(source, trust_remote_code=trust_remote_code)
-    own_labels = tuple(config.id2label[index] for index in sorted(config.id2label))
-    if labels is not None and task in _LABELLED:
+    own_labels = class_names(config)
+    if labels is not None and task in LABELLED:
         set_labels(config, labels)
     model_class = model_class_of(task)
     model, missing = _load(model_class, source, config, dtype, trust_remote_code)
@@ -189,6 +189,11 @@ def load_base(
         ),
         own_labels=own_labels,
     )
+
+
+def class_names(config: PretrainedConfig) -> tuple[str, ...]:
+    """Names of the classes that the checkpoint's head tells apart."""
+    return tuple(config.id2label[index] for index in sorted(config.id2label))
 
 
 def load_empty(
@@ -237,7 +242,7 @@ def label_parameters(
     model_class: Any, config: PretrainedConfig, task: str, *, trust_remote_code: bool = False
 ) -> frozenset[str]:
     """Names of parameters whose shape depends on the number of labels, found by trying two."""
-    if task not in _LABELLED:
+    if task not in LABELLED:
         return frozenset()
     shapes = []
     for count in (3, 5):

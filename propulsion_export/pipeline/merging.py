@@ -6,6 +6,7 @@ from typing import cast
 
 from propulsion_export.artifact import Artifact
 from propulsion_export.errors import UsageError
+from propulsion_export.layout import labels_in
 from propulsion_export.machine import tool_versions
 from propulsion_export.manifest import MANIFEST_FILE, AdapterEntry, BaseEntry, Manifest, Task
 from propulsion_export.output import check_replaceable, staged_directory
@@ -86,16 +87,16 @@ def merge(
         base.save_config(empty, directory, name)
         base.copy_tokenizer(source, directory)
         base.save_generation_settings(source, task, directory)
+        own = base.class_names(config) if task in base.LABELLED and not read.modules else None
+        labels = labels_in(read, {}, own)
         manifest = Manifest(
             kind="merged",
             mode="folded",
             task=cast(Task, task),
             dtype=name,  # type: ignore[arg-type]
-            base=BaseEntry(source, fingerprint),
+            base=BaseEntry(source, fingerprint, own),
             adapters={
-                read.name: AdapterEntry(
-                    read.digest, source_of(adapter), read.size, None, read.labels
-                )
+                read.name: AdapterEntry(read.digest, source_of(adapter), read.size, None, labels)
             },
             tools=tool_versions(),
         )

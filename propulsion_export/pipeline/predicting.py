@@ -4,14 +4,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from propulsion_export.artifact import Artifact
 from propulsion_export.choosing import Sampling
-from propulsion_export.errors import UsageError
+from propulsion_export.errors import ArtifactError, UsageError
 from propulsion_export.pipeline.generating import DEFAULT_NEW_TOKENS, OnText, Settings
 from propulsion_export.pipeline.inputs import read_texts
 from propulsion_export.pipeline.requests import contexts_for, one_each
 from propulsion_export.pipeline.running import RunnerName
-from propulsion_export.pipeline.session import Session
+from propulsion_export.pipeline.session import Reply, Session
 
 _OF_SAMPLING = ("temperature", "top_k", "top_p")
 
@@ -59,6 +61,7 @@ def predict(
         UsageError: there is no text, or another number of adapters or contexts than of texts; an
             option of generating for another task.
         UnknownAdapterError: the artifact has no adapter of a name.
+        ArtifactError: it computes NaN.
         UnavailableError: this machine cannot run it.
     """
     read = Artifact.read(artifact)
@@ -77,10 +80,25 @@ def predict(
     settings = _settings(read, options, on_text)
     session = Session(read, runner=runner)
     replies = session(texts, names, context=contexts, settings=settings)
+    _check_numbers(read, replies)
     return [
         {"text": one, "adapter": reply.adapter, **(reply.prediction or {})}
         for one, reply in zip(texts, replies, strict=True)
     ]
+
+
+def _check_numbers(artifact: Artifact, replies: Sequence[Reply]) -> None:
+    """Refuse predictions that would be made of NaN; a session leaves that to who calls it."""
+    lost = {
+        reply.adapter
+        for reply in replies
+        if any(np.isnan(values).any() for values in reply.outputs.values())
+    }
+    if lost:
+        raise ArtifactError(
+            *(f"{artifact.directory}: computes NaN with {name!r}" for name in sorted(lost)),
+            remedy="`propulsion-export parity` tells where that begins.",
+        )
 
 
 def _settings(

@@ -31,6 +31,7 @@ from propulsion_export.model_fingerprint import fingerprint_of_model
 from propulsion_export.parity.comparison import FACTOR
 from propulsion_export.pipeline.adapters import add_adapter, remove_adapter
 from propulsion_export.pipeline.exporting import export_onnx
+from propulsion_export.pipeline.merging import merge
 from propulsion_export.pipeline.running import choose_runner, open_candidate
 from propulsion_export.pipeline.session import Session
 from propulsion_export.pipeline.verifying import check_parity
@@ -400,13 +401,16 @@ def test_an_adapter_without_a_head_has_the_checkpoints_own(make_bank, tmp_path):
     assert check_parity(directory).passed
 
 
-@pytest.mark.parametrize("mode", ["folded", "switchable", "bank"])
+@pytest.mark.parametrize("mode", ["merged", "folded", "switchable", "bank"])
 def test_classes_of_the_checkpoints_head_have_its_names(mode, make_bank, tmp_path):
     one = Adapter.read(make_bank("bert", "text-classification").one)
     (tmp_path / "headless").mkdir()
     replace(one, modules={}, labels=None).write(tmp_path / "headless")
 
-    export_onnx([tmp_path / "headless"], tmp_path / "out", mode=mode)
+    if mode == "merged":
+        merge(tmp_path / "headless", tmp_path / "out")
+    else:
+        export_onnx([tmp_path / "headless"], tmp_path / "out", mode=mode)
 
     (reply,) = Session(tmp_path / "out")("ba ce", adapter="headless")
     assert reply.labels == LABELS

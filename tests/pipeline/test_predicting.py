@@ -3,6 +3,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 from transformers import (
     AutoModel,
     AutoModelForMaskedLM,
@@ -13,8 +14,9 @@ from transformers import (
 )
 
 from propulsion_export.adapter import Adapter
+from propulsion_export.artifact import Artifact
 from propulsion_export.attach import attached
-from propulsion_export.errors import UnknownAdapterError, UsageError
+from propulsion_export.errors import ArtifactError, UnknownAdapterError, UsageError
 from propulsion_export.pipeline import session
 from propulsion_export.pipeline.adapters import remove_adapter
 from propulsion_export.pipeline.merging import merge
@@ -120,6 +122,21 @@ def test_texts_come_from_a_file_too(switchable, tmp_path):
 def test_a_wrong_call_is_told(options, error, message, switchable):
     with pytest.raises(error, match=message):
         predict(switchable, **options)
+
+
+def test_what_is_made_of_nan_is_no_prediction(switchable, tmp_path):
+    directory = tmp_path / "lost"
+    shutil.copytree(switchable, directory)
+    file = directory / "adapters" / "three.safetensors"
+    feeds = load_file(file)
+    feeds["propulsion_scales"][7] = np.nan
+    save_file(feeds, file)
+    Artifact.write(directory, Artifact.read(switchable).manifest)
+
+    with pytest.raises(ArtifactError, match="computes NaN with 'three'") as told:
+        predict(directory, text=TEXTS, adapter=["five", "three", "base"])
+    assert len(told.value.findings) == 1
+    assert predict(directory, text=TEXTS, adapter=["five"])
 
 
 def test_a_folded_artifact_refuses_another_adapter(folded):
