@@ -18,7 +18,7 @@ from propulsion_export.artifact import Artifact
 from propulsion_export.cli.app import app
 from propulsion_export.model_fingerprint import fingerprint_of_model
 
-SAMPLES = Path(__file__).parents[1] / "samples"
+SAMPLES = Path(__file__).parents[2] / "samples"
 README = (SAMPLES / "README.md").read_text()
 NUMBERED = sorted(file.name for file in SAMPLES.glob("[0-9]*.py"))
 # The adapters decide for one class whatever the text is, so that a test knows what is printed.
