@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -82,6 +83,29 @@ class Base:
     missing: frozenset[str]
     label_parameters: frozenset[str]
     own_labels: tuple[str, ...]
+
+    @property
+    def room(self) -> int | None:
+        """How many labels the model's head has room for; None without such a head."""
+        parameters = self.model.named_parameters()
+        return next((p.shape[0] for name, p in parameters if name in self.label_parameters), None)
+
+    @property
+    def own_head(self) -> bool:
+        """Whether the checkpoint has all of the head that counts labels, or needs none."""
+        return not self.label_parameters & self.missing
+
+    def make_room_(self, labels: int, names: Sequence[str] = ()) -> None:
+        """Let the head have `labels` labels: zeros behind the checkpoint's, `names` in front."""
+        for name in self.label_parameters:
+            path, _, parameter = name.rpartition(".")
+            module = self.model.get_submodule(path)
+            values = getattr(module, parameter)
+            resized = values.new_zeros((labels, *values.shape[1:]))
+            resized[: len(values)] = values[:labels]
+            setattr(module, parameter, nn.Parameter(resized, requires_grad=False))
+        unnamed = (f"LABEL_{index}" for index in range(len(names), labels))
+        set_labels(self.model.config, [*names, *unnamed])
 
     def check_complete(self, supplied: Collection[str]) -> None:
         """Refuse parameters that neither the checkpoint nor `supplied` (an adapter's head) has.

@@ -117,9 +117,8 @@ class AdapterEntry:
 class BaseEntry:
     """The base model an artifact was made from: where it lay, and how to recognise it.
 
-    `labels` are the class names of the head that an artifact has without one of an
-    adapter; without `own_head` it is the first adapter's, since the base model's checkpoint has
-    none of that width.
+    `labels` are the class names of the head that the base model has in the artifact; without
+    `own_head` it is the first adapter's, since the checkpoint has none.
     """
 
     source: str

@@ -81,7 +81,7 @@ def _check_head(manifest: Manifest, new: Adapter) -> None:
     if lacking and not manifest.base.own_head:
         raise AdapterError(
             *(
-                f"adapter {new.name}: has no {name}, and the base model none of that width"
+                f"adapter {new.name}: has no {name}, and the base model none"
                 for name in lacking
             ),
             remedy="Train the head with the adapter.",

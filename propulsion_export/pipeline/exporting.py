@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from propulsion_export.adapter import Adapter
 from propulsion_export.artifact import Artifact
@@ -84,13 +84,16 @@ def export_onnx(
     """
     import torch
 
+    from propulsion_export.model_fingerprint import fingerprint_of_model
+
     adapters = read_adapters(adapter)
     _check_count(adapters, mode)
     source = base_source(model, adapters)
     inputs = (*map(source_of, adapter), source)
     check_replaceable(output, marker=MANIFEST_FILE, force=force, inputs=inputs)
     progress(0.05, f"loading {source}")
-    base, fingerprint = _load(source, task, adapters, trust_remote_code)
+    base = _load(source, task, adapters, mode, trust_remote_code=trust_remote_code)
+    fingerprint = fingerprint_of_model(base.model)
     wanted = base.model.dtype if dtype == "keep" else getattr(torch, dtype)
     name: Dtype = str(wanted).removeprefix("torch.")  # type: ignore[assignment]
     check_base(fingerprint, source, adapters)
@@ -105,8 +108,12 @@ def export_onnx(
         made = make(base, adapters, wanted, opset=opset)
     progress(0.8, f"writing {output}")
     with staged_directory(output, marker=MANIFEST_FILE, force=force, inputs=inputs) as directory:
-        own = not base.label_parameters & base.missing
-        recorded = BaseEntry(source, fingerprint, default_labels(base, adapters), own_head=own)
+        recorded = BaseEntry(
+            source,
+            fingerprint,
+            default_labels(base, adapters[0], made.layout),
+            own_head=base.own_head,
+        )
         entries = _entries(adapters, adapter, made, recorded)
         _write(made, base, directory, name)
         if mode == "bank":
@@ -171,31 +178,24 @@ def _check_count(adapters: Sequence[Adapter], mode: Mode) -> None:
 
 
 def _load(
-    source: str, task: str, adapters: Sequence[Adapter], trust_remote_code: bool
-) -> tuple["Base", Any]:
-    """The base model with room for the largest head, and its fingerprint."""
-    from propulsion_export.base import (
-        label_parameters,
-        load_base,
-        model_class_of,
-        read_config,
-        resolve_task,
-    )
-    from propulsion_export.model_fingerprint import fingerprint_of_model
+    source: str, task: str, adapters: Sequence[Adapter], mode: Mode, *, trust_remote_code: bool
+) -> "Base":
+    """The base model with the head to fold, or with room for its own and the largest."""
+    from propulsion_export.base import load_base, read_config, resolve_task
 
     config = read_config(source, trust_remote_code=trust_remote_code)
     task = resolve_task(task, config, adapters)
-    growing = label_parameters(
-        model_class_of(task), config, task, trust_remote_code=trust_remote_code
-    )
-    count = labels_of(adapters, growing)
-    largest = next((a.labels for a in adapters if a.labels and len(a.labels) == count), None)
-    base = load_base(
-        source, task=task, labels=largest or count, trust_remote_code=trust_remote_code
-    )
+    base = load_base(source, task=task, trust_remote_code=trust_remote_code)
     for adapter in adapters:
         base.check_complete(adapter.modules)
-    return base, fingerprint_of_model(base.model)
+    count = labels_of(adapters, base.label_parameters)
+    if count is None:
+        return base
+    if mode == "folded" or not base.own_head:
+        base.make_room_(count, adapters[0].labels or ())
+    else:
+        base.make_room_(max(count, len(base.own_labels)), base.own_labels)
+    return base
 
 
 def _write(made: Made, base: "Base", directory: Path, dtype: str) -> None:

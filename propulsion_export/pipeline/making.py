@@ -9,7 +9,7 @@ import numpy as np
 from propulsion_export.adapter import Adapter
 from propulsion_export.artifact import Tensors
 from propulsion_export.errors import ToolError
-from propulsion_export.layout import Layout, pack, plan_layout, width_of
+from propulsion_export.layout import Layout, labels_in, pack, plan_layout, width_of
 from propulsion_export.manifest import (
     BASE_NAME,
     BIASES_INPUT,
@@ -20,7 +20,7 @@ from propulsion_export.manifest import (
     Mode,
     Slot,
 )
-from propulsion_export.pipeline.inputs import labels_of, with_room
+from propulsion_export.pipeline.inputs import with_room
 from propulsion_export.rounding import numpy_dtype, rounded
 from propulsion_export.scales import Scale
 
@@ -103,8 +103,7 @@ def _plan(base: "Base", adapters: Sequence[Adapter], dtype: Any) -> tuple[Layout
     model = base.model
     order = [name for name, _ in model.named_modules()]
     order += [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    room = labels_of(adapters, base.label_parameters)
-    roomy = [with_room(adapter, room, base.label_parameters) for adapter in adapters]
+    roomy = [with_room(adapter, base.room, base.label_parameters) for adapter in adapters]
     for adapter in roomy:
         check_fits(model, adapter)
     layout = plan_layout(roomy, order, base.label_parameters)
@@ -199,13 +198,11 @@ def _defaults(
     return defaults
 
 
-def default_labels(base: "Base", adapters: Sequence[Adapter]) -> tuple[str, ...] | None:
+def default_labels(base: "Base", first: Adapter, layout: Layout) -> tuple[str, ...] | None:
     """Class names of the head that `_defaults` chose."""
     if not base.label_parameters:
         return None
-    if base.label_parameters & base.missing:
-        return adapters[0].labels
-    return base.own_labels
+    return base.own_labels if base.own_head else labels_in(first, layout, None)
 
 
 def _placeholder(layout: Layout) -> Adapter:

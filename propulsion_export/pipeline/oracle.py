@@ -22,7 +22,6 @@ from propulsion_export.manifest import BASE_NAME, MODULES_INPUT
 from propulsion_export.parity.generation import continue_greedily, padded_inside
 from propulsion_export.parity.subject import Continuation, Subject
 from propulsion_export.pipeline.inputs import Progress, with_room, without_scales
-from propulsion_export.pipeline.recorded import label_room
 from propulsion_export.pipeline.running import torch_candidate
 from propulsion_export.scales import Array
 
@@ -157,8 +156,7 @@ def _feeds(artifact: Artifact, name: str) -> Tensors:
 
 
 def _states(artifact: Artifact, base: "Base", adapters: Sequence[Adapter]) -> list[_State]:
-    room = label_room(artifact, adapters, base.label_parameters)
-    roomy = [with_room(adapter, room, base.label_parameters) for adapter in adapters]
+    roomy = [with_room(adapter, base.room, base.label_parameters) for adapter in adapters]
     states = [_State(adapter.name, adapter, without_scales(adapter)) for adapter in roomy]
     if artifact.manifest.mode != "folded":
         states.append(_State(BASE_NAME, _default_head(artifact, base), None))

@@ -30,21 +30,15 @@ def load_recorded_base(
     Raises:
         BaseModelError: it cannot be loaded, or is another one.
     """
-    from propulsion_export.base import label_parameters, load_base, model_class_of, read_config
+    from propulsion_export.base import load_base
     from propulsion_export.model_fingerprint import fingerprint_of_model
 
     manifest = artifact.manifest
     source = model or manifest.base.source
-    config = read_config(source, trust_remote_code=trust_remote_code)
-    growing = label_parameters(
-        model_class_of(manifest.task), config, manifest.task, trust_remote_code=trust_remote_code
-    )
-    base = load_base(
-        source,
-        task=manifest.task,
-        labels=label_room(artifact, adapters, growing),
-        trust_remote_code=trust_remote_code,
-    )
+    base = load_base(source, task=manifest.task, trust_remote_code=trust_remote_code)
+    count = _label_room(artifact, adapters, base.label_parameters)
+    if count is not None:
+        base.make_room_(count)
     for adapter in adapters:
         base.check_complete(adapter.modules)
     fingerprint = fingerprint_of_model(base.model)
@@ -57,7 +51,7 @@ def load_recorded_base(
     return base
 
 
-def label_room(
+def _label_room(
     artifact: Artifact, adapters: Sequence[Adapter], label_parameters: frozenset[str]
 ) -> int | None:
     """How many labels the artifact's head has room for; None when it has that of the base model.

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from transformers import AutoModelForSequenceClassification
 
 from kinds import DECODERS, ENCODER_DECODERS, GENERATIVE
 from propulsion_export.adapter import Adapter
@@ -416,6 +417,40 @@ def test_classes_of_the_checkpoints_head_have_its_names(mode, make_bank, tmp_pat
     assert reply.labels == LABELS
     assert reply.prediction["label"] in LABELS
     assert check_parity(tmp_path / "out").passed
+
+
+@pytest.mark.parametrize("width", [2, 5])  # narrower and wider than the checkpoint's own head
+@pytest.mark.parametrize("mode", ["bank", "switchable"])
+def test_the_base_model_keeps_its_own_head_beside_adapters_of_another_width(
+    mode, width, make_bank, tiny_model, positive_adapter, write_adapter, tmp_path
+):
+    made = make_bank("bert", "text-classification")
+    headless = replace(Adapter.read(made.one), modules={}, labels=None)
+    other = positive_adapter(
+        tiny_model("bert", num_labels=width, id2label=None, label2id=None), 3, "other",
+        head=True, task="text-classification", labels=tuple(f"o{n}" for n in range(width)),
+    )  # fmt: skip
+    write_adapter(
+        replace(other, base=headless.base, fingerprint=headless.fingerprint), tmp_path / "other"
+    )
+    (tmp_path / "headless").mkdir()
+    headless.write(tmp_path / "headless")
+
+    export_onnx([tmp_path / "other", tmp_path / "headless"], tmp_path / "out", mode=mode)
+
+    assert check_parity(tmp_path / "out").passed
+    tokens = np.array([[5, 9, 42, 17]])
+    inputs = {"input_ids": tokens, "attention_mask": np.ones_like(tokens)}
+    inputs["token_type_ids"] = np.zeros_like(tokens)
+    model = AutoModelForSequenceClassification.from_pretrained(headless.base).eval()
+    session = Session(tmp_path / "out")
+    for name, adapter in (("base", Adapter("base", {})), ("headless", headless)):
+        (reply,) = session(inputs, name)
+        with attached(model, adapter):
+            expected = torch_runner(model)(inputs)["logits"][0]
+        assert reply.labels == LABELS
+        np.testing.assert_allclose(reply.outputs["logits"], expected, rtol=1e-4, atol=1e-5)
+    assert session(inputs, "other")[0].labels == other.labels
 
 
 @pytest.mark.parametrize("mode", ["bank", "switchable"])
