@@ -96,7 +96,7 @@ def list_(console: Console, artifact: Path) -> None:
         for name, entry in entries.items()
     ]
     heads = ("name", *(("id",) if ids else ()), "scales", "labels", "digest")
-    console.result({"adapters": value}, console.table(heads, table))
+    console.result({"adapters": value}, "" if console.json else console.table(heads, table))
 
 
 def _tell(console: Console, changed: "Artifact") -> None:

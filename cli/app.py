@@ -1,5 +1,6 @@
 """The program `propulsion-export`: finds commands, shows known failures as one line."""
 
+import errno
 import importlib
 import json
 import sys
@@ -9,6 +10,7 @@ from collections.abc import Sequence
 import click
 
 from propulsion_export.errors import PropulsionExportError, UnavailableError
+from propulsion_export.output import FULL
 
 # What --help shows. A command's module is imported when the command runs.
 COMMANDS = {
@@ -18,7 +20,7 @@ COMMANDS = {
     "trt": "Build a TensorRT or TensorRT-RTX engine from an ONNX export.",
     "parity": "The verdict: does an artifact compute what PyTorch computes?",
     "run": "Predict with an artifact, or generate text.",
-    "package": "Write what a server loads: onnxruntime-genai.",
+    "package": "Write what a server loads: onnxruntime-genai, Triton, ONNX Runtime's adapters.",
     "inspect": "Say what an adapter, artifact or engine is.",
     "adapter": "Add, remove and list adapters of a switchable artifact or a bank.",
     "export": "The road in one go: adapters in; ONNX, engine, parity report out.",
@@ -26,8 +28,8 @@ COMMANDS = {
 }
 # Which extra brings a module; the others come with the package itself.
 _EXTRAS = {"onnxruntime": "cpu", "tensorrt": "tensorrt", "tensorrt_rtx": "rtx", "polygraphy": "rtx"}
-
-
+# What a path, a disk or a limit is to blame for.
+_OF_PLACES = {errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EIO, *FULL}
 _BUG = 70  # EX_SOFTWARE of sysexits.h
 
 
@@ -98,6 +100,8 @@ def _explain(error: BaseException, arguments: Sequence[str]) -> int:
         if "-v" in arguments or "--verbose" in arguments:
             traceback.print_exception(error)
         return _fail(str(error), error.exit_code, arguments)
+    if isinstance(error, OSError) and error.errno in _OF_PLACES:
+        return _fail(f"{error.filename or 'the output'}: {error.strerror}", 2, arguments)
     # A bug keeps its traceback; Python's own exit code, 1, is the one of a failed comparison here.
     traceback.print_exception(error)
     return _BUG

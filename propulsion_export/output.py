@@ -20,6 +20,7 @@ MARKERS: tuple[Marker, ...] = get_args(Marker)
 FULL = {
     errno.ENOSPC: "no space left on the device",
     errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file may not grow that large",
     errno.EROFS: "the file system is read-only",
 }
 

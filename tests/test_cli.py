@@ -1,5 +1,7 @@
+import errno
 import io
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -688,3 +690,15 @@ def test_only_a_bank_is_compacted(run, artifact):
 
     assert (code, out) == (4, "")
     assert "is switchable, expected a bank" in err
+
+
+@pytest.mark.parametrize("code", [errno.ENAMETOOLONG, errno.EACCES, errno.EIO, errno.EFBIG])
+def test_what_a_place_is_to_blame_for_is_one_line(monkeypatch, capsys, code):
+    broken_doctor(monkeypatch, OSError(code, os.strerror(code), "/some/where"))
+
+    with pytest.raises(SystemExit) as exit:
+        main(["doctor", "--json"])
+
+    told = capsys.readouterr()
+    assert exit.value.code == json.loads(told.out)["exit_code"] == 2
+    assert told.err == f"propulsion-export: /some/where: {os.strerror(code)}\n"

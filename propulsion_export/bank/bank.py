@@ -25,6 +25,7 @@ from propulsion_export.bank.registry import (
     numbers_in_use,
     put_row,
     renumber,
+    rows_from,
     rows_named,
 )
 from propulsion_export.bank.rows import (
@@ -33,6 +34,7 @@ from propulsion_export.bank.rows import (
     check_length,
     checksum_of,
     copy_rows,
+    identity_of,
     map_rows,
     row_bytes,
     told,
@@ -46,12 +48,21 @@ from propulsion_export.scales import Array
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A bank at one moment: `rows` by name, without the base model's, number rows of `values`."""
+    """A bank at one moment.
+
+    Attributes:
+        version: of the bank.
+        base: the base model's row.
+        rows: of the adapters, by name.
+        values: what the rows are numbers of, as `Bank.values()` gives them.
+        identity: of the file that they are mapped from.
+    """
 
     version: int
     base: Row
     rows: dict[str, Row]
     values: Array
+    identity: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -153,12 +164,21 @@ class Bank:
         with reading(self.directory) as (_, state):
             return map_rows(self.directory, state)
 
-    def snapshot(self) -> Snapshot:
-        """Rows and values of one moment, which `rows()` and `values()` in turn may not be."""
+    def snapshot(self, before: Snapshot | None = None) -> Snapshot:
+        """Rows and values of one moment, which `rows()` and `values()` in turn may not be.
+
+        Since the one `before`, if it is told, only what has changed is read.
+        """
         with reading(self.directory) as (db, state):
-            rows = all_rows(self.directory, db, state)
+            identity = identity_of(self.directory, state)
             values = map_rows(self.directory, state)
-            return Snapshot(state.version, base_row(state), rows, values)
+            if before is None or before.identity != identity:
+                rows = all_rows(self.directory, db, state)
+            else:
+                rows = before.rows | rows_from(self.directory, db, state, len(before.values))
+                if len(rows) != count_names(db):
+                    rows = {name: rows[name] for name in known_names(db)}
+            return Snapshot(state.version, base_row(state), rows, values, identity)
 
     def add(self, name: str, values: Array, entry: AdapterEntry, *, replace: bool = False) -> Row:
         """Append an adapter's row, in a time that does not depend on how many there are.

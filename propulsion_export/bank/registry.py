@@ -167,6 +167,13 @@ def all_rows(directory: Path, db: sqlite3.Connection, state: State) -> dict[str,
     return {name: _row_of(directory, state, columns) for name, *columns in found}
 
 
+def rows_from(directory: Path, db: sqlite3.Connection, state: State, number: int) -> dict[str, Row]:
+    """The rows of adapters, by name, that have this number or a higher one."""
+    asked = "SELECT name, number, entry, checksum FROM adapters WHERE number >= ?"
+    found = db.execute(asked, (number,))
+    return {name: _row_of(directory, state, columns) for name, *columns in found}
+
+
 def rows_named(
     directory: Path, db: sqlite3.Connection, state: State, *, names: Iterable[str]
 ) -> dict[str, Row]:

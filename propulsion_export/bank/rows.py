@@ -56,6 +56,12 @@ def map_rows(directory: Path, state: State) -> Array:
     return np.memmap(directory / state.file, dtype, mode="r", shape=shape)
 
 
+def identity_of(directory: Path, state: State) -> tuple[int, int]:
+    """What tells the bank file from any other while it is mapped, even from one of its name."""
+    stat = (directory / state.file).stat()
+    return stat.st_dev, stat.st_ino
+
+
 def check_row(row: Row, values: Array) -> None:
     """Compare a row of a memory map of the bank with its checksum.
 

@@ -22,11 +22,7 @@ _PATIENCE = 60.0  # seconds to wait for other processes' changes, each of which 
 _MAKE_ROOM = "Make room there, then try again."
 _CHANGE_A_COPY = "Change a copy of it."
 _ON_LOCAL_DISK = "Use a copy of it on a local disk."
-_NO_ROOM = {
-    errno.ENOSPC: FULL[errno.ENOSPC],
-    errno.EDQUOT: FULL[errno.EDQUOT],
-    errno.EFBIG: "the file may not grow that large",
-}
+_NO_ROOM = {code: text for code, text in FULL.items() if code != errno.EROFS}
 _FORBIDDEN = {
     errno.EROFS: FULL[errno.EROFS],
     errno.EACCES: "no permission to write here",

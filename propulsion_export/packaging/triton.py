@@ -16,6 +16,7 @@ from propulsion_export.manifest import (
     BANK_INPUT,
     BASE_NAME,
     IDS_INPUT,
+    MANIFEST_FILE,
     AdapterEntry,
     BaseEntry,
     EngineEntry,
@@ -84,6 +85,8 @@ def plan_model(artifact: Artifact, name: str, max_batch_size: int | None) -> Ser
             f"--model-name: found {name!r}, expected letters, digits, '_', '-' and '.'",
             remedy="It is a part of the address that clients ask.",
         )
+    if name == MANIFEST_FILE:
+        raise UsageError(f"--model-name: found {name!r}, which is the package's own file")
     _check_servable(artifact)
     if manifest.engine is None:
         rows = DEFAULT_MAX_BATCH_SIZE if max_batch_size is None else max_batch_size

@@ -32,7 +32,7 @@ from propulsion_export.pipeline.locking import locked
 
 
 def add_adapter(
-    artifact: Path, adapter: str | Path, *, allow_range: bool = False, force: bool = False
+    artifact: Path | str, adapter: str | Path, *, allow_range: bool = False, force: bool = False
 ) -> Artifact:
     """Add an adapter, `NAME=DIR` or a directory, to a switchable artifact or a bank.
 
@@ -62,6 +62,7 @@ def add_adapter(
 def _fitted(artifact: Artifact, new: Adapter, *, allow_range: bool) -> Tensors:
     """What to feed for an adapter that belongs to the artifact; [D] each."""
     manifest = artifact.manifest
+    _check_task(manifest, new)
     _check_head(manifest, new)
     check_base(
         manifest.base.fingerprint,
@@ -74,16 +75,22 @@ def _fitted(artifact: Artifact, new: Adapter, *, allow_range: bool) -> Tensors:
     return pack(new, manifest.layout, packed_inputs(artifact, BASE_NAME))
 
 
+def _check_task(manifest: Manifest, new: Adapter) -> None:
+    """Refuse an adapter of another task; what its embeddings are for does not matter."""
+    if new.task not in (None, manifest.task) and manifest.task != "feature-extraction":
+        raise AdapterError(
+            f"adapter {new.name}: is for {new.task}, the artifact for {manifest.task}",
+            remedy="Add it to an artifact for its own task.",
+        )
+
+
 def _check_head(manifest: Manifest, new: Adapter) -> None:
     """Refuse an adapter that would get another adapter's head."""
     heads = [slot.path for slot in manifest.layout.get(MODULES_INPUT, ())]
     lacking = [name for name in heads if name not in new.modules]
     if lacking and not manifest.base.own_head:
         raise AdapterError(
-            *(
-                f"adapter {new.name}: has no {name}, and the base model none"
-                for name in lacking
-            ),
+            *(f"adapter {new.name}: has no {name}, and the base model none" for name in lacking),
             remedy="Train the head with the adapter.",
         )
 
@@ -110,7 +117,7 @@ def _add(
     return _commit(read, changed)
 
 
-def remove_adapter(artifact: Path, name: str) -> Artifact:
+def remove_adapter(artifact: Path | str, name: str) -> Artifact:
     """Take an adapter out of a switchable artifact or a bank.
 
     Raises:
@@ -128,7 +135,7 @@ def remove_adapter(artifact: Path, name: str) -> Artifact:
         return _remove(read, name)
 
 
-def compact_bank(artifact: Path) -> int:
+def compact_bank(artifact: Path | str) -> int:
     """Give back the room of a bank's removed and replaced adapters; returns the bytes.
 
     Raises:
@@ -166,7 +173,7 @@ def _commit(before: Artifact, manifest: Manifest) -> Artifact:
     return after
 
 
-def _read_changeable(artifact: Path) -> Artifact:
+def _read_changeable(artifact: Path | str) -> Artifact:
     read = Artifact.read(artifact)
     if read.manifest.mode == "folded":
         raise ArtifactError(

@@ -22,7 +22,7 @@ def count_rows(inputs: Inputs) -> int:
     if isinstance(inputs, str):
         return 1
     if isinstance(inputs, Mapping):
-        shapes = {name: np.shape(values) for name, values in inputs.items()}
+        shapes = {name: _as_array(name, values).shape for name, values in inputs.items()}
         counts = {shape[0] if shape else 0 for shape in shapes.values()} or {0}
         if len(counts) > 1:
             told = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
@@ -88,7 +88,7 @@ def as_given(inputs: Tensors, needed: set[str], optional: set[str]) -> dict[str,
         UsageError: naming those that are missing, that the model does not know, or that have other
             dimensions or types.
     """
-    given = {name: np.asarray(values) for name, values in inputs.items()}
+    given = {name: _as_array(name, values) for name, values in inputs.items()}
     if "input_ids" in given and "token_type_ids" in needed - given.keys():
         given["token_type_ids"] = np.zeros_like(given["input_ids"])
     if missing := needed - given.keys():
@@ -106,6 +106,11 @@ def as_given(inputs: Tensors, needed: set[str], optional: set[str]) -> dict[str,
         for name, values in given.items()
         if name in known and (values.ndim != 2 or values.dtype.kind not in "iub")
     ]
+    findings += [
+        f"{name}: has {values.min()}, expected no number below zero"
+        for name, values in given.items()
+        if name in known and values.size and values.dtype.kind == "i" and values.min() < 0
+    ]
     whole = {given[name].shape for name in _OF_TOKENS & given.keys()}
     if not findings and len(whole) > 1:
         shapes = ", ".join(f"{n} {list(given[n].shape)}" for n in given if n in _OF_TOKENS)
@@ -113,3 +118,10 @@ def as_given(inputs: Tensors, needed: set[str], optional: set[str]) -> dict[str,
     if findings:
         raise UsageError(*findings)
     return {name: values.astype(np.int64) for name, values in given.items()}
+
+
+def _as_array(name: str, values: object) -> Array:
+    try:
+        return np.asarray(values)
+    except ValueError as error:
+        raise UsageError(f"{name}: has rows of different lengths ({error})") from error

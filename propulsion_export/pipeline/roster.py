@@ -161,16 +161,16 @@ class BankRoster:
         bank = now.bank
         if before is not None and before.snapshot.version == bank.version():
             return before
-        snapshot = bank.snapshot()
+        snapshot = bank.snapshot(None if before is None else before.snapshot)
         # What was removed is forgotten, so that a bank in change does not fill the memory. Copied
         # before it is walked through, because requests go on adding to it.
         checked = {} if before is None else before.checked.copy()
-        still = {name: row for name, row in checked.items() if snapshot.rows.get(name) == row}
+        still = {name: row for name, row in checked.items() if snapshot.rows.get(name) is row}
         return cls(now, snapshot, place(snapshot.values), still)
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(self.snapshot.rows)
+        return tuple(sorted(self.snapshot.rows))
 
     @property
     def default(self) -> str:
@@ -193,7 +193,7 @@ class BankRoster:
         unknown = [n for n in dict.fromkeys(names) if n not in known and n != BASE_NAME]
         if unknown:
             directory = self.artifact.directory
-            raise unknown_adapters(directory, unknown, [BASE_NAME, *known], remedy=ADD_ONE)
+            raise unknown_adapters(directory, unknown, [BASE_NAME, *self.names], remedy=ADD_ONE)
 
     def _row(self, name: str) -> Row:
         row = self.snapshot.base if name == BASE_NAME else self.snapshot.rows[name]

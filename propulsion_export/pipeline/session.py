@@ -3,7 +3,7 @@
 import os
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,7 @@ class Session:
 
     def __init__(self, artifact: Path | str | Artifact, *, runner: RunnerName = "auto") -> None:
         read = artifact if isinstance(artifact, Artifact) else _read(Path(artifact).expanduser())
+        read = replace(read, directory=read.directory.absolute())  # wherever the process goes
         check_signature(read)
         self._artifact = read
         self._runner = choose_runner(read, runner)
@@ -96,7 +97,7 @@ class Session:
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _open, (self._artifact.directory.absolute(), self._runner)
+        return _open, (self._artifact.directory, self._runner)
 
     @property
     def adapters(self) -> tuple[str, ...]:

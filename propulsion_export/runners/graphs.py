@@ -28,7 +28,7 @@ def onnxruntime_runner(path: Path, provider: str = "CPUExecutionProvider") -> Ru
 
     Raises:
         UnavailableError: onnxruntime is missing, or has no kernel for a node of the graph.
-        ToolError: it cannot load the model.
+        ToolError: it cannot load the model; on running, it cannot compute what it is fed.
     """
     try:
         import onnxruntime
@@ -51,7 +51,7 @@ def onnxruntime_runner(path: Path, provider: str = "CPUExecutionProvider") -> Ru
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=[provider])
     except Exception as error:  # its exceptions have no public base class
-        reason = str(error).strip().splitlines()[0]
+        reason = _first_line(error)
         if "NOT_IMPLEMENTED" in reason:
             raise UnavailableError(f"{path}: {_NO_BFLOAT16} ({reason})") from error
         raise ToolError(f"{path}: ONNX Runtime cannot load it ({reason})") from error
@@ -61,11 +61,20 @@ def onnxruntime_runner(path: Path, provider: str = "CPUExecutionProvider") -> Ru
 
     def run(inputs: Tensors) -> Tensors:
         feeds = {name: values for name, values in inputs.items() if name in known}
-        if any(isinstance(values, _Placed) for values in feeds.values()):
-            return dict(zip(names, _run_bound(session, feeds, names), strict=True))
-        return dict(zip(names, session.run(names, feeds), strict=True))
+        bound = any(isinstance(values, _Placed) for values in feeds.values())
+        try:
+            found = _run_bound(session, feeds, names) if bound else session.run(names, feeds)
+        except Exception as error:
+            shapes = ", ".join(f"{name} {list(values.shape)}" for name, values in feeds.items())
+            reason = _first_line(error)
+            raise ToolError(f"{path}: cannot be computed of {shapes} ({reason})") from error
+        return dict(zip(names, found, strict=True))
 
     return run
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _threads() -> int:

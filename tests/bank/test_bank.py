@@ -264,6 +264,7 @@ class Changes(RuleBasedStateMachine):
         self.directory = Path(tempfile.mkdtemp())
         self.bank = Bank.create(self.directory, numbers(0))
         self.model, self.next, self.held = {}, 1, []
+        self.followed = self.bank.snapshot()
 
     def teardown(self):
         for values, kept in self.held:
@@ -297,6 +298,12 @@ class Changes(RuleBasedStateMachine):
     @rule()
     def reopen(self):
         self.bank = Bank.open(self.directory)
+
+    @rule()
+    def follow(self):
+        self.followed = self.bank.snapshot(self.followed)
+        assert self.followed.rows == self.bank.rows()
+        np.testing.assert_array_equal(self.followed.values, self.bank.values())
 
     @precondition(lambda self: len(self.held) < 5)
     @rule()

@@ -134,6 +134,37 @@ def test_the_work_does_not_grow_with_the_adapters(bank, directory, monkeypatch, 
     assert not [step for step in plans if "SCAN adapters" in step]
 
 
+def test_following_an_addition_is_no_more_work_with_many_adapters(bank, directory, monkeypatch):
+    def work(bank):
+        before = bank.snapshot()
+        put(bank, "new", 9)
+        return work_of(monkeypatch, bank, lambda bank: bank.snapshot(before))[1]
+
+    few = work(bank)
+    copy = directory.with_name("copy")
+    shutil.copytree(directory, copy)
+    Bank.open(copy).remove("new")
+    fill(copy, 2000)
+
+    assert 0 < work(Bank.open(copy)) <= 1.2 * few
+
+
+def test_another_bank_of_the_same_name_is_not_followed(bank, directory):
+    before = bank.snapshot()
+    other = directory.with_name("other")
+    shutil.copytree(directory, other)
+    put(Bank.open(other), "a", 9, replace=True)
+    put(bank, "d", 8)
+    followed = bank.snapshot(before)
+    directory.rename(directory.with_name("gone"))
+    other.rename(directory)
+
+    now = Bank.open(directory).snapshot(followed)
+
+    assert now.rows == Bank.open(directory).rows()
+    assert "d" not in now.rows
+
+
 def test_work_that_grows_with_the_adapters_is_seen(bank, directory, monkeypatch):
     _, few = work_of(monkeypatch, bank, Bank.rows)
     fill(directory, 2000)

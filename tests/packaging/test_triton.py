@@ -220,6 +220,11 @@ def test_a_name_that_is_no_part_of_an_address_is_refused(name):
         plan_model(artifact(), name, None)
 
 
+def test_the_name_of_the_packages_own_file_is_refused():
+    with pytest.raises(UsageError, match=r"'propulsion.json', which is the package's own file"):
+        plan_model(artifact(), "propulsion.json", None)
+
+
 def test_more_rows_than_an_engine_takes_are_refused():
     with pytest.raises(UsageError, match=r"found 17, expected at most 16, .*--max-shapes"):
         plan_model(engine(), "topics", 17)

@@ -11,7 +11,9 @@ import pytest
 from propulsion_export.adapter import Adapter
 from propulsion_export.artifact import Artifact
 from propulsion_export.errors import AdapterError, ArtifactError, BaseModelError, UsageError
+from propulsion_export.pipeline import locking
 from propulsion_export.pipeline.adapters import add_adapter, remove_adapter
+from propulsion_export.pipeline.session import Session
 from propulsion_export.pipeline.verifying import check_parity
 
 
@@ -158,6 +160,39 @@ def test_a_change_waits_for_the_one_before(world, copy):
 
     assert process.wait(timeout=60) == 0
     assert "five" not in Artifact.read(copy).manifest.adapters
+
+
+def test_a_lock_that_stays_is_told_and_not_waited_for_without_end(world, copy, monkeypatch):
+    monkeypatch.setattr(locking, "_PATIENCE", 0.2)
+    descriptor = os.open(copy, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        for use in (lambda: remove_adapter(copy, "five"), lambda: Session(copy)):
+            with pytest.raises(ArtifactError, match="stays locked by another process for 0 s"):
+                use()
+    finally:
+        os.close(descriptor)
+
+    remove_adapter(copy, "five")
+
+
+@pytest.mark.parametrize("kind", ["switchable", "banked"])
+def test_an_adapter_of_another_task_is_refused(kind, world, request, tmp_path):
+    directory = shutil.copytree(request.getfixturevalue(kind), tmp_path / "copy")
+    (tmp_path / "other").mkdir()
+    replace(Adapter.read(world.three), task="token-classification").write(tmp_path / "other")
+
+    with pytest.raises(AdapterError, match="other: is for token-classification, the artifact for"):
+        add_adapter(directory, tmp_path / "other")
+
+    assert sorted(Artifact.read(directory).adapters) == ["five", "three"]
+
+
+def test_a_directory_is_told_as_text_too(world, copy):
+    add_adapter(str(copy), f"new={world.three}")
+    remove_adapter(str(copy), "new")
+
+    assert sorted(Artifact.read(copy).adapters) == ["five", "three"]
 
 
 def test_a_directory_that_is_not_there_is_told(world, tmp_path):

@@ -27,6 +27,7 @@ from propulsion_export.attach import attached
 from propulsion_export.bank import REGISTRY_FILE
 from propulsion_export.choosing import Sampling
 from propulsion_export.errors import (
+    ToolError,
     UnavailableError,
     UnknownAdapterError,
     UsageError,
@@ -440,6 +441,13 @@ def test_without_a_gpu_what_needs_one_is_unavailable(banked, copied, monkeypatch
         Session(directory)
 
 
+def test_a_number_that_is_no_token_is_told_in_a_line(banked):
+    inputs = {"input_ids": [[5, 9_999]], "attention_mask": [[1, 1]]}
+
+    with pytest.raises(ToolError, match=r"cannot be computed of input_ids \[1, 2\], .*"):
+        Session(banked)(inputs, "five")
+
+
 # Changing
 
 
@@ -463,6 +471,24 @@ def test_what_a_session_changes_the_next_request_sees(kind, copied, world):
     with pytest.raises(UsageError, match="has an adapter 'three' already"):
         session.add(f"three={world.five}")
     assert session("ba be", "three")[0].version == three.version
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_session_stays_with_its_artifact_wherever_the_process_goes(
+    kind, copied, world, tmp_path, monkeypatch
+):
+    here = copied(kind)
+    other = shutil.copytree(here, tmp_path / "other" / here.name)
+    monkeypatch.chdir(tmp_path)
+    session = Session(here.name)
+    monkeypatch.chdir(other.parent)
+
+    session.add(f"new={world.three}")
+
+    assert session("ba be", "new")[0].adapter == "new"
+    assert sorted(Artifact.read(here).adapters) == ["five", "new", "three"]
+    assert sorted(Artifact.read(other).adapters) == ["five", "three"]
+    assert pickle.loads(pickle.dumps(session)).adapters == ("five", "new", "three")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -796,6 +822,8 @@ def test_tensors_are_taken_as_a_tokenizer_or_torch_gives_them(banked):
             {"attention_mask": np.ones((2, 7), int)},
             r"attention_mask \[2, 7\], .*expected one shape",
         ),
+        ({"input_ids": -MASK}, "input_ids: has -1, expected no number below zero"),
+        ({"input_ids": [[1, 2, 3], [4, 5]]}, "input_ids: has rows of different lengths"),
         ({"token_type_ids": 0 * MASK[:, :2]}, r"token_type_ids \[2, 2\], expected one shape"),
     ],
 )
