@@ -4,8 +4,8 @@
 
 Rows of the width that all scales of a 22 million parameter encoder need. Prints the median time of
 an addition around the 10th and around the last, every flush to the disk included, and their ratio;
-how long the bank takes to open; how much memory the opened bank adds to the process; and how long
-it takes to choose the adapters of a batch.
+the same of following one, as a session does; how long the bank takes to open; how much memory the
+opened bank adds to the process; and how long it takes to choose the adapters of a batch.
 """
 
 import argparse
@@ -25,20 +25,33 @@ AROUND = 20  # additions that a median is taken over
 BATCH = 8
 
 
-def fill(bank: Bank, adapters: int) -> list[float]:
-    """Add adapters one by one; the seconds of each."""
-    chooser, seconds = np.random.default_rng(0), []
+def fill(bank: Bank, adapters: int) -> tuple[list[float], list[float]]:
+    """Add adapters one by one; the seconds of each addition, and of following it."""
+    chooser, snapshot = np.random.default_rng(0), bank.snapshot()
+    adding, following = [], []
     for number in range(adapters):
         row = chooser.uniform(0.9, 1.1, bank.width).astype(np.float32)
         entry = AdapterEntry(f"sha256:{number:064}", f"adapters/{number}", bank.width)
-        seconds.append(timed(lambda row=row, entry=entry: bank.add(entry.source[9:], row, entry)))
-    return seconds
+        started = time.perf_counter()
+        bank.add(str(number), row, entry)
+        added = time.perf_counter()
+        snapshot = bank.snapshot(snapshot)
+        following.append(time.perf_counter() - added)
+        adding.append(added - started)
+    return adding, following
 
 
 def timed(action: Callable[[], object]) -> float:
     started = time.perf_counter()
     action()
     return time.perf_counter() - started
+
+
+def early_and_late(seconds: list[float]) -> tuple[float, float]:
+    """Medians around the 10th and the last, in milliseconds."""
+    parts = seconds[10 - AROUND // 2 : 10 + AROUND // 2], seconds[-AROUND:]
+    early, late = (statistics.median(part) * 1e3 for part in parts)
+    return early, late
 
 
 def resident() -> int:
@@ -54,17 +67,16 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=".") as directory:
         bank = Bank.create(Path(directory), np.ones(options.width, np.float32))
-        seconds = fill(bank, options.adapters)
-        early = statistics.median(seconds[10 - AROUND // 2 : 10 + AROUND // 2])
-        late = statistics.median(seconds[-AROUND:])
+        adding, following = map(early_and_late, fill(bank, options.adapters))
         before = resident()
         opening = timed(lambda: Bank.open(Path(directory)).snapshot())
         values = Bank.open(Path(directory)).values()
         names = [str(number) for number in range(0, options.adapters, options.adapters // BATCH)]
         result = {
-            "milliseconds to add one to 10": round(early * 1e3, 2),
-            f"milliseconds to add one to {options.adapters:,}": round(late * 1e3, 2),
-            "ratio": round(late / early, 2),
+            "milliseconds to add one to 10": round(adding[0], 2),
+            f"milliseconds to add one to {options.adapters:,}": round(adding[1], 2),
+            "ratio": round(adding[1] / adding[0], 2),
+            "milliseconds to follow that": [round(each, 2) for each in following],
             "bytes of the bank": values.nbytes,
             "milliseconds to open it": round(opening * 1e3, 1),
             "bytes that this adds to the process": resident() - before,

@@ -369,6 +369,10 @@ def test_a_class_of_anothers_head_never_wins_for_an_adapter_without_label_names(
 
     add_adapter(directory, tmp_path / "nameless")
 
+    export_onnx([tmp_path / "nameless", world.five], tmp_path / "first", mode="bank")
+    (base,) = Session(tmp_path / "first")("ba ce")  # whose head is the first adapter's
+    assert base.labels == ("LABEL_0", "LABEL_1", "LABEL_2")
+    assert base.prediction["label"] in base.labels
     (reply,) = Session(directory)("ba ce", adapter="nameless")
     assert reply.labels == ("LABEL_0", "LABEL_1", "LABEL_2")
     assert reply.outputs["logits"].max() < -50
