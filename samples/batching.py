@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from propulsion_export import Reply, Session
-from propulsion_export.errors import PropulsionExportError, UsageError
+from propulsion_export.errors import ArtifactError, PropulsionExportError, UsageError
 
 WINDOW = 60.0  # seconds that Metrics looks back
 # Rows since the start by what became of them (`wrong`: by the caller's mistake), and batches.
@@ -33,12 +33,17 @@ def answer(session: Session, rows: Sequence[Row]) -> list[Answer]:
     try:
         if any(not row.text.strip() for row in rows):
             raise UsageError("text: is empty, expected some words")
-        return [*session([row.text for row in rows], adapter=[row.adapter for row in rows])]
+        replies = session([row.text for row in rows], adapter=[row.adapter for row in rows])
+        return [_of_nan(reply) if reply.has_nan else reply for reply in replies]
     except PropulsionExportError as error:
         if len(rows) == 1:
             return [error]
         half = len(rows) // 2  # until whoever it is stands alone; a right row is computed once
         return answer(session, rows[:half]) + answer(session, rows[half:])
+
+
+def _of_nan(reply: Reply) -> ArtifactError:
+    return ArtifactError(f"the adapter {reply.adapter!r} computes NaN of this text")
 
 
 class Full(Exception):

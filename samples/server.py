@@ -79,6 +79,8 @@ class Server:
         return ["base", *self.session.adapters]
 
     async def put(self, name: str, place: Place) -> Response:
+        if "=" in name:
+            raise UsageError(f"an adapter cannot be called {name!r}")
         await asyncio.to_thread(self.session.add, f"{name}={place.path}", force=True)
         return Response(status_code=204)
 

@@ -51,7 +51,7 @@ class Snapshot:
     """A bank at one moment.
 
     Attributes:
-        version: of the bank.
+        version: a number that grows with every change, whichever process makes it.
         base: the base model's row.
         rows: of the adapters, by name.
         values: what the rows are numbers of, as `Bank.values()` gives them.
@@ -127,10 +127,11 @@ class Bank:
         with reading(self.directory) as (_, state):
             return self.directory / state.file
 
-    def version(self) -> int:
-        """A number that grows with every change, whichever process makes it."""
+    def is_at(self, snapshot: Snapshot) -> bool:
+        """Whether nothing has changed since, nor another bank taken this one's place."""
         with reading(self.directory) as (_, state):
-            return state.version
+            same = identity_of(self.directory, state) == snapshot.identity
+            return same and state.version == snapshot.version
 
     def __len__(self) -> int:
         """How many adapters there are, the base model not counted."""

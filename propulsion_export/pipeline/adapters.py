@@ -114,7 +114,12 @@ def _add(
         adapters=read.manifest.adapters | {name: replace(entry, file=file)},
         files=read.manifest.files | {file: digest_of(read.directory / file)},
     )
-    return _commit(read, changed)
+    try:
+        return _commit(read, changed)
+    except UsageError:  # the disk takes no manifest any more
+        if file not in read.manifest.files:
+            (read.directory / file).unlink(missing_ok=True)
+        raise
 
 
 def remove_adapter(artifact: Path | str, name: str) -> Artifact:

@@ -4,8 +4,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from propulsion_export.artifact import Artifact
 from propulsion_export.choosing import Sampling
 from propulsion_export.errors import ArtifactError, UsageError
@@ -89,11 +87,7 @@ def predict(
 
 def _check_numbers(artifact: Artifact, replies: Sequence[Reply]) -> None:
     """Refuse predictions that would be made of NaN; a session leaves that to who calls it."""
-    lost = {
-        reply.adapter
-        for reply in replies
-        if any(np.isnan(values).any() for values in reply.outputs.values())
-    }
+    lost = {reply.adapter for reply in replies if reply.has_nan}
     if lost:
         raise ArtifactError(
             *(f"{artifact.directory}: computes NaN with {name!r}" for name in sorted(lost)),

@@ -159,7 +159,7 @@ class BankRoster:
         """The bank of now; see `PackedRoster.read`."""
         now = _read_again(artifact, before)
         bank = now.bank
-        if before is not None and before.snapshot.version == bank.version():
+        if before is not None and bank.is_at(before.snapshot):
             return before
         snapshot = bank.snapshot(None if before is None else before.snapshot)
         # What was removed is forgotten, so that a bank in change does not fill the memory. Copied

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from propulsion_export.artifact import Artifact, Tensors
 from propulsion_export.decoding import recomputing
 from propulsion_export.errors import UnknownAdapterError, UsageError
@@ -55,6 +57,11 @@ class Reply:
     labels: tuple[str, ...] | None = None
     outputs: Tensors = field(default_factory=dict)
     prediction: Mapping[str, Any] | None = None
+
+    @property
+    def has_nan(self) -> bool:
+        """Whether an output is no number, so that the prediction means nothing."""
+        return any(np.isnan(values).any() for values in self.outputs.values())
 
 
 class Session:

@@ -11,18 +11,28 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from propulsion_export.artifact import Runner, Tensors
 from propulsion_export.decoding import LOGITS, PAST, PRESENT
-from propulsion_export.errors import BaseModelError
+from propulsion_export.errors import BaseModelError, ToolError
 
 _KINDS = ("key", "value")
 
 
 def torch_runner(model: Any) -> Runner:
-    """Run a torch module; outputs that are no tensors (caches) are left out."""
+    """Run a torch module; outputs that are no tensors (caches) are left out.
+
+    Raises:
+        ToolError: on running, it cannot compute what it is fed.
+    """
     device = next(model.parameters()).device
 
     def run(inputs: Tensors) -> Tensors:
-        with torch.inference_mode():
-            outputs = model(**_on(device, inputs))
+        try:
+            with torch.inference_mode():
+                outputs = model(**_on(device, inputs))
+        except (IndexError, RuntimeError) as error:
+            shapes = ", ".join(f"{name} {list(np.shape(v))}" for name, v in inputs.items())
+            raise ToolError(
+                f"{type(model).__name__}: cannot be computed of {shapes} ({error})"
+            ) from error
         return {
             name: _to_numpy(value)
             for name, value in outputs.items()

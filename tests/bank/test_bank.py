@@ -85,7 +85,7 @@ def test_the_last_adapter_can_be_removed(bank):
 
 def test_the_version_tells_of_changes_and_of_nothing_else(bank, directory):
     other = Bank.open(directory)
-    seen = [bank.version()]
+    seen = [bank.snapshot().version]
     for change in (
         lambda: put(other, "d", 9),
         lambda: put(other, "d", 10, replace=True),
@@ -93,14 +93,14 @@ def test_the_version_tells_of_changes_and_of_nothing_else(bank, directory):
         other.compact,
     ):
         change()
-        seen.append(bank.version())
+        seen.append(bank.snapshot().version)
     assert seen == sorted(set(seen))
 
     other.compact()
     other.rows()
     with pytest.raises(UsageError):
         put(other, "a", 9)
-    assert bank.version() == seen[-1]
+    assert bank.snapshot().version == seen[-1]
 
 
 # What is refused

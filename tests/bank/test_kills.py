@@ -100,7 +100,7 @@ for turn in range(int(sys.argv[2])):
     put(Bank.open(directory), f"next{turn}", seed)
     assert seeds_of(Bank.open(directory))[f"next{turn}"] == seed
     assert len(list((directory / "adapters").iterdir())) == 2
-print(json.dumps([bank.version(), seeds_of(bank)]))
+print(json.dumps([bank.snapshot().version, seeds_of(bank)]))
 """
 
 # Adds half a hundred adapters as fast as it can.

@@ -91,7 +91,6 @@ CONSTANT = {
     "remove": lambda bank: bank.remove("c"),
     "choose": lambda bank: bank.choose(["c", BASE_NAME, "a", "c"]),
     "open": lambda bank: Bank.open(bank.directory),
-    "version": Bank.version,
     "values": Bank.values,
 }
 
@@ -138,7 +137,8 @@ def test_following_an_addition_is_no_more_work_with_many_adapters(bank, director
     def work(bank):
         before = bank.snapshot()
         put(bank, "new", 9)
-        return work_of(monkeypatch, bank, lambda bank: bank.snapshot(before))[1]
+        assert not bank.is_at(before)
+        return work_of(monkeypatch, bank, lambda bank: bank.is_at(bank.snapshot(before)))[1]
 
     few = work(bank)
     copy = directory.with_name("copy")
@@ -159,6 +159,7 @@ def test_another_bank_of_the_same_name_is_not_followed(bank, directory):
     directory.rename(directory.with_name("gone"))
     other.rename(directory)
 
+    assert not Bank.open(directory).is_at(followed)
     now = Bank.open(directory).snapshot(followed)
 
     assert now.rows == Bank.open(directory).rows()

@@ -176,6 +176,22 @@ def test_a_lock_that_stays_is_told_and_not_waited_for_without_end(world, copy, m
     remove_adapter(copy, "five")
 
 
+def test_nothing_is_left_of_an_adapter_whose_manifest_the_disk_does_not_take(
+    world, copy, monkeypatch
+):
+    def full(self, manifest):
+        raise UsageError("no space left")
+
+    before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    with monkeypatch.context() as patch:
+        patch.setattr(Artifact, "with_manifest", full)
+        for name in ("new", "five"):
+            with pytest.raises(UsageError, match="no space left"):
+                add_adapter(copy, f"{name}={world.three}", force=True)
+
+    assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
+
+
 @pytest.mark.parametrize("kind", ["switchable", "banked"])
 def test_an_adapter_of_another_task_is_refused(kind, world, request, tmp_path):
     directory = shutil.copytree(request.getfixturevalue(kind), tmp_path / "copy")

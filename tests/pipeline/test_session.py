@@ -35,7 +35,7 @@ from propulsion_export.errors import (
 from propulsion_export.manifest import EngineEntry
 from propulsion_export.model_fingerprint import fingerprint_of_model
 from propulsion_export.parity.comparison import FACTOR
-from propulsion_export.pipeline.adapters import remove_adapter
+from propulsion_export.pipeline.adapters import add_adapter, remove_adapter
 from propulsion_export.pipeline.exporting import export_onnx
 from propulsion_export.pipeline.generating import Settings
 from propulsion_export.pipeline.merging import merge
@@ -489,6 +489,25 @@ def test_a_session_stays_with_its_artifact_wherever_the_process_goes(
     assert sorted(Artifact.read(here).adapters) == ["five", "new", "three"]
     assert sorted(Artifact.read(other).adapters) == ["five", "three"]
     assert pickle.loads(pickle.dumps(session)).adapters == ("five", "new", "three")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_refresh_sees_another_artifact_of_the_same_model_in_its_place(
+    kind, copied, world, tmp_path
+):
+    here = copied(kind)
+    other = shutil.copytree(here, tmp_path / "other")
+    add_adapter(here, f"x={world.three}")
+    add_adapter(other, f"x={world.five}")
+    session = Session(here)
+    before = session("ba be", "x")[0].version
+    here.rename(tmp_path / "gone")
+    other.rename(here)
+
+    session.refresh()
+
+    assert before == Adapter.read(world.three).digest
+    assert session("ba be", "x")[0].version == Adapter.read(world.five).digest
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -18,7 +18,7 @@ from propulsion_export.decoding import (
     replaying,
     row_by_row,
 )
-from propulsion_export.errors import BaseModelError
+from propulsion_export.errors import BaseModelError, ToolError
 from propulsion_export.runners.pytorch import (
     torch_cross_decoder_runner,
     torch_decoder_runner,
@@ -333,3 +333,10 @@ def test_model_with_another_state_than_a_cache_is_refused_by_name():
 
     with pytest.raises(BaseModelError, match="MambaForCausalLM: keeps a state"):
         torch_decoder_runner(transformers.MambaForCausalLM(settings).eval())
+
+
+def test_a_number_that_is_no_token_is_told_in_a_line(tiny_model):
+    run = torch_runner(tiny_model("bert"))
+
+    with pytest.raises(ToolError, match=r"cannot be computed of input_ids \[1, 2\] \(index"):
+        run({"input_ids": np.array([[5, 9_999]])})

@@ -3,16 +3,18 @@
 import asyncio
 import threading
 import time
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from propulsion_export import Reply
-from propulsion_export.errors import UnknownAdapterError, UsageError
+from propulsion_export.errors import ArtifactError, UnknownAdapterError, UsageError
 
 SAMPLES = Path(__file__).parents[2] / "samples"
 with pytest.MonkeyPatch.context() as patch:
@@ -60,6 +62,24 @@ def test_a_wrong_row_is_told_and_every_other_is_computed_once(names):
             assert (told.adapter, told.prediction) == (row.adapter, {"label": row.text})
         else:
             assert type(told) is (UnknownAdapterError if row.adapter == "three" else UsageError)
+
+
+def test_a_row_of_nan_is_told_alone():
+    class Lost(Known):
+        def __call__(self, texts, adapter):
+            replies = super().__call__(texts, adapter)
+            return [
+                replace(
+                    one, outputs={"logits": np.array([1, np.nan if one.adapter == "two" else 2])}
+                )
+                for one in replies
+            ]
+
+    one, two, again = batching.answer(Lost(), [Row("a", "one"), Row("b", "two"), Row("c", "one")])
+
+    assert (one.prediction, again.prediction) == ({"label": "a"}, {"label": "c"})
+    assert type(two) is ArtifactError
+    assert str(two) == "the adapter 'two' computes NaN of this text"
 
 
 # The batcher alone
