@@ -31,9 +31,10 @@ from propulsion_export.sampling import trace_prompt
 from propulsion_export.trace import trace_decoder
 
 STEPS = 64
-# Those whose weights are folded in ways of their own; each trace takes ten seconds and more.
+# Those whose layers are of kinds of their own; each trace takes ten seconds and more, and the bank
+# of every architecture is traced besides.
 QUICK = ("gpt2", "llama", "gemma3", "mixtral", "t5")
-FOLDED = [
+TRACED = [
     kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in GENERATIVE
 ]
 PROMPTS = [[11, 42, 7, 65, 23], [50, 9, 31], [8, 90, 77, 16, 29, 33, 60, 71]]
@@ -94,7 +95,7 @@ def test_merged_checkpoint_passes_in_plain_transformers(kind, make_world, tmp_pa
     )
 
 
-@pytest.mark.parametrize("kind", FOLDED)
+@pytest.mark.parametrize("kind", TRACED)
 def test_folded_graph_passes_and_generates_what_the_merged_checkpoint_does(
     kind, make_world, exported, tmp_path
 ):
@@ -108,7 +109,7 @@ def test_folded_graph_passes_and_generates_what_the_merged_checkpoint_does(
     np.testing.assert_array_equal(np.concatenate(alone), expected)
 
 
-@pytest.mark.parametrize("kind", GENERATIVE)
+@pytest.mark.parametrize("kind", TRACED)
 def test_switchable_graph_passes_and_generates_with_every_adapter_and_none(
     kind, make_world, exported, tmp_path
 ):
