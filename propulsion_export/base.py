@@ -74,7 +74,7 @@ class Base:
         task: never `auto`.
         missing: names of parameters that the checkpoint does not have.
         label_parameters: names of parameters whose first dimension counts labels.
-        own_labels: class names in the checkpoint's configuration, whatever it was loaded with.
+        own_labels: class names in the checkpoint's configuration, whatever room was made.
     """
 
     model: PreTrainedModel
@@ -104,6 +104,8 @@ class Base:
             resized = values.new_zeros((labels, *values.shape[1:]))
             resized[: len(values)] = values[:labels]
             setattr(module, parameter, nn.Parameter(resized, requires_grad=False))
+            if isinstance(module, nn.Linear):
+                module.out_features = labels
         unnamed = (f"LABEL_{index}" for index in range(len(names), labels))
         set_labels(self.model.config, [*names, *unnamed])
 
@@ -176,7 +178,6 @@ def load_base(
     *,
     task: str,
     dtype: torch.dtype | None = None,
-    labels: Sequence[str] | int | None = None,
     trust_remote_code: bool = False,
 ) -> Base:
     """Load a checkpoint's safetensors for `task`, in `dtype` (None: the checkpoint's own).
@@ -185,16 +186,12 @@ def load_base(
         source: directory or name.
         task: one of `TASKS`.
         dtype: floating-point type of the weights.
-        labels: class names, or how many there are; None keeps the checkpoint's.
         trust_remote_code: run code that the checkpoint brings.
 
     Raises:
         BaseModelError: it cannot be loaded.
     """
     config = read_config(source, trust_remote_code=trust_remote_code)
-    own_labels = class_names(config)
-    if labels is not None and task in LABELLED:
-        set_labels(config, labels)
     model_class = model_class_of(task)
     model, missing = _load(model_class, source, config, dtype, trust_remote_code)
     poolerless = {name for name in missing if ".pooler." in f".{name}"}
@@ -211,7 +208,7 @@ def load_base(
         label_parameters=label_parameters(
             model_class, config, task, trust_remote_code=trust_remote_code
         ),
-        own_labels=own_labels,
+        own_labels=class_names(config),
     )
 
 

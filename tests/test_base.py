@@ -101,21 +101,30 @@ def test_random_head_is_refused_unless_the_adapter_brings_it(tiny_checkpoint):
     loaded.check_complete(["classifier.weight", "classifier.bias"])
 
 
-def test_head_of_another_label_count_counts_as_missing(tiny_checkpoint):
-    loaded = base.load_base(str(tiny_checkpoint()), task="text-classification", labels=5)
+@pytest.mark.parametrize("labels", [2, 5])
+def test_a_head_with_another_room_keeps_what_fits_of_the_checkpoints(labels, tiny_checkpoint):
+    loaded = base.load_base(str(tiny_checkpoint()), task="text-classification")
+    before = loaded.model.classifier.weight.clone()
 
-    assert loaded.missing == {"classifier.weight", "classifier.bias"}
-    assert loaded.model.classifier.out_features == 5
+    loaded.make_room_(labels)
+
+    head = loaded.model.classifier
+    assert (loaded.room, head.out_features, head.bias.shape) == (labels, labels, (labels,))
+    torch.testing.assert_close(head.weight[:3], before[:labels], rtol=0, atol=0)
+    assert not head.weight[3:].any()
+    assert loaded.own_labels == LABELS
 
 
-def test_labels_asked_for_are_named_in_the_configuration(tiny_checkpoint):
+def test_names_come_first_in_the_configuration_of_a_head_with_more_room(tiny_checkpoint):
     source = str(tiny_checkpoint("bert", "feature-extraction"))
+    loaded = base.load_base(source, task="token-classification")
 
-    config = base.load_base(source, task="token-classification", labels=["x", "y"]).model.config
+    loaded.make_room_(3, ["x", "y"])
 
-    assert config.id2label == {0: "x", 1: "y"}
-    assert config.label2id == {"x": 0, "y": 1}
-    assert config.num_labels == 2
+    config = loaded.model.config
+    assert config.id2label == {0: "x", 1: "y", 2: "LABEL_2"}
+    assert config.label2id == {"x": 0, "y": 1, "LABEL_2": 2}
+    assert config.num_labels == 3
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta", "albert", "mpnet"])
@@ -222,7 +231,7 @@ def test_empty_model_keeps_the_checkpoints_labels_when_the_adapter_has_no_head(t
 
 def test_written_configuration_names_labels_and_dtype_and_no_path(tiny_checkpoint, tmp_path):
     source = tiny_checkpoint()
-    loaded = base.load_base(str(source), task="text-classification", labels=LABELS)
+    loaded = base.load_base(str(source), task="text-classification")
 
     base.save_config(loaded.model, tmp_path, "float16")
 
