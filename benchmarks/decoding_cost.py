@@ -23,8 +23,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from prepared import export_modes, write_random_adapter
 from propulsion_export import Artifact, merge
-from propulsion_export.decoding import generate, greedy
-from propulsion_export.pipeline.running import choose_runner, open_candidate
+from propulsion_export.runners.decoding import generate, greedy
+from propulsion_export.runners.opening import choose_runner, open_candidate
 
 PLACEMENTS = {"all": "model.", "attention": "self_attn."}
 NEVER = 10**9  # an end token that does not come

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from propulsion_export.bank import Bank
-from propulsion_export.manifest import AdapterEntry
+from propulsion_export.artifacts.bank import Bank
+from propulsion_export.artifacts.manifest import AdapterEntry
 
 AROUND = 20  # additions that a median is taken over
 BATCH = 8

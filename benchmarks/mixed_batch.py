@@ -33,17 +33,19 @@ from prepared import (
     write_random_adapter,
 )
 from propulsion_export import Artifact
-from propulsion_export.base import load_base
-from propulsion_export.folding_rules import output_width
-from propulsion_export.graph.dimensions import NameDimensions
+from propulsion_export.adapters.names import BASE_NAME
+from propulsion_export.artifacts.layout import packed_inputs, to_row
+from propulsion_export.artifacts.manifest import AdapterEntry
+from propulsion_export.artifacts.tensor_names import BANK_INPUT, IDS_INPUT
+from propulsion_export.base_model.loading import load_base
+from propulsion_export.graph.build import optimise
 from propulsion_export.graph.files import write_graph
-from propulsion_export.graph.finishing import optimise
-from propulsion_export.layout import packed_inputs, to_row
-from propulsion_export.manifest import BANK_INPUT, BASE_NAME, IDS_INPUT, AdapterEntry
-from propulsion_export.pipeline.roster import BankRoster
-from propulsion_export.runners.graphs import onnxruntime_runner, place_in_onnxruntime
-from propulsion_export.sampling import TRACED_ROWS, input_names, trace_inputs
-from propulsion_export.trace import trace
+from propulsion_export.graph.passes.dimensions import NameDimensions
+from propulsion_export.graph.sample_inputs import TRACED_ROWS, input_names, trace_inputs
+from propulsion_export.graph.trace import trace
+from propulsion_export.runners.onnxruntime import onnxruntime_runner, place_in_onnxruntime
+from propulsion_export.scaling.layer_rules import output_width
+from propulsion_export.serving.roster import BankRoster
 
 TASK = "feature-extraction"
 RANK = 8

@@ -8,14 +8,14 @@ import numpy as np
 import torch
 
 from propulsion_export import Adapter, export_onnx
-from propulsion_export.folding_rules import output_width
-from propulsion_export.graph.dimensions import NameDimensions
+from propulsion_export.adapters.scales import Scale
+from propulsion_export.base_model.model_fingerprint import fingerprint_of_model
+from propulsion_export.graph.build import optimise
 from propulsion_export.graph.files import write_graph
-from propulsion_export.graph.finishing import optimise
-from propulsion_export.model_fingerprint import fingerprint_of_model
-from propulsion_export.sampling import input_names, trace_inputs
-from propulsion_export.scales import Scale
-from propulsion_export.trace import trace
+from propulsion_export.graph.passes.dimensions import NameDimensions
+from propulsion_export.graph.sample_inputs import input_names, trace_inputs
+from propulsion_export.graph.trace import trace
+from propulsion_export.scaling.layer_rules import output_width
 
 # A part of the module paths of a BERT that each placement scales.
 BERT_PLACEMENTS = {"all": "", "attention": "attention.self."}

@@ -22,8 +22,8 @@ from prepared import (
     write_random_adapter,
 )
 from propulsion_export import Artifact
-from propulsion_export.base import load_base
-from propulsion_export.runners.graphs import onnxruntime_runner
+from propulsion_export.base_model.loading import load_base
+from propulsion_export.runners.onnxruntime import onnxruntime_runner
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "samples"))
 from minilm import model_directory

@@ -9,7 +9,7 @@ from .console import Console, console_options, human_size
 from .options import DIRECTORY
 
 if TYPE_CHECKING:
-    from propulsion_export.artifact import Artifact
+    from propulsion_export.artifacts.artifact import Artifact
 
 
 @click.group(epilog="\b\nExample: propulsion-export adapter list onnx/bank")
@@ -28,7 +28,7 @@ def add(console: Console, artifact: Path, adapter: str, allow_range: bool, force
 
     A bank takes as long for the ten thousandth as for the first.
     """
-    from propulsion_export.pipeline.adapters import add_adapter
+    from propulsion_export.artifacts.changing import add_adapter
 
     _tell(console, add_adapter(artifact, adapter, allow_range=allow_range, force=force))
 
@@ -42,7 +42,7 @@ def remove(console: Console, artifact: Path, name: str) -> None:
 
     A bank keeps its row, which others may be reading, until `adapter compact`.
     """
-    from propulsion_export.pipeline.adapters import remove_adapter
+    from propulsion_export.artifacts.changing import remove_adapter
 
     _tell(console, remove_adapter(artifact, name))
 
@@ -55,7 +55,7 @@ def compact(console: Console, artifact: Path) -> None:
 
     Ids change: whoever feeds them without this library looks them up again.
     """
-    from propulsion_export.pipeline.adapters import compact_bank
+    from propulsion_export.artifacts.changing import compact_bank
 
     freed = compact_bank(artifact)
     console.result({"freed": freed}, f"{artifact}: {human_size(freed)} given back")
@@ -66,7 +66,7 @@ def compact(console: Console, artifact: Path) -> None:
 @console_options
 def list_(console: Console, artifact: Path) -> None:
     """List an artifact's adapters; those of a bank with the ids that its graph is fed."""
-    from propulsion_export.artifact import Artifact
+    from propulsion_export.artifacts.artifact import Artifact
 
     read = Artifact.read(artifact)
     ids = {}

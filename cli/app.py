@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 import click
 
+from propulsion_export.artifacts.staging import FULL
 from propulsion_export.errors import PropulsionExportError, UnavailableError
-from propulsion_export.output import FULL
 
 # What --help shows. A command's module is imported when the command runs.
 COMMANDS = {

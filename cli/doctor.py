@@ -9,7 +9,7 @@ from .console import Console, console_options
 @console_options
 def command(console: Console) -> None:
     """What this machine can do, what is missing, and how to get it."""
-    from propulsion_export.machine import capabilities, cuda_devices, tool_versions
+    from propulsion_export.environment.machine import capabilities, cuda_devices, tool_versions
 
     found = capabilities()
     rows = [

@@ -49,7 +49,7 @@ def command(
     Exit 1 when a comparison failed, 3 when the engine asked for could not be built here.
     """
     from propulsion_export.engine import BuildOptions
-    from propulsion_export.pipeline.road import export
+    from propulsion_export.pipeline.export import export
 
     engine = None if no_engine else BuildOptions(runtime=runtime, targets=targets)
     with console.progress() as progress:

@@ -15,11 +15,11 @@ from .options import DIRECTORY
 @console_options
 def command(console: Console, path: Path) -> None:
     """Say what an adapter, artifact or engine is."""
-    from propulsion_export.adapter import Adapter
-    from propulsion_export.artifact import Artifact
+    from propulsion_export.adapters.adapter import Adapter
+    from propulsion_export.adapters.peft_directory import CONFIG_FILE
+    from propulsion_export.artifacts.artifact import Artifact
+    from propulsion_export.artifacts.file_names import MANIFEST_FILE
     from propulsion_export.errors import ArtifactError
-    from propulsion_export.manifest import MANIFEST_FILE
-    from propulsion_export.peft_directory import CONFIG_FILE
 
     if not path.is_dir():
         raise ArtifactError(f"{path}: does not exist, expected a directory")

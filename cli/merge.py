@@ -34,7 +34,7 @@ def command(console: Console, adapter: str, output: Path, **options: Any) -> Non
     The directory written is a complete checkpoint: AutoModel.from_pretrained loads it without this
     package.
     """
-    from propulsion_export.pipeline.merging import merge
+    from propulsion_export.pipeline.merge import merge
 
     with console.progress() as progress:
         artifact = merge(adapter, output, progress=progress, **options)

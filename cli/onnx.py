@@ -44,8 +44,8 @@ def command(
     switchable a small file each to feed, in a bank a row each. `adapter add` adds to them later.
     Compares with PyTorch unless told not to.
     """
-    from propulsion_export.pipeline.exporting import export_onnx
-    from propulsion_export.pipeline.verifying import check_parity
+    from propulsion_export.pipeline.onnx import export_onnx
+    from propulsion_export.pipeline.parity import check_parity
 
     with console.progress() as progress:
         artifact = export_onnx(adapter, output, progress=progress, **options)

@@ -6,6 +6,8 @@ from typing import Any, ParamSpec, TypeVar
 
 import click
 
+from propulsion_export.runners.table import RUNNER_NAMES
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -49,9 +51,7 @@ untie_option = click.option(
 )
 runner_option = click.option(
     "--runner",
-    type=click.Choice(
-        ["auto", "torch", "onnxruntime", "onnxruntime-cuda", "reference", "tensorrt"]
-    ),
+    type=click.Choice(RUNNER_NAMES),
     default="auto",
     show_default=True,
 )

@@ -1,26 +1,23 @@
 """`propulsion-export package`: what a server loads."""
 
-import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
+from propulsion_export.packaging.layouts import LAYOUTS
+
 from .console import Console, console_options, human_size, size_of
 from .options import DIRECTORY, output_options
-
-if TYPE_CHECKING:
-    from propulsion_export.pipeline.packaging import Package
 
 
 @click.command(epilog="\b\nExample: propulsion-export package onnx/bank -o models --layout triton")
 @click.argument("artifact", metavar="DIR", type=DIRECTORY)
 @click.option(
     "--layout",
-    type=click.Choice(["genai", "onnx-adapter", "triton"]),
+    type=click.Choice(tuple(LAYOUTS)),
     required=True,
-    help="genai: a causal language model for onnxruntime-genai. onnx-adapter: a switchable export "
-    "for ONNX Runtime's LoraAdapter. triton: a bank, a folded export or an engine for Triton.",
+    help=". ".join(f"{name}: {layout.summary}" for name, layout in LAYOUTS.items()) + ".",
 )
 @click.option(
     "--model-name", metavar="NAME", help="What Triton's clients ask for.  [default: that of -o]"
@@ -40,7 +37,7 @@ def command(console: Console, artifact: Path, output: Path, layout: Any, **optio
     repository that holds the adapters of this moment: `--model-name topics` makes
     models/topics/config.pbtxt and models/topics/1.
     """
-    from propulsion_export.pipeline.packaging import package
+    from propulsion_export.pipeline.package import package
 
     with console.progress() as progress:
         made = package(artifact, output, layout=layout, progress=progress, **options)
@@ -52,15 +49,4 @@ def command(console: Console, artifact: Path, output: Path, layout: Any, **optio
         "model_name": made.model_name,
     }
     told = f"{output}: {layout}, {human_size(size_of(output))}, {', '.join(made.adapters)}"
-    console.result(value, f"{told}\nNext: {_next(made)}")
-
-
-def _next(made: "Package") -> str:
-    """What to type to use the package."""
-    directory = shlex.quote(str(made.directory))
-    if made.layout == "triton":
-        return f"tritonserver --model-repository {directory}"
-    if made.layout == "genai":
-        code = f"import onnxruntime_genai as og; og.Model({str(made.directory)!r})"
-        return f"python -c {shlex.quote(code)}"
-    return f"propulsion-export run {directory} --adapter {shlex.quote(made.adapters[0])} --text ..."
+    console.result(value, f"{told}\nNext: {made.next_command}")

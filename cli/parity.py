@@ -39,9 +39,9 @@ def command(console: Console, artifact: Path, junit: Path | None, **options: Any
     The oracle is the base model with the adapter in float64; an artifact may err at most 4 times as
     much as PyTorch itself does at its precision. Exit 0 passed, 1 failed, 3 nothing could be run.
     """
-    from propulsion_export.output import check_replaceable_file, replace_file
-    from propulsion_export.parity.junit import to_junit
-    from propulsion_export.pipeline.verifying import check_parity
+    from propulsion_export.artifacts.staging import check_replaceable_file, replace_file
+    from propulsion_export.parity.reports.junit import to_junit
+    from propulsion_export.pipeline.parity import check_parity
 
     if junit is not None:
         check_replaceable_file(junit, holds=b"<testsuite")

@@ -42,7 +42,7 @@ def command(
 
     Text behind a single prompt is written as it comes.
     """
-    from propulsion_export.pipeline.predicting import predict
+    from propulsion_export.pipeline.run import predict
 
     alone = len(text) == 1 and inputs is None
     on_text = _print_piece if alone and not (console.json or console.quiet) else None
@@ -83,7 +83,7 @@ def _text(predictions: Sequence[Mapping[str, Any]], *, streamed: bool) -> str:
 
 def _asked(options: Mapping[str, Any]) -> int:
     """How many new tokens a text may have by the caller's will."""
-    from propulsion_export.pipeline.generating import DEFAULT_NEW_TOKENS
+    from propulsion_export.serving.generation import DEFAULT_NEW_TOKENS
 
     return options["max_new_tokens"] or DEFAULT_NEW_TOKENS
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from propulsion_export.base_model.tasks import TRAINED_TASKS
+
 from .console import Console, console_options
 from .options import FILE, output_options, trust_option
 
@@ -24,14 +26,7 @@ from .options import FILE, output_options, trust_option
 )
 @click.option(
     "--task",
-    type=click.Choice(
-        [
-            "text-classification",
-            "token-classification",
-            "text-generation",
-            "text2text-generation",
-        ]
-    ),
+    type=click.Choice(TRAINED_TASKS),
     default="text-classification",
     show_default=True,
 )

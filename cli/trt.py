@@ -51,12 +51,14 @@ def command(console: Console, artifact: Path, output: Path, force: bool, **optio
     Precision is the graph's: choose it with `onnx --dtype`. TensorRT-RTX builds without a GPU.
     """
     from propulsion_export.engine import BuildOptions, parse_shapes
-    from propulsion_export.pipeline.building import build
+    from propulsion_export.pipeline.trt import build_engine
 
     for name in ("min_shapes", "opt_shapes", "max_shapes"):
         options[name] = parse_shapes(options[name]) if options[name] else {}
     with console.progress() as progress:
-        made = build(artifact, output, BuildOptions(**options), force=force, progress=progress)
+        made = build_engine(
+            artifact, output, BuildOptions(**options), force=force, progress=progress
+        )
     engine = made.manifest.engine
     assert engine is not None
     size = size_of(output / "model.engine")

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from propulsion_export.parity.report import ParityReport
+    from propulsion_export.parity.reports.report import ParityReport
 
 _CODES = {"passed": 0, "failed": 1, "not run": 3}
 

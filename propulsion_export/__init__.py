@@ -7,45 +7,45 @@ this package loads no framework; it only tells PEFT, once that is imported, that
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from propulsion_export.registration import register_with_peft
+from propulsion_export.environment.registration import register_with_peft
 
 if TYPE_CHECKING:
-    from propulsion_export.adapter import Adapter
-    from propulsion_export.artifact import Artifact
-    from propulsion_export.choosing import Sampling
+    from propulsion_export.adapters.adapter import Adapter
+    from propulsion_export.artifacts.artifact import Artifact
+    from propulsion_export.artifacts.changing import add_adapter, remove_adapter
     from propulsion_export.engine import BuildOptions
-    from propulsion_export.parity.report import ParityReport
-    from propulsion_export.pipeline.adapters import add_adapter, remove_adapter
-    from propulsion_export.pipeline.building import build as build_engine
-    from propulsion_export.pipeline.exporting import export_onnx
-    from propulsion_export.pipeline.generating import Settings
-    from propulsion_export.pipeline.merging import merge
-    from propulsion_export.pipeline.packaging import package
-    from propulsion_export.pipeline.predicting import predict
-    from propulsion_export.pipeline.session import Reply, Session
-    from propulsion_export.pipeline.verifying import check_parity
+    from propulsion_export.parity.reports.report import ParityReport
+    from propulsion_export.pipeline.merge import merge
+    from propulsion_export.pipeline.onnx import export_onnx
+    from propulsion_export.pipeline.package import package
+    from propulsion_export.pipeline.parity import check_parity
+    from propulsion_export.pipeline.run import predict
+    from propulsion_export.pipeline.trt import build_engine
+    from propulsion_export.serving.generation import Settings
+    from propulsion_export.serving.session import Reply, Session
+    from propulsion_export.serving.token_sampling import Sampling
     from propulsion_export.training import TrainOptions, train
     from propulsion_export.tuning import PropulsionConfig
 
 _HOMES = {
-    "Adapter": "adapter:Adapter",
-    "Artifact": "artifact:Artifact",
-    "BuildOptions": "engine:BuildOptions",
-    "ParityReport": "parity.report:ParityReport",
+    "Adapter": "adapters.adapter:Adapter",
+    "Artifact": "artifacts.artifact:Artifact",
+    "BuildOptions": "engine.options:BuildOptions",
+    "ParityReport": "parity.reports.report:ParityReport",
     "PropulsionConfig": "tuning:PropulsionConfig",
-    "Reply": "pipeline.session:Reply",
-    "Sampling": "choosing:Sampling",
-    "Session": "pipeline.session:Session",
-    "Settings": "pipeline.generating:Settings",
+    "Reply": "serving.session:Reply",
+    "Sampling": "serving.token_sampling:Sampling",
+    "Session": "serving.session:Session",
+    "Settings": "serving.generation:Settings",
     "TrainOptions": "training:TrainOptions",
-    "add_adapter": "pipeline.adapters:add_adapter",
-    "build_engine": "pipeline.building:build",
-    "check_parity": "pipeline.verifying:check_parity",
-    "export_onnx": "pipeline.exporting:export_onnx",
-    "merge": "pipeline.merging:merge",
-    "package": "pipeline.packaging:package",
-    "predict": "pipeline.predicting:predict",
-    "remove_adapter": "pipeline.adapters:remove_adapter",
+    "add_adapter": "artifacts.changing:add_adapter",
+    "build_engine": "pipeline.trt:build_engine",
+    "check_parity": "pipeline.parity:check_parity",
+    "export_onnx": "pipeline.onnx:export_onnx",
+    "merge": "pipeline.merge:merge",
+    "package": "pipeline.package:package",
+    "predict": "pipeline.run:predict",
+    "remove_adapter": "artifacts.changing:remove_adapter",
     "train": "training:train",
 }
 

@@ -56,6 +56,11 @@ def _rebuild(
     return kind(*findings, remedy=remedy)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or the name of its class when it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 class UsageError(PropulsionExportError):
     """The call asks for something that cannot be."""
 

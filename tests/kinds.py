@@ -1,4 +1,4 @@
-"""The generative architectures that tests go through; `conftest.make_model` makes a tiny one."""
+"""The generative architectures that tests go through; `tiny_models.make_model` makes a tiny one."""
 
 DECODERS = (
     "gpt2",

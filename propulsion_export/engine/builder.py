@@ -7,19 +7,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from propulsion_export.artifact import Artifact
-from propulsion_export.bank import Bank
+from propulsion_export.artifacts.artifact import Artifact
+from propulsion_export.artifacts.bank import Bank
+from propulsion_export.artifacts.file_names import ENGINE_FILE, GRAPH_FILE
+from propulsion_export.artifacts.manifest import EngineEntry, Manifest
+from propulsion_export.artifacts.staging import replace_file
+from propulsion_export.artifacts.tensor_names import BANK_INPUT
+from propulsion_export.base_model.config import read_settings
 from propulsion_export.engine.network import Network, parse, specs_of
+from propulsion_export.engine.operators import check_operators
 from propulsion_export.engine.options import BuildOptions, check_options
 from propulsion_export.engine.profiles import Profile, choose_profiles, longest_sequence
-from propulsion_export.engine.source import (
-    adapter_inputs,
-    check_operators,
-    give_default_,
-    read_graph,
-    read_settings,
-    require_inputs_,
-)
 from propulsion_export.engine.targets import (
     Runtime,
     choose_runtime,
@@ -27,16 +25,14 @@ from propulsion_export.engine.targets import (
     compute_capability,
     load,
 )
+from propulsion_export.environment.machine import tool_versions
 from propulsion_export.errors import ArtifactError, ToolError, UnavailableError
-from propulsion_export.machine import tool_versions
-from propulsion_export.manifest import (
-    BANK_INPUT,
-    ENGINE_FILE,
-    GRAPH_FILE,
-    EngineEntry,
-    Manifest,
+from propulsion_export.graph.files import read_graph
+from propulsion_export.graph.passes.required_inputs import (
+    adapter_inputs,
+    give_default_,
+    require_inputs_,
 )
-from propulsion_export.output import replace_file
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -56,7 +52,7 @@ class _Job:
     options: BuildOptions
 
 
-def build_engine(
+def write_engine(
     artifact: Artifact,
     directory: Path,
     options: BuildOptions,

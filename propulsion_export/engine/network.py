@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from propulsion_export.engine.source import external_files
+from propulsion_export.artifacts.file_names import GRAPH_FILE
+from propulsion_export.artifacts.manifest import TensorSpec
 from propulsion_export.errors import ArtifactError, ToolError
-from propulsion_export.manifest import GRAPH_FILE, TensorSpec
+from propulsion_export.graph.files import external_files
 
 if TYPE_CHECKING:
     import onnx_ir as ir

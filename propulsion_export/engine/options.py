@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from propulsion_export.artifacts.manifest import Mode
 from propulsion_export.engine.profiles import Shapes
 from propulsion_export.engine.targets import AUTO, Runtime
+from propulsion_export.environment.machine import cuda_devices, cuda_reason
 from propulsion_export.errors import UnavailableError, UsageError
-from propulsion_export.machine import cuda_devices, cuda_reason
-from propulsion_export.manifest import Mode
 
 _LEVELS = range(6)
 

@@ -9,9 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+from propulsion_export.artifacts.manifest import TensorSpec
+from propulsion_export.artifacts.tensor_names import ADAPTERS_DIMENSION, BANK_INPUT
+from propulsion_export.base_model.positions import known_positions
 from propulsion_export.errors import UsageError
-from propulsion_export.lengths import known_positions
-from propulsion_export.manifest import ADAPTERS_DIMENSION, BANK_INPUT, TensorSpec
 
 Shapes = Mapping[str, tuple[int, ...]]
 Range = tuple[int, int, int]

@@ -5,9 +5,14 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any, Literal
 
+from propulsion_export.artifacts.manifest import Dtype
+from propulsion_export.environment.machine import (
+    cuda_devices,
+    cuda_reason,
+    has_module,
+    rtx_targets,
+)
 from propulsion_export.errors import UnavailableError, UsageError
-from propulsion_export.machine import cuda_devices, cuda_reason, has_module, rtx_targets
-from propulsion_export.manifest import Dtype
 
 Runtime = Literal["tensorrt", "tensorrt-rtx"]
 

@@ -1,5 +1,1 @@
-"""Passes on the traced graph, and reading and writing it.
-
-`dimensions` names the symbolic dimensions, `packing` makes initializers inputs, `finishing`
-optimises, sets defaults and reads the signature, `files` reads and writes.
-"""
+"""The traced graph: made, changed by passes, written, read, compared with a manifest."""

@@ -1,14 +1,16 @@
-"""Write graphs with their weights beside them, so that size is no limit."""
+"""Read and write graphs, their weights in files beside them, so that size is no limit."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-from propulsion_export.manifest import GRAPH_FILE, WEIGHTS_FILE
+from propulsion_export.artifacts.file_names import GRAPH_FILE, WEIGHTS_FILE
+from propulsion_export.errors import ArtifactError
 
 # Shapes and split lengths must be inside the graph: runtimes read them while inferring shapes.
 _INLINE_BYTES = 64 * 1024
@@ -66,3 +68,49 @@ def _digest(tensor: Any) -> bytes:
     values = np.ascontiguousarray(tensor.numpy())
     key = str(tensor.dtype).encode()
     return hashlib.blake2b(values.view(np.uint8).data, key=key).digest()
+
+
+def read_graph(directory: Path, name: str = GRAPH_FILE) -> ir.Model:
+    """Load the graph `name`, its weights left on disk.
+
+    Raises:
+        ArtifactError: it is no ONNX file, or keeps weights outside the directory.
+    """
+    file = directory / name
+    try:
+        model = ir.load(file)
+    except DecodeError as error:
+        raise ArtifactError(f"{file}: is no ONNX file ({error})") from error
+    inside = directory.resolve()
+    escaping = [
+        f"{file}: keeps weights in {location!r}, expected a file inside its directory"
+        for location in external_files(model)
+        if ".." in Path(location).parts
+        or not (directory / location).resolve().is_relative_to(inside)
+    ]
+    if escaping:
+        raise ArtifactError(*escaping, remedy="Export it again.")
+    return model
+
+
+def external_files(model: ir.Model) -> tuple[str, ...]:
+    """The files beside the graph that its weights lie in."""
+    tensors = (
+        tensor.location for tensor in _tensors(model) if isinstance(tensor, ir.ExternalTensor)
+    )
+    return tuple(dict.fromkeys(str(location) for location in tensors))
+
+
+def _tensors(model: ir.Model) -> Iterator[Any]:
+    for graph in all_graphs(model):
+        yield from (value.const_value for value in graph.initializers.values())
+        for attribute in (item for node in graph for item in node.attributes.values()):
+            if isinstance(attribute, ir.Attr) and attribute.type == ir.AttributeType.TENSOR:
+                yield attribute.value
+
+
+def all_graphs(model: ir.Model) -> Iterator[ir.Graph]:
+    """The graphs of a model: its own, those inside nodes, and those of functions."""
+    yield from model.graphs()
+    for function in model.functions.values():
+        yield from (function.graph, *function.subgraphs())

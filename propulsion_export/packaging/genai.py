@@ -1,17 +1,80 @@
 """What onnxruntime-genai reads beside a graph and its adapter files: its configuration."""
 
-from collections.abc import Sequence
+import json
+import shlex
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
-from propulsion_export.decoding import LOGITS, PAST, PRESENT
-from propulsion_export.manifest import GRAPH_FILE, TensorSpec
-from propulsion_export.special_tokens import SpecialTokens
+from propulsion_export.artifacts.artifact import Artifact
+from propulsion_export.artifacts.file_names import GENAI_CONFIG_FILE, GRAPH_FILE
+from propulsion_export.artifacts.manifest import TensorSpec
+from propulsion_export.artifacts.tensor_names import LOGITS, PAST, PRESENT
+from propulsion_export.base_model.config import read_config
+from propulsion_export.base_model.special_tokens import SpecialTokens
+from propulsion_export.base_model.tasks import TASKS
+from propulsion_export.errors import UsageError
+from propulsion_export.packaging.copying import copy_files
+from propulsion_export.packaging.layouts import PackageOptions, WritePackage
+from propulsion_export.packaging.onnx_adapter import write_adapter_files
 
-CONFIG_FILE = "genai_config.json"
+# Where a model has no positions to run out of (ALiBi), onnxruntime-genai still wants a limit.
+_UNLIMITED = 32768
 # Its name for any graph of the inputs and outputs below. For the architectures whose names it
 # knows (`llama`, `phi3`) it does nothing else; for others (`gptj`, `bloom`) it has no name.
 _TYPE = "decoder"
 _READ = ("input_ids", "attention_mask", "position_ids")
+
+
+def plan(artifact: Artifact, options: PackageOptions) -> WritePackage:
+    """Check that onnxruntime-genai can run the artifact; return what writes the package.
+
+    Raises:
+        UsageError: it is no export of a causal language model, a bank, or in bfloat16.
+    """
+    del options
+    _check_fits(artifact)
+
+    def write(directory: Path) -> Iterable[str]:
+        copy_files(artifact, artifact.manifest.files, directory)
+        config = read_config(str(directory))
+        longest = getattr(config, "max_position_embeddings", None) or _UNLIMITED
+        special = SpecialTokens.read(directory)
+        content = genai_config(artifact.manifest.inputs, config, special, longest=longest)
+        text = json.dumps(content, indent=2) + "\n"
+        (directory / GENAI_CONFIG_FILE).write_text(text, encoding="utf-8")
+        return write_adapter_files(artifact, directory)
+
+    return write
+
+
+def next_command(directory: Path, adapters: Sequence[str]) -> str:
+    """What to type to use the package."""
+    del adapters
+    code = f"import onnxruntime_genai as og; og.Model({str(directory)!r})"
+    return f"python -c {shlex.quote(code)}"
+
+
+def _check_fits(artifact: Artifact) -> None:
+    manifest = artifact.manifest
+    task = TASKS[manifest.task]
+    if manifest.kind != "onnx":
+        found = f"is of kind {manifest.kind}, expected an ONNX export"
+        remedy = "Give the directory that `propulsion-export onnx` wrote."
+    elif task.architecture != "decoder":
+        found = f"is for {manifest.task}, expected text-generation: onnxruntime-genai runs that"
+        if task.architecture == "encoder-decoder":
+            found += ", and of encoder-decoders those of speech and Marian alone"
+        remedy = "Serve it with ONNX Runtime itself."
+    elif manifest.mode == "bank":
+        found = "is a bank, whose rows onnxruntime-genai has no way to choose"
+        remedy = "Export with --mode switchable."
+    elif manifest.dtype == "bfloat16":
+        found = "is in bfloat16, for which ONNX Runtime's CPU provider has no kernels"
+        remedy = "Export with --dtype float32 or float16."
+    else:
+        return
+    raise UsageError(f"{artifact.directory}: {found}", remedy=remedy)
 
 
 def genai_config(

@@ -1,13 +1,56 @@
 """ONNX Runtime's own adapter files, which its LoraAdapter feeds to a switchable graph."""
 
 import hashlib
+import json
+import shlex
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from propulsion_export.artifact import Artifact, Tensors
+from propulsion_export.artifacts.artifact import Artifact, Tensors
+from propulsion_export.artifacts.file_names import ADAPTERS, ONNX_ADAPTER_SUFFIX
 from propulsion_export.errors import UnavailableError, UsageError
+from propulsion_export.packaging.copying import copy_files
+from propulsion_export.packaging.layouts import PackageOptions, WritePackage
 
-ADAPTER_SUFFIX = ".onnx_adapter"
 _VERSION_DIGITS = 7  # hexadecimal: what surely fits a positive int32
+
+
+def plan(artifact: Artifact, options: PackageOptions) -> WritePackage:
+    """Check that an adapter file can be fed to the artifact; return what writes the package.
+
+    Raises:
+        UsageError: it is no switchable ONNX export of one graph, or in bfloat16.
+    """
+    del options
+    check_has_adapter_files(artifact)
+
+    def write(directory: Path) -> Iterable[str]:
+        copy_files(artifact, artifact.manifest.files, directory)
+        return write_adapter_files(artifact, directory)
+
+    return write
+
+
+def next_command(directory: Path, adapters: Sequence[str]) -> str:
+    """What to type to use the package."""
+    adapter = shlex.quote(adapters[0])
+    return f"propulsion-export run {shlex.quote(str(directory))} --adapter {adapter} --text ..."
+
+
+def write_adapter_files(artifact: Artifact, directory: Path) -> Iterable[str]:
+    """Write `adapters/NAME.onnx_adapter` for each switchable adapter, and the manifest.
+
+    Returns:
+        The names of the adapters.
+    """
+    manifest = artifact.manifest
+    base = json.dumps(manifest.base.fingerprint.to_json(), sort_keys=True)
+    for name, entry in manifest.adapters.items():
+        if entry.file is not None:
+            file = directory / ADAPTERS / f"{name}{ONNX_ADAPTER_SUFFIX}"
+            write_onnx_adapter(file, artifact.feeds(name), adapter=entry.digest, base=base)
+    Artifact.write(directory, manifest)
+    return manifest.adapters
 
 
 def check_has_adapter_files(artifact: Artifact) -> None:

@@ -12,8 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from propulsion_export.artifact import Runner, Tensors
-from propulsion_export.decoding import alone
+from propulsion_export.artifacts.artifact import Runner, Tensors
 from propulsion_export.parity.comparison import (
     FACTOR,
     OutputErrors,
@@ -22,8 +21,9 @@ from propulsion_export.parity.comparison import (
     hidden_positions,
     mismatch,
 )
-from propulsion_export.parity.report import Check
+from propulsion_export.parity.reports.report import Check
 from propulsion_export.parity.subject import Subject
+from propulsion_export.runners.decoding import alone
 
 # Share of an adapter's effect that may be lost, or added.
 LOST = 0.1

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from propulsion_export.artifact import Tensors
+from propulsion_export.artifacts.artifact import Tensors
 
 Array = npt.NDArray[Any]
 

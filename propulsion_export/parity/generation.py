@@ -15,18 +15,18 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from propulsion_export.artifact import Runner, Tensors
-from propulsion_export.decoding import (
-    LOGITS,
+from propulsion_export.adapters.scales import Array
+from propulsion_export.artifacts.artifact import Runner, Tensors
+from propulsion_export.artifacts.tensor_names import LOGITS
+from propulsion_export.parity.reports.report import Case, Check
+from propulsion_export.parity.subject import Continuation, Subject
+from propulsion_export.runners.decoding import (
     Generator,
     generate,
     greedy,
     recomputing,
     replaying,
 )
-from propulsion_export.parity.report import Case, Check
-from propulsion_export.parity.subject import Continuation, Subject
-from propulsion_export.scales import Array
 
 
 def continue_greedily(generator: Generator, feeds: Tensors, steps: int) -> tuple[Array, Array]:

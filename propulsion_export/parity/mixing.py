@@ -6,12 +6,12 @@ from itertools import cycle, islice
 
 import numpy as np
 
-from propulsion_export.artifact import Runner, Tensors
-from propulsion_export.manifest import IDS_INPUT
+from propulsion_export.adapters.scales import Array
+from propulsion_export.artifacts.artifact import Runner, Tensors
+from propulsion_export.artifacts.tensor_names import IDS_INPUT
 from propulsion_export.parity.comparison import hidden_positions
-from propulsion_export.parity.report import Check
+from propulsion_export.parity.reports.report import Check
 from propulsion_export.parity.subject import Subject
-from propulsion_export.scales import Array
 
 # By subject and output, what the parity case allows.
 Allowed = Mapping[str, Mapping[str, float]]

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from propulsion_export.artifact import Tensors
-from propulsion_export.scales import Array
+from propulsion_export.adapters.scales import Array
+from propulsion_export.artifacts.artifact import Tensors
 
 
 @dataclass(frozen=True)

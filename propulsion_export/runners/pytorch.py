@@ -9,9 +9,12 @@ import torch
 from transformers import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
-from propulsion_export.artifact import Runner, Tensors
-from propulsion_export.decoding import LOGITS, PAST, PRESENT
+from propulsion_export.artifacts.artifact import Artifact, Runner, Tensors
+from propulsion_export.artifacts.tensor_names import LOGITS, PAST, PRESENT
+from propulsion_export.base_model.loading import load_base
+from propulsion_export.base_model.tasks import TASKS
 from propulsion_export.errors import BaseModelError, ToolError
+from propulsion_export.runners.decoding import Candidate, CausalModel, EncoderDecoder
 
 _KINDS = ("key", "value")
 
@@ -131,3 +134,29 @@ def _present(cache: DynamicCache, part: str) -> Iterator[tuple[str, Any]]:
 def _to_numpy(value: torch.Tensor) -> Any:
     # numpy has no bfloat16 of its own; every bfloat16 is a float32.
     return (value.float() if value.dtype == torch.bfloat16 else value).cpu().numpy()
+
+
+def open_checkpoint(artifact: Artifact, *, trust_remote_code: bool = False) -> Candidate:
+    """Run a merged checkpoint; see `torch_candidate`."""
+    merged = load_base(
+        str(artifact.directory),
+        task=artifact.manifest.task,
+        dtype=getattr(torch, artifact.manifest.dtype),
+        trust_remote_code=trust_remote_code,
+    )
+    merged.check_complete(())
+    return torch_candidate(merged.model, artifact.manifest.task)
+
+
+def torch_candidate(model: Any, task: str) -> Candidate:
+    """A torch model as a callable from tensors to tensors, or as a generator if it generates."""
+    architecture = TASKS[task].architecture
+    if architecture == "decoder":
+        return CausalModel(torch_decoder_runner(model))
+    if architecture == "encoder-decoder":
+        return EncoderDecoder(
+            torch_encoder_runner(model),
+            torch_cross_decoder_runner(model),
+            model.config.decoder_start_token_id,
+        )
+    return torch_runner(model)

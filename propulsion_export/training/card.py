@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from propulsion_export.training.tasks import KINDS
+from propulsion_export.base_model.tasks import TASKS
 
 
 def write_loss_curve(
@@ -26,7 +26,7 @@ def write_loss_curve(
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot(xlabel="epoch", ylabel="training loss")
     axes.plot([epoch for epoch, _ in losses], [loss for _, loss in losses], color="tab:blue")
-    draw = _draw_losses if KINDS[metrics["task"]].generates else _draw_accuracy
+    draw = _draw_losses if TASKS[metrics["task"]].generates else _draw_accuracy
     draw(axes, metrics)
     axes.set_ylim(bottom=0)
     canvas.print_png(str(file))
@@ -73,10 +73,15 @@ def model_card(metrics: Mapping[str, Any]) -> str:
         "- propulsion",
         "- propulsion-export",
         "metrics:",
-        f"- {KINDS[metrics['task']].measure}",
+        f"- {_measure(metrics)}",
         "---",
     ]
     return "\n".join([*header, "", *_description(metrics), *_results(metrics), *_usage(metrics)])
+
+
+def _measure(metrics: Mapping[str, Any]) -> str:
+    training = TASKS[metrics["task"]].training
+    return "" if training is None else training.measure
 
 
 def _base_model(source: str) -> list[str]:
@@ -108,7 +113,7 @@ def _description(metrics: Mapping[str, Any]) -> list[str]:
 
 
 def _results(metrics: Mapping[str, Any]) -> list[str]:
-    measure = KINDS[metrics["task"]].measure
+    measure = _measure(metrics)
     rows = [
         f"| {entry['epoch']} | {entry['train_loss']:.4f} | {entry['validation_loss']:.4f} "
         f"| {entry[f'validation_{measure}']:.4f} |"
@@ -147,7 +152,7 @@ def _losses(metrics: Mapping[str, Any]) -> str:
 
 
 def _usage(metrics: Mapping[str, Any]) -> list[str]:
-    auto_class, base = KINDS[metrics["task"]].auto_class, json.dumps(metrics["base_model"])
+    auto_class, base = TASKS[metrics["task"]].auto_class, json.dumps(metrics["base_model"])
     labels = f", num_labels={len(metrics['labels'])}" if "labels" in metrics else ""
     return [
         "## Use",

@@ -18,10 +18,10 @@ from propulsion_export.training.head import head_only_accuracy
 from propulsion_export.training.losses import guesses_and_losses, mean_cross_entropy
 from propulsion_export.training.metrics import class_scores
 from propulsion_export.training.options import TrainOptions
-from propulsion_export.training.session import Data, Objective, Session
+from propulsion_export.training.run import Data, Objective, TrainingRun
 
 
-class ClassifierSession(Session[Example]):
+class ClassifierRun(TrainingRun[Example]):
     """Trains a head with the adapter; compares with the head alone on the frozen base model."""
 
     objective = Objective(mean_cross_entropy, guesses_and_losses, class_scores)
@@ -35,7 +35,7 @@ class ClassifierSession(Session[Example]):
             training, validation = hold_out(
                 source, examples, options.seed, stratum=lambda example: example.stratum
             )
-            part = "each class" if options.task == "text-classification" else "the rows"
+            part = "each class" if options.task_entry.prediction == "class" else "the rows"
             origin = f"a tenth of {part} of {source.name}, held out with seed {options.seed}"
             return Data(training, validation, origin, classes)
         file = Path(options.validation).expanduser()
@@ -46,7 +46,7 @@ class ClassifierSession(Session[Example]):
     def encoded(self) -> Rows:
         data, tokenizer = self.data, self.base.tokenizer
         collator = transformers.DataCollatorForTokenClassification
-        if self.options.task == "text-classification":
+        if self.options.task_entry.prediction == "class":
             collator = transformers.DataCollatorWithPadding
         return Rows(
             encode(data.training, data.classes, tokenizer, self.longest),

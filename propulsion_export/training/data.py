@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from propulsion_export.base_model.tasks import TASKS, Training
 from propulsion_export.errors import DataError
-from propulsion_export.training.dataset import Row
+from propulsion_export.training.dataset import DataRow
 from propulsion_export.training.files import read_rows
-from propulsion_export.training.tasks import KINDS, Task
 
 _HELD_OUT = 10  # every tenth example of a class
 
@@ -21,9 +21,16 @@ Item = TypeVar("Item")
 class Columns:
     """Which columns hold the inputs and the labels of a task; None: what the task usually has."""
 
-    task: Task
+    task: str
     text: str | None = None
     label: str | None = None
+
+    @property
+    def training(self) -> Training:
+        """The usual columns of the task."""
+        training = TASKS[self.task].training
+        assert training is not None
+        return training
 
 
 @dataclass(frozen=True)
@@ -60,12 +67,13 @@ def read_examples(source: Path, columns: Columns) -> list[Example]:
     rows = read_rows(source)
     text, label = _names(columns)
     check_columns(source, rows, {"--text-column": text, "--label-column": label})
-    parse = _text_example if columns.task == "text-classification" else _token_example
+    words = TASKS[columns.task].prediction == "word classes"
+    parse = _token_example if words else _text_example
     return parse_rows(source, rows, lambda row: parse(row, text, label))
 
 
 def parse_rows(
-    source: Path, rows: Sequence[Row], parse: Callable[[Mapping[str, Any]], Item | str]
+    source: Path, rows: Sequence[DataRow], parse: Callable[[Mapping[str, Any]], Item | str]
 ) -> list[Item]:
     """What `parse` makes of each row; it returns a text where something is wrong with the row.
 
@@ -146,12 +154,12 @@ def hold_out(
     return training, [items[index] for index in sorted(held_out)]
 
 
-def column_names(rows: Sequence[Row]) -> list[str]:
+def column_names(rows: Sequence[DataRow]) -> list[str]:
     """The columns that any row has, in the order of their first appearance."""
     return list(dict.fromkeys(name for _, row in rows for name in row))
 
 
-def check_columns(source: Path, rows: Sequence[Row], wanted: Mapping[str, str]) -> None:
+def check_columns(source: Path, rows: Sequence[DataRow], wanted: Mapping[str, str]) -> None:
     """Refuse rows that lack a column.
 
     Args:
@@ -183,7 +191,7 @@ def wrong_text(row: Mapping[str, Any], column: str) -> str | None:
 
 
 def _names(columns: Columns) -> tuple[str, str]:
-    usual = KINDS[columns.task]
+    usual = columns.training
     return columns.text or usual.text, columns.label or usual.label
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from propulsion_export.errors import DataError
 
 # A row as it stands in the file, and how to name it in a message: "line 3", "row 3".
-Row = tuple[str, Mapping[str, Any]]
+DataRow = tuple[str, Mapping[str, Any]]
 
 
 def is_hub_name(source: Path) -> bool:
@@ -24,7 +24,7 @@ def is_hub_name(source: Path) -> bool:
     )
 
 
-def read_dataset(source: Path) -> Iterator[Row]:
+def read_dataset(source: Path) -> Iterator[DataRow]:
     """A directory written by `save_to_disk`, one of data files, or `owner/name` on a hub.
 
     The split `train` if there are any. Class numbers become the names that the data set gives them.

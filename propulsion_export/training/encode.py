@@ -10,23 +10,23 @@ from propulsion_export.training.data import Example
 
 IGNORED = -100  # the class number that torch's cross-entropy skips
 
-Row = dict[str, Any]
+EncodedRow = dict[str, Any]
 Batch = dict[str, torch.Tensor]
-Collate = Callable[[list[Row]], Batch]
+Collate = Callable[[list[EncodedRow]], Batch]
 
 
 @dataclass(frozen=True)
 class Rows:
     """Encoded examples to train and to validate on, and how rows become a batch."""
 
-    training: Sequence[Row]
-    validation: Sequence[Row]
+    training: Sequence[EncodedRow]
+    validation: Sequence[EncodedRow]
     collate: Collate
 
 
 def encode(
     examples: Sequence[Example], classes: Sequence[str], tokenizer: Any, max_length: int
-) -> list[Row]:
+) -> list[EncodedRow]:
     """The model's inputs and `labels` of each example, cut to `max_length` tokens, not padded.
 
     In token classification the first token of each word carries the word's class, all others

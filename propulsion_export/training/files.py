@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from propulsion_export.errors import DataError
-from propulsion_export.training.dataset import Row, is_hub_name, read_dataset
+from propulsion_export.training.dataset import DataRow, is_hub_name, read_dataset
 
 
-def read_rows(source: Path) -> list[Row]:
+def read_rows(source: Path) -> list[DataRow]:
     """Every row of a file, or of what `datasets` loads: a directory, or `owner/name` on a hub.
 
     Raises:
@@ -22,7 +22,7 @@ def read_rows(source: Path) -> list[Row]:
     return rows
 
 
-def _reader(source: Path) -> Callable[[Path], Iterator[Row]]:
+def _reader(source: Path) -> Callable[[Path], Iterator[DataRow]]:
     readers = {
         ".jsonl": _read_jsonl,
         ".json": _read_jsonl,
@@ -55,7 +55,7 @@ def _read_text(source: Path) -> str:
         raise DataError(f"{source}: cannot be read ({error.strerror})") from error
 
 
-def _read_jsonl(source: Path) -> Iterator[Row]:
+def _read_jsonl(source: Path) -> Iterator[DataRow]:
     # Not splitlines: a text may hold one of the other characters that it takes for a line's end.
     for number, line in enumerate(_read_text(source).split("\n"), start=1):
         if not line.strip():
@@ -75,7 +75,7 @@ def _read_jsonl(source: Path) -> Iterator[Row]:
         yield f"line {number}", row
 
 
-def _read_csv(source: Path) -> Iterator[Row]:
+def _read_csv(source: Path) -> Iterator[DataRow]:
     reader = csv.DictReader(io.StringIO(_read_text(source), newline=""), strict=True)
     try:
         for number, row in enumerate(reader, start=1):
@@ -90,7 +90,7 @@ def _read_csv(source: Path) -> Iterator[Row]:
         raise DataError(f"{source}: line {reader.line_num} is not CSV ({error})") from error
 
 
-def _read_parquet(source: Path) -> Iterator[Row]:
+def _read_parquet(source: Path) -> Iterator[DataRow]:
     import pyarrow  # type: ignore[import-untyped]
     import pyarrow.parquet  # type: ignore[import-untyped]
 

@@ -19,11 +19,11 @@ from propulsion_export.training.metrics import perplexity_of, token_scores
 from propulsion_export.training.options import TrainOptions
 from propulsion_export.training.packing import BlockCollator, block_of, pack
 from propulsion_export.training.passages import Passage, check_same_form, read_passages
+from propulsion_export.training.run import Data, Objective, TrainingRun
 from propulsion_export.training.sequences import Sequences, encode_pairs, encode_passages
-from propulsion_export.training.session import Data, Objective, Session
 
 
-class _GeneratorSession(Session[Passage]):
+class _GeneratorRun(TrainingRun[Passage]):
     """Trains no head; compares with the base model's own loss on the validation data."""
 
     base_loss: float
@@ -89,7 +89,7 @@ class _GeneratorSession(Session[Passage]):
         return made
 
 
-class DecoderSession(_GeneratorSession):
+class DecoderRun(_GeneratorRun):
     """A decoder, which reads and writes one row."""
 
     objective = Objective(mean_next_token_loss, next_token_losses, token_scores)
@@ -112,7 +112,7 @@ class DecoderSession(_GeneratorSession):
         return Rows(blocks, alone, BlockCollator(self.base.tokenizer.pad_token_id))
 
 
-class EncoderDecoderSession(_GeneratorSession):
+class EncoderDecoderRun(_GeneratorRun):
     """An encoder-decoder, which reads prompts and writes responses."""
 
     objective = Objective(mean_cross_entropy, token_losses, token_scores)

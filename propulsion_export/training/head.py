@@ -8,15 +8,21 @@ from typing import Any
 
 import torch
 
-from propulsion_export.training.encode import IGNORED, Batch, Collate, Row, Rows
-from propulsion_export.training.model import Base
+from propulsion_export.training.encode import (
+    IGNORED,
+    Batch,
+    Collate,
+    EncodedRow,
+    Rows,
+)
+from propulsion_export.training.model import TrainableBase
 from propulsion_export.training.options import TrainOptions
 
 _CACHE_BYTES = 2 * 2**30
 
 
 def head_only_accuracy(
-    base: Base, rows: Rows, options: TrainOptions, device: torch.device
+    base: TrainableBase, rows: Rows, options: TrainOptions, device: torch.device
 ) -> float:
     """Train a copy of the head on what the frozen base model gives, and validate it.
 
@@ -74,7 +80,7 @@ def _cached_outputs(model: Any) -> Iterator[_Cache]:
 
 
 @contextmanager
-def _trial_heads(base: Base) -> Iterator[None]:
+def _trial_heads(base: TrainableBase) -> Iterator[None]:
     """Put float32 copies of the heads into the model for a while."""
     kept = {name: getattr(base.model, name) for name in base.heads}
     for name, head in kept.items():
@@ -86,7 +92,7 @@ def _trial_heads(base: Base) -> Iterator[None]:
             setattr(base.model, name, head)
 
 
-def _fit(base: Base, batches: list[Batch], cache: _Cache, options: TrainOptions) -> None:
+def _fit(base: TrainableBase, batches: list[Batch], cache: _Cache, options: TrainOptions) -> None:
     model = base.model.train()
     getattr(model, model.base_model_prefix).eval()
     head = [weight for name in base.heads for weight in getattr(model, name).parameters()]
@@ -114,7 +120,9 @@ def _accuracy(model: Any, batches: list[Batch]) -> float:
     return right / counted
 
 
-def _batches(rows: Sequence[Row], collate: Collate, size: int, *, shuffle: bool) -> list[Batch]:
+def _batches(
+    rows: Sequence[EncodedRow], collate: Collate, size: int, *, shuffle: bool
+) -> list[Batch]:
     order = torch.randperm(len(rows)).tolist() if shuffle else range(len(rows))
     return [
         collate([rows[index] for index in order[start : start + size]])

@@ -12,7 +12,6 @@ import transformers
 from propulsion_export.errors import UnavailableError, UsageError
 from propulsion_export.training.metrics import history_of, kind_of
 from propulsion_export.training.options import TrainOptions
-from propulsion_export.training.tasks import KINDS, Kind
 
 # Called with the share that is done, 0 to 1, and what was just done.
 Progress = Callable[[float, str], None]
@@ -43,7 +42,7 @@ def micro_batch(options: TrainOptions) -> int:
 def training_arguments(directory: Path, options: TrainOptions, rows: int) -> Any:
     """The Trainer's settings; checkpoints go to `directory`, once an epoch."""
     steps = math.ceil(rows / options.batch_size)
-    kind = KINDS[options.task]
+    training = options.training
     stops = options.early_stopping is not None
     arguments = transformers.TrainingArguments(
         output_dir=str(directory),
@@ -60,8 +59,8 @@ def training_arguments(directory: Path, options: TrainOptions, rows: int) -> Any
         save_strategy="epoch",
         save_total_limit=1,
         load_best_model_at_end=stops,
-        metric_for_best_model=kind.best_by if stops else None,
-        greater_is_better=kind.best_by == "accuracy" if stops else None,
+        metric_for_best_model=training.best_by if stops else None,
+        greater_is_better=training.best_by == "accuracy" if stops else None,
         restore_callback_states_from_checkpoint=stops,
         activation_checkpointing=options.gradient_checkpointing,
         remove_unused_columns=False,
@@ -122,8 +121,8 @@ class AdapterTrainer(transformers.Trainer):  # type: ignore[misc]
 class Watch(transformers.TrainerCallback):  # type: ignore[misc]
     """Report steps and epochs, and stop when the loss is no number."""
 
-    def __init__(self, kind: Kind, report: Progress) -> None:
-        self.kind, self.report = kind, report
+    def __init__(self, options: TrainOptions, report: Progress) -> None:
+        self.options, self.report = options, report
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._report(state, f"step {state.global_step} of {state.max_steps}")
@@ -140,12 +139,12 @@ class Watch(transformers.TrainerCallback):  # type: ignore[misc]
                     f"the training diverged: the {what} is {logs[name]} at step "
                     f"{state.global_step}",
                     remedy="Choose a lower --learning-rate"
-                    + ("." if self.kind.generates else " or --head-learning-rate."),
+                    + ("." if self.options.task_entry.generates else " or --head-learning-rate."),
                 )
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         last = history_of(state.log_history)[-1]
-        measure = f"validation {self.kind.measure}"
+        measure = f"validation {self.options.training.measure}"
         value = last[measure.replace(" ", "_")]
         self._report(
             state, f"epoch {last['epoch']} of {args.num_train_epochs}: {measure} {value:.4f}"

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from propulsion_export.base_model.tasks import Training
 from propulsion_export.training.encode import IGNORED
-from propulsion_export.training.tasks import Kind
 
 VECTOR, BIAS = "propulsion_z", "propulsion_bias"
 _PACKAGES = ("propulsion-export", "torch", "transformers", "peft")
@@ -93,9 +93,9 @@ def history_of(log: Iterable[Mapping[str, float]]) -> History:
     return history
 
 
-def best_epoch(history: History, kind: Kind) -> dict[str, float]:
+def best_epoch(history: History, training: Training) -> dict[str, float]:
     """The entry of the epoch that early stopping keeps: the first of the best."""
-    if kind.best_by == "accuracy":
+    if training.best_by == "accuracy":
         return max(history, key=lambda entry: entry["validation_accuracy"])
     return min(history, key=lambda entry: entry["validation_loss"])
 

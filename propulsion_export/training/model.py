@@ -13,15 +13,15 @@ from peft import get_peft_model
 from safetensors import SafetensorError
 from torch import nn
 
+from propulsion_export.base_model.positions import longest_input
 from propulsion_export.errors import BaseModelError
-from propulsion_export.lengths import longest_input
 from propulsion_export.training.options import TrainOptions
 from propulsion_export.training.probe import leaks_in_a_block, looks_ahead
 from propulsion_export.tuning import PropulsionConfig
 
 
 @dataclass(frozen=True)
-class Base:
+class TrainableBase:
     """A base model under a task head, as loaded.
 
     Attributes:
@@ -41,7 +41,9 @@ class Base:
     absent: tuple[str, ...]
 
 
-def load_base(model: str | Path, classes: Sequence[str], options: TrainOptions) -> Base:
+def load_trainable(
+    model: str | Path, classes: Sequence[str], options: TrainOptions
+) -> TrainableBase:
     """Load a base model for a task; the seed fixes the values of a new head for the `classes`.
 
     Raises:
@@ -54,35 +56,35 @@ def load_base(model: str | Path, classes: Sequence[str], options: TrainOptions) 
     with _load_errors_in_words(name):
         tokenizer = _tokenizer(name, options)
         config = _config(name, tokenizer, classes, options)
-        loaded, report = getattr(transformers, options.kind.auto_class).from_pretrained(
+        loaded, report = getattr(transformers, options.task_entry.auto_class).from_pretrained(
             name,
             config=config,
             dtype=getattr(torch, options.dtype),
             # A checkpoint may bring a head for other classes.
-            ignore_mismatched_sizes=not options.kind.generates,
+            ignore_mismatched_sizes=not options.task_entry.generates,
             use_safetensors=True,
             trust_remote_code=options.trust_remote_code,
             output_loading_info=True,
         )
     missing = sorted(report["missing_keys"])
-    if options.kind.generates:
+    if options.task_entry.generates:
         _check_language_model(name, loaded, tokenizer, missing)
         _check_passages_apart(name, loaded, options)
-        return Base(name, loaded, tokenizer, heads=(), absent=())
+        return TrainableBase(name, loaded, tokenizer, heads=(), absent=())
     heads = _heads(name, loaded)
     owners = {key.rpartition(".")[0] for key in missing}
     absent = sorted(owner for owner in owners if owner.split(".")[0] not in heads)
-    return Base(name, loaded, tokenizer, heads, tuple(absent))
+    return TrainableBase(name, loaded, tokenizer, heads, tuple(absent))
 
 
-def add_adapter(base: Base, classes: Sequence[str], options: TrainOptions) -> Any:
+def add_adapter(base: TrainableBase, classes: Sequence[str], options: TrainOptions) -> Any:
     """Freeze the base model and put vectors on it; heads and absent modules train in float32.
 
     Returns a `PeftModel`; `base.model` is changed in place.
     """
     saved = [*base.heads, *base.absent]
     config = PropulsionConfig(
-        task_type=options.kind.peft_type,
+        task_type=options.task_entry.peft_type,
         target_modules=options.placement,
         degree=options.degree,
         train_bias=options.train_bias,
@@ -99,9 +101,9 @@ def add_adapter(base: Base, classes: Sequence[str], options: TrainOptions) -> An
     return model
 
 
-def longest_text(base: Base, options: TrainOptions) -> int:
+def longest_text(base: TrainableBase, options: TrainOptions) -> int:
     """How many tokens a text may have: as many as asked for, if the base model takes them."""
-    asked = options.max_length or options.kind.max_length
+    asked = options.max_length or options.training.max_length
     return min(asked, longest_input(base.model.config, base.tokenizer))
 
 
@@ -126,7 +128,7 @@ def _load_errors_in_words(name: str) -> Iterator[None]:
 def _tokenizer(name: str, options: TrainOptions) -> Any:
     trust = options.trust_remote_code
     tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
-    if options.task == "token-classification":
+    if options.task_entry.needs_offsets:
         if not tokenizer.is_fast:
             raise BaseModelError(
                 f"{name}: has a tokenizer that cannot tell which word a token belongs to, expected "
@@ -139,7 +141,7 @@ def _tokenizer(name: str, options: TrainOptions) -> Any:
             )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # GPT-type models have none
-    if options.kind.generates:
+    if options.task_entry.generates:
         # On the left it would shift the positions, which models count from the row's start.
         tokenizer.padding_side = "right"
     return tokenizer
@@ -155,7 +157,7 @@ def _config(name: str, tokenizer: Any, classes: Sequence[str], options: TrainOpt
     config = transformers.AutoConfig.from_pretrained(
         name, trust_remote_code=options.trust_remote_code, **settings
     )
-    if options.task == "text-classification":
+    if options.task_entry.prediction == "class":
         config.problem_type = "single_label_classification"
     if getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = tokenizer.pad_token_id

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from propulsion_export.base_model.tasks import TASKS, TRAINED_TASKS, Task, Training
 from propulsion_export.errors import UsageError
 from propulsion_export.training.data import Columns
-from propulsion_export.training.tasks import KINDS, Kind, Task
 
 # An option, what is expected of it, and whether a value is that.
 _Rule = tuple[str, str, Callable[[Any], bool]]
@@ -22,7 +22,7 @@ class TrainOptions:
     The defaults were the best of the settings tried on the samples' WordNet topics.
 
     Attributes:
-        task: one of `tasks.Task`. Text generation learns texts, or responses to prompts; its
+        task: one of `TRAINED_TASKS`. Text generation learns texts, or responses to prompts; its
             lm_head is not trained.
         text_column: holds the inputs; by default `text`, `tokens` (a list of words) or, where there
             are responses, `prompt`.
@@ -59,7 +59,7 @@ class TrainOptions:
         force: replace an adapter that stands at the output.
     """
 
-    task: Task = "text-classification"
+    task: str = "text-classification"
     text_column: str | None = None
     label_column: str | None = None
     validation: Path | None = None
@@ -92,9 +92,16 @@ class TrainOptions:
             raise UsageError(*wrong)
 
     @property
-    def kind(self) -> Kind:
-        """What the task is called elsewhere."""
-        return KINDS[self.task]
+    def task_entry(self) -> Task:
+        """The task in the table of tasks."""
+        return TASKS[self.task]
+
+    @property
+    def training(self) -> Training:
+        """How adapters are trained for the task."""
+        training = self.task_entry.training
+        assert training is not None  # as __post_init__ has checked
+        return training
 
     @property
     def columns(self) -> Columns:
@@ -123,14 +130,14 @@ class TrainOptions:
 
     def _choices(self) -> tuple[_Rule, ...]:
         """What can be chosen at all, and with the task."""
-        generates = self.task in KINDS and self.kind.generates
+        generates = self.task in TRAINED_TASKS and self.task_entry.generates
         return (
-            ("task", " or ".join(KINDS), lambda value: value in KINDS),
+            ("task", " or ".join(TRAINED_TASKS), lambda value: value in TRAINED_TASKS),
             ("dtype", "float32 or bfloat16", lambda value: value in ("float32", "bfloat16")),
             (
                 "packing",
                 f"none for --task {self.task}: it lays the passages of text-generation together",
-                lambda value: not value or self.task == "text-generation",
+                lambda value: not value or self._is_decoder(),
             ),
             (
                 "head_learning_rate",
@@ -138,6 +145,9 @@ class TrainOptions:
                 lambda value: not generates or value == _HEAD_LEARNING_RATE,
             ),
         )
+
+    def _is_decoder(self) -> bool:
+        return self.task in TRAINED_TASKS and self.task_entry.architecture == "decoder"
 
 
 def _option(name: str) -> str:

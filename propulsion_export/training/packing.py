@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import torch
 
-from propulsion_export.training.encode import IGNORED, Batch, Row
+from propulsion_export.training.encode import IGNORED, Batch, EncodedRow
 
 
-def pack(rows: Sequence[Row], length: int) -> list[Row]:
+def pack(rows: Sequence[EncodedRow], length: int) -> list[EncodedRow]:
     """Lay rows into blocks of at most `length` tokens, the longest first, each where it fits best.
 
     Args:
@@ -21,7 +21,7 @@ def pack(rows: Sequence[Row], length: int) -> list[Row]:
             `IGNORED`, or the row before would be taught to predict it.
         length: of a block.
     """
-    blocks: list[list[Row]] = []
+    blocks: list[list[EncodedRow]] = []
     rooms: list[tuple[int, int]] = []  # room left and number of each block, sorted
     for row in sorted(rows, key=lambda row: len(row["input_ids"]), reverse=True):
         size = len(row["input_ids"])
@@ -36,7 +36,7 @@ def pack(rows: Sequence[Row], length: int) -> list[Row]:
     return [block_of(block) for block in blocks]
 
 
-def block_of(rows: Sequence[Row]) -> Row:
+def block_of(rows: Sequence[EncodedRow]) -> EncodedRow:
     """One block with all of these rows."""
     return {
         "input_ids": [token for row in rows for token in row["input_ids"]],
@@ -55,7 +55,7 @@ class BlockCollator:
 
     padding: int
 
-    def __call__(self, blocks: list[Row]) -> Batch:
+    def __call__(self, blocks: list[EncodedRow]) -> Batch:
         """int64 tensors of shape [blocks, longest block], without an attention mask."""
         longest = max(len(block["input_ids"]) for block in blocks)
         missing = [longest - len(block["input_ids"]) for block in blocks]

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from propulsion_export.base_model.tasks import TASKS
 from propulsion_export.errors import DataError
 from propulsion_export.training.data import (
     Columns,
@@ -14,7 +15,6 @@ from propulsion_export.training.data import (
     wrong_text,
 )
 from propulsion_export.training.files import read_rows
-from propulsion_export.training.tasks import KINDS
 
 TEXT = "text"  # the column of passages without a prompt
 
@@ -59,9 +59,9 @@ def check_same_form(source: Path, passages: Sequence[Passage], training: Sequenc
 
 def _forms(source: Path, found: Sequence[str], columns: Columns) -> tuple[str | None, str]:
     """The column of prompts, None for texts alone, and the column of what is learnt."""
-    kind = KINDS[columns.task]
-    pair = columns.text or kind.text, columns.label or kind.label
-    if columns.label or columns.task == "text2text-generation":
+    usual = columns.training
+    pair = columns.text or usual.text, columns.label or usual.label
+    if columns.label or TASKS[columns.task].architecture == "encoder-decoder":
         return pair
     if columns.text:
         return None, columns.text

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from propulsion_export.training.encode import IGNORED, Row
+from propulsion_export.training.encode import IGNORED, EncodedRow
 from propulsion_export.training.passages import Passage
 
 
@@ -20,7 +20,7 @@ class Sequences:
     """
 
     passages: int
-    rows: list[Row]
+    rows: list[EncodedRow]
     cut: int
     left_out: int
 
@@ -45,7 +45,7 @@ def encode_passages(
         split: make further rows of the rest of a text without a prompt, instead of cutting it.
     """
     begun, written = _token_ids(passages, tokenizer)
-    rows: list[Row] = []
+    rows: list[EncodedRow] = []
     cut = left_out = 0
     for prompt, response in zip(begun, written, strict=True):
         ids, unlearnt = [*prompt, *response], max(1, len(prompt))
@@ -94,7 +94,7 @@ def _token_ids(
     return [ids[:-1] if closes else ids for ids in begun], written
 
 
-def _row(ids: list[int], unlearnt: int) -> Row:
+def _row(ids: list[int], unlearnt: int) -> EncodedRow:
     labels = [IGNORED] * unlearnt + ids[unlearnt:]
     return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
 

@@ -5,22 +5,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from propulsion_export.output import check_replaceable
-from propulsion_export.quiet import quiet_while_training
+from propulsion_export.artifacts.staging import check_replaceable
+from propulsion_export.base_model.tasks import Architecture, Prediction
+from propulsion_export.environment.quiet import quiet_while_training
 from propulsion_export.training.checkpoints import checkpoints, describe_run, is_main_process
-from propulsion_export.training.classifying import ClassifierSession
-from propulsion_export.training.generating import DecoderSession, EncoderDecoderSession
+from propulsion_export.training.classifying import ClassifierRun
+from propulsion_export.training.generating import DecoderRun, EncoderDecoderRun
 from propulsion_export.training.loop import Progress, micro_batch
-from propulsion_export.training.model import load_base
+from propulsion_export.training.model import load_trainable
 from propulsion_export.training.options import TrainOptions
-from propulsion_export.training.session import Session
-from propulsion_export.training.tasks import Task
+from propulsion_export.training.run import TrainingRun
 
-_SESSIONS: dict[Task, type[Session[Any]]] = {
-    "text-classification": ClassifierSession,
-    "token-classification": ClassifierSession,
-    "text-generation": DecoderSession,
-    "text2text-generation": EncoderDecoderSession,
+_RUNS: dict[tuple[Prediction, Architecture], type[TrainingRun[Any]]] = {
+    ("class", "encoder"): ClassifierRun,
+    ("word classes", "encoder"): ClassifierRun,
+    ("text", "decoder"): DecoderRun,
+    ("text", "encoder-decoder"): EncoderDecoderRun,
 }
 
 
@@ -72,11 +72,12 @@ def train(
         inputs=[path for path in (model, data, options.validation) if path],
     )
     micro_batch(options)
-    of_task = _SESSIONS[options.task]
+    task = options.task_entry
+    of_task = _RUNS[task.prediction, task.architecture]
     read = of_task.read(Path(data).expanduser(), options)
     report(0.02, f"read {len(read.training)} training rows")
     with quiet_while_training():
-        base = load_base(model, read.classes, options)
+        base = load_trainable(model, read.classes, options)
         run = describe_run(base.name, read.training, read.validation, options)
         with checkpoints(output, run, resume=options.resume) as (directory, latest):
             session = of_task(base, read, options, report)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from propulsion_export.expert_rules import (
+from propulsion_export.scaling.expert_rules import (
     expert_weights,
     folded_expert_weight,
     scale_shape,

@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
 from propulsion_export.errors import AdapterError, UsageError
-from propulsion_export.folding_rules import folded_parameters, output_width
+from propulsion_export.scaling.layer_rules import folded_parameters, output_width
 from propulsion_export.tuning.config import PropulsionConfig
 
 

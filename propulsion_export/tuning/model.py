@@ -9,10 +9,13 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
+from propulsion_export.base_model.fingerprint import Fingerprint
+from propulsion_export.base_model.model_fingerprint import (
+    fingerprint_of_model,
+    has_readable_weights,
+)
 from propulsion_export.errors import BaseModelError, UsageError
-from propulsion_export.expert_rules import expert_weights, is_experts
-from propulsion_export.fingerprint import Fingerprint
-from propulsion_export.model_fingerprint import fingerprint_of_model, has_readable_weights
+from propulsion_export.scaling.expert_rules import expert_weights, is_experts
 from propulsion_export.tuning.config import PropulsionConfig
 from propulsion_export.tuning.experts import PropulsionExperts
 from propulsion_export.tuning.layer import PropulsionLayer

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
 
+from propulsion_export.base_model.model_fingerprint import inner_base_model, output_embeddings
 from propulsion_export.errors import UsageError
-from propulsion_export.expert_rules import is_experts, reason_against_experts
-from propulsion_export.folding_rules import is_plain_linear, layer_kind
-from propulsion_export.model_fingerprint import inner_base_model, output_embeddings
+from propulsion_export.scaling.expert_rules import is_experts, reason_against_experts
+from propulsion_export.scaling.layer_rules import is_plain_linear, layer_kind
 from propulsion_export.tuning.config import PRESETS, PropulsionConfig
 
 _QKV = ("q_proj", "k_proj", "v_proj")

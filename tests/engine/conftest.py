@@ -7,18 +7,18 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from propulsion_export.artifact import Artifact
-from propulsion_export.engine import options, targets
-from propulsion_export.fingerprint import Fingerprint
-from propulsion_export.machine import CudaDevice
-from propulsion_export.manifest import (
-    BASE_FEEDS,
+from propulsion_export.artifacts.artifact import Artifact
+from propulsion_export.artifacts.file_names import BASE_FEEDS
+from propulsion_export.artifacts.manifest import (
     AdapterEntry,
     BaseEntry,
     Manifest,
     Slot,
     TensorSpec,
 )
+from propulsion_export.base_model.fingerprint import Fingerprint
+from propulsion_export.engine import options, targets
+from propulsion_export.environment.machine import CudaDevice
 
 # The text format has no 16-bit floats: weights stand among the inputs and are filled in later.
 FOLDED = """

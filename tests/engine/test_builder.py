@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from propulsion_export.artifact import Artifact
-from propulsion_export.engine import BuildOptions, build_engine, onnx_digest
+from propulsion_export.artifacts.artifact import Artifact
+from propulsion_export.engine import BuildOptions, onnx_digest, write_engine
 from propulsion_export.engine.builder import (
     _configure,
     _mark_refittable,
@@ -15,8 +15,9 @@ from propulsion_export.engine.builder import (
     set_targets,
 )
 from propulsion_export.engine.network import parse
-from propulsion_export.engine.source import read_graph, require_inputs_
 from propulsion_export.errors import ArtifactError, ToolError, UsageError
+from propulsion_export.graph.files import read_graph
+from propulsion_export.graph.passes.required_inputs import require_inputs_
 
 trt = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed (extra rtx)")
 
@@ -28,7 +29,7 @@ SM86 = BuildOptions(runtime="tensorrt-rtx", targets=("sm_86",))
 def test_an_engine_is_built_in_the_dtype_of_the_graph(folded, out, dtype, target):
     options = replace(SM86, targets=(target,))
 
-    manifest = build_engine(folded(dtype), out, options)
+    manifest = write_engine(folded(dtype), out, options)
 
     assert (out / "model.engine").stat().st_size > 10_000
     assert [spec.dtype for spec in manifest.outputs] == [dtype]
@@ -38,7 +39,7 @@ def test_an_engine_is_built_in_the_dtype_of_the_graph(folded, out, dtype, target
 def test_the_written_artifact_can_be_read_back(switchable, out):
     source = switchable()
 
-    written = Artifact.write(out, build_engine(source, out, SM86))
+    written = Artifact.write(out, write_engine(source, out, SM86))
 
     assert Artifact.read(out) == written
     assert written.path.is_file()
@@ -50,7 +51,7 @@ def test_the_written_artifact_can_be_read_back(switchable, out):
 def test_what_identifies_the_model_is_kept_and_the_graph_is_left_behind(switchable, out):
     source = switchable()
 
-    manifest = build_engine(source, out, SM86)
+    manifest = write_engine(source, out, SM86)
 
     kept = ("mode", "task", "dtype", "base", "adapters", "layout")
     assert [getattr(manifest, name) for name in kept] == [
@@ -65,7 +66,7 @@ def test_what_identifies_the_model_is_kept_and_the_graph_is_left_behind(switchab
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_the_scales_are_a_required_input_of_the_engine(switchable, out, dtype):
-    manifest = build_engine(switchable(dtype), out, SM86)
+    manifest = write_engine(switchable(dtype), out, SM86)
 
     scales = manifest.inputs[-1]
     assert (scales.name, scales.dtype, scales.shape) == ("propulsion_scales", dtype, (2,))
@@ -82,7 +83,7 @@ def test_with_their_default_left_in_the_scales_are_dropped_and_that_is_noticed(s
 
 
 def test_symbolic_dimensions_keep_the_names_of_the_manifest(folded, out):
-    manifest = build_engine(folded(), out, SM86)
+    manifest = write_engine(folded(), out, SM86)
 
     assert [spec.shape for spec in manifest.inputs] == [("batch", "sequence")] * 2
     assert manifest.outputs[0].shape == ("batch", "sequence", 2)
@@ -91,7 +92,7 @@ def test_symbolic_dimensions_keep_the_names_of_the_manifest(folded, out):
 def test_the_profile_obeys_given_shapes_and_the_positions_of_the_model(folded, out):
     options = replace(SM86, opt_shapes={"input_ids": (4, 16)}, max_shapes={"input_ids": (6, 64)})
 
-    manifest = build_engine(folded(), out, options)
+    manifest = write_engine(folded(), out, options)
 
     expected = {"min": [1, 1], "opt": [4, 16], "max": [6, 64]}
     assert manifest.engine.profiles == ({"input_ids": expected, "attention_mask": expected},)
@@ -102,7 +103,7 @@ def test_one_engine_is_built_for_several_gpus(folded, tmp_path):
     for targets in (("sm_86",), ("sm_86", "sm_89", "sm_120")):
         out = tmp_path / str(len(targets))
         out.mkdir()
-        assert build_engine(source, out, replace(SM86, targets=targets)).engine.targets == targets
+        assert write_engine(source, out, replace(SM86, targets=targets)).engine.targets == targets
         sizes.append((out / "model.engine").stat().st_size)
 
     assert sizes[1] > sizes[0]
@@ -111,7 +112,7 @@ def test_one_engine_is_built_for_several_gpus(folded, tmp_path):
 def test_steps_are_told_in_words(folded, out):
     told = []
 
-    build_engine(folded(), out, SM86, told.append)
+    write_engine(folded(), out, SM86, told.append)
 
     assert told[0] == "parsing model.onnx"
     assert told[1].startswith("building for sm_86 with tensorrt-rtx ")
@@ -120,7 +121,7 @@ def test_steps_are_told_in_words(folded, out):
 def test_options_that_shape_the_engine_are_recorded(folded, out):
     options = replace(SM86, builder_optimization_level=1, workspace=64)
 
-    recorded = build_engine(folded(), out, options).engine.options
+    recorded = write_engine(folded(), out, options).engine.options
 
     assert recorded["builder_optimization_level"] == 1
     assert recorded["workspace"] == 64
@@ -139,7 +140,7 @@ def test_a_refused_graph_names_the_node_and_writes_nothing(artifact, graph, out)
     model = graph(FUSED)
 
     with pytest.raises(ToolError, match=r"node 'fused' \(BiasGelu\)") as refusal:
-        build_engine(artifact(model), out, SM86)
+        write_engine(artifact(model), out, SM86)
 
     assert "cudaError" not in str(refusal.value)
     assert not list(out.iterdir())
@@ -149,7 +150,7 @@ def test_mixed_types_are_refused_without_the_noise_of_a_missing_driver(artifact,
     model = graph(MIXED)
 
     with pytest.raises(ToolError, match=r"node 'mix' \(Mul\).*Float and Half") as refusal:
-        build_engine(artifact(model), out, SM86)
+        write_engine(artifact(model), out, SM86)
 
     assert "cudaError" not in str(refusal.value)
 
@@ -164,7 +165,7 @@ def test_inputs_whose_maximum_shapes_exclude_each_other_are_refused(artifact, gr
     )
 
     with pytest.raises(ToolError, match="not self-consistent"):
-        build_engine(source, out, options)
+        write_engine(source, out, options)
 
 
 def test_only_an_onnx_artifact_can_be_built(folded, out):
@@ -172,7 +173,7 @@ def test_only_an_onnx_artifact_can_be_built(folded, out):
     merged = Artifact(source.directory, replace(source.manifest, kind="merged"))
 
     with pytest.raises(ArtifactError, match="is a merged artifact, expected onnx"):
-        build_engine(merged, out, SM86)
+        write_engine(merged, out, SM86)
 
 
 def test_a_manifest_that_does_not_know_an_input_is_refused(folded, out):
@@ -182,12 +183,12 @@ def test_a_manifest_that_does_not_know_an_input_is_refused(folded, out):
     )
 
     with pytest.raises(ArtifactError, match="has 'attention_mask' of 2 dimensions"):
-        build_engine(lacking, out, SM86)
+        write_engine(lacking, out, SM86)
 
 
 def test_sm_90_is_refused_before_anything_is_built(folded, out):
     with pytest.raises(UsageError, match=r"found sm_90.*sm_86, sm_89, sm_120"):
-        build_engine(folded(), out, replace(SM86, targets=("sm_90",)))
+        write_engine(folded(), out, replace(SM86, targets=("sm_90",)))
 
     assert not list(out.iterdir())
 

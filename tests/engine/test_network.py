@@ -1,8 +1,9 @@
 import pytest
 
 from propulsion_export.engine.network import Log, collect_errors, parse
-from propulsion_export.engine.source import read_graph, require_inputs_
 from propulsion_export.errors import ToolError
+from propulsion_export.graph.files import read_graph
+from propulsion_export.graph.passes.required_inputs import require_inputs_
 
 trt = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed (extra rtx)")
 SEVERITY = trt.ILogger.Severity

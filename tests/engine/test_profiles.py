@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from propulsion_export.artifacts.manifest import TensorSpec
 from propulsion_export.engine.profiles import choose_profiles, longest_sequence, parse_shapes
 from propulsion_export.errors import UsageError
-from propulsion_export.manifest import TensorSpec
 
 ENCODER = (
     TensorSpec("input_ids", "int64", ("batch", "sequence")),

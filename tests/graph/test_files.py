@@ -7,7 +7,7 @@ import onnx_ir as ir
 import pytest
 
 from propulsion_export.graph.files import write_graph, write_graphs
-from propulsion_export.runners.graphs import onnxruntime_runner
+from propulsion_export.runners.onnxruntime import onnxruntime_runner
 
 GRAPH = """
 <ir_version: 10, opset_import: ["" : 20]>

@@ -15,8 +15,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from minilm import model_directory
 from propulsion_export import export_onnx, merge
-from propulsion_export.adapter import Adapter, Scale
-from propulsion_export.model_fingerprint import fingerprint_of_model
+from propulsion_export.adapters.adapter import Adapter, Scale
+from propulsion_export.base_model.model_fingerprint import fingerprint_of_model
 
 NAME = "tuned"
 LABELS = ("animal", "artifact", "place")

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from conftest import make_model, make_random_adapter, save_tokenizer
+from tiny_models import make_model, make_random_adapter, save_tokenizer
 
 from propulsion_export import export_onnx
-from propulsion_export.adapter import Adapter
-from propulsion_export.attach import attached
-from propulsion_export.model_fingerprint import fingerprint_of_model
+from propulsion_export.adapters.adapter import Adapter
+from propulsion_export.base_model.model_fingerprint import fingerprint_of_model
+from propulsion_export.scaling.attach import attached
 
 # Rotary positions, a table of positions, and none at all.
 DECODERS = ("llama", "gpt2", "bloom")

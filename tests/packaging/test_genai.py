@@ -2,9 +2,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from propulsion_export.manifest import TensorSpec
+from propulsion_export.artifacts.manifest import TensorSpec
+from propulsion_export.base_model.special_tokens import SpecialTokens
 from propulsion_export.packaging.genai import genai_config
-from propulsion_export.special_tokens import SpecialTokens
 
 CONFIG = SimpleNamespace(hidden_size=64, num_attention_heads=8, vocab_size=100)
 CACHE = tuple(

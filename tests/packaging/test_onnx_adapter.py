@@ -5,16 +5,16 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from propulsion_export.artifact import Artifact
-from propulsion_export.errors import UsageError
-from propulsion_export.fingerprint import Fingerprint
-from propulsion_export.manifest import (
-    ENCODER_DECODER_FILES,
+from propulsion_export.artifacts.artifact import Artifact
+from propulsion_export.artifacts.file_names import ENCODER_DECODER_FILES
+from propulsion_export.artifacts.manifest import (
     AdapterEntry,
     BaseEntry,
     GraphEntry,
     Manifest,
 )
+from propulsion_export.base_model.fingerprint import Fingerprint
+from propulsion_export.errors import UsageError
 from propulsion_export.packaging.onnx_adapter import check_has_adapter_files, write_onnx_adapter
 
 SWITCHABLE = Manifest(

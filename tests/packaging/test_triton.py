@@ -11,27 +11,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig
 
-from propulsion_export.artifact import Artifact
-from propulsion_export.bank import Bank
-from propulsion_export.errors import ArtifactError, UsageError
-from propulsion_export.fingerprint import Fingerprint
-from propulsion_export.manifest import (
+from propulsion_export.artifacts.artifact import Artifact
+from propulsion_export.artifacts.bank import Bank
+from propulsion_export.artifacts.manifest import (
     AdapterEntry,
     BaseEntry,
     EngineEntry,
     Manifest,
     TensorSpec,
 )
+from propulsion_export.base_model.fingerprint import Fingerprint
+from propulsion_export.errors import ArtifactError, UsageError
+from propulsion_export.graph.passes.built_in_bank import BANK_FILE, BuildInBank
 from propulsion_export.packaging.triton import (
-    BANK_FILE,
-    BuildInBank,
-    ServedModel,
     adapters_text,
-    config_text,
-    plan_model,
     rows_in_use,
     write_bank,
 )
+from propulsion_export.packaging.triton_config import ServedModel, config_text, plan_model
 
 TOKENS = TensorSpec("input_ids", "int64", ("batch", "sequence"))
 BANK = TensorSpec("propulsion_bank", "float16", ("adapters", 7))

@@ -8,8 +8,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from propulsion_export.decoding import (
-    LOGITS,
+from propulsion_export.artifacts.manifest import TensorSpec
+from propulsion_export.artifacts.tensor_names import LOGITS
+from propulsion_export.parity.cases import judge
+from propulsion_export.parity.generation import continue_greedily, judge_generation, padded_inside
+from propulsion_export.parity.subject import Continuation, Subject
+from propulsion_export.runners.decoding import (
     CausalModel,
     EncoderDecoder,
     pad_left,
@@ -17,14 +21,6 @@ from propulsion_export.decoding import (
     replaying,
     row_by_row,
 )
-from propulsion_export.manifest import TensorSpec
-from propulsion_export.parity.cases import judge
-from propulsion_export.parity.generation import (
-    continue_greedily,
-    judge_generation,
-    padded_inside,
-)
-from propulsion_export.parity.subject import Continuation, Subject
 
 VOCABULARY, STEPS, ALLOWED = 17, 64, 1e-3
 CHOOSER = np.random.default_rng(3)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from propulsion_export.manifest import BANK_INPUT, IDS_INPUT
+from propulsion_export.artifacts.tensor_names import BANK_INPUT, IDS_INPUT
 from propulsion_export.parity.mixing import judge_mixed
 from propulsion_export.parity.subject import Subject
 

@@ -14,11 +14,20 @@ import pytest
 from transformers import AutoModelForSequenceClassification
 
 from kinds import DECODERS, ENCODER_DECODERS, GENERATIVE
-from propulsion_export.adapter import Adapter
-from propulsion_export.artifact import Artifact
-from propulsion_export.attach import attached
-from propulsion_export.bank import Bank
-from propulsion_export.decoding import recomputing
+from propulsion_export.adapters.adapter import Adapter
+from propulsion_export.adapters.names import BASE_NAME
+from propulsion_export.artifacts.artifact import Artifact
+from propulsion_export.artifacts.bank import Bank
+from propulsion_export.artifacts.changing import add_adapter, remove_adapter
+from propulsion_export.artifacts.layout import (
+    pack,
+    packed_inputs,
+    to_row,
+    width_of,
+)
+from propulsion_export.artifacts.manifest import read_manifest
+from propulsion_export.artifacts.tensor_names import BANK_INPUT, IDS_INPUT
+from propulsion_export.base_model.model_fingerprint import fingerprint_of_model
 from propulsion_export.errors import (
     AdapterError,
     ArtifactError,
@@ -26,17 +35,15 @@ from propulsion_export.errors import (
     UnknownAdapterError,
     UsageError,
 )
-from propulsion_export.layout import pack, packed_inputs, to_row, width_of
-from propulsion_export.manifest import BANK_INPUT, BASE_NAME, IDS_INPUT, read_manifest
-from propulsion_export.model_fingerprint import fingerprint_of_model
 from propulsion_export.parity.comparison import FACTOR
-from propulsion_export.pipeline.adapters import add_adapter, remove_adapter
-from propulsion_export.pipeline.exporting import export_onnx
-from propulsion_export.pipeline.merging import merge
-from propulsion_export.pipeline.running import choose_runner, open_candidate
-from propulsion_export.pipeline.session import Session
-from propulsion_export.pipeline.verifying import check_parity
+from propulsion_export.pipeline.merge import merge
+from propulsion_export.pipeline.onnx import export_onnx
+from propulsion_export.pipeline.parity import check_parity
+from propulsion_export.runners.decoding import recomputing
+from propulsion_export.runners.opening import choose_runner, open_candidate
 from propulsion_export.runners.pytorch import torch_runner
+from propulsion_export.scaling.attach import attached
+from propulsion_export.serving.session import Session
 
 ENCODERS = ("bert", "roberta", "distilbert", "electra", "deberta-v2", "albert", "mpnet")
 TASKS = ("token-classification", "question-answering", "fill-mask", "feature-extraction")
@@ -52,8 +59,8 @@ CASES = [
 
 
 @pytest.fixture(scope="session")
-def make_bank(tmp_path_factory, tiny_model, tiny_checkpoint, positive_adapter, write_adapter):
-    """`make_bank(kind, task)`: a bank of two adapters, with their directories and the model."""
+def build_bank(tmp_path_factory, tiny_model, tiny_checkpoint, positive_adapter, write_adapter):
+    """`build_bank(kind, task)`: a bank of two adapters, with their directories and the model."""
     made = {}
 
     def make(kind, task):
@@ -118,8 +125,8 @@ def random_bank(artifact, seed=0):
 
 
 @pytest.mark.parametrize(("kind", "task"), CASES)
-def test_the_verdict_passes(kind, task, make_bank):
-    made = make_bank(kind, task)
+def test_the_verdict_passes(kind, task, build_bank):
+    made = build_bank(kind, task)
 
     report = check_parity(made.bank)
 
@@ -135,9 +142,9 @@ def test_the_verdict_passes(kind, task, make_bank):
 
 @pytest.mark.parametrize(("kind", "task"), CASES)
 def test_rows_of_a_thousand_adapters_are_bit_for_bit_the_same_beside_any_others(
-    kind, task, make_bank
+    kind, task, build_bank
 ):
-    artifact, run = runner_of(make_bank(kind, task).bank)
+    artifact, run = runner_of(build_bank(kind, task).bank)
     inputs, bank = inputs_of(artifact), random_bank(artifact)
     chooser = np.random.default_rng(1)
     ids = chooser.permutation(ADAPTERS) + 1
@@ -160,8 +167,8 @@ def test_rows_of_a_thousand_adapters_are_bit_for_bit_the_same_beside_any_others(
             np.testing.assert_array_equal(values[row], own[name][row])
 
 
-def test_a_thousand_adapters_are_what_pytorch_computes_of_each_alone(make_bank, random_adapter):
-    made = make_bank("bert", "text-classification")
+def test_a_thousand_adapters_are_what_pytorch_computes_of_each_alone(build_bank, random_adapter):
+    made = build_bank("bert", "text-classification")
     artifact, run = runner_of(made.bank)
     inputs = inputs_of(artifact)
     layout, base = artifact.manifest.layout, packed_inputs(artifact, BASE_NAME)
@@ -198,9 +205,9 @@ def alone_in_torch(model, adapters, inputs):
 
 
 @pytest.mark.parametrize("kind", ["bert", "llama", "t5"])
-def test_the_graph_has_the_two_inputs_of_the_contract(kind, make_bank):
+def test_the_graph_has_the_two_inputs_of_the_contract(kind, build_bank):
     task = {"bert": "text-classification", "llama": "text-generation"}
-    artifact = Artifact.read(make_bank(kind, task.get(kind, "text2text-generation")).bank)
+    artifact = Artifact.read(build_bank(kind, task.get(kind, "text2text-generation")).bank)
     manifest = artifact.manifest
     graphs = manifest.graphs.values() if manifest.graphs else [manifest]
 
@@ -390,8 +397,8 @@ def test_an_adapter_without_a_head_does_not_get_anothers(banked, world, tmp_path
     assert sorted(Artifact.read(directory).adapters) == ["five", "three"]
 
 
-def test_an_adapter_without_a_head_has_the_checkpoints_own(make_bank, tmp_path):
-    made = make_bank("bert", "text-classification")
+def test_an_adapter_without_a_head_has_the_checkpoints_own(build_bank, tmp_path):
+    made = build_bank("bert", "text-classification")
     directory = copied(made.bank, tmp_path)
     (tmp_path / "headless").mkdir()
     one = Adapter.read(made.one)
@@ -407,8 +414,8 @@ def test_an_adapter_without_a_head_has_the_checkpoints_own(make_bank, tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["merged", "folded", "switchable", "bank"])
-def test_classes_of_the_checkpoints_head_have_its_names(mode, make_bank, tmp_path):
-    one = Adapter.read(make_bank("bert", "text-classification").one)
+def test_classes_of_the_checkpoints_head_have_its_names(mode, build_bank, tmp_path):
+    one = Adapter.read(build_bank("bert", "text-classification").one)
     (tmp_path / "headless").mkdir()
     replace(one, modules={}, labels=None).write(tmp_path / "headless")
 
@@ -426,9 +433,9 @@ def test_classes_of_the_checkpoints_head_have_its_names(mode, make_bank, tmp_pat
 @pytest.mark.parametrize("width", [2, 5])  # narrower and wider than the checkpoint's own head
 @pytest.mark.parametrize("mode", ["bank", "switchable"])
 def test_the_base_model_keeps_its_own_head_beside_adapters_of_another_width(
-    mode, width, make_bank, tiny_model, positive_adapter, write_adapter, tmp_path
+    mode, width, build_bank, tiny_model, positive_adapter, write_adapter, tmp_path
 ):
-    made = make_bank("bert", "text-classification")
+    made = build_bank("bert", "text-classification")
     headless = replace(Adapter.read(made.one), modules={}, labels=None)
     other = positive_adapter(
         tiny_model("bert", num_labels=width, id2label=None, label2id=None), 3, "other",

@@ -18,17 +18,17 @@ import transformers
 from safetensors.numpy import load_file, save_file
 
 from kinds import ENCODER_DECODERS, GENERATIVE
-from propulsion_export.artifact import Artifact
-from propulsion_export.decoding import generate, greedy
+from propulsion_export.artifacts.artifact import Artifact
+from propulsion_export.artifacts.manifest import read_manifest
+from propulsion_export.base_model.model_fingerprint import fingerprint_of_model
 from propulsion_export.errors import ArtifactError, ToolError
-from propulsion_export.manifest import read_manifest
-from propulsion_export.model_fingerprint import fingerprint_of_model
-from propulsion_export.pipeline.exporting import export_onnx
-from propulsion_export.pipeline.merging import merge
-from propulsion_export.pipeline.running import choose_runner, open_candidate
-from propulsion_export.pipeline.verifying import check_parity
-from propulsion_export.sampling import trace_prompt
-from propulsion_export.trace import trace_decoder
+from propulsion_export.graph.sample_inputs import trace_prompt
+from propulsion_export.graph.trace import trace_decoder
+from propulsion_export.pipeline.merge import merge
+from propulsion_export.pipeline.onnx import export_onnx
+from propulsion_export.pipeline.parity import check_parity
+from propulsion_export.runners.decoding import generate, greedy
+from propulsion_export.runners.opening import choose_runner, open_candidate
 
 STEPS = 64
 # Those whose layers are of kinds of their own; each trace takes ten seconds and more, and the bank

@@ -13,11 +13,11 @@ from types import SimpleNamespace
 import onnx
 import pytest
 
-from propulsion_export.artifact import Artifact
-from propulsion_export.decoding import CausalModel
-from propulsion_export.model_fingerprint import fingerprint_of_model
-from propulsion_export.pipeline.running import choose_runner, open_candidate
-from propulsion_export.pipeline.verifying import check_parity
+from propulsion_export.artifacts.artifact import Artifact
+from propulsion_export.base_model.model_fingerprint import fingerprint_of_model
+from propulsion_export.pipeline.parity import check_parity
+from propulsion_export.runners.decoding import CausalModel
+from propulsion_export.runners.opening import choose_runner, open_candidate
 
 GIBIBYTE = 2**30
 # The tiny export first: what the libraries take, once, is no part of what a model takes.
@@ -25,7 +25,7 @@ EXPORT_IN_A_PROCESS = """
     import re, sys
     from pathlib import Path
     import numpy as np
-    from propulsion_export.pipeline.exporting import export_onnx
+    from propulsion_export.pipeline.onnx import export_onnx
 
     tiny, large, out, mode, size = sys.argv[1:]
 

@@ -3,10 +3,10 @@
 import pytest
 
 from propulsion_export.engine import BuildOptions
-from propulsion_export.machine import cuda_devices, cuda_reason
-from propulsion_export.pipeline.building import build
-from propulsion_export.pipeline.exporting import export_onnx
-from propulsion_export.pipeline.verifying import check_parity
+from propulsion_export.environment.machine import cuda_devices, cuda_reason
+from propulsion_export.pipeline.onnx import export_onnx
+from propulsion_export.pipeline.parity import check_parity
+from propulsion_export.pipeline.trt import build_engine
 
 pytestmark = [
     pytest.mark.gpu,
@@ -18,7 +18,7 @@ pytestmark = [
 @pytest.mark.parametrize("mode", ["folded", "switchable"])
 def test_an_engine_passes_parity(mode, dtype, world, tmp_path):
     export_onnx([world.three], tmp_path / "onnx", mode=mode, dtype=dtype)
-    build(tmp_path / "onnx", tmp_path / "engine", BuildOptions())
+    build_engine(tmp_path / "onnx", tmp_path / "engine", BuildOptions())
 
     report = check_parity(tmp_path / "engine")
 

@@ -8,8 +8,9 @@ from torch import nn
 from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from propulsion_export.decoding import (
-    LOGITS,
+from propulsion_export.artifacts.tensor_names import LOGITS
+from propulsion_export.errors import BaseModelError, ToolError
+from propulsion_export.runners.decoding import (
     CausalModel,
     Decoder,
     EncoderDecoder,
@@ -18,7 +19,6 @@ from propulsion_export.decoding import (
     replaying,
     row_by_row,
 )
-from propulsion_export.errors import BaseModelError, ToolError
 from propulsion_export.runners.pytorch import (
     torch_cross_decoder_runner,
     torch_decoder_runner,

@@ -14,9 +14,9 @@ import click
 import numpy as np
 import pytest
 
-from propulsion_export.artifact import Artifact
+from propulsion_export.artifacts.artifact import Artifact
+from propulsion_export.base_model.model_fingerprint import fingerprint_of_model
 from propulsion_export.cli.app import app
-from propulsion_export.model_fingerprint import fingerprint_of_model
 
 SAMPLES = Path(__file__).parents[2] / "samples"
 README = (SAMPLES / "README.md").read_text()

@@ -19,8 +19,8 @@ import pytest
 import uvicorn
 
 from propulsion_export import Session, export_onnx
+from propulsion_export.base_model.model_fingerprint import fingerprint_of_model
 from propulsion_export.errors import ArtifactError, UnknownAdapterError, UsageError
-from propulsion_export.model_fingerprint import fingerprint_of_model
 
 SAMPLES = Path(__file__).parents[2] / "samples"
 with pytest.MonkeyPatch.context() as patch:

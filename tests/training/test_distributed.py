@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from propulsion_export.adapter import Adapter
+from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.training import train
 
 PROGRAM = """

@@ -13,11 +13,11 @@ import transformers
 from safetensors.torch import load_file
 
 import propulsion_export.training.loop as loop_module
-from propulsion_export.adapter import Adapter
+from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.cli import main
 from propulsion_export.errors import BaseModelError, DataError, UsageError
 from propulsion_export.training import train
-from propulsion_export.training.generating import DecoderSession
+from propulsion_export.training.generating import DecoderRun
 
 KINDS = ("gpt2", "llama")
 
@@ -196,13 +196,13 @@ def test_on_a_bfloat16_base_vectors_and_optimiser_are_float32(
 
     monkeypatch.setattr(loop_module.torch.optim, "AdamW", Spy)
     seen = set()
-    measure = DecoderSession.after_training
+    measure = DecoderRun.after_training
 
     def look(self):
         seen.update(p.dtype for p in self.model.parameters() if not p.requires_grad)
         measure(self)
 
-    monkeypatch.setattr(DecoderSession, "after_training", look)
+    monkeypatch.setattr(DecoderRun, "after_training", look)
     options = replace(generation, dtype="bfloat16", epochs=4, batch_size=4)
 
     metrics = train(tiny_checkpoint("llama"), passages, tmp_path / "out", options=options).metrics
@@ -279,10 +279,10 @@ def test_early_stopping_goes_by_the_validation_loss(
 ):
     losses = iter([2.0, 1.0, 2.5, 1.5, 3.0])  # the last is the base model's
     scored = replace(
-        DecoderSession.objective,
+        DecoderRun.objective,
         scores=lambda _: {"mean_loss": next(losses), "perplexity": 9.0},
     )
-    monkeypatch.setattr(DecoderSession, "objective", scored)
+    monkeypatch.setattr(DecoderRun, "objective", scored)
 
     options = replace(generation, epochs=5, early_stopping=2)
     metrics = train(tiny_checkpoint("gpt2"), passages, tmp_path / "best", options=options).metrics

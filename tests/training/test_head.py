@@ -9,7 +9,7 @@ import transformers
 from propulsion_export.training import TrainOptions, head
 from propulsion_export.training.data import classes_of, read_examples
 from propulsion_export.training.encode import Rows, encode
-from propulsion_export.training.model import load_base
+from propulsion_export.training.model import load_trainable
 
 CPU = torch.device("cpu")
 OPTIONS = TrainOptions(epochs=4, batch_size=16)
@@ -17,7 +17,7 @@ OPTIONS = TrainOptions(epochs=4, batch_size=16)
 
 @pytest.fixture(name="base")
 def make_base(tiny_base):
-    return load_base(tiny_base, ["animal", "food", "place"], OPTIONS)
+    return load_trainable(tiny_base, ["animal", "food", "place"], OPTIONS)
 
 
 @pytest.fixture(name="rows")

@@ -12,10 +12,10 @@ import transformers
 from safetensors.torch import load_file
 
 import propulsion_export.training.loop as loop_module
-from propulsion_export.adapter import Adapter
+from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.errors import BaseModelError, DataError, UsageError
 from propulsion_export.training import TrainOptions, train
-from propulsion_export.training.classifying import ClassifierSession
+from propulsion_export.training.classifying import ClassifierRun
 from propulsion_export.training.data import read_examples
 
 # PEFT reads the old name; training itself is quiet about it.
@@ -319,10 +319,10 @@ def test_token_classification_learns_which_words_are_nouns(
 def test_early_stopping_keeps_the_best_epoch(tiny_base, texts, options, tmp_path, monkeypatch):
     accuracies = iter([0.5, 0.9, 0.6, 0.7, 0.8])
     scored = replace(
-        ClassifierSession.objective,
+        ClassifierRun.objective,
         scores=lambda _: {"accuracy": next(accuracies), "mean_loss": 1.0},
     )
-    monkeypatch.setattr(ClassifierSession, "objective", scored)
+    monkeypatch.setattr(ClassifierRun, "objective", scored)
     options = replace(options, epochs=5)
     metrics = train(
         tiny_base, texts, tmp_path / "best", options=replace(options, early_stopping=2)

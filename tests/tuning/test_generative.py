@@ -9,11 +9,11 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from kinds import ENCODER_DECODERS, GENERATIVE
-from propulsion_export.adapter import Adapter
-from propulsion_export.attach import attached
+from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.errors import UsageError
-from propulsion_export.expert_rules import is_experts
-from propulsion_export.folding_rules import layer_kind
+from propulsion_export.scaling.attach import attached
+from propulsion_export.scaling.expert_rules import is_experts
+from propulsion_export.scaling.layer_rules import layer_kind
 from propulsion_export.tuning import PropulsionConfig
 from propulsion_export.tuning.experts import ExpertVectors, PropulsionExperts
 from propulsion_export.tuning.layer import PropulsionLayer

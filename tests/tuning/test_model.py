@@ -19,7 +19,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from propulsion_export.adapter import Adapter
+from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.errors import BaseModelError, UsageError
 from propulsion_export.tuning import PropulsionConfig
 

@@ -1,0 +1,324 @@
+"""A PEFT adapter directory, read and checked: Propulsion's and (IA)^3's.
+
+The power z**k is computed here, once, in float64. Nothing is unpickled.
+"""
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from propulsion_export.adapters.scales import Array, Scale, Side
+from propulsion_export.base_model.fingerprint import Fingerprint
+from propulsion_export.errors import AdapterError
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+VECTOR_SUFFIX = ".propulsion_z"
+BIAS_SUFFIX = ".propulsion_bias"
+IA3_SUFFIX = ".ia3_l"
+
+# Any vector of two different numbers overflows or vanishes long before.
+_LARGEST_DEGREE = 2**53
+
+
+@dataclass(frozen=True)
+class PeftDirectory:
+    """What the directory says; see `Adapter` for the meaning of each."""
+
+    scales: Mapping[str, Scale]
+    biases: Mapping[str, Array]
+    modules: Mapping[str, Array]
+    base: str | None
+    fingerprint: Fingerprint | None
+    task_type: str
+    labels: tuple[str, ...] | None
+
+
+def read_peft_directory(directory: Path) -> PeftDirectory:
+    """Read a directory that PEFT's `save_pretrained` wrote.
+
+    Raises:
+        AdapterError: something is missing, damaged, of the wrong shape, not finite, of another
+            method, or would run code to be read.
+    """
+    config = _read_config(directory)
+    tensors = _read_tensors(directory)
+    kind = config.get("peft_type")
+    if kind not in ("PROPULSION", "IA3"):
+        raise AdapterError(
+            f"{directory / CONFIG_FILE}: peft_type is {_short(kind)}, expected "
+            "'PROPULSION' or 'IA3'",
+            remedy="Other methods are not element-wise scales and cannot be exported by this tool.",
+        )
+    read_scales = _propulsion_scales if kind == "PROPULSION" else _ia3_scales
+    scales, rest = read_scales(directory, config, tensors)
+    if not scales:
+        raise AdapterError(
+            f"{directory / WEIGHTS_FILE}: holds no scale at all, expected one per module"
+        )
+    _check_complete(directory, config, scales)
+    biases = _strip(rest, BIAS_SUFFIX)
+    _check_finite(directory, rest)
+    _check_biases(directory, scales, biases)
+    return PeftDirectory(
+        scales=scales,
+        biases=biases,
+        modules={
+            key.removeprefix(PREFIX): values
+            for key, values in rest.items()
+            # PEFT adds a copy of the frozen embedding when that is a target.
+            if not key.endswith(BIAS_SUFFIX) and ".base_layer." not in key
+        },
+        base=_base(directory, config),
+        fingerprint=_fingerprint(directory, config),
+        task_type=str(config.get("task_type")),
+        labels=_labels(directory, config),
+    )
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    file = directory / CONFIG_FILE
+    if not os.path.isfile(file):  # noqa: PTH113 - of any path, it does not raise
+        raise AdapterError(
+            f"{directory}: has no {CONFIG_FILE}, expected a PEFT adapter directory",
+            remedy="`propulsion-export train` writes one.",
+        )
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise AdapterError(f"{file}: cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise AdapterError(f"{file}: is no JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise AdapterError(f"{file}: holds a {type(config).__name__}, expected an object")
+    return config
+
+
+def _read_tensors(directory: Path) -> dict[str, Array]:
+    file = directory / WEIGHTS_FILE
+    if not file.is_file():
+        pickled = (directory / "adapter_model.bin").exists()
+        raise AdapterError(
+            f"{directory}: has no {WEIGHTS_FILE}"
+            + (", only a pickle, which could run code and is not read" if pickled else ""),
+            remedy="Save the adapter with PEFT's save_pretrained, which writes safetensors.",
+        )
+    # Registers bfloat16 with numpy, which safetensors needs to load it.
+    import ml_dtypes  # noqa: F401
+
+    try:
+        tensors = dict(load_file(file))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise AdapterError(
+            f"{file}: is truncated or damaged ({error})", remedy="Copy or save it again."
+        ) from error
+    except (AttributeError, TypeError, KeyError) as error:  # what it does for a float8
+        raise AdapterError(
+            f"{file}: holds a dtype that numpy does not have ({error})",
+            remedy="Save the adapter in float32, float16 or bfloat16.",
+        ) from error
+    _check_keys(file, tensors)
+    return tensors
+
+
+def _check_keys(file: Path, tensors: Mapping[str, Array]) -> None:
+    strangers = [
+        f"{file}: has the key {key!r}, expected one that starts with {PREFIX!r}"
+        for key in tensors
+        if not key.startswith(PREFIX)
+    ]
+    if strangers:
+        raise AdapterError(
+            *strangers, remedy="Save the adapter with PEFT's save_pretrained, which names them."
+        )
+
+
+def _propulsion_scales(
+    directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Array]
+) -> tuple[dict[str, Scale], dict[str, Array]]:
+    degree = _degree(directory, config)
+    vectors = _strip(tensors, VECTOR_SUFFIX)
+    _check_vectors(directory, vectors, experts=True)
+    if not degree.is_integer():
+        negative = [path for path, vector in vectors.items() if (vector < 0).any()]
+        if negative:
+            raise AdapterError(
+                *(
+                    f"{path}: a vector below zero has no real power {degree}, expected z >= 0"
+                    for path in negative
+                )
+            )
+    with np.errstate(over="ignore"):
+        powers = {path: vector.astype(np.float64) ** degree for path, vector in vectors.items()}
+    beyond = [
+        f"{directory / WEIGHTS_FILE}: {path} holds a vector whose power {degree:g} is beyond every "
+        "number"
+        for path, values in powers.items()
+        if not np.isfinite(values).all()
+    ]
+    if beyond:
+        raise AdapterError(*beyond, remedy="The training diverged; train again with a lower rate.")
+    scales = {path: Scale(values) for path, values in powers.items()}
+    rest = {key: values for key, values in tensors.items() if not key.endswith(VECTOR_SUFFIX)}
+    return scales, rest
+
+
+def _degree(directory: Path, config: Mapping[str, Any]) -> float:
+    degree: Any = config.get("degree")
+    number = isinstance(degree, int | float) and not isinstance(degree, bool)
+    # Compared before it is converted: JSON has integers beyond every float, NaN and Infinity too.
+    if not number or not 0 < degree < _LARGEST_DEGREE:
+        raise AdapterError(
+            f"{directory / CONFIG_FILE}: degree is {_short(degree)}, expected a positive number"
+        )
+    return float(degree)
+
+
+def _short(value: Any) -> str:
+    """A value as a message shows it."""
+    if isinstance(value, int) and abs(value) > _LARGEST_DEGREE:
+        return "a huge number"  # Python refuses to print integers of many digits
+    text = repr(value)
+    return text if len(text) < 80 else f"{text[:80]}…"
+
+
+def _ia3_scales(
+    directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Array]
+) -> tuple[dict[str, Scale], dict[str, Array]]:
+    # One dimension counts the channels, the others are 1, whatever the layer's kind.
+    flat = {
+        path: vector.reshape(-1) if vector.size in vector.shape else vector
+        for path, vector in _strip(tensors, IA3_SUFFIX).items()
+    }
+    _check_vectors(directory, flat)
+    _check_feedforward(directory, config)
+    scales = {
+        path: Scale(vector.astype(np.float64), _ia3_side(path, config))
+        for path, vector in flat.items()
+    }
+    rest = {key: values for key, values in tensors.items() if not key.endswith(IA3_SUFFIX)}
+    return scales, rest
+
+
+def _ia3_side(path: str, config: Mapping[str, Any]) -> Side:
+    """PEFT matches `feedforward_modules` by regex when it is one string, else by ending."""
+    feedforward = config.get("feedforward_modules") or []
+    if isinstance(feedforward, str):
+        return "input" if re.fullmatch(feedforward, path) else "output"
+    return "input" if any(path.endswith(target) for target in feedforward) else "output"
+
+
+def _check_feedforward(directory: Path, config: Mapping[str, Any]) -> None:
+    feedforward = config.get("feedforward_modules") or []
+    file = directory / CONFIG_FILE
+    if isinstance(feedforward, str):
+        try:
+            re.compile(feedforward)
+        except re.error as error:
+            raise AdapterError(
+                f"{file}: feedforward_modules is no regular expression ({error})"
+            ) from error
+    elif not _is_names(feedforward):
+        raise AdapterError(f"{file}: feedforward_modules is no list of names")
+
+
+def _check_complete(
+    directory: Path, config: Mapping[str, Any], scales: Mapping[str, Scale]
+) -> None:
+    """A vector that got lost would leave its layer at 1, and no comparison could tell."""
+    expected = config.get("scaled_modules")
+    if expected is not None and expected != len(scales):
+        raise AdapterError(
+            f"{directory / WEIGHTS_FILE}: holds vectors for {len(scales)} modules, expected "
+            f"{_short(expected)} by {CONFIG_FILE}",
+            remedy="Copy or save the adapter again.",
+        )
+
+
+def _strip(tensors: Mapping[str, Array], suffix: str) -> dict[str, Array]:
+    return {
+        key.removeprefix(PREFIX).removesuffix(suffix): values
+        for key, values in tensors.items()
+        if key.endswith(suffix)
+    }
+
+
+def _check_vectors(directory: Path, vectors: Mapping[str, Array], *, experts: bool = False) -> None:
+    dimensions, expected = ((1, 2), "one dimension or two") if experts else ((1,), "one dimension")
+    wrong = [
+        f"{path}: the vector has shape {list(vector.shape)}, expected {expected}"
+        for path, vector in vectors.items()
+        if vector.ndim not in dimensions or vector.size == 0
+    ]
+    if wrong:
+        raise AdapterError(*(f"{directory / WEIGHTS_FILE}: {finding}" for finding in wrong))
+    _check_finite(directory, vectors)
+
+
+def _check_finite(directory: Path, tensors: Mapping[str, Array]) -> None:
+    bad = [
+        f"{directory / WEIGHTS_FILE}: {key} holds {int((~np.isfinite(values)).sum())} entries "
+        "that are NaN or infinite, expected finite numbers"
+        for key, values in tensors.items()
+        if not np.isfinite(values.astype(np.float64)).all()
+    ]
+    if bad:
+        raise AdapterError(*bad, remedy="The training diverged; train again with a lower rate.")
+
+
+def _check_biases(
+    directory: Path, scales: Mapping[str, Scale], biases: Mapping[str, Array]
+) -> None:
+    wrong = [
+        f"{directory / WEIGHTS_FILE}: {path} has a bias of shape {list(bias.shape)}, expected "
+        f"{list(scales[path].values.shape)}"
+        if path in scales
+        else f"{directory / WEIGHTS_FILE}: {path} has a trained bias but no scale"
+        for path, bias in biases.items()
+        if path not in scales or bias.shape != scales[path].values.shape
+    ]
+    if wrong:
+        raise AdapterError(*wrong)
+
+
+def _fingerprint(directory: Path, config: Mapping[str, Any]) -> Fingerprint | None:
+    value = config.get("base_fingerprint")
+    if value is None:
+        return None
+    try:
+        return Fingerprint.from_json(value)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise AdapterError(
+            f"{directory / CONFIG_FILE}: base_fingerprint is damaged ({error!r})"
+        ) from error
+
+
+def _labels(directory: Path, config: Mapping[str, Any]) -> tuple[str, ...] | None:
+    labels = config.get("labels")
+    if labels is None:
+        return None
+    if not _is_names(labels):
+        raise AdapterError(f"{directory / CONFIG_FILE}: labels is no list of names")
+    return tuple(labels)
+
+
+def _base(directory: Path, config: Mapping[str, Any]) -> str | None:
+    base = config.get("base_model_name_or_path")
+    if base is not None and not isinstance(base, str):
+        raise AdapterError(
+            f"{directory / CONFIG_FILE}: base_model_name_or_path is {_short(base)}, expected a name"
+        )
+    return base
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)

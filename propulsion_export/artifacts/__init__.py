@@ -1,0 +1,1 @@
+"""What flows between commands: a directory with one model, its manifest, and its adapters."""

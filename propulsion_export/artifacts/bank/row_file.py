@@ -1,0 +1,141 @@
+"""The rows on disk: appended, copied, mapped into memory, compared with their checksums."""
+
+import hashlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from propulsion_export.adapters.scales import Array
+from propulsion_export.artifacts.bank.registry import (
+    COPY_AGAIN,
+    BankRow,
+    State,
+    has_rows,
+)
+from propulsion_export.artifacts.file_names import ADAPTERS
+from propulsion_export.artifacts.rounding import numpy_dtype
+from propulsion_export.errors import ArtifactError, UsageError
+
+
+def check_length(directory: Path, state: State) -> int:
+    """The bank file's length in bytes, if all rows that count are in it.
+
+    Raises:
+        ArtifactError: it is missing or shorter.
+    """
+    file = directory / state.file
+    if not file.is_file():
+        raise ArtifactError(f"{file}: is missing", remedy=COPY_AGAIN)
+    if (length := file.stat().st_size) < state.length:
+        raise ArtifactError(
+            f"{file}: has {length} bytes, expected {state.next_row} rows of {state.stride} bytes",
+            remedy=COPY_AGAIN,
+        )
+    return length
+
+
+def tidy(directory: Path, state: State) -> None:
+    """Remove what killed or failed changes left; nobody else may be changing anything.
+
+    Raises:
+        ArtifactError: the bank file is missing or lacks rows that count.
+    """
+    for path in (directory / ADAPTERS).iterdir():
+        name = f"{ADAPTERS}/{path.name}"
+        if has_rows(name) and name != state.file:
+            path.unlink(missing_ok=True)
+    if check_length(directory, state) > state.length:
+        os.truncate(directory / state.file, state.length)
+
+
+def map_rows(directory: Path, state: State) -> Array:
+    """All rows that count, [next_row, D] of the bank's dtype: a read-only memory map.
+
+    Raises:
+        ArtifactError: the bank file is missing or lacks rows that count.
+    """
+    check_length(directory, state)
+    dtype, shape = numpy_dtype(state.dtype), (state.next_row, state.width)
+    return np.memmap(directory / state.file, dtype, mode="r", shape=shape)
+
+
+def identity_of(directory: Path, state: State) -> tuple[int, int]:
+    """What tells the bank file from any other while it is mapped, even from one of its name."""
+    stat = (directory / state.file).stat()
+    return stat.st_dev, stat.st_ino
+
+
+def check_row(row: BankRow, values: Array) -> None:
+    """Compare a row of a memory map of the bank with its checksum.
+
+    Raises:
+        ArtifactError: its bytes are others.
+    """
+    if (found := checksum_of(bytes_of(values[row.number]))) != row.checksum:
+        raise ArtifactError(
+            f"{getattr(values, 'filename', row.file)}: row {row.number} is {found}, expected "
+            f"{row.checksum}",
+            remedy=COPY_AGAIN,
+        )
+
+
+def row_bytes(directory: Path, state: State, values: Array) -> bytes:
+    """The bytes of a row of this bank.
+
+    Raises:
+        UsageError: `values` is none, which is [D] of the bank's dtype.
+    """
+    if values.shape != (state.width,) or values.dtype.name != state.dtype:
+        raise UsageError(
+            f"{directory}: an adapter feeds {describe_array(values)}, expected [{state.width}] of "
+            f"{state.dtype}"
+        )
+    return bytes_of(values)
+
+
+def bytes_of(values: Array) -> bytes:
+    """Values as they lie in the file, in this machine's order of bytes."""
+    return np.ascontiguousarray(values, numpy_dtype(values.dtype.name)).tobytes()
+
+
+def append_row(directory: Path, state: State, data: bytes) -> None:
+    """Write a row behind those that count; it is on the disk when this returns."""
+    descriptor = os.open(directory / state.file, os.O_WRONLY)
+    try:
+        _write_at(descriptor, data, state.length)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def copy_rows(directory: Path, state: State, numbers: Iterable[int], *, to: Path) -> None:
+    """Write rows of the bank file, in the order of `numbers`, as a new file that a crash spares."""
+    with (directory / state.file).open("rb") as old, to.open("xb") as new:
+        os.fchmod(new.fileno(), os.fstat(old.fileno()).st_mode & 0o777)
+        for number, kept in enumerate(numbers):
+            row = os.pread(old.fileno(), state.stride, kept * state.stride)
+            _write_at(new.fileno(), row, number * state.stride)
+        os.fsync(new.fileno())
+    descriptor = os.open(to.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_at(descriptor: int, data: bytes, offset: int) -> None:
+    written = 0
+    while written < len(data):
+        written += os.pwrite(descriptor, memoryview(data)[written:], offset + written)
+
+
+def checksum_of(data: bytes) -> str:
+    """`sha256:…` of a row's bytes."""
+    return f"sha256:{hashlib.sha256(data).hexdigest()}"
+
+
+def describe_array(values: Array) -> str:
+    """Shape and dtype for a message."""
+    return f"{list(values.shape)} of {values.dtype.name}"

@@ -1,0 +1,214 @@
+"""`adapter add`, `remove`: change the adapters of a switchable artifact or of a bank."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from safetensors.numpy import save
+
+from propulsion_export.adapters.adapter import Adapter
+from propulsion_export.adapters.names import BASE_NAME
+from propulsion_export.adapters.provenance import check_base
+from propulsion_export.adapters.specification import check_identity, read_adapters, source_of
+from propulsion_export.artifacts.artifact import Artifact, Tensors, digest_of
+from propulsion_export.artifacts.consistency import check_consistent
+from propulsion_export.artifacts.file_names import (
+    ADAPTERS,
+    BASE_FEEDS,
+    GENAI_CONFIG_FILE,
+    ONNX_ADAPTER_SUFFIX,
+)
+from propulsion_export.artifacts.layout import (
+    check_range,
+    labels_in,
+    pack,
+    packed_inputs,
+    to_row,
+)
+from propulsion_export.artifacts.locking import exclusive_lock
+from propulsion_export.artifacts.manifest import AdapterEntry, Manifest
+from propulsion_export.artifacts.staging import replace_file
+from propulsion_export.artifacts.tensor_names import BANK_INPUT, MODULES_INPUT
+from propulsion_export.base_model.tasks import TASKS
+from propulsion_export.errors import (
+    AdapterError,
+    ArtifactError,
+    UsageError,
+    unknown_adapters,
+)
+
+
+def add_adapter(
+    artifact: Path | str, adapter: str | Path, *, allow_range: bool = False, force: bool = False
+) -> Artifact:
+    """Add an adapter, `NAME=DIR` or a directory, to a switchable artifact or a bank.
+
+    The artifact is whole at every moment. Processes that change one artifact do so one after the
+    other. A bank takes as long for the next adapter as for the first.
+
+    Raises:
+        ArtifactError: its adapters cannot change.
+        AdapterError: the adapter has a tensor that the graph has no input for.
+        BaseModelError: it was trained on another base model.
+        UsageError: there is one of that name and `force` is off.
+    """
+    (new,) = read_adapters([adapter])
+    check_identity(new)
+    with exclusive_lock(artifact):
+        read = _read_changeable(artifact)
+        feeds = _fitted(read, new, allow_range=allow_range)
+        labels = labels_in(new, read.manifest.layout, read.manifest.base.labels)
+        entry = AdapterEntry(new.digest, source_of(adapter), new.size, None, labels)
+        if read.manifest.mode == "bank":
+            row = to_row(feeds, read.manifest.layout)
+            read.bank.add(new.name, row, entry, replace=force)
+            return read
+        return _add(read, new.name, feeds, entry, force=force)
+
+
+def _fitted(artifact: Artifact, new: Adapter, *, allow_range: bool) -> Tensors:
+    """What to feed for an adapter that belongs to the artifact; [D] each."""
+    manifest = artifact.manifest
+    _check_task(manifest, new)
+    _check_head(manifest, new)
+    check_base(
+        manifest.base.fingerprint,
+        manifest.base.source,
+        [new],
+        remedy="Add it to an artifact of the model that it was trained on.",
+    )
+    if not allow_range:
+        check_range(new, manifest.dtype)
+    return pack(new, manifest.layout, packed_inputs(artifact, BASE_NAME))
+
+
+def _check_task(manifest: Manifest, new: Adapter) -> None:
+    """Refuse an adapter of another task; what its embeddings are for does not matter."""
+    embeds = TASKS[manifest.task].prediction == "embedding"
+    if new.task not in (None, manifest.task) and not embeds:
+        raise AdapterError(
+            f"adapter {new.name}: is for {new.task}, the artifact for {manifest.task}",
+            remedy="Add it to an artifact for its own task.",
+        )
+
+
+def _check_head(manifest: Manifest, new: Adapter) -> None:
+    """Refuse an adapter that would get another adapter's head."""
+    heads = [slot.path for slot in manifest.layout.get(MODULES_INPUT, ())]
+    lacking = [name for name in heads if name not in new.modules]
+    if lacking and not manifest.base.own_head:
+        raise AdapterError(
+            *(f"adapter {new.name}: has no {name}, and the base model none" for name in lacking),
+            remedy="Train the head with the adapter.",
+        )
+
+
+def _add(
+    read: Artifact, name: str, feeds: Tensors, entry: AdapterEntry, *, force: bool
+) -> Artifact:
+    replaced = read.manifest.adapters.get(name)
+    if replaced is not None and not force:
+        raise UsageError(
+            f"{read.directory}: has an adapter {name!r} already",
+            remedy="Choose another name, or replace it with --force.",
+        )
+    file = f"{ADAPTERS}/{name}.safetensors"
+    if replaced is not None:
+        # Until the manifest is replaced the old file counts, so the new one lies beside it.
+        file = f"{ADAPTERS}/{name}.{entry.digest.removeprefix('sha256:')[:12]}.safetensors"
+    replace_file(read.directory / file, save(dict(feeds)))
+    changed = replace(
+        read.manifest,
+        adapters=read.manifest.adapters | {name: replace(entry, file=file)},
+        files=read.manifest.files | {file: digest_of(read.directory / file)},
+    )
+    try:
+        return _commit(read, changed)
+    except UsageError:  # the disk takes no manifest any more
+        if file not in read.manifest.files:
+            (read.directory / file).unlink(missing_ok=True)
+        raise
+
+
+def remove_adapter(artifact: Path | str, name: str) -> Artifact:
+    """Take an adapter out of a switchable artifact or a bank.
+
+    Raises:
+        ArtifactError: its adapters cannot change.
+        UnknownAdapterError: it has no adapter of that name.
+        UsageError: it is the base model, or the only adapter of a switchable artifact.
+    """
+    if name == BASE_NAME:
+        raise UsageError(f"{artifact}: {name!r} is the base model, which is not removed")
+    with exclusive_lock(artifact):
+        read = _read_changeable(artifact)
+        if read.manifest.mode == "bank":
+            read.bank.remove(name)
+            return read
+        return _remove(read, name)
+
+
+def compact_bank(artifact: Path | str) -> int:
+    """Give back the room of a bank's removed and replaced adapters; returns the bytes.
+
+    Raises:
+        ArtifactError: the artifact is no bank.
+    """
+    with exclusive_lock(artifact):
+        read = _read_changeable(artifact)
+        if read.manifest.mode != "bank":
+            raise ArtifactError(f"{artifact}: is {read.manifest.mode}, expected a bank")
+        before = read.bank.file.stat().st_size
+        read.bank.compact()
+        return before - read.bank.file.stat().st_size
+
+
+def _remove(read: Artifact, name: str) -> Artifact:
+    entries = dict(read.manifest.adapters)
+    if name not in entries:
+        raise unknown_adapters(read.directory, [name], sorted(entries))
+    if len(entries) == 1:
+        raise UsageError(f"{read.directory}: {name!r} is its only adapter and is not removed")
+    del entries[name]
+    return _commit(read, replace(read.manifest, adapters=entries))
+
+
+def _commit(before: Artifact, manifest: Manifest) -> Artifact:
+    """Make the manifest true in one step, then remove adapter files that it no longer names."""
+    named = {entry.file for entry in manifest.adapters.values()} | {BASE_FEEDS}
+    dropped = {
+        path for path in manifest.files if path.startswith(f"{ADAPTERS}/") and path not in named
+    }
+    files = {path: digest for path, digest in manifest.files.items() if path not in dropped}
+    after = before.with_manifest(replace(manifest, files=files))
+    for path in dropped:
+        (before.directory / path).unlink(missing_ok=True)
+    return after
+
+
+def _read_changeable(artifact: Path | str) -> Artifact:
+    read = Artifact.read(artifact)
+    if read.manifest.mode == "folded":
+        raise ArtifactError(
+            f"{artifact}: is folded, expected a switchable artifact or a bank",
+            remedy="Export with --mode switchable or bank to change adapters later.",
+        )
+    if read.manifest.kind == "engine" and not _takes_adapters(read.manifest):
+        raise ArtifactError(
+            f"{artifact}: has its adapters built into the engine, expected them as inputs",
+            remedy="Change the ONNX export it was made from, and build that again.",
+        )
+    if any(name.endswith(ONNX_ADAPTER_SUFFIX) for name in read.manifest.files) or (
+        GENAI_CONFIG_FILE in read.manifest.files
+    ):
+        raise ArtifactError(
+            f"{artifact}: is a package for ONNX Runtime, which has its adapters in files of their "
+            "own",
+            remedy="Change the ONNX export it was made from, and package that again.",
+        )
+    check_consistent(read.directory, read.manifest)
+    return read
+
+
+def _takes_adapters(manifest: Manifest) -> bool:
+    names = {spec.name for spec in manifest.inputs}
+    return bool(names & {BANK_INPUT, *manifest.layout})

@@ -1,0 +1,90 @@
+"""Whether a manifest contradicts itself: its layout, its inputs and outputs, its task."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from propulsion_export.artifacts.layout import width_of
+from propulsion_export.artifacts.manifest import (
+    Manifest,
+)
+from propulsion_export.artifacts.tensor_names import BANK_INPUT, PACKED_INPUTS, PAST
+from propulsion_export.base_model.tasks import TASKS
+from propulsion_export.errors import ArtifactError
+
+
+def contradictions(manifest: Manifest) -> list[str]:
+    """What in a manifest contradicts itself, one text each; an edited one could."""
+    return [*_misfit_layout(manifest), *_misfit_task(manifest)]
+
+
+def check_consistent(directory: Path, manifest: Manifest) -> None:
+    """Refuse a manifest that contradicts itself.
+
+    Raises:
+        ArtifactError: naming every contradiction.
+    """
+    if found := contradictions(manifest):
+        raise inconsistent(directory, found)
+
+
+def inconsistent(directory: Path, findings: Sequence[str]) -> ArtifactError:
+    """The error for a manifest that does not agree with itself or with its graph."""
+    return ArtifactError(
+        *(f"{directory}: {finding}" for finding in findings),
+        remedy="Copy the whole directory again, or export again.",
+    )
+
+
+def _misfit_task(manifest: Manifest) -> Iterator[str]:
+    """What is run, and how it is read, goes by the task."""
+    if not manifest.outputs:
+        return  # a merged checkpoint, or several graphs, whose names are their task's
+    cached = any(spec.name.startswith(f"{PAST}.") for spec in manifest.inputs)
+    task = TASKS[manifest.task]
+    if cached != (task.architecture == "decoder"):
+        yield f"task is {task.name!r} of a graph {'with' if cached else 'without'} a cache"
+    present = {(spec.name, len(spec.shape)) for spec in manifest.outputs}
+    for output in task.outputs:
+        if output.dimensions is not None and (output.name, output.dimensions) not in present:
+            yield (
+                f"task is {task.name!r}, which has an output {output.name!r} of "
+                f"{output.dimensions} dimensions"
+            )
+
+
+def _misfit_layout(manifest: Manifest) -> Iterator[str]:
+    if manifest.kind != "merged" and (manifest.mode == "folded") == bool(manifest.layout):
+        yield f"mode is {manifest.mode!r}, the layout has {len(manifest.layout)} packed inputs"
+    if list(manifest.layout) != [name for name in PACKED_INPUTS if name in manifest.layout]:
+        yield (
+            f"the layout has {', '.join(manifest.layout)} in this order, expected "
+            f"{', '.join(PACKED_INPUTS)}"
+        )
+    inputs = [*manifest.inputs, *(i for graph in manifest.graphs.values() for i in graph.inputs)]
+    of_adapters = (*PACKED_INPUTS, BANK_INPUT)
+    # Every graph that has a packed input has all of it.
+    shapes = {(spec.name, spec.shape[-1:]) for spec in inputs if spec.name in of_adapters}
+    lengths = _lengths(manifest)
+    for packed, shape in sorted(shapes, key=str):
+        if shape != (lengths.get(packed, 0),):
+            yield (
+                f"{packed}: the layout has {lengths.get(packed, 0)} elements, the input's shape is "
+                f"{list(shape)}"
+            )
+    for packed in sorted(lengths.keys() - {name for name, _ in shapes} - _built_in(manifest)):
+        yield f"{packed}: the layout has {lengths[packed]} elements, the input's shape is none"
+
+
+def _built_in(manifest: Manifest) -> set[str]:
+    """The inputs that an engine has as weights instead."""
+    options = {} if manifest.engine is None else manifest.engine.options
+    if options.get("refit") != "scales" and options.get("bank") != "constant":
+        return set()
+    return {*PACKED_INPUTS, BANK_INPUT}
+
+
+def _lengths(manifest: Manifest) -> dict[str, int]:
+    """How many elements the layout gives each input that carries adapters."""
+    if manifest.mode == "bank":
+        return {BANK_INPUT: width_of(manifest.layout)}
+    return {packed: sum(slot.length for slot in slots) for packed, slots in manifest.layout.items()}

@@ -1,0 +1,20 @@
+"""The names of the files in an artifact's directory."""
+
+from typing import Literal
+
+from propulsion_export.adapters.names import BASE_NAME
+
+MANIFEST_FILE: Literal["propulsion.json"] = "propulsion.json"
+GRAPH_FILE = "model.onnx"
+# The encoder, the decoder's first step and its later steps, under optimum's names.
+ENCODER_DECODER_FILES = (
+    "encoder_model.onnx",
+    "decoder_model.onnx",
+    "decoder_with_past_model.onnx",
+)
+WEIGHTS_FILE = f"{GRAPH_FILE}.data"  # the weights of all graphs in the directory
+ENGINE_FILE = "model.engine"
+ADAPTERS = "adapters"
+BASE_FEEDS = f"{ADAPTERS}/{BASE_NAME}.safetensors"
+GENAI_CONFIG_FILE = "genai_config.json"
+ONNX_ADAPTER_SUFFIX = ".onnx_adapter"

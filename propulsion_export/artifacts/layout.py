@@ -1,0 +1,228 @@
+"""Where every tensor of an adapter lies in the packed, flat inputs of a graph.
+
+`propulsion_scales` holds all scales, `propulsion_biases` all trained biases, `propulsion_modules`
+all parameters of modules saved whole (the head). One file of these three vectors is one adapter,
+ready to be fed. An adapter that says nothing of a slot leaves the base model's value there. A row
+of a bank is the same three, one behind the other.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+from propulsion_export.adapters.adapter import Adapter
+from propulsion_export.adapters.scales import Array
+from propulsion_export.artifacts.artifact import Artifact, Tensors
+from propulsion_export.artifacts.manifest import Slot
+from propulsion_export.artifacts.rounding import numpy_dtype, rounded
+from propulsion_export.artifacts.tensor_names import (
+    BANK_INPUT,
+    BIASES_INPUT,
+    IDS_INPUT,
+    MODULES_INPUT,
+    SCALES_INPUT,
+)
+from propulsion_export.errors import AdapterError, UsageError
+
+Layout = Mapping[str, tuple[Slot, ...]]
+
+# A stored scale may be off by this share before the dtype is said not to hold it.
+_ROUNDING = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
+
+
+def plan_layout(
+    adapters: Sequence[Adapter], order: Sequence[str], label_parameters: Iterable[str] = ()
+) -> Layout:
+    """Give every tensor of any adapter its slot.
+
+    Args:
+        adapters: those to be exported together.
+        order: all module paths and parameter names of the model, in the model's own order; the
+            scale of expert weights goes by the parameter's name.
+        label_parameters: parameters whose first dimension counts labels; they get the room of the
+            adapter with the most labels.
+
+    Raises:
+        AdapterError: two adapters give one tensor different shapes, or one is not in `order`.
+    """
+    position = {name: index for index, name in enumerate(order)}
+    _check_known(adapters, position)
+    scales: dict[tuple[str, str], tuple[int, ...]] = {}
+    biases: dict[tuple[str, str], tuple[int, ...]] = {}
+    modules: dict[tuple[str, str], tuple[int, ...]] = {}
+    growing = set(label_parameters)
+    for adapter in adapters:
+        for path, scale in adapter.scales.items():
+            _reserve(scales, (path, scale.side), scale.values.shape, adapter)
+        for path, bias in adapter.biases.items():
+            _reserve(biases, (path, "output"), bias.shape, adapter)
+        for name, values in adapter.modules.items():
+            _reserve(modules, (name, "output"), values.shape, adapter, grows=name in growing)
+    wanted = {SCALES_INPUT: scales, BIASES_INPUT: biases, MODULES_INPUT: modules}
+    return {
+        packed: _slots(sorted(shapes.items(), key=lambda item: (position[item[0][0]], item[0][1])))
+        for packed, shapes in wanted.items()
+        if shapes
+    }
+
+
+def pack(adapter: Adapter, layout: Layout, defaults: Tensors) -> dict[str, Array]:
+    """The feeds of the packed inputs for one adapter, shape [D] each, in the dtype of `defaults`.
+
+    Raises:
+        AdapterError: the layout has no slot for one of the adapter's tensors, or one too small.
+    """
+    feeds = {name: np.array(values) for name, values in defaults.items()}
+    missing: list[str] = []
+    for packed, tensors in _tensors(adapter).items():
+        slots = {(slot.path, str(slot.side)): slot for slot in layout.get(packed, ())}
+        for key, values in tensors.items():
+            slot = slots.get(key)
+            if slot is None or not _fits(values.shape, slot.shape, packed):
+                room = f"room for shape {list(slot.shape)}" if slot else "no slot for it"
+                missing.append(
+                    f"{adapter.name}: {key[0]} has shape {list(values.shape)}, the artifact {room}"
+                )
+                continue
+            part = np.zeros(slot.shape, np.float64)
+            part[tuple(map(slice, values.shape))] = values
+            place = slice(slot.offset, slot.offset + slot.length)
+            feeds[packed][place] = rounded(part.reshape(-1), feeds[packed].dtype)
+    if missing:
+        raise AdapterError(
+            *missing, remedy="Export again with this adapter among those given by -a."
+        )
+    return feeds
+
+
+def labels_in(
+    adapter: Adapter, layout: Layout, base: tuple[str, ...] | None
+) -> tuple[str, ...] | None:
+    """The adapter's class names, or those of the base model, `base`, whose head it uses.
+
+    If nobody named the classes of its own head, which has fewer rows than there is room for,
+    `LABEL_0` and so on: the logits behind them are padding, which must not win.
+    """
+    if adapter.labels is not None:
+        return adapter.labels
+    if not adapter.modules:
+        return base
+    room = {slot.path: slot.shape for slot in layout.get(MODULES_INPUT, ())}
+    counts = {
+        values.shape[0]
+        for name, values in adapter.modules.items()
+        if name in room and values.shape != room[name]
+    }
+    return tuple(f"LABEL_{number}" for number in range(counts.pop())) if counts else None
+
+
+def width_of(layout: Layout) -> int:
+    """D: how many numbers one adapter has in all packed inputs together."""
+    return sum(slot.length for slots in layout.values() for slot in slots)
+
+
+def to_row(feeds: Tensors, layout: Layout) -> Array:
+    """The packed inputs of one adapter as its row of a bank, [D]: one behind the other."""
+    return np.concatenate([feeds[packed] for packed in layout])
+
+
+def packed_inputs(artifact: Artifact, adapter: str) -> Tensors:
+    """The packed inputs of an adapter, or of the base model, whatever holds them; [D] each.
+
+    Raises:
+        UnknownAdapterError: there is no such adapter.
+        ArtifactError: it cannot be read.
+    """
+    feeds, layout = artifact.feeds(adapter), artifact.manifest.layout
+    if artifact.manifest.mode != "bank":
+        return feeds
+    row = feeds[BANK_INPUT][int(feeds[IDS_INPUT][0])]
+    ends = np.cumsum([sum(slot.length for slot in slots) for slots in layout.values()])
+    return dict(zip(layout, np.split(row, ends[:-1]), strict=True))
+
+
+def check_range(adapter: Adapter, dtype: str) -> None:
+    """Refuse scales that overflow, vanish or round badly in `dtype`, and others that overflow.
+
+    Raises:
+        UsageError: naming each module path with its worst channel.
+    """
+    target = numpy_dtype(dtype)
+    findings = []
+    for path, scale in adapter.scales.items():
+        stored = rounded(scale.values, target).astype(np.float64)
+        with np.errstate(over="ignore"):
+            off = np.abs(stored - scale.values) / np.where(
+                scale.values == 0, 1, np.abs(scale.values)
+            )
+        off = np.where(np.isfinite(stored), off, np.inf)
+        worst = np.unravel_index(int(off.argmax()), off.shape)
+        if off[worst] > _ROUNDING[dtype]:
+            channel = f"{worst[-1]}" + (f" of expert {worst[0]}" if len(worst) > 1 else "")
+            findings.append(
+                f"{path}: scale {scale.values[worst]:.4g} of channel {channel} becomes "
+                f"{stored[worst]:.4g} in {dtype} ({int((off > _ROUNDING[dtype]).sum())} such "
+                "channels)"
+            )
+    for name, values in {**adapter.biases, **adapter.modules}.items():
+        beyond = ~np.isfinite(rounded(values, target))
+        if beyond.any():
+            findings.append(f"{name}: {int(beyond.sum())} trained values are too large for {dtype}")
+    if findings:
+        raise UsageError(
+            *findings, remedy="Export in float32, or accept the rounding with --allow-range."
+        )
+
+
+def _tensors(adapter: Adapter) -> dict[str, dict[tuple[str, str], Array]]:
+    return {
+        SCALES_INPUT: {(path, s.side): s.values for path, s in adapter.scales.items()},
+        BIASES_INPUT: {(path, "output"): bias for path, bias in adapter.biases.items()},
+        MODULES_INPUT: {(name, "output"): values for name, values in adapter.modules.items()},
+    }
+
+
+def _check_known(adapters: Sequence[Adapter], position: Mapping[str, int]) -> None:
+    unknown = [
+        f"{adapter.name}: {name} is not in the base model"
+        for adapter in adapters
+        for name in (*adapter.scales, *adapter.biases, *adapter.modules)
+        if name not in position
+    ]
+    if unknown:
+        raise AdapterError(*unknown, remedy="Was the adapter trained on this base model?")
+
+
+def _reserve(
+    shapes: dict[tuple[str, str], tuple[int, ...]],
+    key: tuple[str, str],
+    shape: tuple[int, ...],
+    adapter: Adapter,
+    *,
+    grows: bool = False,
+) -> None:
+    known = shapes.setdefault(key, shape)
+    if known == shape:
+        return
+    if not grows or not known or not shape or known[1:] != shape[1:]:
+        raise AdapterError(
+            f"{adapter.name}: {key[0]} has shape {list(shape)}, another adapter's {list(known)}",
+            remedy="Adapters of one artifact must be trained on one base model.",
+        )
+    shapes[key] = (max(known[0], shape[0]), *shape[1:])
+
+
+def _slots(shapes: Iterable[tuple[tuple[str, str], tuple[int, ...]]]) -> tuple[Slot, ...]:
+    slots, offset = [], 0
+    for (path, side), shape in shapes:
+        length = int(np.prod(shape))
+        slots.append(Slot(path, offset, length, shape, "input" if side == "input" else "output"))
+        offset += length
+    return tuple(slots)
+
+
+def _fits(shape: tuple[int, ...], room: tuple[int, ...], packed: str) -> bool:
+    """Whether there is room: exactly, but a head may have fewer labels than the artifact."""
+    if shape == room or packed != MODULES_INPUT:
+        return shape == room
+    return len(shape) == len(room) > 0 and shape[0] <= room[0] and shape[1:] == room[1:]

@@ -1,0 +1,84 @@
+"""One lock on an artifact's directory: many may read at a time, or one may change its adapters.
+
+The lock is on the directory itself, so that none is left behind, not even by a killed process.
+"""
+
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from propulsion_export.errors import ArtifactError
+
+_PATIENCE = 60.0  # seconds to wait for others
+_PAUSE = 0.01  # seconds between looks
+
+
+@contextmanager
+def exclusive_lock(artifact: Path | str) -> Iterator[None]:
+    """Let nobody else change or read the artifact's adapters meanwhile.
+
+    Raises:
+        ArtifactError: there is no such directory, or its file system has no locks; another
+            process keeps it locked.
+    """
+    try:
+        descriptor = _open(Path(artifact).expanduser())
+    except OSError as error:
+        raise ArtifactError(
+            f"{artifact}: cannot be opened ({error.strerror}), expected an artifact directory"
+        ) from error
+    try:
+        try:
+            _lock(descriptor, fcntl.LOCK_EX, artifact)
+        except OSError as error:
+            raise ArtifactError(
+                f"{artifact}: cannot be locked ({error.strerror})",
+                remedy="Change a copy of it on a local disk.",
+            ) from error
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def shared_lock(artifact: Path) -> Iterator[None]:
+    """Let nobody change the artifact's adapters meanwhile.
+
+    Of no directory, or of one without locks, nobody changes any.
+
+    Raises:
+        ArtifactError: another process keeps it locked.
+    """
+    descriptor = None
+    try:
+        with suppress(OSError):
+            descriptor = _open(artifact)
+            _lock(descriptor, fcntl.LOCK_SH, artifact)
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _open(directory: Path) -> int:
+    return os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+
+
+def _lock(descriptor: int, kind: int, artifact: Path | str) -> None:
+    """Wait for a lock, which others have for seconds; for one that is stopped, no longer."""
+    end = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            if time.monotonic() > end:
+                raise ArtifactError(
+                    f"{artifact}: stays locked by another process for {_PATIENCE:.0f} s",
+                    remedy="Try again once that has ended.",
+                ) from error
+            time.sleep(_PAUSE)
+        else:
+            return

@@ -1,0 +1,130 @@
+"""The base model's `config.json`: read, resolved to a task, written for an artifact."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from propulsion_export.base_model.hub import copy_files
+from propulsion_export.base_model.tasks import TASKS
+from propulsion_export.environment.quiet import quiet
+from propulsion_export.errors import ArtifactError, BaseModelError, first_line
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+
+# Where transformers 4 (and optimum-onnx) looks for rotary settings. Version 5 saves them elsewhere,
+# in rope_parameters, and an older reader would compute with its defaults without a word.
+_ROTARY_SETTINGS = ("rope_", "rotary_", "partial_rotary_", "global_rope_", "local_rope_")
+
+
+# How texts are generated, and how a chat becomes one text: read by name beside the tokenizer.
+_CHAT_TEMPLATE = "chat_template.jinja"
+
+
+def read_config(source: str, *, trust_remote_code: bool = False) -> "PretrainedConfig":
+    """The configuration of a checkpoint, by path or name.
+
+    Raises:
+        BaseModelError: there is none, or it cannot be read.
+    """
+    from transformers import AutoConfig
+
+    directory = Path(source).expanduser()
+    if directory.is_dir() and not (directory / "config.json").is_file():
+        raise BaseModelError(f"{source}: has no config.json, expected a transformers checkpoint")
+    if not directory.exists() and (source.startswith(("/", ".", "~")) or source.count("/") > 1):
+        # No name on a hub looks so; asking there takes long where there is no network.
+        raise BaseModelError(
+            f"{source}: does not exist, expected a directory with a transformers checkpoint",
+            remedy="Say where the base model lies with -m.",
+        )
+    try:
+        with quiet():
+            return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise BaseModelError(
+            f"{source}: no transformers checkpoint can be loaded from there ({first_line(error)})",
+            remedy="Give its directory with -m.",
+        ) from error
+
+
+def class_names(config: "PretrainedConfig") -> tuple[str, ...]:
+    """Names of the classes that the checkpoint's head tells apart."""
+    return tuple(config.id2label[index] for index in sorted(config.id2label))
+
+
+def save_config(model: "PreTrainedModel", directory: Path, dtype: str) -> None:
+    """Write `config.json` as the model class would, without the path it was loaded from.
+
+    Rotary settings stay, besides, where the base model's own file has them.
+    """
+    config = model.config
+    config.dtype = dtype
+    config.architectures = [type(model).__name__]
+    with quiet():
+        config.save_pretrained(directory)
+    file = directory / "config.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    content.pop("_name_or_path", None)
+    content = _rotary_settings(config) | content
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def set_labels(config: "PretrainedConfig", labels: Sequence[str] | int) -> None:
+    """Name the classes in a configuration, in the order of the logits."""
+    names = [f"LABEL_{index}" for index in range(labels)] if isinstance(labels, int) else labels
+    config.num_labels = len(names)
+    config.id2label = dict(enumerate(names))
+    config.label2id = {name: index for index, name in enumerate(names)}
+
+
+def save_generation_settings(source: str, task: str, directory: Path) -> None:
+    """Write how a generative base model writes by default, as its checkpoint says.
+
+    Older checkpoints say so in config.json, from where transformers reads it but to where it writes
+    it no more.
+    """
+    from transformers import GenerationConfig
+    from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
+
+    if not TASKS[task].generates:
+        return
+    copy_files((GENERATION_CONFIG_NAME, _CHAT_TEMPLATE), source, directory)
+    if not (directory / GENERATION_CONFIG_NAME).exists():
+        with quiet():
+            settings = GenerationConfig.from_pretrained(
+                source, config_file_name=CONFIG_NAME, _from_model_config=True
+            )
+        file = directory / GENERATION_CONFIG_NAME
+        file.write_text(settings.to_json_string(), encoding="utf-8")
+
+
+def _rotary_settings(config: "PretrainedConfig") -> dict[str, Any]:
+    """What the file that a configuration was read from says of rotary embeddings, verbatim."""
+    from transformers import PretrainedConfig
+
+    if not config._name_or_path:
+        return {}
+    with quiet():
+        written, _ = PretrainedConfig.get_config_dict(config._name_or_path)
+    return {name: value for name, value in written.items() if name.startswith(_ROTARY_SETTINGS)}
+
+
+def read_settings(directory: Path) -> dict[str, Any]:
+    """The model's config.json; empty where there is none.
+
+    Raises:
+        ArtifactError: it is damaged.
+    """
+    file = directory / "config.json"
+    if not file.is_file():
+        return {}
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ArtifactError(f"{file}: is no JSON ({error})") from error
+    if not isinstance(settings, dict):
+        raise ArtifactError(f"{file}: is a {type(settings).__name__}, expected settings by name")
+    return settings

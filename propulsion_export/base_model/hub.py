@@ -1,0 +1,33 @@
+"""Find and copy single files of a model, in a directory or by a hub's name."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from propulsion_export.environment.quiet import quiet
+
+
+def locate(source: str, name: str) -> Path | None:
+    """The file's path, downloaded if need be; None if the model does not have it."""
+    from transformers.utils import cached_file
+
+    try:
+        with quiet():
+            file = cached_file(
+                source,
+                name,
+                _raise_exceptions_for_missing_entries=False,
+                _raise_exceptions_for_connection_errors=False,
+                _raise_exceptions_for_gated_repo=False,
+            )
+    except OSError:  # neither a directory nor a possible name
+        return None
+    return Path(file) if file is not None else None
+
+
+def copy_files(names: Sequence[str], source: str, directory: Path) -> None:
+    """Copy those of the named files that the model has, unchanged."""
+    for name in names:
+        file = locate(source, name)
+        if file is not None:
+            shutil.copyfile(file, directory / name)

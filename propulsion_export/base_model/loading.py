@@ -1,0 +1,204 @@
+"""Load a base model for a task, and refuse to go on with weights that nobody trained."""
+
+import inspect
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+from propulsion_export.base_model.config import class_names, read_config, set_labels
+from propulsion_export.base_model.tasks import TASKS
+from propulsion_export.environment.quiet import quiet
+from propulsion_export.errors import BaseModelError, first_line
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A base model ready for an adapter.
+
+    Attributes:
+        model: in evaluation mode, in the dtype asked for.
+        source: its name or path.
+        task: never `auto`.
+        missing: names of parameters that the checkpoint does not have.
+        label_parameters: names of parameters whose first dimension counts labels.
+        own_labels: class names in the checkpoint's configuration, whatever room was made.
+    """
+
+    model: PreTrainedModel
+    source: str
+    task: str
+    missing: frozenset[str]
+    label_parameters: frozenset[str]
+    own_labels: tuple[str, ...]
+
+    @property
+    def room(self) -> int | None:
+        """How many labels the model's head has room for; None without such a head."""
+        parameters = self.model.named_parameters()
+        return next((p.shape[0] for name, p in parameters if name in self.label_parameters), None)
+
+    @property
+    def own_head(self) -> bool:
+        """Whether the checkpoint has all of the head that counts labels, or needs none."""
+        return not self.label_parameters & self.missing
+
+    def make_room_(self, labels: int, names: Sequence[str] = ()) -> None:
+        """Let the head have `labels` labels: zeros behind the checkpoint's, `names` in front."""
+        for name in self.label_parameters:
+            path, _, parameter = name.rpartition(".")
+            module = self.model.get_submodule(path)
+            values = getattr(module, parameter)
+            resized = values.new_zeros((labels, *values.shape[1:]))
+            resized[: len(values)] = values[:labels]
+            setattr(module, parameter, nn.Parameter(resized, requires_grad=False))
+            if isinstance(module, nn.Linear):
+                module.out_features = labels
+        unnamed = (f"LABEL_{index}" for index in range(len(names), labels))
+        set_labels(self.model.config, [*names, *unnamed])
+
+    def check_complete(self, supplied: Collection[str]) -> None:
+        """Refuse parameters that neither the checkpoint nor `supplied` (an adapter's head) has.
+
+        Raises:
+            BaseModelError: naming them; exported, they would be random numbers.
+        """
+        random = sorted(self.missing - set(supplied))
+        if random:
+            raise BaseModelError(
+                *(
+                    f"{self.source}: {name} is neither in the checkpoint nor in the adapter, or "
+                    "not in this width"
+                    for name in random
+                ),
+                remedy=f"Give another --task than {self.task}, or train the head with the adapter.",
+            )
+
+
+def load_base(
+    source: str,
+    *,
+    task: str,
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+) -> BaseModel:
+    """Load a checkpoint's safetensors for `task`, in `dtype` (None: the checkpoint's own).
+
+    Args:
+        source: directory or name.
+        task: one of `TASKS`.
+        dtype: floating-point type of the weights.
+        trust_remote_code: run code that the checkpoint brings.
+
+    Raises:
+        BaseModelError: it cannot be loaded.
+    """
+    config = read_config(source, trust_remote_code=trust_remote_code)
+    model_class = model_class_of(task)
+    model, missing = _load(model_class, source, config, dtype, trust_remote_code)
+    poolerless = {name for name in missing if ".pooler." in f".{name}"}
+    if TASKS[task].prediction == "embedding" and poolerless and _may_drop_pooler(model):
+        # The checkpoint has no pooling layer: leave it out rather than export a random one.
+        model, missing = _load(
+            model_class, source, config, dtype, trust_remote_code, add_pooling_layer=False
+        )
+    return BaseModel(
+        model=model.eval().requires_grad_(False),
+        source=source,
+        task=task,
+        missing=frozenset(missing),
+        label_parameters=label_parameters(
+            model_class, config, task, trust_remote_code=trust_remote_code
+        ),
+        own_labels=class_names(config),
+    )
+
+
+def load_empty(
+    config: PretrainedConfig,
+    task: str,
+    *,
+    head: Mapping[str, Any],
+    labels: Sequence[str] | None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """The model for `task` without its weights, on the meta device.
+
+    Args:
+        config: of the checkpoint; changed to name the labels of the head.
+        task: one of `TASKS`.
+        head: an adapter's saved modules by parameter name, which size the head.
+        labels: the adapter's class names.
+        trust_remote_code: run code that the checkpoint brings.
+    """
+    model_class = model_class_of(task)
+    growing = label_parameters(model_class, config, task, trust_remote_code=trust_remote_code)
+    count = next((v.shape[0] for name, v in head.items() if name in growing), None)
+    if count is not None:
+        set_labels(config, labels or count)
+    with torch.device("meta"), quiet():
+        model = model_class.from_config(config, trust_remote_code=trust_remote_code)
+    return model.eval()
+
+
+def label_parameters(
+    model_class: Any, config: PretrainedConfig, task: str, *, trust_remote_code: bool = False
+) -> frozenset[str]:
+    """Names of parameters whose shape depends on the number of labels, found by trying two."""
+    if TASKS[task].labelled_output is None:
+        return frozenset()
+    shapes = []
+    for count in (3, 5):
+        trial = type(config).from_dict(config.to_dict())
+        set_labels(trial, count)
+        with torch.device("meta"), quiet():
+            model = model_class.from_config(trial, trust_remote_code=trust_remote_code)
+        shapes.append({name: value.shape for name, value in model.named_parameters()})
+    return frozenset(name for name, shape in shapes[0].items() if shapes[1][name] != shape)
+
+
+def model_class_of(task: str) -> Any:
+    """The transformers auto class that loads models of a task."""
+    return getattr(transformers, TASKS[task].auto_class)
+
+
+def _load(
+    model_class: Any,
+    source: str,
+    config: PretrainedConfig,
+    dtype: torch.dtype | None,
+    trust_remote_code: bool,
+    **constructor: bool,
+) -> tuple[PreTrainedModel, set[str]]:
+    try:
+        with quiet():
+            model, info = model_class.from_pretrained(
+                source,
+                config=config,
+                dtype=dtype or "auto",
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                trust_remote_code=trust_remote_code,
+                **constructor,
+            )
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        raise BaseModelError(
+            f"{source}: cannot be loaded ({first_line(error)})",
+            remedy="Expected a complete transformers checkpoint in safetensors.",
+        ) from error
+    # A head of another size is as good as missing: it was made at random.
+    mismatched = {entry[0] for entry in info["mismatched_keys"]}
+    return model, set(info["missing_keys"]) | mismatched
+
+
+def _may_drop_pooler(model: PreTrainedModel) -> bool:
+    return "add_pooling_layer" in inspect.signature(type(model).__init__).parameters

@@ -1,0 +1,30 @@
+"""Operators that TensorRT lacks."""
+
+import onnx_ir as ir
+
+from propulsion_export.errors import UnavailableError
+from propulsion_export.graph.files import all_graphs
+
+
+def check_operators(model: ir.Model, name: str) -> None:
+    """Refuse by name what TensorRT would refuse without saying where.
+
+    The exporter counts the tokens of each expert with a ScatterElements that adds.
+
+    Raises:
+        UnavailableError: `name`, the model, has an operator that TensorRT lacks.
+    """
+    adding = [
+        f"{name}: its node {node.name!r} is a ScatterElements that adds up, as in a mixture of "
+        "experts, which TensorRT cannot build; expected a model without experts"
+        for graph in all_graphs(model)
+        for node in graph
+        if node.op_type == "ScatterElements" and _reduction(node) != "none"
+    ]
+    if adding:
+        raise UnavailableError(adding[0], remedy="Run its ONNX export in ONNX Runtime.")
+
+
+def _reduction(node: ir.Node) -> str:
+    attribute = node.attributes.get("reduction")
+    return "none" if attribute is None else str(attribute.value)

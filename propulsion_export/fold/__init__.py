@@ -1,4 +1,0 @@
-"""Multiply an adapter into the weights of its base model.
-
-`memory` folds into a loaded model, `checkpoint` into one on disk, which `shards` writes.
-"""

@@ -1,0 +1,250 @@
+"""The finished graph of an export: an adapter folded into it, several to switch between, a bank."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from propulsion_export.adapters.adapter import Adapter
+from propulsion_export.adapters.head_room import with_room
+from propulsion_export.adapters.names import BASE_NAME
+from propulsion_export.artifacts.artifact import Tensors
+from propulsion_export.artifacts.file_names import ENCODER_DECODER_FILES, GRAPH_FILE
+from propulsion_export.artifacts.layout import (
+    Layout,
+    labels_in,
+    pack,
+    plan_layout,
+    width_of,
+)
+from propulsion_export.artifacts.manifest import Mode, Slot
+from propulsion_export.artifacts.random_adapter import random_adapter
+from propulsion_export.artifacts.rounding import numpy_dtype, rounded
+from propulsion_export.artifacts.tensor_names import (
+    BIASES_INPUT,
+    ROWS_INPUT,
+    SCALES_INPUT,
+)
+from propulsion_export.base_model.loading import BaseModel
+from propulsion_export.base_model.tasks import TASKS
+from propulsion_export.environment.quiet import quiet
+from propulsion_export.errors import ToolError
+from propulsion_export.graph.passes.cache import NameCache
+from propulsion_export.graph.passes.defaults import SetDefaults
+from propulsion_export.graph.passes.dimensions import NameDimensions
+from propulsion_export.graph.passes.gather_rows import GatherRows
+from propulsion_export.graph.passes.packing import PackInitializers
+from propulsion_export.graph.sample_inputs import (
+    TRACED_ROWS,
+    input_names,
+    trace_inputs,
+    trace_prompt,
+)
+from propulsion_export.graph.trace import trace, trace_decoder, trace_encoder_decoder
+from propulsion_export.scaling.attach import attached, check_fits, initializer_name
+from propulsion_export.scaling.attach_rows import attached_rows
+from propulsion_export.scaling.fold.model import fold_
+
+
+@dataclass(frozen=True)
+class ExportedGraphs:
+    """Finished graphs by file name.
+
+    Attributes:
+        mode: what they are.
+        programs: the graphs.
+        layout: of what an adapter feeds; empty when folded.
+        feeds: the packed inputs of every adapter and of the base model; empty when folded.
+    """
+
+    mode: Mode
+    programs: dict[str, ir.Model]
+    layout: Layout
+    feeds: dict[str, Tensors]
+
+
+def build_folded(
+    base: BaseModel, adapter: Adapter | None, dtype: torch.dtype, *, opset: int, untie: bool
+) -> ExportedGraphs:
+    """Fold the adapter, if there is one, into the model of `base`, in `dtype`, and trace that."""
+    if adapter is None:
+        base.model.to(dtype)
+    else:
+        fold_(base.model, adapter, dtype=dtype, untie=untie)
+    traced = _trace(base, opset)
+    programs = {name: optimise(program) for name, program in traced.items()}
+    return ExportedGraphs("folded", programs, {}, {})
+
+
+def build_switchable(
+    base: BaseModel,
+    slots: Sequence[Adapter],
+    adapters: Sequence[Adapter],
+    dtype: torch.dtype,
+    *,
+    opset: int,
+) -> ExportedGraphs:
+    """Trace `base` in `dtype` with everything that adapters bring as optional packed inputs.
+
+    Args:
+        base: the base model.
+        slots: adapters that together have a tensor for every slot; the exported ones, or a
+            stand-in for those to come.
+        adapters: the exported ones; may be none.
+        dtype: of weights and activations.
+        opset: ONNX opset version.
+    """
+    layout, defaults = _plan(base, slots, dtype)
+    base.model.to(dtype)
+    # A value of its own in every slot: the exporter makes one initializer of equal tensors.
+    with attached(base.model, random_adapter(layout, "placeholder", seed=0)):
+        programs = _trace(base, opset)
+    _pack(programs, layout)
+    programs = {name: optimise(program) for name, program in programs.items()}
+    for program in programs.values():
+        inputs = {value.name for value in program.graph.inputs}
+        SetDefaults({name: v for name, v in defaults.items() if name in inputs})(program)
+    return ExportedGraphs("switchable", programs, layout, _feeds(adapters, layout, defaults))
+
+
+def build_bank(
+    base: BaseModel,
+    slots: Sequence[Adapter],
+    adapters: Sequence[Adapter],
+    dtype: torch.dtype,
+    *,
+    opset: int,
+) -> ExportedGraphs:
+    """Trace `base` in `dtype` so that each row of a batch chooses its adapter from a bank.
+
+    Arguments are those of `build_switchable`.
+    """
+    layout, defaults = _plan(base, slots, dtype)
+    base.model.to(dtype)
+    rows = torch.ones((TRACED_ROWS, width_of(layout)), dtype=dtype)
+    with attached_rows(base.model, layout):
+        programs = _trace(base, opset, {ROWS_INPUT: rows})
+    for name, program in programs.items():
+        GatherRows(ROWS_INPUT)(program)
+        programs[name] = optimise(program)
+    return ExportedGraphs("bank", programs, layout, _feeds(adapters, layout, defaults))
+
+
+def optimise(model: ir.Model) -> ir.Model:
+    """Fold constants and remove dead or doubled nodes, with onnxscript's optimiser."""
+    with quiet():
+        import onnxscript.optimizer
+
+        return onnxscript.optimizer.optimize(model)  # type: ignore[no-any-return]
+
+
+def _plan(base: BaseModel, slots: Sequence[Adapter], dtype: torch.dtype) -> tuple[Layout, Tensors]:
+    """The layout of the packed inputs, and the base model's values for them."""
+    model = base.model
+    order = [name for name, _ in model.named_modules()]
+    order += [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    roomy = [with_room(adapter, base.room, base.label_parameters) for adapter in slots]
+    for adapter in roomy:
+        check_fits(model, adapter)
+    layout = plan_layout(roomy, order, base.label_parameters)
+    defaults = _defaults(base, roomy[0], layout, numpy_dtype(str(dtype).removeprefix("torch.")))
+    return layout, defaults
+
+
+def _feeds(adapters: Sequence[Adapter], layout: Layout, defaults: Tensors) -> dict[str, Tensors]:
+    feeds = {adapter.name: pack(adapter, layout, defaults) for adapter in adapters}
+    return {BASE_NAME: defaults, **feeds}
+
+
+def _trace(
+    base: BaseModel, opset: int, extra: Mapping[str, torch.Tensor] | None = None
+) -> dict[str, ir.Model]:
+    """The graphs of a task, by file name, with the inputs and dimensions they are known by.
+
+    `extra` are inputs that the model takes besides those of its task.
+    """
+    config, more = base.model.config, extra or {}
+    names = input_names(type(base.model), config)
+    architecture = TASKS[base.task].architecture
+    if architecture == "decoder":
+        prompt = trace_prompt(config)
+        programs = {GRAPH_FILE: trace_decoder(base.model, prompt, opset=opset, extra=more)}
+        _name_cache(base, programs[GRAPH_FILE])
+    elif architecture == "encoder-decoder":
+        inputs = trace_inputs(names, config)
+        programs = trace_encoder_decoder(base.model, inputs, opset=opset, extra=more)
+        for name in ENCODER_DECODER_FILES[1:]:
+            _name_cache(base, programs[name])
+    else:
+        inputs = trace_inputs(names, config)
+        programs = {GRAPH_FILE: trace(base.model, inputs, opset=opset, extra=more)}
+    for program in programs.values():
+        NameDimensions()(program)
+    return programs
+
+
+def _name_cache(base: BaseModel, program: ir.Model) -> None:
+
+    try:
+        NameCache()(program)
+    except ir.passes.PostconditionError as error:
+        raise ToolError(
+            f"{type(base.model).__name__}: is no decoder that fills a cache ({error})",
+            remedy=f"Is {base.task} the right task for {base.source}?",
+        ) from error
+
+
+def _pack(programs: dict[str, ir.Model], layout: Layout) -> None:
+    """Pack each graph's part of the layout; every slot has to be in one of them."""
+    several = len(programs) > 1
+    for packed, slots in layout.items():
+        parts = {_initializer(packed, slot): slot for slot in slots}
+        lost = parts.keys() - {
+            name for program in programs.values() for name in program.graph.initializers
+        }
+        if lost:
+            raise ToolError(
+                *(f"{name}: is in no traced graph, expected in one" for name in sorted(lost))
+            )
+        for program in programs.values():
+            PackInitializers(packed, parts, partial=several)(program)
+
+
+def _defaults(
+    base: BaseModel, first: Adapter, layout: Layout, dtype: np.dtype[Any]
+) -> dict[str, Any]:
+    """What the packed inputs hold when nobody feeds them: the base model.
+
+    A head that the base model's checkpoint does not have is the first adapter's.
+    """
+    parameters = dict(base.model.named_parameters(remove_duplicate=False))
+    defaults = {}
+    for packed, slots in layout.items():
+        values = np.ones(sum(slot.length for slot in slots), np.float64)
+        for slot in slots if packed != SCALES_INPUT else ():
+            name = _initializer(packed, slot)
+            own = parameters[name].double().numpy()
+            if name in base.missing and name in first.modules:
+                own = first.modules[name]
+            values[slot.offset : slot.offset + slot.length] = own.reshape(-1)
+        defaults[packed] = rounded(values, dtype)
+    return defaults
+
+
+def default_labels(
+    base: BaseModel, slots: Sequence[Adapter], layout: Layout
+) -> tuple[str, ...] | None:
+    """Class names of the head that the graph has when no adapter is fed."""
+    if not base.label_parameters:
+        return None
+    return base.own_labels if base.own_head else labels_in(slots[0], layout, None)
+
+
+def _initializer(packed: str, slot: Slot) -> str:
+    """What a slot's tensor is called in the traced graph."""
+    if packed == SCALES_INPUT:
+        return initializer_name(slot.path, slot.side, len(slot.shape))
+    return f"{slot.path}.bias" if packed == BIASES_INPUT else slot.path

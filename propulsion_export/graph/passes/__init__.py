@@ -1,0 +1,1 @@
+"""Passes on a traced graph, each with its precondition."""

@@ -1,0 +1,70 @@
+"""Inputs made for a model: to trace it with, and to judge it by."""
+
+import inspect
+
+import numpy as np
+from transformers import PretrainedConfig
+
+from propulsion_export.artifacts.artifact import Tensors
+
+TRACED_ROWS = 3  # of a batch to trace with
+
+
+def input_names(model_class: type, config: PretrainedConfig) -> tuple[str, ...]:
+    """Which of the usual encoder inputs a model reads, in the order of its forward."""
+    accepted = inspect.signature(model_class.forward).parameters  # type: ignore[attr-defined]
+    names = [name for name in ("input_ids", "attention_mask") if name in accepted]
+    if "token_type_ids" in accepted and getattr(config, "type_vocab_size", 0) > 1:
+        names.append("token_type_ids")
+    return tuple(names)
+
+
+def trace_inputs(names: tuple[str, ...], config: PretrainedConfig) -> Tensors:
+    """One padded batch, int64 [3, length], whose sizes the tracer cannot confuse with others.
+
+    A mask of ones would vanish from the graph, and a size of 0, 1, or one that the configuration
+    also holds, would be taken for a constant. The length is no multiple of the rows either.
+    """
+    taken = {value for value in config.to_dict().values() if isinstance(value, int)}
+    length = next(n for n in range(11, 1000) if n not in taken and n % TRACED_ROWS)
+    lengths = (length, length - 4, length - 6)
+    return random_batch(names, config, lengths, np.random.default_rng(0))
+
+
+def trace_prompt(config: PretrainedConfig) -> Tensors:
+    """A prompt to trace decoding behind, int64 [3, length], padded on the left."""
+    return padded_left(trace_inputs(("input_ids", "attention_mask"), config))
+
+
+def padded_left(batch: Tensors) -> Tensors:
+    """A batch with its padding on the left, wherever it was: some tokenizers put it there."""
+    order = np.argsort(batch["attention_mask"], axis=1, kind="stable")
+    return {name: np.take_along_axis(values, order, axis=1) for name, values in batch.items()}
+
+
+def padding_token(config: PretrainedConfig) -> int:
+    """What to feed where the attention mask hides: the padding token if the vocabulary has it."""
+    token = config.pad_token_id
+    # Some configurations say -1, or name a token that the embedding has no row for.
+    return token if token is not None and 0 <= token < config.vocab_size else 0
+
+
+def random_batch(
+    names: tuple[str, ...],
+    config: PretrainedConfig,
+    lengths: tuple[int, ...],
+    chooser: np.random.Generator,
+) -> Tensors:
+    """Random tokens, one row per length, int64 [rows, longest], padded on the right."""
+    shape = (len(lengths), max(lengths))
+    mask = (np.arange(shape[1]) < np.array(lengths)[:, None]).astype(np.int64)
+    padding = padding_token(config)
+    # Neither padding, wherever it stands, nor the first entries, special tokens in most models.
+    tokens = chooser.integers(config.vocab_size // 20, config.vocab_size - 1, shape)
+    tokens += tokens >= padding
+    made = {
+        "input_ids": np.where(mask == 1, tokens, padding).astype(np.int64),
+        "attention_mask": mask,
+        "token_type_ids": np.zeros(shape, np.int64),
+    }
+    return {name: made[name] for name in names}

@@ -1,0 +1,92 @@
+"""Does the manifest say of the graph what the graph is?"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import get_args
+
+import onnx_ir as ir
+
+from propulsion_export.artifacts.artifact import Artifact
+from propulsion_export.artifacts.consistency import contradictions, inconsistent
+from propulsion_export.artifacts.file_names import GRAPH_FILE
+from propulsion_export.artifacts.manifest import (
+    Dtype,
+    GraphEntry,
+    TensorSpec,
+)
+from propulsion_export.graph.files import read_graph
+
+
+def check_signature(artifact: Artifact) -> None:
+    """Refuse a manifest that contradicts itself or, of an ONNX artifact, its graph.
+
+    Weights stay on disk. An edited manifest could otherwise choose the tolerance (its dtype) or
+    what is fed.
+
+    Raises:
+        ArtifactError: naming every difference.
+    """
+    manifest = artifact.manifest
+    findings = contradictions(manifest)
+    if manifest.kind == "onnx":
+        single = {GRAPH_FILE: GraphEntry(manifest.inputs, manifest.outputs)}
+        for name, entry in (manifest.graphs or single).items():
+            where = f"{name}: " if manifest.graphs else ""
+            misfits = _misfit_graph(artifact.directory, name, entry, manifest.dtype)
+            findings += [f"{where}{misfit}" for misfit in misfits]
+    if findings:
+        raise inconsistent(artifact.directory, findings)
+
+
+def _misfit_graph(directory: Path, name: str, entry: GraphEntry, dtype: Dtype) -> Iterator[str]:
+
+    model = read_graph(directory, name)
+    inputs, outputs = signature(model)
+    yield from _differences("input", entry.inputs, inputs)
+    yield from _differences("output", entry.outputs, outputs)
+    yield from _other_dtype(dtype, model)
+
+
+def _differences(
+    what: str, told: Sequence[TensorSpec], found: Sequence[TensorSpec]
+) -> Iterator[str]:
+    by_name = {spec.name: spec for spec in told}
+    for spec in found:
+        if by_name.get(spec.name) != spec:
+            record = _shown(by_name[spec.name]) if spec.name in by_name else "no such one"
+            yield f"the graph has the {what} {_shown(spec)}, the manifest {record}"
+    for name in by_name.keys() - {spec.name for spec in found}:
+        yield f"the manifest has the {what} {name!r}, the graph no such one"
+    if len(by_name) != len(told):
+        yield f"the manifest names an {what} twice"
+
+
+def _shown(spec: TensorSpec) -> str:
+    kind = "optional " if spec.optional else ""
+    return f"{spec.name!r} ({kind}{spec.dtype} {list(spec.shape)})"
+
+
+def _other_dtype(dtype: Dtype, graph: ir.Model) -> Iterator[str]:
+    """Some models compute outputs in float32 whatever their weights are, so these count too."""
+    values = (*graph.graph.outputs, *graph.graph.initializers.values())
+    present = {str(value.dtype.numpy()) for value in values if value.dtype is not None}
+    floating = present & set(get_args(Dtype))
+    if floating and dtype not in floating:
+        yield f"the graph is in {', '.join(sorted(floating))}, the manifest says {dtype}"
+
+
+def signature(model: ir.Model) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+    """The graph's inputs and outputs; an input that has an initializer is optional."""
+    graph = model.graph
+    inputs = tuple(_spec(value, value.name in graph.initializers) for value in graph.inputs)
+    return inputs, tuple(_spec(value) for value in graph.outputs)
+
+
+def _spec(value: ir.Value, optional: bool = False) -> TensorSpec:
+    assert value.name is not None
+    assert value.dtype is not None
+    shape = tuple(
+        dimension if isinstance(dimension, int) else str(dimension.value)
+        for dimension in value.shape or ()
+    )
+    return TensorSpec(value.name, str(value.dtype.numpy()), shape, optional)

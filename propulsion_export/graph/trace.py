@@ -1,0 +1,236 @@
+"""A torch model becomes an onnx_ir model, through the exporter of transformers.
+
+The only module that touches `transformers.exporters`, whose interface moves with every minor
+release. The graph is returned as traced, not optimised: every weight and every attached scale is
+still an initializer with its own name, which is what the passes in `graph/` work on.
+"""
+
+import copy
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from propulsion_export.artifacts.artifact import Tensors
+from propulsion_export.artifacts.file_names import ENCODER_DECODER_FILES
+from propulsion_export.artifacts.manifest import DEFAULT_OPSET
+from propulsion_export.environment.quiet import quiet
+from propulsion_export.errors import PropulsionExportError, ToolError, UnavailableError
+
+_REMEDY = "Install the tested version: pip install 'transformers>=5.24,<5.25'."
+# What generate() says about the outputs it wants; no inputs of a graph.
+_FLAGS = ("use_cache", "return_dict", "output_attentions", "output_hidden_states")
+_NONE: Mapping[str, torch.Tensor] = {}
+_DECODED = 5  # tokens that a decoder is traced with; no multiple of the batch, to be told from it
+
+
+def trace(
+    model: PreTrainedModel,
+    inputs: Tensors,
+    *,
+    opset: int = DEFAULT_OPSET,
+    extra: Mapping[str, torch.Tensor] = _NONE,
+) -> ir.Model:
+    """Trace `model` with dynamic batch and sequence dimensions.
+
+    Args:
+        model: in evaluation mode; scales attached to it are traced as initializers.
+        inputs: padded sample inputs, int64 [batch, sequence], see `sampling.trace_inputs`.
+        opset: ONNX opset of the graph.
+        extra: further inputs of the model, [batch, …]; only the batch varies.
+
+    Raises:
+        ToolError: the exporter refused the model.
+        UnavailableError: the installed transformers has another exporter interface.
+    """
+    # A decoder under another head would return its cache besides.
+    return _export(model, {**_tensors(inputs), **extra, "use_cache": False}, None, opset)
+
+
+def trace_decoder(
+    model: PreTrainedModel,
+    prompt: Tensors,
+    *,
+    opset: int = DEFAULT_OPSET,
+    extra: Mapping[str, torch.Tensor] = _NONE,
+) -> ir.Model:
+    """Trace one decoding step over several tokens and a cache, which may be empty.
+
+    The graph is prefill and decoding in one. All layers have a cache of the same length, those of
+    a sliding window too: their window is in the mask.
+
+    Args:
+        model: a causal language model, as for `trace`.
+        prompt: `input_ids` and `attention_mask`, padded on the left, see `sampling.trace_prompt`.
+        opset: ONNX opset of the graph.
+        extra: as for `trace`.
+
+    Returns:
+        A graph whose cache inputs and outputs are named by the exporter, see
+        `graph.cache.NameCache`.
+
+    Raises:
+        ToolError: the exporter refused the model, or fixed the length of a dimension.
+        UnavailableError: the installed transformers has another exporter interface.
+    """
+    model = copy.copy(model)  # what the exporter does to its forward stays behind
+    # Without a configuration the cache of no layer forgets what slid out of its window.
+    _, arguments = _decoding_steps(model, _tensors(prompt), DynamicCache())
+    return _export(model, {**arguments, **extra}, _varying(arguments, extra), opset)
+
+
+def trace_encoder_decoder(
+    model: PreTrainedModel,
+    prompt: Tensors,
+    *,
+    opset: int = DEFAULT_OPSET,
+    extra: Mapping[str, torch.Tensor] = _NONE,
+) -> dict[str, ir.Model]:
+    """Trace the encoder, the decoder's first step and its later ones.
+
+    Args:
+        model: an encoder-decoder, as for `trace`.
+        prompt: `input_ids` and `attention_mask`, padded, see `sampling.trace_inputs`.
+        opset: ONNX opset of the graphs.
+        extra: as for `trace`, of every graph.
+
+    Returns:
+        By optimum's file names; caches are named by the exporter, see `graph.cache`.
+
+    Raises:
+        ToolError: the exporter refused the model, or fixed the length of a dimension.
+        UnavailableError: the installed transformers has another exporter interface.
+    """
+    tensors = _tensors(prompt)
+    model, encoder = copy.copy(model), copy.copy(model)
+    # Through the whole model, so that weights keep their names.
+    encoder.forward = lambda **inputs: model.get_encoder()(**inputs)
+    graphs = [_export(encoder, {**tensors, **extra}, _varying(tensors, extra), opset)]
+    for arguments in _decoding_steps(model, tensors):
+        # One token is what generate() reads at a time; the graph reads any number.
+        arguments["decoder_input_ids"] = arguments["decoder_input_ids"].repeat(1, _DECODED)
+        varying = _varying(arguments, extra)
+        graphs.append(_export(model, {**arguments, **extra}, varying, opset))
+    return dict(zip(ENCODER_DECODER_FILES, graphs, strict=True))
+
+
+def _decoding_steps(
+    model: PreTrainedModel, prompt: dict[str, torch.Tensor], cache: Cache | None = None
+) -> list[dict[str, Any]]:
+    """What generate() gives the model's forward: for the prompt, and for two tokens behind it."""
+    if model._is_stateful:
+        raise ToolError(
+            f"{type(model).__name__}: keeps a state that is no cache of keys and values, expected "
+            "attention layers only"
+        )
+    decompose = _exporter_module("utils").decompose_for_generation
+    given = prompt if cache is None else {**prompt, "cache": cache}
+    with _refusals(model), quiet(), _no_logging():
+        greedy = copy.deepcopy(model.generation_config)
+        # It must not stop before the steps that are captured.
+        greedy.update(do_sample=False, num_beams=1, cache_implementation=None, min_new_tokens=3)
+        stages = decompose(model, given, generation_config=greedy, multi_token_decode=True)
+    return [
+        {name: value for name, value in stages[stage][1].items() if name not in _FLAGS}
+        for stage in ("prefill", "decode")
+    ]
+
+
+def _varying(arguments: Mapping[str, Any], extra: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """Which axes vary: batch and length, also of the cache's [batch, heads, length, width]."""
+    auto = torch.export.Dim.AUTO
+    shapes: dict[str, Any] = {name: {0: auto} for name in extra}
+    for name, value in arguments.items():
+        if isinstance(value, Cache):
+            leaves = _exporter_module("utils").get_leaf_tensors(value)
+            shapes[name] = [{0: auto, 2: auto} for _ in leaves]
+        elif isinstance(value, ModelOutput):
+            shapes[name] = [{0: auto, 1: auto} for _ in value]
+        else:
+            shapes[name] = {0: auto, 1: auto}
+    return shapes
+
+
+def _tensors(inputs: Tensors) -> dict[str, torch.Tensor]:
+    return {name: torch.from_numpy(values) for name, values in inputs.items()}
+
+
+def _export(
+    model: PreTrainedModel, arguments: dict[str, Any], shapes: dict[str, Any] | None, opset: int
+) -> ir.Model:
+    exporters = _exporter_module("exporter_onnx")
+    config = exporters.OnnxConfig(
+        dynamic=True, dynamic_shapes=shapes, opset_version=opset, optimize=False
+    )
+    with _refusals(model), quiet(), _no_logging():
+        program = exporters.OnnxExporter().export(model, arguments, config).program
+    if not isinstance(program, ir.Model):
+        raise UnavailableError(
+            f"the exporter of transformers returned a {type(program).__name__}, expected an "
+            "onnx_ir.Model",
+            remedy=_REMEDY,
+        )
+    if shapes is not None:
+        _refuse_fixed(program, type(model).__name__, shapes)
+    return program
+
+
+def _refuse_fixed(program: ir.Model, model: str, shapes: Mapping[str, Any]) -> None:
+    """Batch and length have to vary; where a model depends on the size traced, torch fixes it."""
+    fixed = [
+        f"{model}: {value.name} is traced as {list(map(str, value.shape))}, expected a dimension "
+        f"{axis} that varies"
+        for value in program.graph.inputs
+        if value.shape is not None
+        for axis in _varying_axes(shapes.get(str(value.name)), len(value.shape))
+        if str(value.shape[axis]).isdigit()
+    ]
+    if fixed:
+        raise ToolError(*fixed)
+
+
+def _varying_axes(told: Any, rank: int) -> Iterable[int]:
+    """Those of an input; a cache or an encoder's output has inputs that nobody has named yet."""
+    return told if isinstance(told, dict) else (0, 2 if rank == 4 else 1)
+
+
+def _exporter_module(name: str) -> Any:
+    import importlib
+
+    try:
+        with quiet():
+            return importlib.import_module(f"transformers.exporters.{name}")
+    except ImportError as error:
+        raise UnavailableError(
+            f"transformers has no usable ONNX exporter ({error})", remedy=_REMEDY
+        ) from error
+
+
+@contextmanager
+def _refusals(model: PreTrainedModel) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # every stage of the exporter has exceptions of its own
+        cause = error.__cause__ or error
+        if isinstance(cause, PropulsionExportError):  # said by what is attached to the model
+            raise cause from None
+        first = next(iter(str(cause).strip().splitlines()), "")
+        raise ToolError(
+            f"{type(model).__name__}: cannot be traced ({type(cause).__name__}: {first})"
+        ) from error
+
+
+class _no_logging:
+    """torch.onnx warns about its own registry on a logger that configures itself on import."""
+
+    def __enter__(self) -> None:
+        self._before = logging.root.manager.disable
+        logging.disable(logging.ERROR)
+
+    def __exit__(self, *_: object) -> None:
+        logging.disable(self._before)

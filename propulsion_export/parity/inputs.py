@@ -1,0 +1,166 @@
+"""What a verdict starts from: the recorded base model, and the inputs to compare on."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from transformers import PretrainedConfig
+
+from propulsion_export.adapters.adapter import Adapter
+from propulsion_export.adapters.head_room import labels_of
+from propulsion_export.adapters.provenance import check_base
+from propulsion_export.adapters.scales import Array
+from propulsion_export.artifacts.artifact import Artifact, Tensors
+from propulsion_export.artifacts.tensor_names import MODULES_INPUT
+from propulsion_export.base_model.loading import BaseModel, load_base
+from propulsion_export.base_model.model_fingerprint import fingerprint_of_model
+from propulsion_export.base_model.positions import longest_input
+from propulsion_export.base_model.tasks import TASKS
+from propulsion_export.base_model.tokenizer import read_tokenizer, text_inputs
+from propulsion_export.errors import BaseModelError, DataError, UsageError
+from propulsion_export.graph.sample_inputs import input_names, padded_left, random_batch
+from propulsion_export.runners.opening import REFERENCE_LENGTH
+from propulsion_export.serving.text_files import read_texts
+
+FEWEST_INPUTS = 16
+
+
+def load_recorded_base(
+    artifact: Artifact,
+    adapters: Sequence[Adapter],
+    model: str | None,
+    *,
+    trust_remote_code: bool = False,
+) -> BaseModel:
+    """The base model an artifact was made from, at `model` or where the artifact says.
+
+    Raises:
+        BaseModelError: it cannot be loaded, or is another one.
+    """
+    manifest = artifact.manifest
+    source = model or manifest.base.source
+    base = load_base(source, task=manifest.task, trust_remote_code=trust_remote_code)
+    count = _label_room(artifact, adapters, base.label_parameters)
+    if count is not None:
+        base.make_room_(count)
+    for adapter in adapters:
+        base.check_complete(adapter.modules)
+    fingerprint = fingerprint_of_model(base.model)
+    if difference := manifest.base.fingerprint.difference(fingerprint):
+        raise BaseModelError(
+            f"{source}: is not the base model the artifact was made from ({difference})",
+            remedy="Say where that lies with -m.",
+        )
+    check_base(fingerprint, source, adapters)
+    return base
+
+
+def _label_room(
+    artifact: Artifact, adapters: Sequence[Adapter], label_parameters: frozenset[str]
+) -> int | None:
+    """How many labels the artifact's head has room for; None when it has that of the base model.
+
+    The adapter that had the most may have been removed.
+    """
+    slots = artifact.manifest.layout.get(MODULES_INPUT, ())
+    widths = [slot.shape[0] for slot in slots if slot.path in label_parameters]
+    return max(widths) if widths else labels_of(adapters, label_parameters)
+
+
+def make_batches(
+    base: BaseModel, inputs: Path | None, seed: int, *, short: bool
+) -> tuple[Tensors, ...]:
+    """What to compare on: texts of a file, or tokens made, 16 or more inputs in padded batches.
+
+    Those for a causal language model are padded on the left; those for an encoder-decoder have
+    tokens for its decoder too.
+
+    Raises:
+        DataError: the file cannot be read, or has too few texts.
+        UsageError: there is no tokenizer to read texts with.
+    """
+    config = base.model.config
+    names = input_names(type(base.model), config)
+    longest = REFERENCE_LENGTH if short else None
+    if inputs is not None:
+        batches = _of_texts(base, inputs, names)
+    elif TASKS[base.task].architecture == "decoder":
+        batches = decoder_inputs(config, seed=seed, longest=longest)
+    else:
+        batches = parity_inputs(names, config, seed=seed, longest=longest)
+    if TASKS[base.task].architecture == "encoder-decoder":
+        return with_decoder_tokens(batches, config, seed=seed)
+    return batches
+
+
+def _of_texts(base: BaseModel, inputs: Path, names: tuple[str, ...]) -> tuple[Tensors, ...]:
+    tokenizer = read_tokenizer(base.source)
+    if tokenizer is None:
+        raise UsageError(f"--inputs: {base.source} has no tokenizer to read texts with")
+    texts = read_texts(inputs)
+    if len(texts) < FEWEST_INPUTS:
+        raise DataError(
+            f"{inputs}: has {len(texts)} texts, expected at least {FEWEST_INPUTS}: errors are "
+            "pooled over them"
+        )
+    limit = longest_input(base.model.config, tokenizer)
+    batches = (
+        text_inputs(names, tokenizer, texts[start : start + 4], limit)
+        for start in range(0, len(texts), 4)
+    )
+    on_left = TASKS[base.task].architecture == "decoder"
+    return tuple(padded_left(batch) if on_left else batch for batch in batches)
+
+
+_LONGEST = 48
+
+
+_BATCHES, _ROWS = 4, 4
+
+
+_FEWEST_DECODED = 7  # of a causal model, so that a step has tokens of its own before it
+
+
+_DECODED = 8
+
+
+def parity_inputs(
+    names: tuple[str, ...], config: PretrainedConfig, *, seed: int, longest: int | None = None
+) -> tuple[Tensors, ...]:
+    """4 padded batches of 4 rows of random tokens, of 3 to `longest` tokens, 16 inputs in all."""
+    chooser = np.random.default_rng(seed)
+    longest = min(longest or _LONGEST, longest_input(config))
+    return tuple(
+        random_batch(names, config, tuple(chooser.integers(3, longest + 1, _ROWS)), chooser)
+        for _ in range(_BATCHES)
+    )
+
+
+def decoder_inputs(
+    config: PretrainedConfig, *, seed: int, longest: int | None = None
+) -> tuple[Tensors, ...]:
+    """4 batches of 4 rows of random tokens, of 7 to `longest`, padded on the left."""
+    chooser = np.random.default_rng(seed)
+    longest = min(longest or _LONGEST, longest_input(config))
+    names = ("input_ids", "attention_mask")
+    drawn = (chooser.integers(_FEWEST_DECODED, longest + 1, _ROWS) for _ in range(_BATCHES))
+    return tuple(padded_left(random_batch(names, config, tuple(each), chooser)) for each in drawn)
+
+
+def with_decoder_tokens(
+    batches: Iterable[Tensors], config: PretrainedConfig, *, seed: int
+) -> tuple[Tensors, ...]:
+    """The batches with `decoder_input_ids`, int64 [rows, 8]: the first token, 7 random ones."""
+    chooser = np.random.default_rng(seed + 1)
+    made = []
+    for batch in batches:
+        lengths = (_DECODED,) * len(batch["input_ids"])
+        tokens = random_batch(("input_ids",), config, lengths, chooser)["input_ids"]
+        made.append({**batch, "decoder_input_ids": _shifted(tokens, config)})
+    return tuple(made)
+
+
+def _shifted(tokens: Array, config: PretrainedConfig) -> Array:
+    shifted = np.roll(tokens, 1, axis=1)
+    shifted[:, 0] = config.decoder_start_token_id
+    return shifted

@@ -1,0 +1,1 @@
+"""The verdict as JSON, HTML and JUnit."""

@@ -1,0 +1,85 @@
+"""`export`: the whole road behind the adapters, readable from top to bottom."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from propulsion_export.adapters.provenance import base_source
+from propulsion_export.adapters.specification import read_adapters, source_of
+from propulsion_export.artifacts.artifact import Artifact
+from propulsion_export.artifacts.file_names import MANIFEST_FILE
+from propulsion_export.artifacts.manifest import Mode
+from propulsion_export.artifacts.staging import Marker, check_replaceable
+from propulsion_export.engine import BuildOptions
+from propulsion_export.environment.progress import Progress, silent
+from propulsion_export.errors import UnavailableError
+from propulsion_export.parity.reports.report import ParityReport
+from propulsion_export.pipeline.onnx import export_onnx
+from propulsion_export.pipeline.parity import REPORT_FILE, check_parity
+from propulsion_export.pipeline.trt import build_engine
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What came of an export: the graph, the engine or why there is none, and the verdicts."""
+
+    onnx: Artifact
+    engine: Artifact | None
+    engine_missing: str | None
+    reports: dict[str, ParityReport]
+
+
+def export(
+    adapter: Sequence[str | Path],
+    output: Path,
+    *,
+    model: str | None = None,
+    mode: Mode = "folded",
+    task: str = "auto",
+    dtype: str = "keep",
+    engine: BuildOptions | None = None,
+    force: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress = silent,
+) -> ExportResult:
+    """Adapters in; `onnx/`, `engine/` and a parity report of each out, below `output`.
+
+    Each of them appears whole or not at all. `engine` says how to build; None builds none. An
+    engine that this machine cannot build is told in `engine_missing`.
+
+    Raises:
+        PropulsionExportError: as the stages say.
+    """
+    parts = {name: output / name for name in ("onnx", "engine", "parity-onnx", "parity-engine")}
+    inputs = (*map(source_of, adapter), base_source(model, read_adapters(adapter)))
+    for name, part in parts.items():
+        marker: Marker = REPORT_FILE if name.startswith("parity") else MANIFEST_FILE
+        check_replaceable(part, marker=marker, force=force, inputs=inputs)
+    exported = export_onnx(
+        adapter,
+        parts["onnx"],
+        model=model,
+        mode=mode,
+        task=task,
+        dtype=dtype,
+        force=force,
+        trust_remote_code=trust_remote_code,
+        progress=lambda share, message: progress(share * 0.4, message),
+    )
+    built, missing = None, None
+    if engine is not None:
+        try:
+            built = build_engine(parts["onnx"], parts["engine"], engine, force=force)
+        except UnavailableError as error:
+            missing = str(error)
+    reports = {}
+    for name in ("onnx", "engine") if built else ("onnx",):
+        progress(0.7, f"comparing {name} with PyTorch")
+        reports[name] = check_parity(
+            parts[name],
+            report=parts[f"parity-{name}"],
+            force=force,
+            trust_remote_code=trust_remote_code,
+        )
+    progress(1.0, f"wrote {output}")
+    return ExportResult(exported, built, missing, reports)

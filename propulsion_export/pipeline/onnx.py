@@ -1,0 +1,276 @@
+"""`onnx`: a base model and adapters become a graph, the adapters folded in or switchable."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from propulsion_export.adapters.adapter import Adapter
+from propulsion_export.adapters.head_room import labels_of
+from propulsion_export.adapters.names import BASE_NAME
+from propulsion_export.adapters.provenance import adapter_tasks, base_source, check_base
+from propulsion_export.adapters.specification import check_identity, read_adapters, source_of
+from propulsion_export.artifacts.artifact import Artifact
+from propulsion_export.artifacts.bank import Bank
+from propulsion_export.artifacts.file_names import ADAPTERS, GRAPH_FILE, MANIFEST_FILE
+from propulsion_export.artifacts.layout import check_range, labels_in, to_row
+from propulsion_export.artifacts.manifest import (
+    DEFAULT_OPSET,
+    AdapterEntry,
+    BaseEntry,
+    Dtype,
+    GraphEntry,
+    Manifest,
+    Mode,
+)
+from propulsion_export.artifacts.staging import check_replaceable, staged_directory
+from propulsion_export.base_model.config import read_config, save_config, save_generation_settings
+from propulsion_export.base_model.loading import BaseModel, load_base
+from propulsion_export.base_model.model_fingerprint import fingerprint_of_model
+from propulsion_export.base_model.tasks import TaskName, resolve_task
+from propulsion_export.base_model.tokenizer import copy_tokenizer
+from propulsion_export.environment.machine import tool_versions
+from propulsion_export.environment.progress import Progress, silent
+from propulsion_export.errors import UsageError
+from propulsion_export.graph.build import (
+    ExportedGraphs,
+    build_bank,
+    build_folded,
+    build_switchable,
+    default_labels,
+)
+from propulsion_export.graph.files import write_graphs
+from propulsion_export.graph.signature import signature
+from propulsion_export.graph.slots import SlotOptions, head_parameters, slots_for
+from propulsion_export.pipeline.mode_options import check_mode_options
+
+DEFAULT_MAX_LABELS = 16
+
+
+def export_onnx(
+    adapter: Sequence[str | Path],
+    output: Path,
+    *,
+    model: str | None = None,
+    mode: Mode = "folded",
+    task: str = "auto",
+    dtype: str = "keep",
+    opset: int = DEFAULT_OPSET,
+    untie: bool = False,
+    allow_range: bool = False,
+    placement: str | None = None,
+    max_labels: int | None = None,
+    train_bias: bool = False,
+    force: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress = silent,
+) -> Artifact:
+    """Trace a base model with adapters to ONNX, or with slots for adapters to come.
+
+    Args:
+        adapter: directories, or `NAME=DIR`; at most one to fold, any number otherwise. With none,
+            `folded` exports the base model alone, `switchable` and `bank` with slots that
+            `add_adapter` fills.
+        output: directory to write `model.onnx`, its weights, configuration, tokenizer and adapters.
+        model: base model by path or name; default: the one the adapters name.
+        mode: `folded`, the adapter in the weights; `switchable`, its scales an optional input;
+            `bank`, each row of a batch chooses its own.
+        task: which head the graph has; `auto`: the adapters' or the checkpoint's.
+        dtype: `keep`, `float32`, `bfloat16` or `float16`, of weights and activations.
+        opset: ONNX opset version.
+        untie: give a scaled weight that is shared with another module a copy of its own (folded).
+        allow_range: accept scales that the dtype rounds badly (switchable, bank).
+        placement: without adapters, the modules that get slots: `attention`, `all` (the default)
+            or a regular expression for module paths.
+        max_labels: without adapters, how many labels a head may have; default: 16, or more if the
+            checkpoint's own head has more.
+        train_bias: without adapters, slots for trained biases too.
+        force: replace an earlier output.
+        trust_remote_code: run code that the base model brings.
+        progress: called with the share done and what is being done.
+
+    Raises:
+        PropulsionExportError: as its subclasses say; nothing is left at `output` then.
+    """
+    check_mode_options(mode, untie=untie, allow_range=allow_range)
+    adapters = read_adapters(adapter)
+    _check_adapters(adapters, mode)
+    slots = SlotOptions(placement, max_labels, train_bias)
+    _check_slots(slots, mode, adapters)
+    source = base_source(model, adapters)
+    inputs = (*map(source_of, adapter), source)
+    check_replaceable(output, marker=MANIFEST_FILE, force=force, inputs=inputs)
+    progress(0.05, f"loading {source}")
+    base = _load(source, task, adapters, mode, slots, trust_remote_code=trust_remote_code)
+    fingerprint = fingerprint_of_model(base.model)
+    check_base(fingerprint, source, adapters)
+    wanted = base.model.dtype if dtype == "keep" else getattr(torch, dtype)
+    name: Dtype = str(wanted).removeprefix("torch.")  # type: ignore[assignment]
+    if not allow_range:
+        for each in adapters if mode != "folded" else ():
+            check_range(each, name)
+    progress(0.2, f"tracing {type(base.model).__name__} in {name}")
+    filled = adapters or _slots(base, mode, slots)
+    graphs = _build(base, filled, adapters, mode, wanted, opset=opset, untie=untie)
+    progress(0.8, f"writing {output}")
+    with staged_directory(output, marker=MANIFEST_FILE, force=force, inputs=inputs) as directory:
+        labels = default_labels(base, filled, graphs.layout)
+        recorded = BaseEntry(source, fingerprint, labels, own_head=base.own_head)
+        entries = _entries(adapters, adapter, graphs, recorded)
+        _write(graphs, base, directory, name)
+        if mode == "bank":
+            _write_bank(graphs, directory, entries)
+        else:
+            _write_feeds(graphs, directory)
+        Artifact.write(directory, _manifest(graphs, base, recorded, entries, name))
+    progress(1.0, f"wrote {output}")
+    return Artifact.read(output)
+
+
+def _slots(base: BaseModel, mode: Mode, options: SlotOptions) -> list[Adapter]:
+    """A stand-in for the adapters to come; none where the base model is exported alone."""
+    if mode == "folded":
+        return []
+    return [slots_for(base, options)]
+
+
+def _build(
+    base: BaseModel,
+    slots: Sequence[Adapter],
+    adapters: Sequence[Adapter],
+    mode: Mode,
+    dtype: torch.dtype,
+    *,
+    opset: int,
+    untie: bool,
+) -> ExportedGraphs:
+    if mode == "folded":
+        first = next(iter(adapters), None)
+        return build_folded(base, first, dtype, opset=opset, untie=untie)
+    build = build_switchable if mode == "switchable" else build_bank
+    return build(base, slots, adapters, dtype, opset=opset)
+
+
+def _entries(
+    adapters: Sequence[Adapter],
+    specifications: Sequence[str | Path],
+    graphs: ExportedGraphs,
+    base: BaseEntry,
+) -> dict[str, AdapterEntry]:
+    return {
+        read.name: AdapterEntry(
+            digest=read.digest,
+            source=source_of(specification),
+            size=read.size,
+            file=f"{ADAPTERS}/{read.name}.safetensors" if graphs.mode == "switchable" else None,
+            labels=labels_in(read, graphs.layout, base.labels),
+        )
+        for read, specification in zip(adapters, specifications, strict=True)
+    }
+
+
+def _manifest(
+    exported: ExportedGraphs,
+    base: BaseModel,
+    recorded: BaseEntry,
+    entries: dict[str, AdapterEntry],
+    dtype: Dtype,
+) -> Manifest:
+
+    graphs = {name: GraphEntry(*signature(program)) for name, program in exported.programs.items()}
+    only = graphs.pop(GRAPH_FILE, GraphEntry((), ()))
+    return Manifest(
+        kind="onnx",
+        mode=exported.mode,
+        task=TaskName(base.task),
+        dtype=dtype,
+        base=recorded,
+        adapters={} if exported.mode == "bank" else entries,
+        inputs=only.inputs,
+        outputs=only.outputs,
+        graphs=graphs,
+        layout=dict(exported.layout),
+        tools=tool_versions(),
+    )
+
+
+def _check_adapters(adapters: Sequence[Adapter], mode: Mode) -> None:
+    if mode == "folded" and len(adapters) > 1:
+        raise UsageError(
+            f"{len(adapters)} adapters are given, expected one to fold into the weights",
+            remedy="Export with --mode switchable or bank to choose between them at run time.",
+        )
+    for adapter in adapters:
+        check_identity(adapter)
+
+
+def _check_slots(options: SlotOptions, mode: Mode, adapters: Sequence[Adapter]) -> None:
+    """Refuse options for slots where the adapters themselves decide, or where there are none."""
+    if not options.given or (mode != "folded" and not adapters):
+        return
+    found = "--mode folded" if mode == "folded" else "adapters given by -a"
+    raise UsageError(
+        *(f"{option}: is for slots without adapters, found {found}" for option in options.given),
+        remedy="Leave it out." if adapters else "Export with --mode switchable or bank.",
+    )
+
+
+def _load(
+    source: str,
+    task: str,
+    adapters: Sequence[Adapter],
+    mode: Mode,
+    slots: SlotOptions,
+    *,
+    trust_remote_code: bool,
+) -> BaseModel:
+    """The base model with the head to fold, or with room for its own and the largest."""
+    config = read_config(source, trust_remote_code=trust_remote_code)
+    task = resolve_task(task, config.architectures or (), adapter_tasks(adapters))
+    base = load_base(source, task=task, trust_remote_code=trust_remote_code)
+    for adapter in adapters:
+        base.check_complete(adapter.modules)
+    if not adapters:
+        _make_room_for_slots_(base, mode, slots)
+        return base
+    count = labels_of(adapters, base.label_parameters)
+    if count is None:
+        return base
+    if mode == "folded" or not base.own_head:
+        base.make_room_(count, adapters[0].labels or ())
+    else:
+        base.make_room_(max(count, len(base.own_labels)), base.own_labels)
+    return base
+
+
+def _make_room_for_slots_(base: BaseModel, mode: Mode, slots: SlotOptions) -> None:
+    """Make the head as wide as adapters to come may need; without slots it must be complete."""
+    if mode == "folded" or not base.label_parameters:
+        base.check_complete(())
+        return
+    base.check_complete(head_parameters(base))
+    own = base.own_labels if base.own_head else ()
+    base.make_room_(max(slots.max_labels or DEFAULT_MAX_LABELS, len(own)), own)
+
+
+def _write(graphs: ExportedGraphs, base: BaseModel, directory: Path, dtype: str) -> None:
+
+    write_graphs(graphs.programs, directory)
+    save_config(base.model, directory, dtype)
+    copy_tokenizer(base.source, directory)
+    save_generation_settings(base.source, base.task, directory)
+
+
+def _write_feeds(graphs: ExportedGraphs, directory: Path) -> None:
+    from safetensors.numpy import save_file
+
+    if graphs.feeds:
+        (directory / ADAPTERS).mkdir()
+    for name, feeds in graphs.feeds.items():
+        save_file(dict(feeds), directory / ADAPTERS / f"{name}.safetensors")
+
+
+def _write_bank(graphs: ExportedGraphs, directory: Path, entries: dict[str, AdapterEntry]) -> None:
+    bank = Bank.create(directory, to_row(graphs.feeds[BASE_NAME], graphs.layout))
+    for name, entry in entries.items():
+        bank.add(name, to_row(graphs.feeds[name], graphs.layout), entry)

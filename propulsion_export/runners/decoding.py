@@ -1,0 +1,287 @@
+"""Step a generative model through tokens, feeding its cache back; whatever runs it.
+
+A decoder is a runner that takes `input_ids` and `position_ids` [batch, new], `attention_mask`
+[batch, past + new] and a cache, `past_key_values.N.key` and `.value` [batch, heads, past, width],
+and returns `logits` [batch, new, vocabulary] and the longer cache, `present.N.key` and `.value`.
+That of an encoder-decoder takes what the encoder made of the input besides.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from propulsion_export.adapters.scales import Array
+from propulsion_export.artifacts.artifact import Runner, Tensors
+from propulsion_export.artifacts.manifest import TensorSpec
+from propulsion_export.artifacts.rounding import numpy_dtype
+from propulsion_export.artifacts.tensor_names import LOGITS, PAST, PRESENT
+
+# Chooses a token [batch] from the logits [batch, vocabulary] of the last position.
+Choose = Callable[[Array], Array]
+
+
+@dataclass(frozen=True)
+class State:
+    """What a decoder has read so far.
+
+    Attributes:
+        mask: int64 [batch, read]; 0 where a row is padded.
+        cache: by input name, [batch, heads, read, width].
+    """
+
+    mask: Array
+    cache: Tensors
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A decoder at work on one batch.
+
+    Attributes:
+        run: one step of it.
+        inputs: its inputs, which say how an empty cache looks; empty for one that makes its own.
+        feeds: given at every step, of an adapter or an encoder.
+    """
+
+    run: Runner
+    inputs: Sequence[TensorSpec] = ()
+    feeds: Tensors = field(default_factory=dict)
+
+    def start(self, batch: int) -> State:
+        """The state before the first token of `batch` rows."""
+        cache = {
+            spec.name: np.zeros(_empty(batch, spec), numpy_dtype(spec.dtype))
+            for spec in self.inputs
+            if spec.name.startswith(f"{PAST}.")
+        }
+        return State(np.zeros((batch, 0), np.int64), cache)
+
+    def step(self, state: State, tokens: Array, mask: Array | None = None) -> tuple[Array, State]:
+        """Read more tokens.
+
+        Args:
+            state: so far.
+            tokens: int64 [batch, new].
+            mask: int64 [batch, new], 0 for padding; default: all are tokens.
+
+        Returns:
+            Logits [batch, new, vocabulary] and the state after the tokens.
+        """
+        seen = np.ones_like(tokens) if mask is None else mask
+        whole = np.concatenate([state.mask, seen], axis=1)
+        outputs = self.run(
+            {
+                "input_ids": tokens,
+                "attention_mask": whole,
+                "position_ids": positions(whole)[:, -tokens.shape[1] :],
+                **state.cache,
+                **self.feeds,
+            }
+        )
+        longer = {
+            name.replace(PRESENT, PAST, 1): values
+            for name, values in outputs.items()
+            if name.startswith(f"{PRESENT}.")
+        }
+        return outputs[LOGITS], State(whole, {**state.cache, **longer})
+
+
+@dataclass(frozen=True)
+class Opening:
+    """A decoder and what it is to read first: `tokens` and `mask`, int64 [batch, length]."""
+
+    decoder: Decoder
+    tokens: Array
+    mask: Array
+
+
+class Generator(Protocol):
+    """A generative model, ready for any batch."""
+
+    def open(self, feeds: Tensors) -> Opening:
+        """Begin with `input_ids` and `attention_mask` [batch, length], and what an adapter feeds.
+
+        An encoder-decoder reads `decoder_input_ids` [batch, length] where they are given.
+        """
+
+    def pad(self, rows: Sequence[Array], padding: int) -> dict[str, Array]:
+        """Prompts of different lengths as `input_ids` and `attention_mask`, padded as it wants."""
+
+
+# A generator is not callable: that tells the two apart.
+Candidate = Runner | Generator
+
+
+@dataclass(frozen=True)
+class CausalModel:
+    """A decoder that reads the prompt itself; attributes as of `Decoder`."""
+
+    run: Runner
+    inputs: Sequence[TensorSpec] = ()
+
+    def open(self, feeds: Tensors) -> Opening:
+        rest = _without(feeds, "input_ids", "attention_mask")
+        decoder = Decoder(self.run, self.inputs, rest)
+        return Opening(decoder, feeds["input_ids"], feeds["attention_mask"])
+
+    def pad(self, rows: Sequence[Array], padding: int) -> dict[str, Array]:
+        return pad_left(rows, padding)
+
+
+@dataclass(frozen=True)
+class EncoderDecoder:
+    """An encoder for the prompt, and a decoder that starts with the token `start`."""
+
+    encode: Runner
+    decode: Runner
+    start: int
+
+    def open(self, feeds: Tensors) -> Opening:
+        rest = _without(feeds, "input_ids", "attention_mask", "decoder_input_ids")
+        mask = feeds["attention_mask"]
+        encoded = self.encode({"input_ids": feeds["input_ids"], "attention_mask": mask, **rest})
+        hidden = encoded["last_hidden_state"]
+        rest |= {"encoder_hidden_states": hidden, "encoder_attention_mask": mask}
+        first = np.full((len(mask), 1), self.start, np.int64)
+        tokens = feeds.get("decoder_input_ids", first)
+        return Opening(Decoder(self.decode, feeds=rest), tokens, np.ones_like(tokens))
+
+    def pad(self, rows: Sequence[Array], padding: int) -> dict[str, Array]:
+        # An encoder with a table of positions counts them from the left, padding or not.
+        flipped = pad_left([row[::-1] for row in rows], padding)
+        return {name: values[:, ::-1].copy() for name, values in flipped.items()}
+
+
+def generate(generator: Generator, feeds: Tensors, choose: Choose) -> Iterator[Array]:
+    """Tokens behind padded prompts, int64 [batch] each, without end.
+
+    Args:
+        generator: the model.
+        feeds: the prompts and an adapter, see `Generator.open`.
+        choose: picks the next tokens.
+    """
+    return go_on(generator.open(feeds), choose, lambda: np.zeros(1, np.bool_))
+
+
+def go_on(opening: Opening, choose: Choose, stopped: Callable[[], Array]) -> Iterator[Array]:
+    """Tokens, int64 [batch] each, until every row has stopped.
+
+    A row that has is padded from there on, so that its position stays one that the model has.
+
+    Args:
+        opening: what is read first.
+        choose: picks the next tokens.
+        stopped: asked after each token which rows have stopped, bool [batch] or [1] for all alike.
+    """
+    decoder = opening.decoder
+    state = decoder.start(len(opening.tokens))
+    logits, state = decoder.step(state, opening.tokens, opening.mask)
+    while True:
+        tokens = choose(logits[:, -1])
+        yield tokens
+        over = np.broadcast_to(stopped(), tokens.shape)
+        if over.all():
+            return
+        going = np.where(over, 0, 1)[:, None]
+        logits, state = decoder.step(state, tokens[:, None], going)
+
+
+def replaying(generator: Generator) -> Runner:
+    """A generative model as a runner of whole sequences, read the way it generates.
+
+    First most of them, then two tokens at once, then three one by one. It takes what
+    `Generator.open` takes and returns the logits [batch, length, vocabulary] of all steps.
+    """
+
+    def replay(feeds: Tensors) -> Tensors:
+        opening = generator.open(feeds)
+        state, parts = opening.decoder.start(len(opening.tokens)), []
+        for start, end in _pieces(opening.tokens.shape[1]):
+            piece = opening.tokens[:, start:end], opening.mask[:, start:end]
+            logits, state = opening.decoder.step(state, *piece)
+            parts.append(logits)
+        return {LOGITS: np.concatenate(parts, axis=1)}
+
+    return replay
+
+
+def recomputing(generator: Generator) -> Runner:
+    """The same without the use of a cache: whole sequences in one step."""
+
+    def recompute(feeds: Tensors) -> Tensors:
+        opening = generator.open(feeds)
+        state = opening.decoder.start(len(opening.tokens))
+        logits, _ = opening.decoder.step(state, opening.tokens, opening.mask)
+        return {LOGITS: logits}
+
+    return recompute
+
+
+def row_by_row(run: Runner) -> Runner:
+    """A runner of whole sequences, every row alone and without its padding, where logits are 0."""
+
+    def each(feeds: Tensors) -> Tensors:
+        real = feeds["attention_mask"] == 1
+        rows = [run(alone(feeds, row))[LOGITS] for row in range(len(real))]
+        if "decoder_input_ids" in feeds:
+            return {LOGITS: np.concatenate(rows)}
+        logits = np.zeros((*real.shape, rows[0].shape[-1]), rows[0].dtype)
+        for index, row in enumerate(rows):
+            logits[index, real[index]] = row[0]
+        return {LOGITS: logits}
+
+    return each
+
+
+def positions(mask: Array) -> Array:
+    """Position of every token, int64 of the mask's shape: padding does not count."""
+    counted: Array = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
+    return counted
+
+
+def greedy(logits: Array) -> Array:
+    """The likeliest token, int64 [batch], of logits [batch, vocabulary]."""
+    best: Array = logits.argmax(-1)
+    return best.astype(np.int64)
+
+
+def alone(batch: Tensors, row: int) -> Tensors:
+    """One row of a batch, without the positions that the attention mask hides.
+
+    The mask is that of the prompt: what the decoder of an encoder-decoder reads is kept whole.
+    """
+    mask = batch["attention_mask"]
+    return {
+        name: values[row : row + 1, mask[row] == 1]
+        if values.shape == mask.shape and name != "decoder_input_ids"
+        else values[row : row + 1]
+        for name, values in batch.items()
+    }
+
+
+def pad_left(rows: Sequence[Array], padding: int) -> dict[str, Array]:
+    """Rows of different lengths as `input_ids` and `attention_mask`, int64 [rows, longest]."""
+    longest = max(len(row) for row in rows)
+    tokens = np.full((len(rows), longest), padding, np.int64)
+    mask = np.zeros_like(tokens)
+    for index, row in enumerate(rows):
+        tokens[index, longest - len(row) :] = row
+        mask[index, longest - len(row) :] = 1
+    return {"input_ids": tokens, "attention_mask": mask}
+
+
+def _pieces(length: int) -> list[tuple[int, int]]:
+    single = min(3, length - 1)
+    pair = min(2, length - 1 - single)
+    ends = [length - single - pair, length - single, *range(length - single + 1, length + 1)]
+    return [piece for piece in zip([0, *ends], ends, strict=False) if piece[0] < piece[1]]
+
+
+def _without(feeds: Tensors, *names: str) -> dict[str, Array]:
+    return {name: values for name, values in feeds.items() if name not in names}
+
+
+def _empty(batch: int, spec: TensorSpec) -> tuple[int, int, int, int]:
+    return batch, int(spec.shape[1]), 0, int(spec.shape[3])

@@ -1,0 +1,116 @@
+"""Choose the runtime of an artifact, and open the artifact in it."""
+
+import importlib
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from propulsion_export.adapters.scales import Array
+from propulsion_export.artifacts.artifact import Artifact, Runner, Tensors
+from propulsion_export.artifacts.file_names import ENCODER_DECODER_FILES
+from propulsion_export.artifacts.tensor_names import IDS_INPUT, PAST
+from propulsion_export.base_model.config import read_settings
+from propulsion_export.base_model.tasks import TASKS
+from propulsion_export.environment.machine import cuda_devices
+from propulsion_export.errors import ArtifactError, UsageError
+from propulsion_export.runners.decoding import Candidate, CausalModel, EncoderDecoder
+from propulsion_export.runners.table import RUNTIMES, runtimes_of
+
+# The reference evaluator computes in Python: larger graphs and longer inputs take minutes.
+_REFERENCE_BYTES = 16 * 2**20
+REFERENCE_LENGTH = 8
+
+
+def choose_runner(artifact: Artifact, runner: str) -> str:
+    """The runtime asked for, if it runs that kind of artifact; for `auto`, the best here.
+
+    Raises:
+        UsageError: the runtime asked for does not run this kind of artifact.
+    """
+    manifest = artifact.manifest
+    possible = runtimes_of(manifest.kind)
+    if runner != "auto":
+        if runner not in possible:
+            raise UsageError(
+                f"--runner {runner}: cannot run a {manifest.kind} artifact, expected "
+                f"{' or '.join(possible)}"
+            )
+        return runner
+    if manifest.kind != "onnx" or manifest.dtype != "bfloat16":
+        return possible[0]
+    if cuda_devices():
+        return "onnxruntime-cuda"
+    size = sum(file.stat().st_size for file in artifact.directory.glob("*.onnx*"))
+    return "reference" if size <= _REFERENCE_BYTES else "onnxruntime"
+
+
+def open_candidate(artifact: Artifact, name: str, *, trust_remote_code: bool = False) -> Candidate:
+    """The artifact as a callable from tensors to tensors, or as a generator if it generates.
+
+    Raises:
+        UnavailableError: this machine cannot run it.
+    """
+    if artifact.manifest.kind == "merged":
+        candidate: Candidate = _module(name).open_checkpoint(
+            artifact, trust_remote_code=trust_remote_code
+        )
+        return candidate
+    architecture = TASKS[artifact.manifest.task].architecture
+    if architecture == "decoder":
+        return CausalModel(_open(artifact, name, artifact.path), artifact.manifest.inputs)
+    if architecture == "encoder-decoder":
+        encode, first, later = (
+            _open(artifact, name, artifact.directory / file) for file in ENCODER_DECODER_FILES
+        )
+        return EncoderDecoder(encode, _by_cache(first, later), _first_token(artifact.directory))
+    return _open(artifact, name, artifact.path)
+
+
+def place_for(name: str) -> Callable[[Array], Any]:
+    """How to put an array where this runtime computes, once for many runs that are fed it."""
+    if RUNTIMES[name].kind == "merged":
+        return np.asarray
+    return partial(_module(name).place, device=RUNTIMES[name].device)
+
+
+def _module(name: str) -> Any:
+    return importlib.import_module(f"{__package__}.{RUNTIMES[name].module}")
+
+
+def _open(artifact: Artifact, name: str, path: Path) -> Runner:
+    run: Runner = _module(name).open_graph(path, artifact, device=RUNTIMES[name].device)
+    return _with_ids(run) if artifact.manifest.mode == "bank" else run
+
+
+def _first_token(directory: Path) -> int:
+    token = read_settings(directory).get("decoder_start_token_id")
+    if not isinstance(token, int):
+        raise ArtifactError(
+            f"{directory / 'config.json'}: decoder_start_token_id is {token!r}, expected a token "
+            "number"
+        )
+    return token
+
+
+def _with_ids(run: Runner) -> Runner:
+    """Give every row of a batch the one adapter id that is fed, if it is one."""
+
+    def each(feeds: Tensors) -> Tensors:
+        rows = len(feeds["input_ids"])
+        ids = np.ascontiguousarray(np.broadcast_to(feeds[IDS_INPUT], (rows,)))
+        return run({**feeds, IDS_INPUT: ids})
+
+    return each
+
+
+def _by_cache(first: Runner, later: Runner) -> Runner:
+    """The decoder's first step, which fills the cache, or a later one, which reads it."""
+
+    def decode(feeds: Tensors) -> Tensors:
+        cached = any(name.startswith(f"{PAST}.") for name in feeds)
+        return later(feeds) if cached else first(feeds)
+
+    return decode

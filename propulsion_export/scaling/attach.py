@@ -1,0 +1,188 @@
+"""Put an adapter onto a torch model without changing its weights: what the trainer computed.
+
+The scale stays separate, a buffer of the module it belongs to, so that a traced graph shows it by
+module path. Module paths and classes stay as they are.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from propulsion_export.adapters.adapter import Adapter
+from propulsion_export.adapters.scales import Scale, Side
+from propulsion_export.errors import AdapterError, BaseModelError
+from propulsion_export.scaling.expert_rules import (
+    expert_weights,
+    is_experts,
+    reason_against_experts,
+    scale_shape,
+    spread,
+)
+from propulsion_export.scaling.layer_rules import input_width, narrowed, output_width
+
+BUFFERS: Mapping[Side, str] = {
+    "output": "propulsion_scale",
+    "input": "propulsion_input_scale",
+}
+# Embeddings that are never called: a scale on the output acts on nothing, one folded in would.
+_READ_DIRECTLY = (("DebertaEncoder", "rel_embeddings"), ("DebertaV2Encoder", "rel_embeddings"))
+
+
+def initializer_name(path: str, side: Side, dimensions: int = 1) -> str:
+    """What the buffer of a scale is called in the attached model, and so in a graph traced from it.
+
+    Args:
+        path: of the scale: a module's, or a parameter's that holds experts.
+        side: of the scale.
+        dimensions: of the scale's values: 1 for a module's, 2 for experts'.
+    """
+    return f"{path}{'_' if dimensions > 1 else '.'}{BUFFERS[side]}"
+
+
+@contextmanager
+def attached(model: nn.Module, adapter: Adapter) -> Iterator[None]:
+    """Let `model` compute with `adapter` inside the block; afterwards it is as it was.
+
+    Scales are rounded once, from float64 to the dtype of the module they act on.
+
+    Raises:
+        AdapterError: the model has no such module or parameter, or one of another width; nothing
+            is changed then.
+    """
+    check_fits(model, adapter)
+    undo: list[Any] = []
+    try:
+        _attach_(model, adapter, undo)
+        yield
+    finally:
+        for step in reversed(undo):
+            step()
+
+
+def check_fits(model: nn.Module, adapter: Adapter) -> None:
+    """Refuse an adapter whose tensors have no place in the model, naming every one.
+
+    Raises:
+        AdapterError: with all misfits.
+    """
+    modules = dict(model.named_modules())
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    misfits = [
+        f"{path}: {problem}"
+        for path, scale in adapter.scales.items()
+        if (problem := _scale_misfit(modules, path, scale))
+    ]
+    for path, bias in adapter.biases.items():
+        shape = tuple(parameters[f"{path}.bias"].shape) if f"{path}.bias" in parameters else None
+        if shape != bias.shape:
+            misfits.append(f"{path}: the adapter has a bias {list(bias.shape)}, the model {shape}")
+    for name, values in adapter.modules.items():
+        shape = tuple(parameters[name].shape) if name in parameters else None
+        if shape != values.shape:
+            misfits.append(
+                f"{name}: the adapter has shape {list(values.shape)}, the model "
+                f"{list(shape) if shape else 'no such parameter'}"
+            )
+    if misfits:
+        raise AdapterError(
+            *(f"adapter {adapter.name}: {misfit}" for misfit in misfits),
+            remedy="Was it trained on this base model and task?",
+        )
+
+
+def _scale_misfit(modules: Mapping[str, nn.Module], path: str, scale: Scale) -> str | None:
+    owner, _, name = path.rpartition(".")
+    if path not in modules:
+        return _expert_misfit(modules.get(owner), name, scale)
+    module, reader = modules[path], type(modules[owner]).__name__
+    if (reader, name) in _READ_DIRECTLY and not (scale.values == 1).all():
+        return f"{reader} reads its weight past its output, so a scale there has no exact meaning"
+    if _only_keeps_a_weight(modules, module, name):
+        return f"{reader} only keeps a tied weight there, so a scale would act on nothing"
+    widths = {"output": output_width, "input": input_width}
+    try:
+        width = widths[scale.side](module)
+    except BaseModelError as error:
+        return error.findings[0]
+    if scale.values.shape == (width,):
+        return None
+    found = scale.values.size if scale.values.ndim == 1 else list(scale.values.shape)
+    return f"the adapter has {found} scales, the model {width} {scale.side}s"
+
+
+def _only_keeps_a_weight(modules: Mapping[str, nn.Module], module: nn.Module, name: str) -> bool:
+    """Whether it is T5's or BART's `shared`, which encoder and decoder do not call."""
+    tied = isinstance(module, nn.Embedding) and name == "shared"
+    return tied and any(path.endswith("encoder.embed_tokens") for path in modules)
+
+
+def _expert_misfit(owner: nn.Module | None, name: str, scale: Scale) -> str | None:
+    if owner is None or name not in owner._parameters:
+        return "the model has no such module"
+    if is_experts(owner) and (reason := reason_against_experts(owner)):
+        return reason
+    if name not in expert_weights(owner) or scale.side == "input":
+        return f"a {scale.side} scale cannot act on this parameter of a {type(owner).__name__}"
+    shape = scale_shape(owner, name)
+    if scale.values.shape == shape:
+        return None
+    return f"the adapter has scales of shape {list(scale.values.shape)}, the model {list(shape)}"
+
+
+def _attach_(model: nn.Module, adapter: Adapter, undo: list[Any]) -> None:
+    for path, scale in adapter.scales.items():
+        owner, _, buffer = initializer_name(path, scale.side, scale.values.ndim).rpartition(".")
+        module = model.get_submodule(owner)
+        like = next(module.parameters())
+        values = narrowed(torch.from_numpy(scale.values), like.dtype).to(like.device)
+        module.register_buffer(buffer, values, persistent=False)
+        undo.append(partial(delattr, module, buffer))
+        weight = path.rpartition(".")[2] if scale.values.ndim > 1 else None
+        undo += [hook.remove for hook in _hooks(module, scale.side, buffer, weight)]
+    replaced = {f"{path}.bias": bias for path, bias in adapter.biases.items()} | dict(
+        adapter.modules
+    )
+    for name, array in replaced.items():
+        owner, _, attribute = name.rpartition(".")
+        module = model.get_submodule(owner)
+        old = getattr(module, attribute)
+        new = nn.Parameter(
+            torch.from_numpy(array).to(old.device, old.dtype, copy=True), requires_grad=False
+        )
+        setattr(module, attribute, new)
+        undo.append(lambda m=module, a=attribute, o=old: setattr(m, a, o))
+
+
+def _hooks(module: nn.Module, side: Side, buffer: str, weight: str | None) -> list[Any]:
+    """Let the module use a scale; on its expert weight where that has a name."""
+    if weight is not None:
+        return [
+            module.register_forward_pre_hook(partial(_show_scaled_weight, weight, buffer)),
+            module.register_forward_hook(partial(_hide_scaled_weight, weight), always_call=True),
+        ]
+    if side == "input":
+        return [module.register_forward_pre_hook(_scale_input)]
+    return [module.register_forward_hook(_scale_output)]
+
+
+def _show_scaled_weight(name: str, buffer: str, module: nn.Module, _: Any) -> None:
+    """Put the scaled weight where the experts' forward looks before it looks at the parameter."""
+    weight, scale = module.get_parameter(name), module.get_buffer(buffer)
+    module.__dict__[name] = weight * spread(module, scale)
+
+
+def _hide_scaled_weight(name: str, module: nn.Module, *_: Any) -> None:
+    module.__dict__.pop(name, None)
+
+
+def _scale_output(module: nn.Module, arguments: Any, output: torch.Tensor) -> torch.Tensor:
+    del arguments
+    return output * module.propulsion_scale  # type: ignore[operator]
+
+
+def _scale_input(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (arguments[0] * module.propulsion_input_scale, *arguments[1:])

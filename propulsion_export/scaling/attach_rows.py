@@ -1,0 +1,286 @@
+"""Let every row of a batch have an adapter of its own, in torch.
+
+The model takes one more argument, `propulsion_rows` [batch, D]: for each row of the batch what the
+layout says, one packed input behind the other. A graph traced from it has that as an input.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
+
+from propulsion_export.artifacts.layout import Layout
+from propulsion_export.artifacts.manifest import Slot
+from propulsion_export.artifacts.tensor_names import (
+    BIASES_INPUT,
+    MODULES_INPUT,
+    ROWS_INPUT,
+    SCALES_INPUT,
+)
+from propulsion_export.errors import UsageError
+
+_REPLACEABLE = (nn.Linear, Conv1D, nn.LayerNorm)  # whose parameters `_forward` can replace
+_REMEDY = "Export with --mode switchable, where a whole batch has one adapter."
+
+
+@contextmanager
+def attached_rows(model: nn.Module, layout: Layout) -> Iterator[None]:
+    """Let `model` take `propulsion_rows` [batch, D] inside the block, and compute with it.
+
+    Raises:
+        UsageError: a part of the layout cannot differ from row to row, naming every one; on
+            running, a module has an output that does not keep the rows of the batch apart.
+    """
+    _check_possible(model, layout)
+    rows = _Rows(layout)
+    undo: list[Any] = [
+        model.register_forward_pre_hook(rows.take, with_kwargs=True).remove,
+        model.register_forward_hook(rows.forget, always_call=True).remove,
+    ]
+    try:
+        _attach_(model, layout, rows, undo)
+        yield
+    finally:
+        for step in reversed(undo):
+            step()
+
+
+@dataclass
+class _Rows:
+    """What each slot holds for the batch that is being computed, [batch, length] each.
+
+    Without any, the model computes as the base model.
+    """
+
+    layout: Layout
+    parts: dict[tuple[str, Slot], torch.Tensor] = field(default_factory=dict)
+
+    def take(
+        self, module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        del module
+        if (rows := named.pop(ROWS_INPUT, None)) is not None:
+            keys = [(packed, slot) for packed, slots in self.layout.items() for slot in slots]
+            parts = rows.split([slot.length for _, slot in keys], dim=1)
+            self.parts.update(zip(keys, parts, strict=True))
+        return arguments, named
+
+    def forget(self, *_: Any) -> None:
+        self.parts.clear()
+
+    def get(self, packed: str, slot: Slot) -> torch.Tensor:
+        """The tensor of a slot for every row, [batch, *slot.shape]."""
+        part = self.parts[packed, slot]
+        return part if len(slot.shape) == 1 else part.reshape(part.shape[0], *slot.shape)
+
+    def scale(self, slot: Slot, values: torch.Tensor) -> torch.Tensor:
+        """`values` [batch, …, channels], each row times its scale."""
+        if not self.parts:
+            return values
+        return values * _beside(values, self.get(SCALES_INPUT, slot), slot.path)
+
+
+def _check_possible(model: nn.Module, layout: Layout) -> None:
+    experts = [
+        f"{slot.path}: scales experts, whose weights all tokens share, so that no row of a batch "
+        "has its own"
+        for slot in layout.get(SCALES_INPUT, ())
+        if len(slot.shape) > 1
+    ]
+    others = [
+        f"{slot.path}: {reason}"
+        for slot in layout.get(SCALES_INPUT, ())
+        if (reason := _reason_against(model, slot.path))
+    ]
+    others += [
+        f"{path}.{parameter}: of {type(module).__name__} there is no other {parameter} for each "
+        "row of a batch"
+        for path, parameters in _replaced(layout).items()
+        if not isinstance(module := model.get_submodule(path), _REPLACEABLE)
+        or path.rpartition(".")[2] in _DETOURS
+        for parameter in parameters
+    ]
+    if experts or others:
+        raise UsageError(*experts, *others, remedy=_REMEDY)
+
+
+def _reason_against(model: nn.Module, path: str) -> str | None:
+    owner = model.get_submodule(path.rpartition(".")[0])
+    shared = getattr(owner, "share_att_key", False) and path.endswith((".query_proj", ".key_proj"))
+    if shared and hasattr(owner, "disentangled_attention_bias"):
+        return "projects relative positions too, which all rows of a batch share"
+    return None
+
+
+def _replaced(layout: Layout) -> dict[str, dict[str, tuple[str, Slot]]]:
+    """What is replaced, not scaled: by module path and parameter name, where it is packed."""
+    found: dict[str, dict[str, tuple[str, Slot]]] = {}
+    for slot in layout.get(BIASES_INPUT, ()):
+        found.setdefault(slot.path, {})["bias"] = (BIASES_INPUT, slot)
+    for slot in layout.get(MODULES_INPUT, ()):
+        path, _, parameter = slot.path.rpartition(".")
+        found.setdefault(path, {})[parameter] = (MODULES_INPUT, slot)
+    return found
+
+
+def _attach_(model: nn.Module, layout: Layout, rows: _Rows, undo: list[Any]) -> None:
+    for path, parameters in _replaced(layout).items():
+        module = model.get_submodule(path)
+        undo.append(_replace(module, "forward", partial(_forward, module, path, rows, parameters)))
+    for slot in layout.get(SCALES_INPUT, ()):
+        owner, _, name = slot.path.rpartition(".")
+        undo += _scaled(model.get_submodule(owner), name, rows, slot)
+
+
+def _scaled(owner: nn.Module, name: str, rows: _Rows, slot: Slot) -> list[Any]:
+    """Scale what the owner's module of that name computes; returns what undoes it."""
+    module = owner.get_submodule(name)
+    if slot.side == "input":
+        return [module.register_forward_pre_hook(partial(_scale_input, rows, slot)).remove]
+    for method, detour in _DETOURS.get(name, {}).items():
+        if hasattr(owner, method):
+            return [_replace(owner, method, partial(detour, getattr(owner, method), rows, slot))]
+    return [module.register_forward_hook(partial(_scale_output, rows, slot)).remove]
+
+
+def _replace(owner: nn.Module, method: str, by: Callable[..., Any]) -> Callable[[], None]:
+    """Replace a method of this object alone; returns what undoes it."""
+    before = owner.__dict__.get(method)
+    setattr(owner, method, by)
+    if before is None:
+        return partial(delattr, owner, method)
+    return partial(setattr, owner, method, before)
+
+
+def _scale_output(
+    rows: _Rows, slot: Slot, module: nn.Module, arguments: Any, output: torch.Tensor
+) -> torch.Tensor:
+    del module, arguments
+    return rows.scale(slot, output)
+
+
+def _scale_input(
+    rows: _Rows, slot: Slot, module: nn.Module, arguments: tuple[Any, ...]
+) -> tuple[Any, ...]:
+    del module
+    return (rows.scale(slot, arguments[0]), *arguments[1:])
+
+
+def _position_bias(
+    compute: Callable[..., torch.Tensor], rows: _Rows, slot: Slot, *arguments: Any, **named: Any
+) -> torch.Tensor:
+    """T5's and MPNet's table of biases gives [queries, keys, heads], and only then rows.
+
+    The method around it returns [1 or batch, heads, queries, keys].
+    """
+    bias = compute(*arguments, **named)
+    if not rows.parts:
+        return bias
+    return bias * rows.get(SCALES_INPUT, slot)[:, :, None, None]
+
+
+def _positions_of_keys(
+    compute: Callable[..., torch.Tensor],
+    rows: _Rows,
+    slot: Slot,
+    queries: torch.Tensor,
+    *others: Any,
+) -> torch.Tensor:
+    """DeBERTa-v2 multiplies queries [batch * heads, length, width] by projected positions.
+
+    These have no rows, the queries do: q (s p) is (q s) p.
+    """
+    return compute(_scale_heads(rows, slot, queries), *others)
+
+
+def _positions_of_queries(
+    compute: Callable[..., torch.Tensor],
+    rows: _Rows,
+    slot: Slot,
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    *others: Any,
+) -> torch.Tensor:
+    """The same of keys and the positions of queries."""
+    return compute(queries, _scale_heads(rows, slot, keys), *others)
+
+
+def _scale_heads(rows: _Rows, slot: Slot, values: torch.Tensor) -> torch.Tensor:
+    if not rows.parts:
+        return values
+    return values * rows.get(SCALES_INPUT, slot).reshape(-1, 1, values.shape[-1])
+
+
+# Modules whose output has no rows: by name, the owner's method around them that has.
+_DETOURS: Mapping[str, Mapping[str, Callable[..., torch.Tensor]]] = {
+    "relative_attention_bias": {
+        "compute_bias": _position_bias,
+        "compute_position_bias": _position_bias,
+    },
+    "pos_key_proj": {"disentangled_attention_bias": _positions_of_keys},
+    "pos_query_proj": {"disentangled_attention_bias": _positions_of_queries},
+}
+
+
+def _forward(
+    module: nn.Module,
+    path: str,
+    rows: _Rows,
+    parameters: Mapping[str, tuple[str, Slot]],
+    values: torch.Tensor,
+) -> torch.Tensor:
+    """What the module computes, with some of its parameters another for each row."""
+    if not rows.parts:
+        return type(module).forward(module, values)  # type: ignore[no-any-return]
+    weight, bias = (
+        rows.get(*parameters[name]) if name in parameters else getattr(module, name)
+        for name in ("weight", "bias")
+    )
+    if isinstance(module, nn.LayerNorm):
+        values = functional.layer_norm(values, module.normalized_shape, eps=module.eps)
+        values = values * (_beside(values, weight, path) if "weight" in parameters else weight)
+    elif "weight" in parameters:
+        values = _product(values, weight if isinstance(module, Conv1D) else weight.mT, path)
+    else:
+        values = values @ (weight if isinstance(module, Conv1D) else weight.T)
+    if bias is None:
+        return values
+    return values + (_beside(values, bias, path) if "bias" in parameters else bias)
+
+
+def _product(values: torch.Tensor, weights: torch.Tensor, path: str) -> torch.Tensor:
+    """`values` [batch, …, in] times a matrix [in, out] for each row of the batch."""
+    batch, inputs, outputs = weights.shape
+    _check_rows(values, batch, path)
+    flat = values.reshape(batch, -1, inputs) @ weights
+    return flat.reshape(*values.shape[:-1], outputs)
+
+
+def _beside(values: torch.Tensor, part: torch.Tensor, path: str) -> torch.Tensor:
+    """A part [batch, channels] in a shape that goes with `values` [batch, …, channels].
+
+    A table that all rows share, [1, …, channels], gets a row for each by that. Tokens that are laid
+    end to end, [batch * tokens, channels], are told apart again.
+    """
+    batch, channels = part.shape
+    if values.ndim == 2 or values.shape[0] != 1:
+        _check_rows(values, batch, path)
+        if values.shape[0] != batch:
+            each = values.shape[0] // batch
+            part = part[:, None].expand(batch, each, channels).reshape(-1, channels)
+    return part[(slice(None), *[None] * (values.ndim - 2))]
+
+
+def _check_rows(values: torch.Tensor, batch: int, path: str) -> None:
+    if values.shape[0] % batch:
+        raise UsageError(
+            f"{path}: computes {list(values.shape)} of a batch of {batch}, expected the rows of "
+            "the batch first, so that each can have its adapter",
+            remedy=_REMEDY,
+        )

@@ -1,0 +1,118 @@
+"""What a person wants to know of a model's outputs, by task."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from propulsion_export.artifacts.artifact import Tensors
+from propulsion_export.base_model.tasks import TASKS
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One row of a batch: what went in, and what came out.
+
+    Attributes:
+        source: the text that the tokens' character offsets count in: for question answering the
+            context.
+        tokens: what a fast tokenizer knows of the row's tokens (`tokenizers.Encoding`); None of
+            another tokenizer.
+        ids: of the tokens, int64 [length].
+        mask: bool [length], False for padding.
+        outputs: by name, without the axis of the batch.
+        labels: class names; None when nobody named them.
+    """
+
+    source: str
+    tokens: Any
+    ids: Any
+    mask: Any
+    outputs: Tensors
+    labels: Sequence[str] | None
+
+
+def predict_row(task: str, outcome: Outcome, tokenizer: Any) -> dict[str, Any]:
+    """The prediction for one row as plain JSON values."""
+    match TASKS[task].prediction:
+        case "class":
+            return _best(outcome.outputs["logits"], outcome.labels)
+        case "word classes":
+            return {"tokens": _words(outcome)}
+        case "span":
+            return _answer(outcome)
+        case "filled masks":
+            return {"filled": _filled(outcome, tokenizer)}
+        case "embedding":
+            return {"embedding": _embedding(outcome)}
+        case "text":
+            raise AssertionError("text is generated, see `generation`")
+
+
+def _embedding(outcome: Outcome) -> list[float]:
+    """The mean of the last hidden state over the row's tokens."""
+    hidden = outcome.outputs["last_hidden_state"][outcome.mask].astype(np.float64)
+    return [round(float(value), 6) for value in hidden.mean(axis=0)]
+
+
+def _best(logits: Any, labels: Sequence[str] | None) -> dict[str, Any]:
+    """The likeliest class and its probability, among the adapter's own labels only."""
+    shares = _shares(np.asarray(logits)[: len(labels) if labels else None])
+    best = int(shares.argmax())
+    return {
+        "label": labels[best] if labels else f"LABEL_{best}",
+        "score": round(float(shares[best]), 6),
+    }
+
+
+def _words(outcome: Outcome) -> list[dict[str, Any]]:
+    """Each word with the class of its first sub-word, the one that training gives a class."""
+    firsts: dict[int, int] = {}
+    ends: dict[int, int] = {}
+    offsets = outcome.tokens.offsets
+    for token, word in enumerate(outcome.tokens.word_ids):
+        if word is not None:  # special tokens and padding are of no word
+            firsts.setdefault(word, token)
+            ends[word] = offsets[token][1]
+    return [
+        {
+            "word": outcome.source[offsets[first][0] : ends[word]].strip(),
+            **_best(outcome.outputs["logits"][first], outcome.labels),
+        }
+        for word, first in firsts.items()
+    ]
+
+
+def _answer(outcome: Outcome) -> dict[str, Any]:
+    """The likeliest span of the context: its text, its characters, and its probability."""
+    context = [token for token, text in enumerate(outcome.tokens.sequence_ids) if text == 1]
+    if not context:  # cut away
+        return {"answer": "", "start": 0, "end": 0, "score": 0.0}
+    starts = _shares(outcome.outputs["start_logits"][context])
+    ends = _shares(outcome.outputs["end_logits"][context])
+    # For each end, the likeliest start that is not behind it.
+    spans = np.maximum.accumulate(starts) * ends
+    last = int(spans.argmax())
+    first = int(starts[: last + 1].argmax())
+    start = outcome.tokens.offsets[context[first]][0]
+    end = outcome.tokens.offsets[context[last]][1]
+    return {
+        "answer": outcome.source[start:end],
+        "start": start,
+        "end": end,
+        "score": round(float(spans[last]), 6),
+    }
+
+
+def _filled(outcome: Outcome, tokenizer: Any) -> list[str]:
+    places = np.flatnonzero(outcome.ids == tokenizer.mask_token_id)
+    best = (int(outcome.outputs["logits"][place].argmax()) for place in places)
+    return [tokenizer.decode([token]).strip() for token in best]
+
+
+def _shares(logits: Any) -> Any:
+    """Softmax over the last axis, in float64."""
+    wide = np.asarray(logits, dtype=np.float64)
+    shares = np.exp(wide - wide.max())
+    return shares / shares.sum()

@@ -1,0 +1,128 @@
+"""What is asked of a session: how many rows, and what goes with each of them."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from propulsion_export.adapters.scales import Array
+from propulsion_export.artifacts.artifact import Tensors
+from propulsion_export.base_model.tasks import TASKS
+from propulsion_export.errors import UsageError
+
+Inputs = str | Sequence[str] | Tensors
+# What has a number for every token of the text, [batch, sequence].
+_OF_TOKENS = {"input_ids", "attention_mask", "token_type_ids"}
+
+
+def count_rows(inputs: Inputs) -> int:
+    """How many rows there are: a text is one.
+
+    Raises:
+        UsageError: there are none, or arrays of different numbers.
+    """
+    if isinstance(inputs, str):
+        return 1
+    if isinstance(inputs, Mapping):
+        shapes = {name: _as_array(name, values).shape for name, values in inputs.items()}
+        counts = {shape[0] if shape else 0 for shape in shapes.values()} or {0}
+        if len(counts) > 1:
+            told = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
+            raise UsageError(f"the inputs are {told}, expected as many rows each")
+    else:
+        counts = {len(inputs)}
+    if counts == {0}:
+        raise UsageError("there are no rows, expected some")
+    return counts.pop()
+
+
+def check_texts(texts: Sequence[str]) -> None:
+    """Refuse what no tokenizer reads.
+
+    Raises:
+        UsageError: naming every row that is no text, or holds half a character.
+    """
+    findings = []
+    for row, text in enumerate(texts, 1):
+        if not isinstance(text, str):
+            findings.append(f"text {row}: is {type(text).__name__}, expected a text")
+        elif any("\ud800" <= character <= "\udfff" for character in text):
+            findings.append(f"text {row}: holds half a character (a lone surrogate)")
+    if findings:
+        raise UsageError(*findings)
+
+
+def one_each(what: str, given: str | Sequence[str], count: int) -> Sequence[str]:
+    """What is given for each of `count` rows; one is for all.
+
+    Raises:
+        UsageError: it is another number.
+    """
+    if isinstance(given, str):
+        return [given] * count
+    if len(given) not in (1, count):
+        raise UsageError(f"{len(given)} {what} for {count} rows, expected one, or one each")
+    return given if len(given) == count else [given[0]] * count
+
+
+def contexts_for(task: str, given: str | Sequence[str], rows: int) -> Sequence[str]:
+    """Where the answers to questions stand, for each row; none for another task.
+
+    Raises:
+        UsageError: there is none for a question, or one for another task.
+    """
+    if TASKS[task].prediction == "span":
+        if not given:
+            raise UsageError(
+                f"{task}: no context is given, expected the text that holds the answer",
+                remedy="Give it as context, on the command line with --context.",
+            )
+        return one_each("contexts", given, rows)
+    if given:
+        raise UsageError(f"context: is for question-answering, the artifact is for {task}")
+    return ()
+
+
+def as_given(inputs: Tensors, needed: set[str], optional: set[str]) -> dict[str, Array]:
+    """The tensors as a model takes them: numbers of tokens in int64, of one kind unless told.
+
+    Raises:
+        UsageError: naming those that are missing, that the model does not know, or that have other
+            dimensions or types.
+    """
+    given = {name: _as_array(name, values) for name, values in inputs.items()}
+    if "input_ids" in given and "token_type_ids" in needed - given.keys():
+        given["token_type_ids"] = np.zeros_like(given["input_ids"])
+    if missing := needed - given.keys():
+        raise UsageError(
+            f"the inputs are {', '.join(inputs)}, expected {', '.join(sorted(missing))} besides"
+        )
+    known = needed | optional
+    findings = [
+        f"the input {name!r} is unknown, expected only {', '.join(sorted(known))}"
+        for name in given
+        if name not in known
+    ]
+    findings += [
+        f"{name}: is {values.dtype} {list(values.shape)}, expected whole numbers [batch, sequence]"
+        for name, values in given.items()
+        if name in known and (values.ndim != 2 or values.dtype.kind not in "iub")
+    ]
+    findings += [
+        f"{name}: has {values.min()}, expected no number below zero"
+        for name, values in given.items()
+        if name in known and values.size and values.dtype.kind == "i" and values.min() < 0
+    ]
+    whole = {given[name].shape for name in _OF_TOKENS & given.keys()}
+    if not findings and len(whole) > 1:
+        shapes = ", ".join(f"{n} {list(given[n].shape)}" for n in given if n in _OF_TOKENS)
+        findings.append(f"the inputs are {shapes}, expected one shape")
+    if findings:
+        raise UsageError(*findings)
+    return {name: values.astype(np.int64) for name, values in given.items()}
+
+
+def _as_array(name: str, values: object) -> Array:
+    try:
+        return np.asarray(values)
+    except ValueError as error:
+        raise UsageError(f"{name}: has rows of different lengths ({error})") from error

@@ -1,0 +1,111 @@
+"""What a model that generates nothing says of texts: tokens in, a prediction a text out."""
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from propulsion_export.artifacts.artifact import Artifact, Runner, Tensors
+from propulsion_export.base_model.config import read_config
+from propulsion_export.base_model.positions import longest_input
+from propulsion_export.base_model.tasks import TASKS
+from propulsion_export.base_model.tokenizer import encode_texts, read_tokenizer, tensors_of
+from propulsion_export.errors import UsageError
+from propulsion_export.serving.predictions import Outcome, predict_row
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came of one text: the model's outputs for it without padding, and what they mean."""
+
+    outputs: Tensors
+    described: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A model that reads texts, ready for any batch.
+
+    Attributes:
+        run: the model.
+        tokenizer: of the artifact.
+        names: of the inputs it reads.
+        limit: in tokens; a text that is longer is cut.
+        task: what its outputs are for.
+        one_at_a_time: transformers sets how the tokenizer cuts and pads within a call, and
+            tokenizers of some versions raise "Already borrowed" while another thread encodes.
+    """
+
+    run: Runner
+    tokenizer: Any
+    names: tuple[str, ...]
+    limit: int
+    task: str
+    one_at_a_time: threading.Lock = field(default_factory=threading.Lock)
+
+    def read(
+        self,
+        texts: Sequence[str],
+        contexts: Sequence[str],
+        feeds: Mapping[str, Any],
+        labels: Sequence[Sequence[str] | None],
+    ) -> Iterator[Answer]:
+        """Answer texts in one batch.
+
+        Args:
+            texts: a row each.
+            contexts: where the answers to questions stand, one for each, or none.
+            feeds: what the rows' adapters feed.
+            labels: class names, for each row.
+        """
+        with self.one_at_a_time:
+            encoding = encode_texts(
+                self.names,
+                self.tokenizer,
+                list(texts),
+                limit=self.limit,
+                contexts=list(contexts) or None,
+            )
+        outputs = self.run({**tensors_of(self.names, encoding), **feeds})
+        for row, source in enumerate(contexts or texts):
+            outcome = Outcome(
+                source=source,
+                tokens=encoding.encodings[row] if encoding.encodings else None,
+                ids=encoding["input_ids"][row],
+                mask=encoding["attention_mask"][row].astype(bool),
+                outputs={name: values[row] for name, values in outputs.items()},
+                labels=labels[row],
+            )
+            yield Answer(self._own(outcome), predict_row(self.task, outcome, self.tokenizer))
+
+    def _own(self, outcome: Outcome) -> Tensors:
+        """A row's outputs without those of padding, which depend on the texts beside it."""
+        padded = TASKS[self.task].token_outputs
+        return {
+            name: values[outcome.mask] if name in padded else values
+            for name, values in outcome.outputs.items()
+        }
+
+
+def open_reader(artifact: Artifact, run: Runner) -> Reader:
+    """The artifact as something that reads texts.
+
+    Raises:
+        UsageError: it has no tokenizer, or one that cannot find tokens again in a text.
+    """
+    tokenizer = read_tokenizer(artifact.directory)
+    if tokenizer is None:
+        raise UsageError(f"{artifact.directory}: has no tokenizer to read texts with")
+    if TASKS[artifact.manifest.task].needs_offsets and not tokenizer.is_fast:
+        raise UsageError(
+            f"{artifact.directory}: has a tokenizer that cannot tell where in a text a token "
+            "stands, expected a fast tokenizer (tokenizer.json)"
+        )
+    config = read_config(str(artifact.directory))
+    names: tuple[str, ...] = ("input_ids", "attention_mask", "token_type_ids")
+    known = {spec.name for spec in artifact.manifest.inputs} or set(names)
+    if getattr(config, "type_vocab_size", 0) <= 1:
+        known -= {"token_type_ids"}  # a second text would be of a type that the model has not
+    names = tuple(name for name in names if name in known)
+    limit = longest_input(config, tokenizer)
+    return Reader(run, tokenizer, names, limit, artifact.manifest.task)

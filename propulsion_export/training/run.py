@@ -1,0 +1,192 @@
+"""One training run: what all tasks share."""
+
+import json
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Generic
+
+import torch
+import transformers
+
+from propulsion_export.artifacts.staging import staged_directory
+from propulsion_export.training.card import model_card, write_loss_curve
+from propulsion_export.training.data import Item
+from propulsion_export.training.encode import Rows
+from propulsion_export.training.loop import (
+    PREPARED,
+    TRAINED,
+    AdapterTrainer,
+    Progress,
+    Watch,
+    training_arguments,
+)
+from propulsion_export.training.metrics import (
+    best_epoch,
+    history_of,
+    loss_curve,
+    trainable_parameters,
+    versions,
+)
+from propulsion_export.training.model import TrainableBase, add_adapter, longest_text
+from propulsion_export.training.options import TrainOptions
+
+
+@dataclass(frozen=True)
+class Data(Generic[Item]):
+    """Checked data; `origin` says where those for validation come from."""
+
+    training: list[Item]
+    validation: list[Item]
+    origin: str
+    classes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is minimised, and what is measured.
+
+    Attributes:
+        loss: a batch's, from a model's outputs and `labels`.
+        outcomes: per label, from logits and labels; small enough to be gathered.
+        scores: of all outcomes, `mean_loss` and the task's measure.
+    """
+
+    loss: Callable[..., torch.Tensor]
+    outcomes: Callable[..., Any]
+    scores: Callable[[Any], dict[str, float]]
+
+
+class TrainingRun(ABC, Generic[Item]):
+    """The base model, then the adapter on it, and what there is to report.
+
+    A subclass says how data become rows, what is learnt, and what the adapter is compared with.
+    """
+
+    def __init__(
+        self, base: TrainableBase, data: Data[Item], options: TrainOptions, report: Progress
+    ) -> None:
+        self.base, self.data, self.options, self.report = base, data, options, report
+        self.notes: list[str] = []
+        self.started = time.monotonic()
+        self.longest = longest_text(base, options)
+        self.rows = self.encoded()
+
+    objective: ClassVar[Objective]
+
+    @staticmethod
+    @abstractmethod
+    def read(source: Path, options: TrainOptions) -> Data[Any]:
+        """The data to train on and to validate on.
+
+        Raises:
+            DataError: the data cannot be used.
+        """
+
+    @abstractmethod
+    def encoded(self) -> Rows:
+        """The data as the model takes them, no text longer than `longest`."""
+
+    @abstractmethod
+    def described(self) -> dict[str, Any]:
+        """What only this task's `metrics.json` says."""
+
+    def before_adapter(self, device: torch.device) -> str:
+        """Measure on the base model what the adapter is compared with; say what was done."""
+        return "loaded"
+
+    def after_training(self) -> None:
+        """Measure with `trainer` what the adapter is compared with."""
+
+    def fit(self, directory: Path, latest: Path | None) -> None:
+        """Train, from the checkpoint `latest` if there is one; checkpoints go to `directory`."""
+        if self.options.resume and not latest:
+            self.notes.append("There was no checkpoint to resume, so the training started afresh.")
+        arguments = training_arguments(directory, self.options, len(self.rows.training))
+        self.report(PREPARED, self.before_adapter(arguments.device))
+        self.model = add_adapter(self.base, self.data.classes, self.options)
+        self.trained = trainable_parameters(self.model)
+        self.trainer = AdapterTrainer(
+            self.model,
+            arguments,
+            data_collator=self.rows.collate,
+            train_dataset=list(self.rows.training),
+            eval_dataset=list(self.rows.validation),
+            compute_loss_func=self.objective.loss,
+            compute_metrics=self.objective.scores,
+            preprocess_logits_for_metrics=self.objective.outcomes,
+            callbacks=self._callbacks(),
+        )
+        self.trainer.head_learning_rate = self.options.head_learning_rate
+        # It would print every entry of the log.
+        self.trainer.remove_callback(transformers.PrinterCallback)
+        self.trainer.train(resume_from_checkpoint=str(latest) if latest else None)
+        self.after_training()
+        self.gathered = self._gathered()
+
+    def metrics(self) -> dict[str, Any]:
+        """What `metrics.json` says."""
+        history = history_of(self.trainer.state.log_history)
+        training, kept = self.options.training, history[-1]
+        if self.options.early_stopping:
+            kept = best_epoch(history, training)
+        measure = f"validation_{training.measure}"
+        return {
+            "task": self.options.task,
+            "base_model": self.base.name,
+            "rows": {"train": len(self.data.training), "validation": len(self.data.validation)},
+            "max_length": self.longest,
+            "validation_data": self.data.origin,
+            **{name: kept[name] for name in ("train_loss", "validation_loss", measure)},
+            "kept_epoch": kept["epoch"],
+            **self.described(),
+            "epochs": history,
+            "trainable_parameters": self.trained,
+            "trained_modules": [*self.base.heads, *self.base.absent],
+            "seconds": round(time.monotonic() - self.started, 1),
+            "seed": self.options.seed,
+            "options": self._options(),
+            "versions": versions(),
+            "notes": self.notes,
+        }
+
+    def write(self, output: Path, metrics: Mapping[str, Any]) -> None:
+        """Write the adapter directory, whole or not at all."""
+        self.report(TRAINED, "trained")
+        losses = loss_curve(self.trainer.state.log_history)
+        with staged_directory(
+            output, marker="adapter_config.json", force=self.options.force
+        ) as partial:
+            # The frozen embedding is the base model's, whatever has a vector on it.
+            self.model.save_pretrained(
+                partial, save_embedding_layers=False, state_dict=self.gathered
+            )
+            text = json.dumps(metrics, indent=2) + "\n"
+            (partial / "metrics.json").write_text(text, encoding="utf-8")
+            write_loss_curve(partial / "loss-curve.png", losses, metrics)
+            (partial / "README.md").write_text(model_card(metrics), encoding="utf-8")
+
+    def _gathered(self) -> dict[str, torch.Tensor] | None:
+        """The state that FSDP has shared out over the processes, all of which must ask for it."""
+        if not self.trainer.is_fsdp_enabled:
+            return None
+        gathered: dict[str, torch.Tensor] = self.trainer.accelerator.get_state_dict(
+            self.trainer.model
+        )
+        return gathered
+
+    def _options(self) -> dict[str, Any]:
+        """The options, but for the seed, as JSON values."""
+        options = {name: value for name, value in asdict(self.options).items() if name != "seed"}
+        return options | {
+            "validation": str(self.options.validation or "") or None,
+            "max_length": self.options.max_length or self.options.training.max_length,
+        }
+
+    def _callbacks(self) -> list[Any]:
+        callbacks: list[Any] = [Watch(self.options, self.report)]
+        if self.options.early_stopping:
+            callbacks.append(transformers.EarlyStoppingCallback(self.options.early_stopping))
+        return callbacks

@@ -1,0 +1,193 @@
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from propulsion_export.adapters.adapter import Adapter
+from propulsion_export.artifacts.artifact import Artifact
+from propulsion_export.artifacts.changing import add_adapter
+from propulsion_export.artifacts.layout import pack, packed_inputs
+from propulsion_export.base_model.model_fingerprint import fingerprint_of_model
+from propulsion_export.errors import AdapterError, BaseModelError, UsageError
+from propulsion_export.parity import drawn
+from propulsion_export.pipeline.onnx import export_onnx
+from propulsion_export.pipeline.parity import check_parity
+from propulsion_export.pipeline.run import predict
+from propulsion_export.serving.session import Session
+
+SLOTS = {"task": "text-classification", "train_bias": True, "max_labels": 5}
+
+
+@pytest.fixture(scope="module")
+def empty(world, tmp_path_factory):
+    """Exports with slots and no adapter, by mode; copy them before changing them."""
+    root = tmp_path_factory.mktemp("slots")
+    for mode in ("switchable", "bank"):
+        export_onnx([], root / mode, model=str(world.base), mode=mode, **SLOTS)
+    return root
+
+
+@pytest.mark.parametrize("mode", ["switchable", "bank"])
+def test_slots_are_judged_with_the_base_model_and_a_random_adapter(empty, mode):
+    report = check_parity(empty / mode)
+
+    assert report.passed
+    cases = {(check.case, check.adapter) for check in report.checks}
+    assert {("parity", "base"), ("parity", "random"), ("effect", "random")} <= cases
+    assert ("mixed", "all") in cases or mode == "switchable"
+
+
+@pytest.mark.parametrize("mode", ["switchable", "bank"])
+def test_the_random_adapter_catches_slots_that_do_not_act(empty, mode, monkeypatch):
+    def without_effect(artifact, adapter):
+        return drawn_feeds(artifact, replace(adapter, scales={}, biases={}))
+
+    drawn_feeds = drawn.feeds_for_drawn
+    monkeypatch.setattr("propulsion_export.pipeline.parity.feeds_for_drawn", without_effect)
+
+    report = check_parity(empty / mode)
+
+    failed = {(check.case, check.adapter) for check in report.checks if not check.passed}
+    assert ("effect", "random") in failed
+
+
+def test_another_seed_draws_another_adapter(empty):
+    artifact = Artifact.read(empty / "bank")
+
+    first, same, other = (drawn.draw_adapter(artifact, seed) for seed in (0, 0, 1))
+
+    assert first.digest == same.digest != other.digest
+
+
+@pytest.mark.parametrize("mode", ["switchable", "bank"])
+def test_adapters_added_to_slots_are_those_of_an_export_with_them(empty, mode, world, tmp_path):
+    directory = tmp_path / mode
+    shutil.copytree(empty / mode, directory)
+
+    for adapter in (world.three, world.five):
+        added = add_adapter(directory, adapter)
+
+    assert check_parity(directory).passed
+    layout = added.manifest.layout
+    for path in (world.three, world.five):
+        own = pack(Adapter.read(path), layout, packed_inputs(added, "base"))
+        assert all(np.array_equal(own[n], v) for n, v in packed_inputs(added, path.name).items())
+    texts = ["ba be bi", "ca ce"]
+    replies = Session(directory)(texts, adapter="five")
+    assert [len(reply.labels) for reply in replies] == [5, 5]
+
+
+def test_an_adapter_without_its_head_is_refused_where_the_base_model_has_none(
+    empty, world, tmp_path, write_adapter
+):
+    directory = tmp_path / "bank"
+    shutil.copytree(empty / "bank", directory)
+    headless = replace(Adapter.read(world.three), modules={}, labels=None)
+    write_adapter(headless, tmp_path / "headless")
+
+    with pytest.raises(AdapterError, match="has no classifier"):
+        add_adapter(directory, tmp_path / "headless")
+
+
+def test_an_adapter_with_more_labels_than_slots_is_refused(world, tmp_path):
+    output = tmp_path / "narrow"
+    export_onnx(
+        [], output, model=str(world.base), mode="bank", task="text-classification", max_labels=2,
+        train_bias=True,
+    )  # fmt: skip
+
+    with pytest.raises(AdapterError, match="room for shape"):
+        add_adapter(output, world.three)
+
+
+def test_the_attention_placement_has_slots_for_query_key_and_value_alone(world, tmp_path):
+    artifact = export_onnx(
+        [], tmp_path / "out", model=str(world.base), mode="switchable", task="feature-extraction",
+        placement="attention",
+    )  # fmt: skip
+
+    slots = artifact.manifest.layout["propulsion_scales"]
+    assert {slot.path.rpartition(".")[2] for slot in slots} == {"query", "key", "value"}
+    assert len(slots) == 6
+
+
+def test_the_base_model_alone_is_exported_folded_judged_and_run(tiny_checkpoint, tmp_path):
+    checkpoint = tiny_checkpoint("bert", "text-classification")
+
+    artifact = export_onnx([], tmp_path / "out", model=str(checkpoint))
+
+    assert artifact.manifest.adapters == {}
+    report = check_parity(tmp_path / "out")
+    assert report.passed
+    assert {check.adapter for check in report.checks} == {"base"}
+    (told,) = predict(tmp_path / "out", text=["ba be"])
+    assert told["adapter"] == "base"
+    assert told["label"] in ("no", "yes", "maybe")
+
+
+def test_a_base_model_exported_alone_differs_from_an_edited_one(tiny_checkpoint, tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(tiny_checkpoint("bert", "text-classification"), checkpoint)
+    export_onnx([], tmp_path / "out", model=str(checkpoint))
+    weights = load_file(checkpoint / "model.safetensors")
+    weights["classifier.weight"] = weights["classifier.weight"] * 1.01
+    save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
+
+    assert not check_parity(tmp_path / "out").passed
+
+
+def test_a_folded_export_of_a_base_model_without_the_head_is_refused(world, tmp_path):
+    with pytest.raises(BaseModelError, match="neither in the checkpoint"):
+        export_onnx([], tmp_path / "out", model=str(world.base), task="text-classification")
+
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "t5"])
+def test_generative_slots_pass_and_take_an_adapter(kind, make_world, tmp_path):
+    world = make_world(kind)
+    mode = "bank" if kind == "gpt2" else "switchable"
+    output = tmp_path / "out"
+    export_onnx([], output, model=str(world.base), mode=mode)
+
+    report = check_parity(output)
+    added = add_adapter(output, world.one)
+
+    assert report.passed
+    assert any(check.adapter == "random" for check in report.checks)
+    assert added.manifest.task == world.task
+
+
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        ({"mode": "folded", "placement": "all"}, "--placement"),
+        ({"mode": "folded", "max_labels": 3}, "--max-labels"),
+        ({"mode": "folded", "train_bias": True}, "--train-bias"),
+        ({"mode": "bank", "max_labels": 0}, "--max-labels: 0"),
+    ],
+)
+def test_slot_options_that_do_nothing_are_refused_by_name(options, found, world, tmp_path):
+    with pytest.raises(UsageError, match=found):
+        export_onnx([], tmp_path / "out", model=str(world.base), **options)
+
+
+def test_a_placement_beside_adapters_is_refused(world, tmp_path):
+    with pytest.raises(UsageError, match="--placement: is for slots without adapters"):
+        export_onnx([world.three], tmp_path / "out", mode="bank", placement="all")
+
+
+def test_without_adapters_and_model_the_remedy_is_m(tmp_path):
+    with pytest.raises(UsageError, match="-m"):
+        export_onnx([], tmp_path / "out", mode="bank")
+
+
+def test_the_fingerprint_of_slots_is_the_base_models(empty, tiny_model):
+    recorded = Artifact.read(empty / "bank").manifest.base.fingerprint
+
+    assert (
+        recorded.difference(fingerprint_of_model(tiny_model("bert", "feature-extraction"))) is None
+    )
