@@ -18,18 +18,23 @@ def adapter_tasks(adapters: Sequence[Adapter]) -> set[TaskName]:
 
 
 def base_source(model: str | None, adapters: Sequence[Adapter]) -> str:
-    """Where the base model is: as said, else where the adapters say.
+    """Where the base model is: `model`, else the one base model that the adapters name.
 
     Raises:
-        UsageError: nobody says.
+        UsageError: there is neither, or the adapters name several.
     """
     if model is not None:
         return absolute(model)
-    told = {adapter.base for adapter in adapters if adapter.base}
-    if len(told) != 1:
-        found = f"name the bases {', '.join(sorted(told))}" if told else "do not name a base model"
+    if not adapters:
+        raise UsageError(
+            "no base model is given and no adapter that names one, expected either",
+            remedy="Give the base model with -m, or an adapter with -a.",
+        )
+    named = {adapter.base for adapter in adapters if adapter.base}
+    if len(named) != 1:
+        found = f"name the bases {', '.join(sorted(named))}" if named else "name no base model"
         raise UsageError(f"the adapters {found}, expected one", remedy="Give it with -m.")
-    return absolute(told.pop())
+    return absolute(named.pop())
 
 
 def absolute(source: str) -> str:

@@ -1,4 +1,4 @@
-"""`export`: the whole road behind the adapters, readable from top to bottom."""
+"""`export`: from adapters to ONNX, an engine and parity reports."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from propulsion_export.pipeline.trt import build_engine
 
 @dataclass(frozen=True)
 class ExportResult:
-    """What came of an export: the graph, the engine or why there is none, and the verdicts."""
+    """The results: the graph, the engine or the reason why there is none, and the verdicts."""
 
     onnx: Artifact
     engine: Artifact | None
@@ -45,7 +45,7 @@ def export(
     """Adapters in; `onnx/`, `engine/` and a parity report of each out, below `output`.
 
     Each of them appears whole or not at all. `engine` says how to build; None builds none. An
-    engine that this machine cannot build is told in `engine_missing`.
+    engine that this machine cannot build is explained in `engine_missing`.
 
     Raises:
         PropulsionExportError: as the stages say.
@@ -66,12 +66,7 @@ def export(
         trust_remote_code=trust_remote_code,
         progress=lambda share, message: progress(share * 0.4, message),
     )
-    built, missing = None, None
-    if engine is not None:
-        try:
-            built = build_engine(parts["onnx"], parts["engine"], engine, force=force)
-        except UnavailableError as error:
-            missing = str(error)
+    built, missing = _built(parts["onnx"], parts["engine"], engine, force=force)
     reports = {}
     for name in ("onnx", "engine") if built else ("onnx",):
         progress(0.7, f"comparing {name} with PyTorch")
@@ -83,3 +78,15 @@ def export(
         )
     progress(1.0, f"wrote {output}")
     return ExportResult(exported, built, missing, reports)
+
+
+def _built(
+    onnx: Path, output: Path, options: BuildOptions | None, *, force: bool
+) -> tuple[Artifact | None, str | None]:
+    """The engine, or the reason why this machine cannot build it; neither if none is asked for."""
+    if options is None:
+        return None, None
+    try:
+        return build_engine(onnx, output, options, force=force), None
+    except UnavailableError as error:
+        return None, str(error)

@@ -106,25 +106,25 @@ def export_onnx(
     check_base(fingerprint, source, adapters)
     wanted = base.model.dtype if dtype == "keep" else getattr(torch, dtype)
     name: Dtype = str(wanted).removeprefix("torch.")  # type: ignore[assignment]
-    if not allow_range:
-        for each in adapters if mode != "folded" else ():
-            check_range(each, name)
+    if mode != "folded" and not allow_range:
+        _check_ranges(adapters, name)
     progress(0.2, f"tracing {type(base.model).__name__} in {name}")
     filled = adapters or _slots(base, mode, slots)
     graphs = _build(base, filled, adapters, mode, wanted, opset=opset, untie=untie)
     progress(0.8, f"writing {output}")
+    labels = default_labels(base, filled, graphs.layout)
+    recorded = BaseEntry(source, fingerprint, labels, own_head=base.own_head)
     with staged_directory(output, marker=MANIFEST_FILE, force=force, inputs=inputs) as directory:
-        labels = default_labels(base, filled, graphs.layout)
-        recorded = BaseEntry(source, fingerprint, labels, own_head=base.own_head)
         entries = _entries(adapters, adapter, graphs, recorded)
-        _write(graphs, base, directory, name)
-        if mode == "bank":
-            _write_bank(graphs, directory, entries)
-        else:
-            _write_feeds(graphs, directory)
+        _write(graphs, base, directory, name, entries)
         Artifact.write(directory, _manifest(graphs, base, recorded, entries, name))
     progress(1.0, f"wrote {output}")
     return Artifact.read(output)
+
+
+def _check_ranges(adapters: Sequence[Adapter], dtype: Dtype) -> None:
+    for adapter in adapters:
+        check_range(adapter, dtype)
 
 
 def _slots(base: BaseModel, mode: Mode, options: SlotOptions) -> list[Adapter]:
@@ -253,12 +253,22 @@ def _make_room_for_slots_(base: BaseModel, mode: Mode, slots: SlotOptions) -> No
     base.make_room_(max(slots.max_labels or DEFAULT_MAX_LABELS, len(own)), own)
 
 
-def _write(graphs: ExportedGraphs, base: BaseModel, directory: Path, dtype: str) -> None:
-
+def _write(
+    graphs: ExportedGraphs,
+    base: BaseModel,
+    directory: Path,
+    dtype: str,
+    entries: dict[str, AdapterEntry],
+) -> None:
+    """Everything in an artifact's directory but its manifest."""
     write_graphs(graphs.programs, directory)
     save_config(base.model, directory, dtype)
     copy_tokenizer(base.source, directory)
     save_generation_settings(base.source, base.task, directory)
+    if graphs.mode == "bank":
+        _write_bank(graphs, directory, entries)
+    else:
+        _write_feeds(graphs, directory)
 
 
 def _write_feeds(graphs: ExportedGraphs, directory: Path) -> None:

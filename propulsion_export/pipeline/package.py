@@ -20,8 +20,8 @@ class Package:
     """What a server loads.
 
     Attributes:
-        adapters: names of those in it, sorted, without the base model.
-        model_name: what Triton's clients call it; None for other servers.
+        adapters: their names, sorted, without the base model.
+        model_name: the name that Triton's clients use; None for other servers.
         next_command: what to type to use it.
     """
 
@@ -42,25 +42,25 @@ def package(
     force: bool = False,
     progress: Progress = silent,
 ) -> Package:
-    """Write what a server loads, which needs the artifact no more.
+    """Write what a server loads; the package does not need the artifact any more.
 
     `genai`, for onnxruntime-genai, and `onnx-adapter`, for ONNX Runtime's LoraAdapter: a copy of
     the artifact, and an artifact itself, with `genai_config.json` (genai) and, of a switchable one,
     `adapters/NAME.onnx_adapter` for each adapter. `triton`: a model repository for Triton Inference
-    Server, of a bank with the adapters that it has now inside.
+    Server; a bank's current adapters are inside it.
 
     Args:
         artifact: directory of an ONNX export or, for Triton, of an engine too.
         output: directory to write.
-        layout: whose files.
-        model_name: what Triton's clients call it; default: the name of `output`.
-        max_batch_size: rows that Triton puts into a batch; default: 32, or what an engine takes.
+        layout: one of `LAYOUTS`.
+        model_name: the name that Triton's clients use; default: the name of `output`.
+        max_batch_size: the most rows that Triton puts into one batch; default: 32, or the engine's.
         force: replace an earlier output.
-        progress: told how far it is.
+        progress: called with the share done and what is being done.
 
     Raises:
         UsageError: the server cannot run such an artifact; an option of another layout.
-        ArtifactError: the artifact is damaged, or its manifest tells of another graph.
+        ArtifactError: the artifact is damaged, or its manifest describes another graph.
         UnavailableError: a package is missing.
     """
     check_replaceable(output, marker=MANIFEST_FILE, force=force, inputs=(artifact,))

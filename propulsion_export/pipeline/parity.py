@@ -12,6 +12,7 @@ from propulsion_export.artifacts.artifact import Artifact, Tensors
 from propulsion_export.artifacts.layout import labels_in
 from propulsion_export.artifacts.staging import check_replaceable, staged_directory
 from propulsion_export.artifacts.tensor_names import LOGITS
+from propulsion_export.base_model.loading import BaseModel
 from propulsion_export.environment.machine import tool_versions
 from propulsion_export.environment.progress import Progress, silent
 from propulsion_export.errors import AdapterError, UnavailableError, unknown_adapters
@@ -28,7 +29,7 @@ from propulsion_export.parity.subject import Subject
 from propulsion_export.runners.decoding import Candidate, replaying
 from propulsion_export.runners.opening import REFERENCE_LENGTH, choose_runner, open_candidate
 
-# Of a bank, at once: what PyTorch computes of each in float64 takes its time.
+# The most adapters of a bank that one verdict judges: PyTorch computes each in float64.
 MOST_ADAPTERS = 16
 REPORT_FILE: Literal["parity.json"] = "parity.json"
 
@@ -50,35 +51,32 @@ def check_parity(
 
     Args:
         artifact: directory of a merged checkpoint, an ONNX export or an engine.
-        model: where the base model lies now; default: where the artifact says.
-        adapter: where its adapters lie now, `NAME=DIR`; default: where the artifact says. Of more
-            than 16 in a bank these are judged, and others drawn with the seed.
-        runner: what runs it; `auto`: what fits its kind and dtype.
-        inputs: texts to compare on, a line each (.txt) or JSONL with `text`; default: made tokens.
-        seed: of the tokens made.
+        model: where the base model is now; default: where it was when the artifact was made.
+        adapter: where adapters are now, `NAME=DIR`; default: where they were. If a bank has more
+            than 16, these are judged and others chosen at random.
+        runner: the runtime; `auto`: the default for its kind and dtype.
+        inputs: file of texts to compare on, one per line (.txt) or JSONL with `text`; default:
+            random tokens.
+        seed: for the random tokens, the choice of adapters, and the random adapter that stands in
+            where the artifact has slots and no adapter.
         report: directory to write `parity.json` and `parity.html` to.
         force: replace an earlier report.
         trust_remote_code: run code that the base model brings.
-        progress: told how far it is.
+        progress: called with the share done and what is being done.
 
     Raises:
         PropulsionExportError: nothing could be compared because an input is damaged, missing or
             does not belong together. What this machine cannot run is in `report.not_run`.
     """
-    if report is not None:
-        given = [path for path in (artifact, model, inputs) if path]
-        given += map(source_of, adapter)
-        check_replaceable(report, marker=REPORT_FILE, force=force, inputs=given)
+    given = (artifact, model, inputs, *map(source_of, adapter))
+    _check_report_place(report, [path for path in given if path], force=force)
     read = Artifact.read(artifact)
     if report is not None:
-        recorded = [entry.source for entry in read.adapters.values()]
-        recorded.append(read.manifest.base.source)
-        check_replaceable(report, marker=REPORT_FILE, force=force, inputs=recorded)
+        _check_report_place(report, _recorded_sources(read), force=force)
     check_signature(read)
     name = choose_runner(read, runner)
     adapters = _adapters(read, adapter, seed)
-    drawn = None if adapters else draw_adapter(read, seed)
-    blank = ParityReport(
+    verdict = ParityReport(
         artifact=str(artifact),
         kind=read.manifest.kind,
         dtype=read.manifest.dtype,
@@ -89,23 +87,50 @@ def check_parity(
     )
     try:
         candidate = open_candidate(read, name, trust_remote_code=trust_remote_code)
+        drawn = None if adapters else draw_adapter(read, seed)
         judged = [drawn] if drawn else adapters
         base = load_recorded_base(read, judged, model, trust_remote_code=trust_remote_code)
-        short = name == "reference"
-        batches = make_batches(base, inputs, seed, short=short)
-        steps = REFERENCE_LENGTH if short else GREEDY_STEPS
-        feeds = feeds_for_drawn(read, drawn) if drawn else None
-        subjects = compute_oracle(read, base, judged, batches, progress, steps=steps, feeds=feeds)
+        batches = make_batches(base, inputs, seed, short=name == "reference")
+        subjects = _subjects(read, base, judged, drawn, batches, name, progress)
         progress(0.7, f"running {name}")
-        checks = _judge(read, subjects, batches, candidate)
+        checks = (
+            *_about_adapters(read, adapters, seed),
+            *_judge(read, subjects, batches, candidate),
+        )
         rows = sum(len(next(iter(batch.values()))) for batch in batches)
-        verdict = replace(blank, inputs=rows, checks=(*_told(read, adapters, seed), *checks))
+        verdict = replace(verdict, inputs=rows, checks=checks)
     except UnavailableError as error:
-        verdict = replace(blank, not_run=(NotRun(f"{name} on {artifact}", str(error)),))
+        verdict = replace(verdict, not_run=(NotRun(f"{name} on {artifact}", str(error)),))
     if report is not None:
         write_report(verdict, report, force=force)
     progress(1.0, verdict.verdict)
     return verdict
+
+
+def _recorded_sources(artifact: Artifact) -> list[str]:
+    """Where the artifact's base model and adapters were when it was made."""
+    return [*(entry.source for entry in artifact.adapters.values()), artifact.manifest.base.source]
+
+
+def _check_report_place(report: Path | None, inputs: Sequence[Path | str], *, force: bool) -> None:
+    """Refuse a report directory that must not be replaced, or that holds an input."""
+    if report is not None:
+        check_replaceable(report, marker=REPORT_FILE, force=force, inputs=inputs)
+
+
+def _subjects(
+    artifact: Artifact,
+    base: BaseModel,
+    adapters: Sequence[Adapter],
+    drawn: Adapter | None,
+    batches: Sequence[Tensors],
+    runner: str,
+    progress: Progress,
+) -> list[Subject]:
+    """What PyTorch computes for every adapter and for the base model."""
+    steps = REFERENCE_LENGTH if runner == "reference" else GREEDY_STEPS
+    feeds = feeds_for_drawn(artifact, drawn) if drawn else None
+    return compute_oracle(artifact, base, adapters, batches, progress, steps=steps, feeds=feeds)
 
 
 def _judge(
@@ -137,61 +162,61 @@ def write_report(verdict: ParityReport, directory: Path, *, force: bool = False)
 
 
 def _adapters(artifact: Artifact, given: Sequence[str | Path], seed: int) -> list[Adapter]:
-    """The artifact's adapters, read where they lie now, each proven to be the recorded one.
+    """The artifact's adapters, read from where they are now, each proven to be the recorded one.
 
-    Of a bank with many, those that are given and some more.
+    If a bank has many: those that are given and some chosen at random.
     """
     entries = artifact.adapters
     if len(entries) == 1 and len(given) == 1 and "=" not in str(given[0]):
         given = [f"{next(iter(entries))}={given[0]}"]
-    told = {adapter.name: adapter for adapter in read_adapters(given)}
-    if unknown := told.keys() - entries.keys():
+    by_name = {adapter.name: adapter for adapter in read_adapters(given)}
+    if unknown := by_name.keys() - entries.keys():
         raise unknown_adapters(artifact.directory, sorted(unknown), sorted(entries))
     adapters = []
-    for name in _sample(list(entries), told, seed):
+    for name in _sample(list(entries), by_name, seed):
         entry = entries[name]
-        if name not in told and not Path(entry.source).is_dir():
+        if name not in by_name and not Path(entry.source).is_dir():
             raise AdapterError(
                 f"adapter {name}: is no longer at {entry.source}",
-                remedy=f"Say where it lies: -a {name}=DIR.",
+                remedy=f"Give its directory: -a {name}=DIR.",
             )
-        adapter = told.get(name) or Adapter.read(entry.source, name)
+        adapter = by_name.get(name) or Adapter.read(entry.source, name)
         if adapter.digest != entry.digest:
             raise AdapterError(
                 f"adapter {name}: is not the one the artifact was made from ({adapter.digest[:19]}…"
                 f", expected {entry.digest[:19]}…)",
-                remedy=f"Export again, or say where it lies: -a {name}=DIR.",
+                remedy=f"Export again, or give its directory: -a {name}=DIR.",
             )
         adapters.append(adapter)
     return adapters
 
 
 def _sample(names: Sequence[str], given: Collection[str], seed: int) -> list[str]:
-    """All names, or of more than a verdict judges the given ones and some more, drawn."""
+    """All names; if there are more than one verdict judges, the given ones and a random choice."""
     others = [name for name in names if name not in given]
     room = max(0, MOST_ADAPTERS - len(given))
     drawn = {*given, *random.Random(seed).sample(others, min(room, len(others)))}
     return [name for name in names if name in drawn]
 
 
-def _told(artifact: Artifact, adapters: Sequence[Adapter], seed: int) -> Iterator[Check]:
-    """How many adapters are judged, where not all, and whether their classes have their names."""
+def _about_adapters(artifact: Artifact, adapters: Sequence[Adapter], seed: int) -> Iterator[Check]:
+    """Checks of the adapters: how many are judged if not all, and the names of their classes."""
     entries = artifact.adapters
     if len(adapters) < len(entries):
         yield Check(
             "sample",
             "all",
             True,
-            f"{len(adapters)} of {len(entries)} adapters are judged, drawn with seed {seed}; "
+            f"{len(adapters)} of {len(entries)} adapters are judged, chosen with seed {seed}; "
             "-a NAME=DIR judges those that it names",
         )
     for adapter in adapters:
-        told = entries[adapter.name].labels
+        recorded = entries[adapter.name].labels
         expected = labels_in(adapter, artifact.manifest.layout, artifact.manifest.base.labels)
-        if expected is None and told is None:
+        if expected is None and recorded is None:
             continue
-        same = expected == told
+        same = expected == recorded
         detail = "the artifact names the classes as the adapter does"
         if not same:
-            detail = f"the artifact names the classes {told}, the adapter {expected}"
+            detail = f"the artifact names the classes {recorded}, the adapter {expected}"
         yield Check("labels", adapter.name, same, detail)

@@ -31,35 +31,36 @@ def predict(
     seed: int | None = None,
     on_text: OnText | None = None,
 ) -> list[dict[str, Any]]:
-    """Predict for texts; one plain JSON value a text.
+    """Predict for texts; returns one JSON object per text.
 
-    Beside `text` and `adapter` it has, by task: `label` and `score`; `tokens`, a list of `word`,
+    Besides `text` and `adapter` it holds, by task: `label` and `score`; `tokens`, a list of `word`,
     `label` and `score`; `answer`, `start`, `end` (characters of the context) and `score`;
-    `filled`, a word a mask; `embedding`; or, of text that is generated, `generated`, `tokens`
-    (numbers, without the one that ends it) and `stopped`: `end` or `length`. A text longer than
-    the model's positions is cut; one to go on with is refused.
+    `filled`, one word per mask; `embedding`; or, of text that is generated, `generated`, `tokens`
+    (their numbers, without the end token) and `stopped`: `end` or `length`. A text longer than the
+    model's positions is cut; a prompt that long is refused.
 
     Args:
         artifact: directory of a merged checkpoint, an ONNX export or an engine.
         text: the texts; for question answering, the questions.
-        inputs: more of them, a line each (.txt) or JSONL with `text`.
-        context: where the answers stand, one for all questions or one for each.
-        adapter: names, one for all texts or one for each; default: the only one of an artifact that
-            is no bank, or the base model.
-        runner: what runs it.
-        max_new_tokens: to generate, at most; default: 128. Never more than there are positions.
-        temperature: draw tokens, likely ones more (below 1) or less often. Without this and the
-            next two, each token is the likeliest one.
-        top_k: draw from so many of the likeliest tokens.
-        top_p: draw from the likeliest tokens that together have this probability.
-        seed: of the drawing; default: another text every time.
-        on_text: told the number of a text, from 0, and the next piece that is generated for it.
+        inputs: file of more texts, one per line (.txt) or JSONL with `text`.
+        context: for question answering, the text with the answer: one for all questions or one
+            for each.
+        adapter: names, one for all texts or one for each; default: the only adapter of an artifact
+            that is not a bank, else the base model.
+        runner: the runtime; `auto`: the default for its kind and dtype.
+        max_new_tokens: the most tokens to generate; default: 128, and never more than positions.
+        temperature: sample tokens; below 1 prefers likely ones. Without this and the next two,
+            decoding is greedy.
+        top_k: sample from this many of the likeliest tokens.
+        top_p: sample from the likeliest tokens that together have this probability.
+        seed: for sampling; default: a different text every time.
+        on_text: called with the number of a text, from 0, and the next piece generated for it.
 
     Raises:
-        UsageError: there is no text, or another number of adapters or contexts than of texts; an
-            option of generating for another task.
-        UnknownAdapterError: the artifact has no adapter of a name.
-        ArtifactError: it computes NaN.
+        UsageError: there is no text; the numbers of adapters or contexts and of texts differ; an
+            option for generating text, for another task.
+        UnknownAdapterError: the artifact has no adapter of that name.
+        ArtifactError: an output is NaN.
         UnavailableError: this machine cannot run it.
     """
     read = Artifact.read(artifact)
@@ -86,19 +87,19 @@ def predict(
 
 
 def _check_numbers(artifact: Artifact, replies: Sequence[Reply]) -> None:
-    """Refuse predictions that would be made of NaN; a session leaves that to who calls it."""
+    """Refuse predictions computed from NaN; a session leaves that decision to its caller."""
     lost = {reply.adapter for reply in replies if reply.has_nan}
     if lost:
         raise ArtifactError(
             *(f"{artifact.directory}: computes NaN with {name!r}" for name in sorted(lost)),
-            remedy="`propulsion-export parity` tells where that begins.",
+            remedy="`propulsion-export parity` shows which check fails.",
         )
 
 
 def _settings(
     artifact: Artifact, options: Mapping[str, Any], on_text: OnText | None
 ) -> Settings | None:
-    """How to generate, of the options that were given; None for another task."""
+    """The settings for generating text from the options given; None for another task."""
     task = artifact.manifest.task
     given = {name: value for name, value in options.items() if value is not None}
     if not TASKS[task].generates:

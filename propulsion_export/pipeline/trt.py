@@ -23,10 +23,10 @@ def build_engine(
 
     Args:
         artifact: directory that `export_onnx` wrote.
-        output: directory to write `model.engine` to, with all the serving side needs beside it.
-        options: runtime, targets, shapes and the like.
+        output: directory to write `model.engine` to, with everything that serving needs.
+        options: runtime, targets, shapes and more.
         force: replace an earlier output.
-        progress: told how far it is.
+        progress: called with the share done and what is being done.
 
     Raises:
         PropulsionExportError: as its subclasses say; nothing is left at `output` then.

@@ -74,14 +74,11 @@ class PropulsionExperts(PropulsionLayer):
         self.degree[adapter_name] = config.degree
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        names = self._acting()
+    def _scaled_output(
+        self, adapters: list[str], x: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
         scaled = {
-            weight: self._scaled_weight(weight, names)
-            for weight in self.adapter_layer_names
-            if names
+            weight: self._scaled_weight(weight, adapters) for weight in self.adapter_layer_names
         }
         call: Callable[..., torch.Tensor] = torch.func.functional_call
         return call(self.base_layer, scaled, (x, *args), kwargs)

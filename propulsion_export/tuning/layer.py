@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable
+from copy import copy
 from typing import Any
 
 import torch
@@ -76,20 +77,41 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.disable_adapters and self.merged:
-            self.unmerge()
+            return self._frozen_output(x, *args, **kwargs)
+        output: torch.Tensor
+        if names := self._acting():
+            output = self._scaled_output(names, x, *args, **kwargs)
+        else:
+            output = self.base_layer(x, *args, **kwargs)
+        return output
+
+    def _scaled_output(
+        self, adapters: list[str], x: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
         output: torch.Tensor = self.base_layer(x, *args, **kwargs)
-        names = self._acting()
-        if not names:
-            return output
         dtype = torch.float64 if output.dtype == torch.float64 else torch.float32
         scaled = output
-        trained = self._trained_bias(names)
+        trained = self._trained_bias(adapters)
         if trained is not None:
             # The frozen bias is in the output already; the difference starts at exactly zero.
             scaled = scaled + (trained.to(dtype) - self.get_base_layer().bias.to(dtype))
-        # The product of a bf16 output and an fp32 scale is computed in fp32; the next layer wants
-        # the dtype the base model gave it.
-        return (scaled * self._scale(names, dtype)).to(output.dtype)
+        # The product of a bf16 output and an fp32 scale is computed in fp32; the next layer expects
+        # the dtype of the base model's output.
+        return (scaled * self._scale(adapters, dtype)).to(output.dtype)
+
+    def _frozen_output(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The output of the layer as it was before the merge, which stays in place.
+
+        A copy of the layer computes it, so that another thread never sees half-swapped parameters.
+        """
+        base = self.get_base_layer()
+        if "forward" in vars(base):  # a hook such as accelerate's, bound to this very object
+            call: Callable[..., torch.Tensor] = torch.func.functional_call
+            return call(base, self._frozen, (x, *args), kwargs)
+        frozen = copy(base)
+        frozen._parameters = {**base._parameters, **self._frozen}
+        output: torch.Tensor = frozen(x, *args, **kwargs)
+        return output
 
     def _acting(self) -> list[str]:
         """The adapters that the next forward pass has to apply."""

@@ -358,7 +358,7 @@ def test_of_many_adapters_a_verdict_judges_a_sample_and_says_so(banked, world, t
 
     assert report.passed
     sample = next(check for check in report.checks if check.case == "sample")
-    assert "16 of 22 adapters are judged, drawn with seed 0" in sample.detail
+    assert "16 of 22 adapters are judged, chosen with seed 0" in sample.detail
     judged = {check.adapter for check in report.checks if check.case == "parity"}
     assert len(judged) == 17
     assert {"copy7", "base"} <= judged
