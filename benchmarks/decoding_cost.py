@@ -1,11 +1,11 @@
-"""What a token costs: PyTorch on the merged checkpoint, and the folded and the switchable graph.
+"""The cost of a generated token: merged in PyTorch, and the folded and the switchable graph.
 
     python benchmarks/decoding_cost.py [--placement attention] [--batch 1] [--rounds 10]
 
-A random Llama of 58 million parameters goes on greedily behind a prompt, with its cache. Every
-round takes each of them once, so that a machine that slows down slows all; the figure is the median
-over rounds of the ratio to the folded graph in the same round. Graphs run in ONNX Runtime on the
-CPU, with the cache handed over as arrays at every step, as `run` does.
+A random Llama of 58 million parameters continues a prompt greedily, with its cache. Every round
+runs each of them once, so that a slower machine affects all alike; the figure is the median over
+rounds of the ratio to the folded graph in the same round. Graphs run in ONNX Runtime on the CPU,
+with the cache passed as arrays at every step, as in `run`.
 """
 
 import argparse
@@ -27,11 +27,11 @@ from propulsion_export.runners.decoding import generate, greedy
 from propulsion_export.runners.opening import choose_runner, open_candidate
 
 PLACEMENTS = {"all": "model.", "attention": "self_attn."}
-NEVER = 10**9  # an end token that does not come
+NEVER = 10**9  # an end token that is never generated
 
 
 def prepare(directory: Path, placement: str) -> None:
-    """Base model, adapter, merged checkpoint and both graphs, below `directory`."""
+    """Write the base model, adapter, merged checkpoint and both graphs below `directory`."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=16000,
@@ -55,7 +55,7 @@ def prepare(directory: Path, placement: str) -> None:
 
 
 def candidates(directory: Path, prompt: np.ndarray, tokens: int) -> dict[str, Callable[[], object]]:
-    """What to time, by name."""
+    """The functions to time, by name."""
     merged = AutoModelForCausalLM.from_pretrained(directory / "merged").eval()
     ids = torch.from_numpy(prompt)
     mask = torch.ones_like(ids)
@@ -103,8 +103,8 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--placement", choices=PLACEMENTS, default="all")
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--prompt", type=int, default=32, help="tokens")
-    parser.add_argument("--tokens", type=int, default=64, help="to generate")
+    parser.add_argument("--prompt", type=int, default=32, help="tokens of the prompt")
+    parser.add_argument("--tokens", type=int, default=64, help="tokens to generate")
     parser.add_argument("--rounds", type=int, default=10)
     options = parser.parse_args()
     prompt = np.random.default_rng(1).integers(10, 15000, (options.batch, options.prompt))

@@ -1,11 +1,12 @@
-"""What the next adapter costs a bank that has few, and one that has ten thousand.
+"""The cost of adding an adapter to a bank that has few, and to one that has ten thousand.
 
     python benchmarks/growing_bank.py [--adapters 10000] [--width 20000]
 
-Rows of the width that all scales of a 22 million parameter encoder need. Prints the median time of
-an addition around the 10th and around the last, every flush to the disk included, and their ratio;
-the same of following one, as a session does; how long the bank takes to open; how much memory the
-opened bank adds to the process; and how long it takes to choose the adapters of a batch.
+Rows are as wide as all scales of a 22-million-parameter encoder. Prints the median time of an
+addition around the 10th and around the last, every flush to the disk included, and their ratio;
+the same for refreshing a snapshot after an addition, as a session does; how long the bank takes to
+open; how much memory the opened bank adds to the process; and how long it takes to choose the
+adapters of a batch.
 """
 
 import argparse
@@ -26,9 +27,9 @@ BATCH = 8
 
 
 def fill(bank: Bank, adapters: int) -> tuple[list[float], list[float]]:
-    """Add adapters one by one; the seconds of each addition, and of following it."""
+    """Add adapters one by one; the seconds of each addition, and of the refresh after it."""
     chooser, snapshot = np.random.default_rng(0), bank.snapshot()
-    adding, following = [], []
+    adding, refreshing = [], []
     for number in range(adapters):
         row = chooser.uniform(0.9, 1.1, bank.width).astype(np.float32)
         entry = AdapterEntry(f"sha256:{number:064}", f"adapters/{number}", bank.width)
@@ -36,9 +37,9 @@ def fill(bank: Bank, adapters: int) -> tuple[list[float], list[float]]:
         bank.add(str(number), row, entry)
         added = time.perf_counter()
         snapshot = bank.snapshot(snapshot)
-        following.append(time.perf_counter() - added)
+        refreshing.append(time.perf_counter() - added)
         adding.append(added - started)
-    return adding, following
+    return adding, refreshing
 
 
 def timed(action: Callable[[], object]) -> float:
@@ -67,7 +68,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=".") as directory:
         bank = Bank.create(Path(directory), np.ones(options.width, np.float32))
-        adding, following = map(early_and_late, fill(bank, options.adapters))
+        adding, refreshing = map(early_and_late, fill(bank, options.adapters))
         before = resident()
         opening = timed(lambda: Bank.open(Path(directory)).snapshot())
         values = Bank.open(Path(directory)).values()
@@ -76,7 +77,7 @@ def main() -> None:
             "milliseconds to add one to 10": round(adding[0], 2),
             f"milliseconds to add one to {options.adapters:,}": round(adding[1], 2),
             "ratio": round(adding[1] / adding[0], 2),
-            "milliseconds to follow that": [round(each, 2) for each in following],
+            "milliseconds to refresh after them": [round(each, 2) for each in refreshing],
             "bytes of the bank": values.nbytes,
             "milliseconds to open it": round(opening * 1e3, 1),
             "bytes that this adds to the process": resident() - before,

@@ -1,11 +1,11 @@
-"""What a different adapter in every row costs, beside everything one would do instead.
+"""The cost of a different adapter in every row, compared with the alternatives.
 
     python benchmarks/mixed_batch.py [--placement attention] [--batch 8] [--rounds 10]
 
 An encoder of BERT-base's size with random weights. Every round runs each subject once, in a new
-order, so that a machine that slows down slows all; the figure is the median over rounds of the
-ratio to the folded graph in the same round. Graphs run in ONNX Runtime on the CPU, PyTorch beside
-them on as many threads; each PyTorch subject is also held against PyTorch's own base model. LoRA
+order, so that a slower machine affects all alike; the figure is the median over rounds of the ratio
+to the folded graph in the same round. Graphs run in ONNX Runtime on the CPU, PyTorch beside
+them on as many threads; each PyTorch subject is also compared with PyTorch's base model. LoRA
 has rank 8 on the same modules, embeddings left out, which PEFT does not mix.
 """
 
@@ -43,7 +43,7 @@ from propulsion_export.graph.files import write_graph
 from propulsion_export.graph.passes.dimensions import NameDimensions
 from propulsion_export.graph.sample_inputs import TRACED_ROWS, input_names, trace_inputs
 from propulsion_export.graph.trace import trace
-from propulsion_export.runners.onnxruntime import onnxruntime_runner, place_in_onnxruntime
+from propulsion_export.runners.onnxruntime import onnxruntime_runner, place
 from propulsion_export.scaling.layer_rules import output_width
 from propulsion_export.serving.roster import BankRoster
 
@@ -54,7 +54,7 @@ FOLDED, TORCH = "folded", "PyTorch, base"
 
 
 def prepare(directory: Path, placement: str, layers: int) -> torch.nn.Module:
-    """Base model, adapter and its three exports, below `directory`; the model."""
+    """Write the base model, adapter and three exports below `directory`; return the model."""
     torch.manual_seed(0)
     model = BertModel(BertConfig(num_hidden_layers=layers)).eval()
     model.save_pretrained(directory / "model")
@@ -75,7 +75,7 @@ def targets(model: torch.nn.Module, placement: str) -> list[str]:
 
 @contextmanager
 def lora_as_input(model: torch.nn.Module, paths: list[str], *, per_row: bool) -> Iterator[int]:
-    """Let the model take all A and B as one more input `lora`; yields its width.
+    """Give the model one more input, `lora`, with all A and B; yields its width.
 
     Its shape is [batch, width] with a LoRA for each row, or [1, width] with one for all.
     """
@@ -108,7 +108,7 @@ def lora_as_input(model: torch.nn.Module, paths: list[str], *, per_row: bool) ->
 
 
 def write_lora(model: torch.nn.Module, directory: Path, paths: list[str], *, per_row: bool) -> int:
-    """Trace the model with LoRA as an input; its width."""
+    """Trace the model with LoRA as an input; returns the width of that input."""
     inputs = trace_inputs(input_names(type(model), model.config), model.config)
     with lora_as_input(model, paths, per_row=per_row) as width:
         rows = torch.rand(TRACED_ROWS if per_row else 1, width)
@@ -120,7 +120,7 @@ def write_lora(model: torch.nn.Module, directory: Path, paths: list[str], *, per
 
 
 def graph_subjects(directory: Path, model, placement: str, batch: int) -> dict[str, Callable]:
-    """By name, what runs one batch of tokens in ONNX Runtime."""
+    """By name, functions that run one batch of tokens in ONNX Runtime."""
     chooser = np.random.default_rng(2)
     subjects = {"base": onnxruntime_runner(export_base(model, directory / "base"))}
     subjects[FOLDED] = onnxruntime_runner(directory / "folded" / "model.onnx")
@@ -134,7 +134,7 @@ def graph_subjects(directory: Path, model, placement: str, batch: int) -> dict[s
     for count in ADAPTERS:
         rows = np.float32(row * chooser.uniform(0.9, 1.1, (count + 1, row.size)))
         ids = chooser.choice(count, batch, replace=count < batch) + 1
-        bank = {BANK_INPUT: place_in_onnxruntime(rows, "cpu"), IDS_INPUT: ids}
+        bank = {BANK_INPUT: place(rows, "cpu"), IDS_INPUT: ids}
         subjects[f"bank of {count:,}"] = partial(with_feeds, run, bank)
     for name, per_row in (("LoRA as inputs, one", False), ("LoRA as inputs, one a row", True)):
         folder = directory / f"lora-{per_row}"
@@ -196,29 +196,29 @@ def measure(subjects: dict[str, Callable], batch: int, length: int, rounds: int)
 
 
 def measure_switching(directory: Path, batch: int) -> dict[str, float]:
-    """Milliseconds an adapter until a batch of others than before can be computed.
+    """Milliseconds per adapter to look up a batch of adapters that the last batch did not use.
 
-    The first time that one is asked for, its row is read and compared with its checksum.
+    At the first use of an adapter its row is read and compared with its checksum.
     """
     artifact = Artifact.read(directory / "bank")
-    bank, chooser = artifact.bank, np.random.default_rng(3)
+    bank, chooser = artifact.open_bank(), np.random.default_rng(3)
     names = [f"a{number}" for number in range(ADAPTERS[-1] // batch * batch)]
     for name in names:
         row = chooser.uniform(0.9, 1.1, bank.width).astype(np.float32)
         bank.add(name, row, AdapterEntry(f"sha256:{name}", name, bank.width))
-    roster = BankRoster.read(artifact, partial(place_in_onnxruntime, device="cpu"))
+    roster = BankRoster.read(artifact, partial(place, device="cpu"))
     batches = [names[start : start + batch] for start in range(0, len(names), batch)]
-    told = {}
-    for time_asked in ("first", "later"):
+    medians = {}
+    for use in ("first", "later"):
         seconds = []
-        for asked in batches:
+        for adapters in batches:
             started = time.perf_counter()
-            roster.groups(asked, batch)
+            roster.groups(adapters, batch)
             seconds.append(time.perf_counter() - started)
-        told[f"milliseconds to switch an adapter, {time_asked}"] = round(
+        medians[f"milliseconds to switch an adapter, {use}"] = round(
             statistics.median(seconds) / batch * 1000, 3
         )
-    return told
+    return medians
 
 
 def ratios(times: list[float], peer: list[float], name: str) -> dict:

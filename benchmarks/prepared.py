@@ -1,4 +1,4 @@
-"""What the benchmarks of graphs start from: a random adapter's exports, the base graph, tokens."""
+"""What the graph benchmarks share: a random adapter's exports, the base graph, tokens."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -24,7 +24,7 @@ BERT_PLACEMENTS = {"all": "", "attention": "attention.self."}
 def write_random_adapter(
     model: torch.nn.Module, directory: Path, part: str, *, base: Path, task: str
 ) -> None:
-    """One of every Linear and Embedding with `part` in its path; it costs what any other does."""
+    """Write an adapter with scales on every Linear and Embedding with `part` in its path."""
     chooser = np.random.default_rng(0)
     scales = {
         path: Scale(chooser.uniform(0.9, 1.1, output_width(module)))
@@ -43,7 +43,7 @@ def export_modes(directory: Path, modes: Sequence[str]) -> None:
 
 
 def export_base(model: torch.nn.Module, directory: Path) -> Path:
-    """The graph of an encoder that has no adapter."""
+    """Export an encoder without an adapter; returns the path of the graph."""
     program = trace(model, trace_inputs(input_names(type(model), model.config), model.config))
     NameDimensions()(program)
     directory.mkdir()

@@ -1,9 +1,9 @@
-"""What scales as inputs cost in ONNX Runtime: base, folded and switchable graph, run in turn.
+"""The cost of scales as inputs in ONNX Runtime: base, folded and switchable graph, in turn.
 
     python benchmarks/switchable_cost.py [--placement attention] [--batch 8] [--rounds 30]
 
-Every round runs each graph once, so that a machine that slows down slows all of them; the figure is
-the median over rounds of the ratio to the base model's graph in the same round.
+Every round runs each graph once, so that a slower machine affects all alike; the figure is the
+median over rounds of the ratio to the base model's graph in the same round.
 """
 
 import argparse
@@ -32,7 +32,7 @@ TASK = "feature-extraction"
 
 
 def prepare(directory: Path, placement: str) -> dict[str, tuple[Path, dict]]:
-    """Graph and extra feeds by name."""
+    """The graphs and their extra feeds, by name."""
     source = model_directory()
     model = load_base(str(source), task=TASK).model
     part = BERT_PLACEMENTS[placement]

@@ -1,4 +1,4 @@
-"""The command line: a file a command; parse, call one function, print.
+"""The command line: one file per command, which parses, calls one function and prints.
 
 Importing this package loads neither torch nor any command, so that `--help` answers at once.
 """

@@ -21,16 +21,16 @@ def command() -> None:
 @click.argument("artifact", metavar="DIR", type=DIRECTORY)
 @click.argument("adapter", metavar="[NAME=]ADAPTER")
 @click.option("--allow-range", is_flag=True, help="Accept scales that the dtype rounds badly.")
-@click.option("--force", is_flag=True, help="Replace an adapter of that name.")
+@click.option("--force", is_flag=True, help="Replace an adapter of the same name.")
 @console_options
 def add(console: Console, artifact: Path, adapter: str, allow_range: bool, force: bool) -> None:
     """Add an adapter to a switchable artifact or a bank.
 
-    A bank takes as long for the ten thousandth as for the first.
+    Adding to a bank takes the same time however many adapters it has.
     """
     from propulsion_export.artifacts.changing import add_adapter
 
-    _tell(console, add_adapter(artifact, adapter, allow_range=allow_range, force=force))
+    _print_adapters(console, add_adapter(artifact, adapter, allow_range=allow_range, force=force))
 
 
 @command.command(epilog="\b\nExample: propulsion-export adapter remove onnx/bank pos")
@@ -38,40 +38,40 @@ def add(console: Console, artifact: Path, adapter: str, allow_range: bool, force
 @click.argument("name")
 @console_options
 def remove(console: Console, artifact: Path, name: str) -> None:
-    """Take an adapter out of a switchable artifact or a bank.
+    """Remove an adapter from a switchable artifact or a bank.
 
-    A bank keeps its row, which others may be reading, until `adapter compact`.
+    A bank keeps its row, which running processes may read, until `adapter compact`.
     """
     from propulsion_export.artifacts.changing import remove_adapter
 
-    _tell(console, remove_adapter(artifact, name))
+    _print_adapters(console, remove_adapter(artifact, name))
 
 
 @command.command(epilog="\b\nExample: propulsion-export adapter compact onnx/bank")
 @click.argument("artifact", metavar="DIR", type=DIRECTORY)
 @console_options
 def compact(console: Console, artifact: Path) -> None:
-    """Give back the room of a bank's removed and replaced adapters.
+    """Free the space of a bank's removed and replaced adapters.
 
-    Ids change: whoever feeds them without this library looks them up again.
+    Ids change: programs that feed ids without this library must look them up again.
     """
     from propulsion_export.artifacts.changing import compact_bank
 
     freed = compact_bank(artifact)
-    console.result({"freed": freed}, f"{artifact}: {human_size(freed)} given back")
+    console.result({"freed": freed}, f"{artifact}: {human_size(freed)} freed")
 
 
 @command.command("list", epilog="\b\nExample: propulsion-export adapter list onnx/bank")
 @click.argument("artifact", metavar="DIR", type=DIRECTORY)
 @console_options
 def list_(console: Console, artifact: Path) -> None:
-    """List an artifact's adapters; those of a bank with the ids that its graph is fed."""
+    """List the adapters of an artifact, and for a bank the id of each."""
     from propulsion_export.artifacts.artifact import Artifact
 
     read = Artifact.read(artifact)
     ids = {}
     if read.manifest.mode == "bank":
-        rows = read.bank.rows()
+        rows = read.open_bank().rows()
         entries = {name: row.entry for name, row in rows.items()}
         ids = {name: {"id": row.number} for name, row in rows.items()}
     else:
@@ -99,10 +99,10 @@ def list_(console: Console, artifact: Path) -> None:
     console.result({"adapters": value}, "" if console.json else console.table(heads, table))
 
 
-def _tell(console: Console, changed: "Artifact") -> None:
-    """The adapters that there are now; of a bank, which may have very many, their number."""
+def _print_adapters(console: Console, changed: "Artifact") -> None:
+    """Print the adapters after a change; for a bank, which may have very many, their number."""
     if changed.manifest.mode == "bank":
-        count = len(changed.bank)
+        count = len(changed.open_bank())
         noun = "adapter" if count == 1 else "adapters"
         console.result({"count": count}, f"{changed.directory}: {count:,} {noun}")
         return

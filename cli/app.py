@@ -1,4 +1,4 @@
-"""The program `propulsion-export`: finds commands, shows known failures as one line."""
+"""The program `propulsion-export`: finds commands and shows known failures in one line."""
 
 import errno
 import importlib
@@ -16,20 +16,20 @@ from propulsion_export.errors import PropulsionExportError, UnavailableError
 COMMANDS = {
     "train": "Train a Propulsion adapter on labelled text.",
     "merge": "Fold an adapter into the weights: a plain transformers checkpoint.",
-    "onnx": "Trace to ONNX: adapters folded in, switchable, or one in every row.",
+    "onnx": "Export to ONNX: an adapter folded in, several to switch, or one in every row.",
     "trt": "Build a TensorRT or TensorRT-RTX engine from an ONNX export.",
-    "parity": "The verdict: does an artifact compute what PyTorch computes?",
+    "parity": "Compare an artifact with PyTorch: does it compute the same?",
     "run": "Predict with an artifact, or generate text.",
-    "package": "Write what a server loads: onnxruntime-genai, Triton, ONNX Runtime's adapters.",
-    "inspect": "Say what an adapter, artifact or engine is.",
+    "package": "Write what a server loads: onnxruntime-genai, Triton, ONNX Runtime adapters.",
+    "inspect": "Describe an adapter, artifact or engine.",
     "adapter": "Add, remove and list adapters of a switchable artifact or a bank.",
-    "export": "The road in one go: adapters in; ONNX, engine, parity report out.",
-    "doctor": "What this machine can do, and what is missing.",
+    "export": "All in one: adapters in; ONNX graph, engine and parity reports out.",
+    "doctor": "Show what this machine can do, and what is missing.",
 }
-# Which extra brings a module; the others come with the package itself.
+# The extra that installs a module; other modules come with the package itself.
 _EXTRAS = {"onnxruntime": "cpu", "tensorrt": "tensorrt", "tensorrt_rtx": "rtx", "polygraphy": "rtx"}
-# What a path, a disk or a limit is to blame for.
-_OF_PLACES = {errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EIO, *FULL}
+# Errors caused by a path, a disk or a limit, not by this tool.
+_FILE_ERRORS = {errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EIO, *FULL}
 _BUG = 70  # EX_SOFTWARE of sysexits.h
 
 
@@ -87,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _explain(error: BaseException, arguments: Sequence[str]) -> int:
-    """Tell what went wrong, in one line unless it is a bug; return the exit code."""
+    """Print what went wrong, in one line unless it is a bug; return the exit code."""
     if isinstance(error, KeyboardInterrupt | click.exceptions.Abort):
         return _fail("interrupted", 130, arguments)
     if isinstance(error, click.UsageError):
@@ -100,9 +100,9 @@ def _explain(error: BaseException, arguments: Sequence[str]) -> int:
         if "-v" in arguments or "--verbose" in arguments:
             traceback.print_exception(error)
         return _fail(str(error), error.exit_code, arguments)
-    if isinstance(error, OSError) and error.errno in _OF_PLACES:
+    if isinstance(error, OSError) and error.errno in _FILE_ERRORS:
         return _fail(f"{error.filename or 'the output'}: {error.strerror}", 2, arguments)
-    # A bug keeps its traceback; Python's own exit code, 1, is the one of a failed comparison here.
+    # A bug keeps its traceback; Python's own exit code 1 means a failed comparison here.
     traceback.print_exception(error)
     return _BUG
 

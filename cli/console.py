@@ -1,21 +1,21 @@
-"""What every command shares: where text, progress and JSON go, and the options that say so.
+"""Output of every command: text, progress and JSON, and the options that choose between them.
 
-People's text goes to stdout, progress and notes to stderr; with `--json` stdout carries one JSON
+Text for people goes to stdout, progress and notes to stderr; with `--json`, stdout carries one JSON
 object and nothing else.
 """
 
 import functools
-import json
-import math
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import click
+
+from propulsion_export.environment.json_text import to_json
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -24,25 +24,25 @@ _LEAST_GROWTH = 0.05
 
 @dataclass(frozen=True)
 class Console:
-    """Where a command's words go."""
+    """Where a command's output goes."""
 
     json: bool
     quiet: bool
 
     def result(self, value: dict[str, Any], text: str) -> None:
-        """The outcome, as JSON or as text."""
+        """Print the result, as JSON (null for NaN and infinity) or as text."""
         if self.json:
-            click.echo(json.dumps(_finite(value), allow_nan=False))
+            click.echo(to_json(value, non_finite=lambda _: None))
         elif not self.quiet:
             click.echo(text)
 
     def note(self, text: str) -> None:
-        """Something worth knowing that is not the outcome."""
+        """Print something worth knowing that is not the result, on stderr."""
         if not self.quiet:
             click.echo(text, err=True)
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-        """Rows under their columns, as wide as they need when nobody watches."""
+        """Rows under their column names; up to 160 characters wide where there is no terminal."""
         import io
 
         from rich.console import Console as RichConsole
@@ -60,7 +60,7 @@ class Console:
 
     @contextmanager
     def progress(self) -> Iterator[Callable[[float, str], None]]:
-        """A bar on a terminal, lines elsewhere (of counted steps some), nothing when quiet."""
+        """Show a bar on a terminal, lines elsewhere (not for every step), nothing when quiet."""
         if self.quiet:
             yield lambda share, message: None
         elif sys.stderr.isatty():
@@ -74,7 +74,7 @@ class _Lines:
     """Progress as lines on stderr, for logs.
 
     A message that only counts (`step 7 of 900`) is left out unless the share has grown by 5 % since
-    the last line; every other message is news.
+    the last line; every other message is printed.
     """
 
     def __init__(self) -> None:
@@ -89,27 +89,34 @@ class _Lines:
         click.echo(f"[{share:4.0%}] {message}", err=True)
 
 
-def _finite(value: Any) -> Any:
-    """The value with null for NaN and infinity, which JSON has no words for."""
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def console_options(function: Callable[Concatenate[Console, P], R]) -> Callable[P, R]:
+    """Add `--json`, `-q` and `-v` to a command, whose first parameter is a console."""
 
-
-def console_options(function: Callable[..., R]) -> Callable[..., R]:
-    """Add `--json`, `-q` and `-v`; the command gets a `console` instead."""
-
-    @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
-    @click.option("-q", "--quiet", is_flag=True, help="No progress and no text.")
-    @click.option("-v", "--verbose", is_flag=True, help="Show the traceback of a known failure.")
+    @_kept_flag("--json", "as_json", help="One JSON object on stdout.")
+    @_kept_flag("-q", "--quiet", help="No progress and no text.")
+    @click.option(
+        "-v",
+        "--verbose",
+        is_flag=True,
+        expose_value=False,  # read by the program itself, see app.main
+        help="Show the traceback of a known failure.",
+    )
     @functools.wraps(function)
-    def command(*args: Any, as_json: bool, quiet: bool, verbose: bool, **options: Any) -> R:
-        del verbose  # read by the program itself, see app.main
-        return function(*args, console=Console(as_json, quiet), **options)
+    def command(*args: P.args, **kwargs: P.kwargs) -> R:
+        kept = click.get_current_context().meta
+        console = Console(json=kept[f"{__name__}.as_json"], quiet=kept[f"{__name__}.quiet"])
+        return function(console, *args, **kwargs)
 
     return command
+
+
+def _kept_flag(*names: str, help: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """A flag that is kept in click's context and not passed to the command."""
+    return click.option(*names, is_flag=True, callback=_keep, expose_value=False, help=help)
+
+
+def _keep(context: click.Context, parameter: click.Parameter, value: bool) -> None:
+    context.meta[f"{__name__}.{parameter.name}"] = value
 
 
 @contextmanager
@@ -131,10 +138,7 @@ def size_of(path: Path) -> int:
 
 
 def human_size(count: int) -> str:
-    """Bytes as people say them: `1.4 MB`."""
-    size = float(count)
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} GB"
+    """Bytes in decimal units, such as `1.4 MB`."""
+    from rich.filesize import decimal
+
+    return decimal(count)

@@ -8,7 +8,7 @@ from .console import Console, console_options
 @click.command(epilog="\b\nExample: propulsion-export doctor --json")
 @console_options
 def command(console: Console) -> None:
-    """What this machine can do, what is missing, and how to get it."""
+    """Show what this machine can do, what is missing, and how to get it."""
     from propulsion_export.environment.machine import capabilities, cuda_devices, tool_versions
 
     found = capabilities()
@@ -24,5 +24,5 @@ def command(console: Console) -> None:
         "gpus": [device.name for device in cuda_devices()],
         "versions": versions,
     }
-    told = ", ".join(f"{name} {version}" for name, version in versions.items())
-    console.result(value, console.table(("here", "step", "with", "remedy"), rows) + "\n" + told)
+    tools = ", ".join(f"{name} {version}" for name, version in versions.items())
+    console.result(value, console.table(("here", "step", "with", "remedy"), rows) + "\n" + tools)

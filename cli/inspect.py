@@ -14,9 +14,9 @@ from .options import DIRECTORY
 @click.argument("path", metavar="PATH", type=DIRECTORY)
 @console_options
 def command(console: Console, path: Path) -> None:
-    """Say what an adapter, artifact or engine is."""
+    """Describe an adapter, artifact or engine."""
     from propulsion_export.adapters.adapter import Adapter
-    from propulsion_export.adapters.peft_directory import CONFIG_FILE
+    from propulsion_export.adapters.peft_directory import PEFT_CONFIG
     from propulsion_export.artifacts.artifact import Artifact
     from propulsion_export.artifacts.file_names import MANIFEST_FILE
     from propulsion_export.errors import ArtifactError
@@ -28,13 +28,14 @@ def command(console: Console, path: Path) -> None:
         value = json.loads(artifact.manifest.to_json())
         del value["base"]["fingerprint"], value["files"]
         if artifact.manifest.mode == "bank":
-            bank = artifact.bank
-            value["adapters"] = {"count": len(bank), "width": bank.width, "file": bank.file.name}
-    elif (path / CONFIG_FILE).is_file():
+            bank = artifact.open_bank()
+            file = bank.find_file().name
+            value["adapters"] = {"count": len(bank), "width": bank.width, "file": file}
+    elif (path / PEFT_CONFIG).is_file():
         value = _describe(Adapter.read(path))
     else:
         raise ArtifactError(
-            f"{path}: holds neither {MANIFEST_FILE} nor {CONFIG_FILE}, expected an artifact or an "
+            f"{path}: holds neither {MANIFEST_FILE} nor {PEFT_CONFIG}, expected an artifact or an "
             "adapter"
         )
     console.result(value, f"{path} ({human_size(size_of(path))})\n" + _text(value))

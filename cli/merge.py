@@ -1,7 +1,6 @@
 """`propulsion-export merge`: an adapter folded into a checkpoint."""
 
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -23,12 +22,26 @@ from .options import (
 @click.option("-a", "--adapter", required=True, metavar="[NAME=]DIR", help="Adapter directory.")
 @task_option
 @dtype_option
-@click.option("--max-shard-size", default="5GB", show_default=True)
+@click.option(
+    "--max-shard-size", default="5GB", show_default=True, help="Largest size of one weight file."
+)
 @untie_option
 @output_options
 @trust_option
 @console_options
-def command(console: Console, adapter: str, output: Path, **options: Any) -> None:
+def command(
+    console: Console,
+    *,
+    model: str | None,
+    adapter: str,
+    task: str,
+    dtype: str,
+    max_shard_size: str,
+    untie: bool,
+    output: Path,
+    force: bool,
+    trust_remote_code: bool,
+) -> None:
     """Fold an adapter into the weights of its base model.
 
     The directory written is a complete checkpoint: AutoModel.from_pretrained loads it without this
@@ -37,7 +50,18 @@ def command(console: Console, adapter: str, output: Path, **options: Any) -> Non
     from propulsion_export.pipeline.merge import merge
 
     with console.progress() as progress:
-        artifact = merge(adapter, output, progress=progress, **options)
+        artifact = merge(
+            adapter,
+            output,
+            model=model,
+            task=task,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            untie=untie,
+            force=force,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
     size = size_of(output)
     console.result(
         {"artifact": str(output), "bytes": size, "dtype": artifact.manifest.dtype},

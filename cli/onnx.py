@@ -1,13 +1,12 @@
-"""`propulsion-export onnx`: trace to ONNX, and prove it."""
+"""`propulsion-export onnx`: export to ONNX, and compare with PyTorch."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 import click
 
 from .console import Console, console_options, human_size, size_of
 from .options import (
-    adapters_option,
     dtype_option,
     mode_option,
     model_option,
@@ -18,58 +17,110 @@ from .options import (
 )
 from .verdict import exit_code, verdict_line
 
+if TYPE_CHECKING:
+    from propulsion_export.artifacts.artifact import Artifact
+    from propulsion_export.artifacts.manifest import Mode
+
+
+class ExportArguments(TypedDict):
+    """The options that go to `export_onnx` as they are."""
+
+    model: str | None
+    mode: "Mode"
+    task: str
+    dtype: str
+    opset: int
+    untie: bool
+    allow_range: bool
+    placement: str | None
+    max_labels: int | None
+    train_bias: bool
+    force: bool
+    trust_remote_code: bool
+
 
 @click.command(
     epilog="\b\nExample: propulsion-export onnx -a topic=adapters/topic -a pos=adapters/pos "
     "--mode switchable -o onnx/switchable"
 )
 @model_option
-@adapters_option
+@click.option(
+    "-a",
+    "--adapter",
+    multiple=True,
+    metavar="[NAME=]DIR",
+    help="Adapter directory; repeatable. Without any, the base model of -m is exported: folded by "
+    "itself, otherwise with slots for adapters that are added later.",
+)
 @mode_option
 @task_option
 @dtype_option
-@click.option("--opset", type=click.IntRange(18, 23), default=20, show_default=True)
+@click.option(
+    "--opset", type=click.IntRange(18, 23), default=20, show_default=True, help="ONNX version."
+)
 @untie_option
 @click.option("--allow-range", is_flag=True, help="Accept scales that the dtype rounds badly.")
+@click.option(
+    "--placement",
+    help="Without -a: which modules get slots: attention, all, or a regex of module paths.  "
+    "[default: all]",
+)
+@click.option(
+    "--max-labels",
+    type=click.IntRange(min=1),
+    help="Without -a: most labels that a head may have.  [default: 16, or the base model's]",
+)
+@click.option("--train-bias", is_flag=True, help="Without -a: slots for trained biases too.")
 @click.option("--no-parity", is_flag=True, help="Do not compare with PyTorch afterwards.")
 @output_options
 @trust_option
 @console_options
 def command(
-    console: Console, adapter: tuple[str, ...], output: Path, no_parity: bool, **options: Any
+    console: Console,
+    *,
+    adapter: tuple[str, ...],
+    output: Path,
+    no_parity: bool,
+    **options: Unpack[ExportArguments],
 ) -> int:
-    """Trace to ONNX: an adapter folded in, several to switch between, or one in every row.
+    """Export to ONNX: an adapter folded in, several to switch between, or one in every row.
 
-    Writes model.onnx with its weights beside it, config.json, the tokenizer and the adapters: when
-    switchable a small file each to feed, in a bank a row each. `adapter add` adds to them later.
-    Compares with PyTorch unless told not to.
+    Writes model.onnx with its weights beside it, config.json, the tokenizer and the adapters: one
+    small file each if switchable, one row each in a bank. `adapter add` adds more later. Then
+    compares with PyTorch, unless --no-parity is given.
     """
     from propulsion_export.pipeline.onnx import export_onnx
     from propulsion_export.pipeline.parity import check_parity
 
     with console.progress() as progress:
         artifact = export_onnx(adapter, output, progress=progress, **options)
-    value = {
-        "artifact": str(output),
-        "bytes": size_of(output),
-        "mode": artifact.manifest.mode,
-        "dtype": artifact.manifest.dtype,
-        "adapters": sorted(artifact.adapters),
-    }
-    line = (
-        f"{output}: {artifact.manifest.mode}, {artifact.manifest.dtype}, "
-        f"{human_size(size_of(output))}, {', '.join(sorted(artifact.adapters))}"
-    )
+    value, line = _summary(artifact)
     if no_parity:
-        console.result({**value, "parity": None}, f"{line}. Parity: not asked for")
+        console.result({**value, "parity": None}, f"{line}. Parity: not compared")
         return 0
     with console.progress() as progress:
         report = check_parity(
             output,
-            adapter=[a if "=" in a else f"{Path(a).resolve().name}={a}" for a in adapter],
+            adapter=adapter,
             trust_remote_code=options["trust_remote_code"],
             progress=progress,
         )
     console.result({**value, "parity": report.verdict}, f"{line}\n{verdict_line(report)}")
-    # The export is done; that this machine cannot compare is said, and is no failure of it.
+    # The export is done; where this machine cannot compare, the line says so and it is no failure.
     return 0 if report.verdict == "not run" else exit_code(report)
+
+
+def _summary(artifact: "Artifact") -> tuple[dict[str, Any], str]:
+    """The artifact as JSON and as one line."""
+    manifest, names = artifact.manifest, sorted(artifact.list_adapters())
+    size = size_of(artifact.directory)
+    value = {
+        "artifact": str(artifact.directory),
+        "bytes": size,
+        "mode": manifest.mode,
+        "dtype": manifest.dtype,
+        "adapters": names,
+    }
+    adapters = ", ".join(names) or "no adapters"
+    line = f"{artifact.directory}: {manifest.mode}, {manifest.dtype}, {human_size(size)}"
+    return value, f"{line}, {adapters}"

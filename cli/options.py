@@ -1,4 +1,4 @@
-"""Options that several commands have, in one place so that they mean and say the same."""
+"""Options that several commands share, with one meaning and one help text."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +13,7 @@ R = TypeVar("R")
 
 
 class HomePath(click.Path):
-    """A path in which `~` is the home directory also where no shell has expanded it."""
+    """A path in which `~` means the home directory even if no shell has expanded it."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         super().convert(value, param, ctx)
@@ -24,61 +24,57 @@ DIRECTORY = HomePath(file_okay=False)
 FILE = HomePath(dir_okay=False)
 
 model_option = click.option(
-    "-m", "--model", help="Base model, path or name.  [default: what the adapter names]"
-)
-adapters_option = click.option(
-    "-a", "--adapter", multiple=True, required=True, metavar="[NAME=]DIR", help="Repeatable."
+    "-m", "--model", help="Base model, path or name.  [default: the one that the adapter names]"
 )
 mode_option = click.option(
     "--mode",
     type=click.Choice(["folded", "switchable", "bank"]),
     default="folded",
     show_default=True,
-    help="In the weights, an optional input, or another in every row of a batch.",
+    help="Adapter folded into the weights, an optional input, or one for each row of a batch.",
 )
 task_option = click.option(
-    "--task", default="auto", show_default=True, help="Which head the model has."
+    "--task", default="auto", show_default=True, help="Task of the model, which decides its head."
 )
 dtype_option = click.option(
     "--dtype",
     type=click.Choice(["keep", "float32", "bfloat16", "float16"]),
     default="keep",
     show_default=True,
-    help="Of weights and activations.",
+    help="Type of weights and activations; keep: the checkpoint's.",
 )
 untie_option = click.option(
-    "--untie", is_flag=True, help="Give a scaled, tied weight a copy of its own."
+    "--untie", is_flag=True, help="Copy a tied weight that the adapter scales."
 )
 runner_option = click.option(
     "--runner",
     type=click.Choice(RUNNER_NAMES),
     default="auto",
     show_default=True,
+    help="Runtime to run the artifact in.",
 )
 runtime_option = click.option(
     "--runtime",
     type=click.Choice(["auto", "tensorrt", "tensorrt-rtx"]),
-    default="auto",
-    show_default=True,
+    help="Which of the two builds the engine.  [default: auto, tensorrt if it and a GPU are here]",
 )
 target_option = click.option(
     "--target",
     "targets",
     multiple=True,
-    default=("auto",),
-    show_default=True,
-    help="Such as sm_89; `doctor` lists those of tensorrt-rtx. Repeatable.",
+    help="GPU architecture such as sm_89; `doctor` lists those of tensorrt-rtx. Repeatable.  "
+    "[default: auto, this machine's GPU]",
 )
 trust_option = click.option(
-    "--trust-remote-code", is_flag=True, help="Run code that the model directory brings."
+    "--trust-remote-code", is_flag=True, help="Run code from the model directory."
 )
 
 
 def output_options(function: Callable[P, R]) -> Callable[P, R]:
     """Add `-o` and `--force`."""
     function = click.option(
-        "--force", is_flag=True, help="Replace what this tool wrote there before."
+        "--force", is_flag=True, help="Replace an earlier output of this command."
     )(function)
-    return click.option(
-        "-o", "--output", type=DIRECTORY, required=True, help="Directory to write."
-    )(function)
+    return click.option("-o", "--output", type=DIRECTORY, required=True, help="Output directory.")(
+        function
+    )

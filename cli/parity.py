@@ -1,13 +1,17 @@
 """`propulsion-export parity`: the verdict on an artifact."""
 
+import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
 from .console import Console, console_options
-from .options import DIRECTORY, FILE, model_option, runner_option, trust_option
+from .options import DIRECTORY, FILE, runner_option, trust_option
 from .verdict import exit_code, verdict_line
+
+if TYPE_CHECKING:
+    from propulsion_export.parity.reports.report import ParityReport
 
 
 @click.command(
@@ -15,29 +19,49 @@ from .verdict import exit_code, verdict_line
     "--junit parity.xml"
 )
 @click.argument("artifact", metavar="DIR", type=DIRECTORY)
-@model_option
+@click.option("-m", "--model", help="Base model, path or name.  [default: where it was at export]")
 @click.option(
-    "-a", "--adapter", multiple=True, metavar="NAME=DIR", help="Where an adapter lies now."
+    "-a",
+    "--adapter",
+    multiple=True,
+    metavar="NAME=DIR",
+    help="Directory of an adapter; repeatable.  [default: where it was at export]",
 )
 @runner_option
-@click.option("--inputs", type=FILE, help="Texts to compare on, .txt or .jsonl.")
+@click.option(
+    "--inputs",
+    type=FILE,
+    help="File of texts to compare on, .txt or .jsonl.  [default: random tokens]",
+)
 @click.option(
     "--seed",
     type=click.IntRange(0, 2**32 - 1),
-    default=0,
-    show_default=True,
-    help="Of the inputs made.",
+    help="Seed for the generated inputs, and for the adapters if chosen at random.  [default: 0]",
 )
 @click.option("--report", type=DIRECTORY, help="Directory for parity.json and parity.html.")
 @click.option("--junit", type=FILE, help="JUnit XML for a CI.")
-@click.option("--force", is_flag=True, help="Replace an earlier report.")
+@click.option("--force", is_flag=True, help="Replace an earlier --report.")
 @trust_option
 @console_options
-def command(console: Console, artifact: Path, junit: Path | None, **options: Any) -> int:
-    """The verdict: does an artifact compute what PyTorch computes?
+def command(
+    console: Console,
+    *,
+    artifact: Path,
+    model: str | None,
+    adapter: tuple[str, ...],
+    runner: str,
+    inputs: Path | None,
+    seed: int | None,
+    report: Path | None,
+    junit: Path | None,
+    force: bool,
+    trust_remote_code: bool,
+) -> int:
+    """Compare an artifact with PyTorch: does it compute the same?
 
-    The oracle is the base model with the adapter in float64; an artifact may err at most 4 times as
-    much as PyTorch itself does at its precision. Exit 0 passed, 1 failed, 3 nothing could be run.
+    The reference is the base model with the adapter in float64; an artifact's error may be at most
+    4 times that of PyTorch at the same precision. Exit 0: passed; 1: failed; 3: nothing could be
+    run.
     """
     from propulsion_export.artifacts.staging import check_replaceable_file, replace_file
     from propulsion_export.parity.reports.junit import to_junit
@@ -46,15 +70,28 @@ def command(console: Console, artifact: Path, junit: Path | None, **options: Any
     if junit is not None:
         check_replaceable_file(junit, holds=b"<testsuite")
     with console.progress() as progress:
-        report = check_parity(artifact, progress=progress, **options)
+        verdict = check_parity(
+            artifact,
+            model=model,
+            adapter=adapter,
+            runner=runner,
+            inputs=inputs,
+            seed=seed,
+            report=report,
+            force=force,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
     if junit is not None:
-        replace_file(junit, to_junit(report).encode())
-    import json
+        replace_file(junit, to_junit(verdict).encode())
+    console.result(json.loads(verdict.to_json()), _text(console, verdict))
+    return exit_code(verdict)
 
+
+def _text(console: Console, verdict: "ParityReport") -> str:
     rows = [
         (check.case, check.adapter, "passed" if check.passed else "FAILED", check.detail)
-        for check in report.checks
+        for check in verdict.checks
     ]
     table = console.table(("case", "adapter", "verdict", "detail"), rows) + "\n" if rows else ""
-    console.result(json.loads(report.to_json()), table + verdict_line(report))
-    return exit_code(report)
+    return table + verdict_line(verdict)

@@ -1,6 +1,6 @@
-"""`propulsion-export run`: predict with an artifact."""
+"""`propulsion-export run`: predict with an artifact, or generate text."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import click
 from .console import Console, console_options
 from .options import DIRECTORY, FILE, runner_option
 
-_SHOWN = 4  # numbers of an embedding
+_SHOWN = 4  # numbers of an embedding that are printed
 
 
 @click.command(
@@ -17,44 +17,77 @@ _SHOWN = 4  # numbers of an embedding
 )
 @click.argument("artifact", metavar="DIR", type=DIRECTORY)
 @click.option("--text", multiple=True, help="A text, a question or a prompt; repeatable.")
-@click.option("--inputs", type=FILE, help="A text a line, or JSONL with `text`.")
+@click.option("--inputs", type=FILE, help="File of texts: one per line, or JSONL with `text`.")
 @click.option(
-    "--context", multiple=True, help="What a question is about: one for all, or one for each."
+    "--context",
+    multiple=True,
+    help="Text that a question is about: one for all questions, or one for each.",
 )
 @click.option(
-    "--adapter", multiple=True, metavar="NAME", help="One for all texts, or one for each."
+    "--adapter",
+    multiple=True,
+    metavar="NAME",
+    help="Adapter to use: one for all texts, or one for each.  [default: the only one, else base]",
 )
-@click.option("--max-new-tokens", type=int, help="Of generated text, at most.  [default: 128]")
+@click.option("--max-new-tokens", type=int, help="Most tokens to generate.  [default: 128]")
 @click.option(
     "--temperature",
     type=float,
-    help="Draw tokens, likely ones more (below 1) or less often.  [default: the likeliest each]",
+    help="Sample tokens; below 1 prefers likely ones.  [default: always the likeliest token]",
 )
-@click.option("--top-k", type=int, help="Draw from so many of the likeliest tokens.")
-@click.option("--top-p", type=float, help="Draw from the likeliest that have this probability.")
-@click.option("--seed", type=int, help="Of the drawing.  [default: another text every time]")
+@click.option("--top-k", type=int, help="Sample from this many of the likeliest tokens.")
+@click.option(
+    "--top-p",
+    type=float,
+    help="Sample from the likeliest tokens that together have this probability.",
+)
+@click.option("--seed", type=int, help="Seed for sampling.  [default: a different text every time]")
 @runner_option
 @console_options
 def command(
-    console: Console, artifact: Path, text: tuple[str, ...], inputs: Path | None, **options: Any
+    console: Console,
+    *,
+    artifact: Path,
+    text: tuple[str, ...],
+    inputs: Path | None,
+    context: tuple[str, ...],
+    adapter: tuple[str, ...],
+    max_new_tokens: int | None,
+    temperature: float | None,
+    top_k: int | None,
+    top_p: float | None,
+    seed: int | None,
+    runner: str,
 ) -> None:
     """Predict with an artifact, or generate text.
 
-    Text behind a single prompt is written as it comes.
+    The text generated for a single prompt is printed as it is generated.
     """
     from propulsion_export.pipeline.run import predict
 
     alone = len(text) == 1 and inputs is None
     on_text = _print_piece if alone and not (console.json or console.quiet) else None
-    predictions = predict(artifact, text=text, inputs=inputs, on_text=on_text, **options)
+    predictions = predict(
+        artifact,
+        text=text,
+        inputs=inputs,
+        context=context,
+        adapter=adapter,
+        runner=runner,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        on_text=on_text,
+    )
     console.result({"predictions": predictions}, _text(predictions, streamed=alone))
-    for number, item in enumerate(predictions, 1):
-        if item.get("stopped") == "length" and len(item["tokens"]) < _asked(options):
-            console.note(f"text {number}: stopped, the model has no more positions")
+    for number in _out_of_positions(predictions, max_new_tokens):
+        console.note(f"text {number}: stopped, the model has no more positions")
 
 
 def shown(prediction: Mapping[str, Any]) -> str:
-    """A prediction as people read it, on one line."""
+    """A prediction as text for people, on one line."""
     if "generated" in prediction:
         return "\\n".join(prediction["generated"].splitlines())
     if "label" in prediction:
@@ -75,17 +108,22 @@ def _text(predictions: Sequence[Mapping[str, Any]], *, streamed: bool) -> str:
     if "generated" not in predictions[0]:
         return "\n".join(f"{p['text']}\t{p['adapter']}\t{shown(p)}" for p in predictions)
     if streamed:
-        return ""  # it stands there already: this ends its line
+        return ""  # the text is printed already; this ends its line
     return "\n".join(
         f"{number}\t{item['adapter']}\t{shown(item)}" for number, item in enumerate(predictions, 1)
     )
 
 
-def _asked(options: Mapping[str, Any]) -> int:
-    """How many new tokens a text may have by the caller's will."""
+def _out_of_positions(
+    predictions: Sequence[Mapping[str, Any]], max_new_tokens: int | None
+) -> Iterator[int]:
+    """Numbers, from 1, of the texts that stopped before the most tokens they may have."""
     from propulsion_export.serving.generation import DEFAULT_NEW_TOKENS
 
-    return options["max_new_tokens"] or DEFAULT_NEW_TOKENS
+    most = max_new_tokens or DEFAULT_NEW_TOKENS
+    for number, item in enumerate(predictions, 1):
+        if item.get("stopped") == "length" and len(item["tokens"]) < most:
+            yield number
 
 
 def _print_piece(number: int, piece: str) -> None:

@@ -1,4 +1,4 @@
-"""How a parity verdict is told on a terminal, and which exit code it means."""
+"""A parity verdict as one line of text and as an exit code."""
 
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,7 @@ def exit_code(report: "ParityReport") -> int:
 
 
 def verdict_line(report: "ParityReport") -> str:
-    """One line: the verdict, and what it rests on or why there is none."""
+    """One line: the verdict, and what it is based on or why there is none."""
     if report.verdict == "not run":
         reasons = "; ".join(f"{item.what}: {item.reason}" for item in report.not_run)
         return f"parity: not run ({reasons})"

@@ -1,33 +1,33 @@
-"""What a caller may catch; each class carries the exit code the command line ends with.
+"""The exceptions that a caller may catch, each with the exit code of the command line.
 
     PropulsionExportError
-    ├── UsageError              2   the call asks for something that cannot be
-    │   └── UnknownAdapterError     an adapter by a name that none has
+    ├── UsageError              2   the call asks for something impossible
+    │   └── UnknownAdapterError     the artifact has no adapter of that name
     ├── UnavailableError        3   this machine cannot do it: shown as *not run*, never as passed
-    └── InvalidInputError       4   what was handed in is invalid, damaged or of another base
+    └── InvalidInputError       4   an input is invalid, damaged or of another base model
         ├── AdapterError            an adapter directory
         ├── ArtifactError           an artifact directory or its manifest
         ├── BaseModelError          a base model, or one that is not the adapter's
         ├── DataError               training or evaluation data
         └── ToolError               an exporter, parser or builder refused the input
 
-A mismatch of results is not an error but a report with `passed == False`.
+Results that differ are not an error but a report with `passed == False`.
 """
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-_SHOWN = 4
-_NAMED = 8  # adapters that a message names
+_SHOWN = 4  # findings in a message
+_NAMED = 8  # adapters that a message lists
 
 
 class PropulsionExportError(Exception):
-    """Something the user can act on, told in one line.
+    """An error that the user can act on, with a message of one line.
 
     Args:
-        findings: one text per offender, `where: what was found, what was expected`, all of them.
-        remedy: one sentence with the likeliest way out.
+        findings: `where: what was found, what was expected`, one text for each offender.
+        remedy: a sentence with the likeliest remedy.
     """
 
     exit_code: int = 4
@@ -38,8 +38,8 @@ class PropulsionExportError(Exception):
         super().__init__(*findings)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Exceptions are rebuilt from their positional arguments, which would lose the remedy when
-        # one crosses a process boundary (data loaders, launchers).
+        # Unpickling rebuilds an exception from its positional arguments, which would lose the
+        # remedy when it crosses a process boundary (data loaders, launchers).
         return _rebuild, (type(self), self.findings, self.remedy)
 
     def __str__(self) -> str:
@@ -62,7 +62,7 @@ def first_line(error: BaseException) -> str:
 
 
 class UsageError(PropulsionExportError):
-    """The call asks for something that cannot be."""
+    """The call asks for something impossible."""
 
     exit_code = 2
 
@@ -74,7 +74,7 @@ class UnknownAdapterError(UsageError):
 def unknown_adapters(
     directory: Path, unknown: Iterable[str], known: Sequence[str], *, remedy: str = ""
 ) -> UnknownAdapterError:
-    """The error that tells which names an artifact does not know, and some of those it does."""
+    """The error that lists the names an artifact has no adapter of, and some that it has."""
     more = f" and {len(known) - _NAMED} more" if len(known) > _NAMED else ""
     expected = f"expected one of {', '.join(known[:_NAMED])}{more}" if known else "it has none"
     return UnknownAdapterError(
@@ -89,7 +89,7 @@ class UnavailableError(PropulsionExportError):
 
 
 class InvalidInputError(PropulsionExportError):
-    """What was handed in is invalid, damaged, or does not belong together."""
+    """An input is invalid or damaged, or two inputs do not belong together."""
 
 
 class AdapterError(InvalidInputError):
@@ -109,4 +109,4 @@ class DataError(InvalidInputError):
 
 
 class ToolError(InvalidInputError):
-    """An exporter, parser or builder refused the input; its own first message is in the finding."""
+    """An exporter, parser or builder refused the input; the finding quotes its first message."""

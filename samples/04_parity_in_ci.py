@@ -1,4 +1,4 @@
-"""A verdict with an exit code and JUnit, as a CI job would ask for it."""
+"""A verdict with an exit code and JUnit, as a CI job needs it."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Gather rows of any adapters into batches: what the reference server is about, without HTTP."""
+"""Gather rows of any adapters into batches: the core of the reference server, without HTTP."""
 
 import asyncio
 import time
@@ -15,7 +15,7 @@ from propulsion_export import Reply, Session
 from propulsion_export.errors import ArtifactError, PropulsionExportError, UsageError
 
 WINDOW = 60.0  # seconds that Metrics looks back
-# Rows since the start by what became of them (`wrong`: by the caller's mistake), and batches.
+# Counts since the start: rows by outcome (`wrong`: the caller's mistake), and batches.
 TOTALS = ("received", "answered", "wrong", "failed", "refused", "abandoned", "batches")
 
 
@@ -29,25 +29,25 @@ Answer = Reply | Exception
 
 
 def answer(session: Session, rows: Sequence[Row]) -> list[Answer]:
-    """What the session says of each row, whatever is wrong with those beside it."""
+    """The session's answer for each row; an error in one row does not affect the others."""
     try:
         if any(not row.text.strip() for row in rows):
             raise UsageError("text: is empty, expected some words")
         replies = session([row.text for row in rows], adapter=[row.adapter for row in rows])
-        return [_of_nan(reply) if reply.has_nan else reply for reply in replies]
+        return [_nan_error(reply) if reply.has_nan else reply for reply in replies]
     except PropulsionExportError as error:
         if len(rows) == 1:
             return [error]
-        half = len(rows) // 2  # until whoever it is stands alone; a right row is computed once
+        half = len(rows) // 2  # until a failing row is alone; a good row is computed once
         return answer(session, rows[:half]) + answer(session, rows[half:])
 
 
-def _of_nan(reply: Reply) -> ArtifactError:
-    return ArtifactError(f"the adapter {reply.adapter!r} computes NaN of this text")
+def _nan_error(reply: Reply) -> ArtifactError:
+    return ArtifactError(f"the adapter {reply.adapter!r} computes NaN for this text")
 
 
 class Full(Exception):
-    """There is no room for more rows now."""
+    """The queue has no room for more rows now."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,9 +60,9 @@ class Waiting:
 @dataclass(frozen=True)
 class Limits:
     rows: int = 8  # in a batch; a GPU takes more
-    wait: float = 0.005  # seconds that the oldest row waits for company
+    wait: float = 0.005  # seconds that the oldest row waits for others
     queue: int = 1024  # rows that may wait
-    by_adapter: bool = False  # to compare: only rows of one adapter share a batch
+    by_adapter: bool = False  # only rows of one adapter share a batch, for comparison
 
 
 class Batcher:
@@ -77,11 +77,11 @@ class Batcher:
         self._closing = False
 
     def submit(self, rows: Sequence[Row]) -> list[asyncio.Future[Answer]]:
-        """All of them are accepted or none; a caller who has gone cancels its futures.
+        """Queue all of the rows or none; a caller that goes away cancels its futures.
 
         Raises:
-            Full: come again.
-            UsageError: there will never be room for so many.
+            Full: the queue has no room now; try again later.
+            UsageError: no rows, or more than the queue can ever hold.
         """
         most = self._limits.queue
         if not 0 < len(rows) <= most:
@@ -89,7 +89,10 @@ class Batcher:
         self._metrics.total["received"] += len(rows)
         if self._closing or len(self._queue) + len(rows) > most:
             self._metrics.total["refused"] += len(rows)
-            raise Full(f"the queue: has no room for {len(rows)} more of {most}. Try again.")
+            raise Full(
+                f"the queue: holds {len(self._queue)} of {most} rows, no room for {len(rows)} "
+                "more. Try again."
+            )
         loop, now = asyncio.get_running_loop(), time.monotonic()
         added = [Waiting(row, now, loop.create_future()) for row in rows]
         self._queue += added
@@ -97,7 +100,7 @@ class Batcher:
         return [waiting.answer for waiting in added]
 
     async def run(self) -> None:
-        """Until it is closed and has answered all that it accepted."""
+        """Compute batches until the batcher is closed and every accepted row is answered."""
         with ThreadPoolExecutor(1, "batch") as thread:
             while await self._enough():
                 if batch := self._take():
@@ -108,9 +111,9 @@ class Batcher:
         self._changed.set()
 
     async def _enough(self) -> bool:
-        """Once a batch is full or its oldest row has waited; false when there will be none."""
+        """Wait until a batch is full or its oldest row has waited; false once closed and empty."""
         while len(self._queue) < self._limits.rows and not self._closing:
-            left = None  # with an empty queue, as long as it takes
+            left = None  # an empty queue waits without a limit
             if self._queue:
                 left = self._queue[0].since + self._limits.wait - time.monotonic()
                 if left <= 0:
@@ -122,16 +125,16 @@ class Batcher:
         return bool(self._queue)
 
     def _take(self) -> list[Waiting]:
-        """The oldest row, and those whose length is nearest to its own: padding costs."""
-        here = [waiting for waiting in self._queue if not waiting.answer.cancelled()]
-        self._metrics.total["abandoned"] += len(self._queue) - len(here)
-        fitting = here
+        """The oldest row, and those whose length is nearest to its own, to save padding."""
+        kept = [waiting for waiting in self._queue if not waiting.answer.cancelled()]
+        self._metrics.total["abandoned"] += len(self._queue) - len(kept)
+        fitting = kept
         if self._limits.by_adapter:
-            fitting = [other for other in here if other.row.adapter == here[0].row.adapter]
-        nearest = sorted(fitting, key=lambda one: abs(len(one.row.text) - len(here[0].row.text)))
+            fitting = [other for other in kept if other.row.adapter == kept[0].row.adapter]
+        nearest = sorted(fitting, key=lambda one: abs(len(one.row.text) - len(kept[0].row.text)))
         batch = nearest[: self._limits.rows]
         taken = {id(waiting) for waiting in batch}
-        self._queue = deque(waiting for waiting in here if id(waiting) not in taken)
+        self._queue = deque(waiting for waiting in kept if id(waiting) not in taken)
         return batch
 
     async def _answer(self, batch: list[Waiting], thread: ThreadPoolExecutor) -> None:
@@ -139,16 +142,16 @@ class Batcher:
         started = asyncio.get_running_loop().run_in_executor(thread, self._compute, rows)
         try:
             answers = await started
-        except Exception as error:  # a bug: those it met are told, the next batch goes on
+        except Exception as error:  # a bug fails its batch; the next batch still runs
             answers = [error] * len(rows)
-        for waiting, told in zip(batch, answers, strict=True):
+        for waiting, result in zip(batch, answers, strict=True):
             if not waiting.answer.cancelled():
-                waiting.answer.set_result(told)
+                waiting.answer.set_result(result)
         self._metrics.batch(batch, answers)
 
 
 class Metrics:
-    """Counts rows since the start, and keeps what was answered within the window."""
+    """Counts since the start, and the answers and batches within the window."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.total = Counter(dict.fromkeys(TOTALS, 0))
@@ -160,14 +163,14 @@ class Metrics:
         now = self._clock()
         self.total["batches"] += 1
         self._batches.append((now, len(batch), len({one.row.adapter for one in batch})))
-        for waiting, told in zip(batch, answers, strict=True):
+        for waiting, result in zip(batch, answers, strict=True):
             if waiting.answer.cancelled():
                 self.total["abandoned"] += 1
-            elif isinstance(told, Reply):
+            elif isinstance(result, Reply):
                 self.total["answered"] += 1
-                self._rows.append((now, now - waiting.since, told.adapter))
+                self._rows.append((now, now - waiting.since, result.adapter))
             else:
-                wrong = isinstance(told, PropulsionExportError)
+                wrong = isinstance(result, PropulsionExportError)
                 self.total["wrong" if wrong else "failed"] += 1
         self._forget(now)
 

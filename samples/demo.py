@@ -1,4 +1,4 @@
-"""The whole road on real weights and real text, each step a public command.
+"""Every step on real weights and real text, each a public command.
 
     make demo
 
@@ -25,7 +25,7 @@ REACHED = 0.82  # held-out accuracy that the topic adapter has to reach
 
 
 def step(title: str, *arguments: str, may_not_run: bool = False) -> dict:
-    """Show a command, run it, and return what it says with --json."""
+    """Print a command, run it, and return its JSON output."""
     print(f"\n== {title}\n$ propulsion-export {shlex.join(arguments)}", flush=True)
     program = Path(sys.executable).with_name("propulsion-export")
     done = subprocess.run(
@@ -50,7 +50,7 @@ def train(name: str, base: str) -> dict:
 
 
 def judge(artifact: str) -> tuple[str, str, str, str, str]:
-    """A row of the closing table."""
+    """The verdict on an artifact, as a row of the final table."""
     report = step(
         f"The verdict on {artifact}",
         *("parity", f"{OUTPUT}/{artifact}", "--report", f"{OUTPUT}/parity/{artifact}"),
@@ -86,7 +86,7 @@ def main() -> None:
         *("onnx", *both, "--mode", "switchable", "-o", f"{OUTPUT}/onnx-switchable", "--no-parity"),
     )
     step(
-        "ONNX, another adapter in every row of a batch",
+        "ONNX, a different adapter in every row of a batch",
         *("onnx", *both, "--mode", "bank", "-o", f"{OUTPUT}/onnx-bank", "--no-parity"),
     )
     step(
@@ -94,13 +94,13 @@ def main() -> None:
         *("trt", f"{OUTPUT}/onnx-switchable", "-o", f"{OUTPUT}/engine"),
         *("--runtime", "tensorrt-rtx", "--target", "sm_89"),
     )
-    told = step(
+    output = step(
         "Predict: one batch, an adapter for each text",
         *("run", f"{OUTPUT}/onnx-bank"),
         *("--text", "a large wild cat with stripes", "--adapter", "topic"),
         *("--text", "to move fast on foot", "--adapter", "part-of-speech"),
     )
-    for item in told["predictions"]:
+    for item in output["predictions"]:
         print(f"{item['text']} -> {item['adapter']}: {item['label']} ({item['score']:.0%})")
     artifacts = ("merged", "onnx-folded", "onnx-switchable", "onnx-bank", "engine")
     rows = [judge(name) for name in artifacts]

@@ -1,10 +1,10 @@
-"""Load the reference server with texts for adapters at random; with two servers, compare them.
+"""Send texts for random adapters to the reference server; with two servers, compare them.
 
     .venv/bin/python samples/load.py --url http://127.0.0.1:8000 --requests 2000 --concurrency 32
     .venv/bin/python samples/load.py --against http://127.0.0.1:8001
 
-`--against` is a server with `--batch-by-adapter`. They take turns, so that what else the machine
-does meets both.
+`--against` is a server with `--batch-by-adapter`. They take turns, so that other work on the
+machine affects both.
 """
 
 import argparse
@@ -28,9 +28,9 @@ GLOSSES = Path(__file__).parent / "data" / "topic.held-out.jsonl"
 
 @dataclass(frozen=True)
 class Load:
-    """What came of one run."""
+    """The results of one run."""
 
-    latencies: Sequence[float]  # ms, of the answered
+    latencies: Sequence[float]  # ms, of the answered requests
     seconds: float
     statuses: Counter[int]
     rows_per_batch: float
@@ -52,13 +52,13 @@ class Load:
 def get(url: str, path: str) -> Any:
     connection = HTTPConnection(urlsplit(url).netloc, timeout=60)
     connection.request("GET", path)
-    told = json.loads(connection.getresponse().read())
+    body = json.loads(connection.getresponse().read())
     connection.close()
-    return told
+    return body
 
 
 def send(url: str, rows: Sequence[dict[str, str]]) -> list[tuple[int, float]]:
-    """Status and milliseconds of each row, one after the other on one connection."""
+    """Send rows one after the other on one connection; status and milliseconds of each."""
     connection = HTTPConnection(urlsplit(url).netloc, timeout=60)
     found = []
     for row in rows:
@@ -67,9 +67,9 @@ def send(url: str, rows: Sequence[dict[str, str]]) -> list[tuple[int, float]]:
             "POST", "/predict", json.dumps(row), {"content-type": "application/json"}
         )
         response = connection.getresponse()
-        told = json.loads(response.read())
+        body = json.loads(response.read())
         found.append((response.status, 1000 * (time.perf_counter() - started)))
-        assert response.status != 200 or told["adapter"] == row["adapter"], told
+        assert response.status != 200 or body["adapter"] == row["adapter"], body
     connection.close()
     return found
 
@@ -98,11 +98,11 @@ def mixed_rows(adapters: Sequence[str], count: int, seed: int) -> list[dict[str,
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Load the reference server.")
+    parser = argparse.ArgumentParser(description="Put load on the reference server.")
     parser.add_argument("--url", default="http://127.0.0.1:8000")
-    parser.add_argument("--against", help="another server, to compare with")
-    parser.add_argument("--requests", type=int, default=2000, help="in a round")
-    parser.add_argument("--concurrency", type=int, default=32)
+    parser.add_argument("--against", help="URL of another server, to compare with")
+    parser.add_argument("--requests", type=int, default=2000, help="per round")
+    parser.add_argument("--concurrency", type=int, default=32, help="number of clients")
     parser.add_argument("--rounds", type=int, default=3)
     chosen = parser.parse_args(arguments)
     urls = [chosen.url, *([chosen.against] if chosen.against else [])]
@@ -116,8 +116,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"{url}  {done}", flush=True)
         ratios.append(loads[0].throughput / loads[-1].throughput)
     if chosen.against:
-        told = ", ".join(f"{ratio:.2f}" for ratio in ratios)
-        print(f"throughput: {statistics.median(ratios):.2f} times the other's (rounds: {told})")
+        each = ", ".join(f"{ratio:.2f}" for ratio in ratios)
+        print(f"throughput: {statistics.median(ratios):.2f} times the other's (rounds: {each})")
 
 
 if __name__ == "__main__":

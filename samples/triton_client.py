@@ -1,4 +1,4 @@
-"""Ask Triton Inference Server, each text with an adapter of its own: `topic="a large wild cat"`."""
+"""Send texts to Triton Inference Server, each for an adapter: `topic="a large wild cat"`."""
 
 import argparse
 import json
@@ -13,7 +13,7 @@ BUCKET = 8  # tokens: Triton batches requests of equal lengths only, so there sh
 
 
 def encode(directory, texts, adapters):
-    """The tensors of a request by name: a row a text, padded to one length."""
+    """The tensors of a request by name: one row per text, padded to one length."""
     tokenizer = AutoTokenizer.from_pretrained(directory)
     known = json.loads((directory / "adapters.json").read_text(encoding="utf-8"))
     if unknown := set(adapters) - known.keys():
@@ -21,31 +21,31 @@ def encode(directory, texts, adapters):
     tokens = tokenizer(
         texts, padding=True, pad_to_multiple_of=BUCKET, truncation=True, return_tensors="np"
     )
-    # An id that is no adapter's is an error for the whole batch, or somebody else's adapter.
+    # An id of no adapter gives NaN, and an engine does not check ids at all.
     ids = [known[name]["id"] for name in adapters]
-    fed = {} if None in ids else {"adapter_ids": np.array(ids, np.int64)[:, None]}
+    id_feeds = {} if None in ids else {"adapter_ids": np.array(ids, np.int64)[:, None]}
     labels = [known[name]["labels"] for name in adapters]
-    # Some tokenizers leave out what some of their models want.
+    # Some models need token_type_ids although their tokenizer does not return them.
     types = {"token_type_ids": np.zeros_like(tokens["input_ids"])}
-    return {**types, **tokens, **fed}, tokens["attention_mask"], labels
+    return {**types, **tokens, **id_feeds}, tokens["attention_mask"], labels
 
 
-def ask(client, name, tensors):
-    """The model's outputs by name; of the tensors it is sent those that it has."""
-    known = client.get_model_metadata(name)
+def infer(client, name, tensors):
+    """The model's outputs by name; sends those of the tensors that are its inputs."""
+    metadata = client.get_model_metadata(name)
     inputs = []
-    for wanted in known["inputs"]:
+    for wanted in metadata["inputs"]:
         values = tensors[wanted["name"]].astype(triton_to_np_dtype(wanted["datatype"]))
         inputs.append(triton.InferInput(wanted["name"], values.shape, wanted["datatype"]))
         inputs[-1].set_data_from_numpy(values)
     result = client.infer(name, inputs)
-    return {output["name"]: result.as_numpy(output["name"]) for output in known["outputs"]}
+    return {output["name"]: result.as_numpy(output["name"]) for output in metadata["outputs"]}
 
 
 def predict(client, directory, texts, adapters):
-    """A label a text or, where each token has one, a list of them; other outputs' shapes."""
+    """For each text its label, or a label for each token; for other tasks the outputs' shapes."""
     tensors, mask, labels = encode(directory, texts, adapters)
-    outputs = ask(client, directory.name, tensors)
+    outputs = infer(client, directory.name, tensors)
     if "logits" not in outputs or None in labels:
         return [
             {name: values[row].shape for name, values in outputs.items()}
@@ -61,7 +61,7 @@ def predict(client, directory, texts, adapters):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("directory", type=Path, help="of the model in the repository")
+    parser.add_argument("directory", type=Path, help="the model's directory in the repository")
     parser.add_argument("texts", nargs="+", metavar="ADAPTER=TEXT", help="`base`: no adapter")
     parser.add_argument("--url", default="localhost:8000")
     given = parser.parse_args()

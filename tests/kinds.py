@@ -13,5 +13,6 @@ DECODERS = (
     "mixtral",
     "qwen3-moe",
 )
+EXPERTS = ("mixtral", "qwen3-moe")
 ENCODER_DECODERS = ("t5", "bart")
 GENERATIVE = (*DECODERS, *ENCODER_DECODERS)

@@ -5,16 +5,18 @@
 | `tiny_bert` | `tiny_bert(task="text-classification", seed=0, **config)`: a BERT to evaluate |
 | `tiny_model` | `tiny_model(kind, task="text-classification", seed=0, **config)`: any of KINDS |
 | `tiny_checkpoint` | `tiny_checkpoint(kind="bert", task="text-classification")`: a directory that |
-|  | holds such a model and a tokenizer; shared by the whole session: copy before changing |
+|  | holds such a model and a tokenizer; shared by the whole run: copy before changing |
 | `tiny_tokenizer` | a WordPiece tokenizer with the 100 entries of the models' vocabulary |
 | `random_adapter` | `random_adapter(model, seed=1, name="tuned", ...)`: never the identity |
 
-KINDS are bert, roberta, distilbert, electra, deberta-v2, albert and mpnet; TASKS those of
-`propulsion_export.base_model.loading`. `kinds.py` has the generative models, for parametrising; their
-task is chosen by itself. All have 32 channels, 2 layers, 4 heads and 100 tokens; encoders have 40
-positions, generative models 160. Biases and norms are random too: transformers starts them at zero
-and one, where a mistake with them does not show.
+KINDS are bert, roberta, distilbert, electra, deberta-v2, albert and mpnet; TASKS those
+of `propulsion_export.base_model.tasks`. `kinds.py` has the generative models, for parametrising;
+their task is chosen by itself. All have 32 channels, 2 layers, 4 heads and 100 tokens; encoders
+have 40 positions, generative models 160. Biases and norms are random too: transformers starts them
+at zero and one, where a mistake with them does not show.
 """
+
+from functools import cache
 
 import numpy as np
 import pytest
@@ -348,15 +350,12 @@ def tiny_tokenizer(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def tiny_checkpoint(tmp_path_factory):
-    made = {}
-
+def tiny_checkpoint(shared):
     def make(kind="bert", task="text-classification"):
-        if (kind, task) not in made:
-            directory = tmp_path_factory.mktemp(f"{kind}-{task}")
+        def fill(directory):
             make_model(kind, task).save_pretrained(directory)
             save_tokenizer(directory, generative=kind in _GENERATIVE)
-            made[kind, task] = directory
-        return made[kind, task]
 
-    return make
+        return shared(f"checkpoint-{kind}-{task}", fill)
+
+    return cache(make)

@@ -1,4 +1,4 @@
-"""A tiny base model, two adapters and a switchable export that many tests start from.
+"""Tiny base models, two adapters for each and their exports, which many tests start from.
 
 Two adapters of different label counts, one with trained biases; nothing is the identity.
 """
@@ -6,12 +6,14 @@ Two adapters of different label counts, one with trained biases; nothing is the 
 import json
 import shutil
 from dataclasses import replace
+from functools import cache
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from tiny_models import LABELS
 
-from kinds import ENCODER_DECODERS
+from kinds import ENCODER_DECODERS, EXPERTS, GENERATIVE
 from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.adapters.scales import Scale
 from propulsion_export.artifacts.artifact import Artifact
@@ -56,66 +58,124 @@ def positive_adapter(random_adapter):
 
 
 @pytest.fixture(scope="session")
-def world(tmp_path_factory, tiny_model, tiny_checkpoint, positive_adapter, write_adapter):
+def world(shared, tiny_model, tiny_checkpoint, positive_adapter, write_adapter):
     """Base model, adapters `three` (3 labels, trained biases) and `five` (5 labels), on disk."""
-    root = tmp_path_factory.mktemp("world")
     base = tiny_checkpoint("bert", "feature-extraction")
-    adapters = {}
-    for seed, name, count in ((1, "three", 3), (2, "five", 5)):
-        names = tuple(f"{name}-{index}" for index in range(count))
-        model = tiny_model("bert", num_labels=count, id2label=None, label2id=None)
-        made = positive_adapter(
-            model, seed, name, head=True, biases=name == "three", labels=names,
-            task="text-classification",
-        )  # fmt: skip
-        made = replace(made, base=str(base), fingerprint=fingerprint_of_model(_load(base)))
-        adapters[name] = write_adapter(made, root / name)
-    return SimpleNamespace(base=base, root=root, three=adapters["three"], five=adapters["five"])
+
+    def fill(root):
+        for seed, name, count in ((1, "three", 3), (2, "five", 5)):
+            names = tuple(f"{name}-{index}" for index in range(count))
+            model = tiny_model("bert", num_labels=count, id2label=None, label2id=None)
+            made = positive_adapter(
+                model, seed, name, head=True, biases=name == "three", labels=names,
+                task="text-classification",
+            )  # fmt: skip
+            fingerprint = fingerprint_of_model(_load(base))
+            write_adapter(replace(made, base=str(base), fingerprint=fingerprint), root / name)
+
+    root = shared("world", fill)
+    return SimpleNamespace(base=base, root=root, three=root / "three", five=root / "five")
 
 
 @pytest.fixture(scope="session")
-def switchable(world):
-    """The switchable export of both adapters; copy it before changing it."""
-    output = world.root / "switchable"
-    export_onnx([world.three, world.five], output, mode="switchable")
-    return output
+def export_world(world, shared):
+    """`export_world(mode, dtype)`: `three` folded, or both adapters; copy it before changing it."""
 
+    @cache
+    def make(mode, dtype="keep"):
+        adapters = [world.three] if mode == "folded" else [world.three, world.five]
 
-@pytest.fixture(scope="session")
-def folded(world):
-    """The folded export of `three`; copy it before changing it."""
-    output = world.root / "folded"
-    export_onnx([world.three], output)
-    return output
+        def fill(directory):
+            export_onnx(adapters, directory / mode, mode=mode, dtype=dtype)
 
-
-@pytest.fixture(scope="session")
-def banked(world):
-    """The bank of both adapters; copy it before changing it."""
-    output = world.root / "banked"
-    export_onnx([world.three, world.five], output, mode="bank")
-    return output
-
-
-@pytest.fixture(scope="session")
-def make_world(tmp_path_factory, tiny_model, tiny_checkpoint, positive_adapter, write_adapter):
-    """`make_world(kind)`: a base model and two adapters for it, on disk."""
-    worlds = {}
-
-    def make(kind):
-        if kind not in worlds:
-            task = "text2text-generation" if kind in ENCODER_DECODERS else "text-generation"
-            base = tiny_checkpoint(kind, task)
-            model = tiny_model(kind)
-            root = tmp_path_factory.mktemp(kind)
-            for seed, name in ((1, "one"), (2, "two")):
-                made = positive_adapter(model, seed, name, task=task)
-                made = replace(made, base=str(base), fingerprint=fingerprint_of_model(model))
-                write_adapter(made, root / name)
-            worlds[kind] = SimpleNamespace(base=base, one=root / "one", two=root / "two", task=task)
-        return worlds[kind]
+        return shared(f"world-{mode}-{dtype}", fill) / mode
 
     return make
+
+
+@pytest.fixture(scope="session")
+def switchable(export_world):
+    """The switchable export of both adapters; copy it before changing it."""
+    return export_world("switchable")
+
+
+@pytest.fixture(scope="session")
+def folded(export_world):
+    """The folded export of `three`; copy it before changing it."""
+    return export_world("folded")
+
+
+@pytest.fixture(scope="session")
+def banked(export_world):
+    """The bank of both adapters; copy it before changing it."""
+    return export_world("bank")
+
+
+@pytest.fixture(scope="session")
+def make_world(shared, tiny_model, tiny_checkpoint, positive_adapter, write_adapter):
+    """`make_world(kind, task)`: a base model and two adapters for it, `one` and `two`, on disk.
+
+    Encoders' are trained in their biases and their head too, if they have any. Of experts only the
+    attention is scaled where `experts` is false, as a bank has it.
+    """
+
+    @cache
+    def make(kind, task=None, *, experts=True):
+        if kind in GENERATIVE:
+            task = "text2text-generation" if kind in ENCODER_DECODERS else "text-generation"
+        model = tiny_model(kind, *(() if kind in GENERATIVE else (task,)))
+        base = tiny_checkpoint(kind, task)
+        options = {
+            "biases": kind not in ("deberta-v2", *GENERATIVE),
+            "head": task in ("text-classification", "token-classification", "question-answering"),
+            "labels": LABELS if task == "token-classification" else None,
+            "only": None if experts else "self_attn",
+        }
+
+        def fill(root):
+            fingerprint = fingerprint_of_model(model)
+            for seed, name in ((1, "one"), (2, "two")):
+                made = positive_adapter(model, seed, name, task=task, **options)
+                write_adapter(replace(made, base=str(base), fingerprint=fingerprint), root / name)
+
+        root = shared(f"adapters-{kind}-{task}" + ("" if experts else "-attention"), fill)
+        return SimpleNamespace(
+            base=base, model=model, root=root, one=root / "one", two=root / "two", task=task
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def exported(make_world, shared):
+    """`exported(kind, mode, dtype, task)`: folded has the adapter `one`, the others both.
+
+    Copy it before changing it.
+    """
+
+    @cache
+    def make(kind, mode, dtype="keep", task=None):
+        world = make_world(kind, task, experts=mode != "bank" or kind not in EXPERTS)
+        adapters = [world.one] if mode == "folded" else [world.one, world.two]
+
+        def fill(directory):
+            untie = mode == "folded" and task == "fill-mask"  # whose head shares the embedding
+            export_onnx(adapters, directory / mode, mode=mode, dtype=dtype, untie=untie)
+
+        return shared(f"export-{kind}-{world.task}-{mode}-{dtype}", fill) / mode
+
+    return make
+
+
+@pytest.fixture
+def out_of_range(world, write_adapter, tmp_path):
+    """`three`, whose first scale in float16 is inf in channel 4 and rounds badly in channel 5."""
+    adapter = Adapter.read(world.three)
+    path = next(iter(adapter.scales))
+    values = adapter.scales[path].values.copy()
+    values[4:6] = 1e5, 1e-7
+    changed = replace(adapter, scales={**adapter.scales, path: Scale(values)})
+    return write_adapter(changed, tmp_path / "out-of-range")
 
 
 @pytest.fixture

@@ -1,1 +1,1 @@
-"""What was trained on top of a base model: scales, biases, heads, and what they were trained on."""
+"""Adapters: scales, biases and heads trained on a base model, read from and written to disk."""

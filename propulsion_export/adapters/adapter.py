@@ -1,25 +1,28 @@
-"""An adapter as every stage after training sees it: effective scales by module path.
+"""An adapter as all stages after training use it: effective scales by module path.
 
 A Propulsion vector z of degree k acts as the scale s = z**k (arXiv 2409.10927). (IA)^3 vectors are
-scales already; those of its feed-forward modules multiply a layer's INPUT. numpy and safetensors
-are all that is needed.
+scales already; those of its feed-forward modules multiply a layer's INPUT. This module needs only
+numpy and safetensors.
 """
 
 import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import save
 
+from propulsion_export.adapters.names import name_of
 from propulsion_export.adapters.peft_directory import (
     BIAS_SUFFIX,
-    CONFIG_FILE,
+    PEFT_CONFIG,
+    PEFT_WEIGHTS,
     PREFIX,
     VECTOR_SUFFIX,
-    WEIGHTS_FILE,
     read_peft_directory,
 )
 from propulsion_export.adapters.scales import Array, Scale
@@ -30,18 +33,18 @@ from propulsion_export.errors import AdapterError
 
 @dataclass(frozen=True)
 class Adapter:
-    """What was trained on top of a frozen base model.
+    """The parameters trained on top of a frozen base model, and their provenance.
 
     Attributes:
-        name: what the adapter is called in artifacts; a directory's name unless said otherwise.
-        scales: by module path of the base model, or name of a parameter that holds experts.
+        name: the adapter's name in artifacts; by default its directory's name.
+        scales: the scales by module path of the base model, or by name of an experts' parameter.
         biases: trained biases, shape [channels], by module path; they replace the frozen ones
             inside the product: (x W^T + b) * s.
         modules: parameters of modules trained and saved whole (the head), by parameter name.
-        base: name or path of the base model it was trained on.
-        fingerprint: of that base model; None for adapters of other tools.
-        task: such as `text-classification`; None when the adapter does not say.
-        labels: class names in the order of the logits; None when the adapter does not say.
+        base: name or path of the base model that the adapter was trained on.
+        fingerprint: the fingerprint of that base model; None for adapters of other tools.
+        task: a task such as `text-classification`; None if the adapter names none.
+        labels: class names in the order of the logits; None if the adapter names none.
     """
 
     name: str
@@ -55,12 +58,12 @@ class Adapter:
 
     @property
     def size(self) -> int:
-        """How many scales there are in all."""
+        """The number of scales of all modules together."""
         return sum(scale.values.size for scale in self.scales.values())
 
-    @property
+    @cached_property
     def digest(self) -> str:
-        """`sha256:…` of everything that changes what the adapter computes; not of its name."""
+        """`sha256:…` of everything that affects the outputs, so not of the name; computed once."""
         digest = hashlib.sha256()
         for kind, arrays in (
             ("scale", {path: scale.values for path, scale in self.scales.items()}),
@@ -75,7 +78,7 @@ class Adapter:
         return f"sha256:{digest.hexdigest()}"
 
     def is_identity(self) -> bool:
-        """Whether the frozen layers compute as without it: all scales one, no trained bias."""
+        """Whether the frozen layers compute the same without the adapter; its head may differ."""
         return not self.biases and all((s.values == 1).all() for s in self.scales.values())
 
     @classmethod
@@ -83,13 +86,13 @@ class Adapter:
         """Read a PEFT adapter directory, `peft_type` PROPULSION or IA3.
 
         Raises:
-            AdapterError: something is missing, damaged, of the wrong shape, not finite, of another
-                method, or would run code to be read.
+            AdapterError: something is missing, damaged, of the wrong shape or not finite; the
+                adapter is of another method, or only a pickle.
         """
         directory = Path(directory).expanduser()
         found = read_peft_directory(directory)
         return cls(
-            name=name or directory.resolve().name,
+            name=name or name_of(directory),
             scales=found.scales,
             biases=found.biases,
             modules=found.modules,
@@ -100,14 +103,21 @@ class Adapter:
         )
 
     def write(self, directory: Path) -> None:
-        """Write as a degree-1 Propulsion adapter, which PEFT reads once this package is imported.
+        """Write a Propulsion adapter of degree 1, which PEFT reads once this package is imported.
 
-        `directory` must exist. Input-side scales have no Propulsion form; scales are rounded to
-        float32, the rest keeps its dtype.
+        `directory` must exist. Scales are rounded to float32; everything else keeps its dtype.
 
         Raises:
-            AdapterError: a scale multiplies a module's input, or is too large for float32.
+            AdapterError: a scale multiplies a module's input, which Propulsion cannot express, or
+                is too large for float32.
         """
+        config = json.dumps(self._peft_config(), indent=2) + "\n"
+        weights = save(self._peft_tensors(), metadata={"format": "pt"})
+        (directory / PEFT_CONFIG).write_text(config, encoding="utf-8")
+        (directory / PEFT_WEIGHTS).write_bytes(weights)
+
+    def _peft_tensors(self) -> dict[str, Array]:
+        """What PEFT's file of weights holds, by PEFT's names."""
         inputs = [path for path, scale in self.scales.items() if scale.side == "input"]
         if inputs:
             raise AdapterError(
@@ -122,7 +132,7 @@ class Adapter:
                 for path, scale in self.scales.items()
             }
         overflowing = [
-            f"{key.removeprefix(PREFIX)}: holds a scale that float32 has no number for"
+            f"{key.removeprefix(PREFIX)}: holds a scale that is too large for float32"
             for key, values in tensors.items()
             if not np.isfinite(values).all()
         ]
@@ -130,27 +140,26 @@ class Adapter:
             raise AdapterError(*overflowing)
         tensors |= {f"{PREFIX}{path}{BIAS_SUFFIX}": bias for path, bias in self.biases.items()}
         tensors |= {PREFIX + name: values for name, values in self.modules.items()}
-        # safetensors writes memory as it lies, whatever the strides say.
-        tensors = {key: np.ascontiguousarray(values) for key, values in tensors.items()}
-        peft_type = TASKS[self.task].peft_type if self.task in TASKS else None
-        config = {
+        # safetensors writes an array's memory and ignores its strides.
+        return {key: np.ascontiguousarray(values) for key, values in tensors.items()}
+
+    def _peft_config(self) -> dict[str, Any]:
+        """What PEFT's configuration file holds."""
+        # PEFT knows modules only; an experts' parameter is named by the module that has it.
+        targets = {
+            path.rpartition(".")[0] if scale.values.ndim > 1 else path
+            for path, scale in self.scales.items()
+        }
+        return {
             "peft_type": "PROPULSION",
             "degree": 1,
-            "target_modules": sorted(
-                # PEFT knows modules only; the experts' module owns the parameter.
-                {
-                    path.rpartition(".")[0] if scale.values.ndim > 1 else path
-                    for path, scale in self.scales.items()
-                }
-            ),
+            "target_modules": sorted(targets),
             "train_bias": bool(self.biases),
             "modules_to_save": sorted({name.rpartition(".")[0] for name in self.modules}) or None,
             "base_model_name_or_path": self.base,
             "base_fingerprint": self.fingerprint.to_json() if self.fingerprint else None,
             "labels": list(self.labels) if self.labels else None,
             "scaled_modules": len(self.scales),
-            "task_type": peft_type,
+            "task_type": TASKS[self.task].peft_type if self.task in TASKS else None,
             "inference_mode": True,
         }
-        (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        (directory / WEIGHTS_FILE).write_bytes(save(tensors, metadata={"format": "pt"}))

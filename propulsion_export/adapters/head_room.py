@@ -1,4 +1,4 @@
-"""Room for heads with different numbers of labels in one model."""
+"""Pad heads with different numbers of labels to one size, so that they fit one model."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,7 +10,7 @@ from propulsion_export.adapters.scales import Array
 
 
 def labels_of(adapters: Sequence[Adapter], label_parameters: frozenset[str]) -> int | None:
-    """The most labels that any adapter's head has; None when none brings a head."""
+    """The largest number of labels of any adapter's head; None if no adapter has a head."""
     counts = [
         values.shape[0]
         for adapter in adapters
@@ -32,7 +32,7 @@ def with_room(adapter: Adapter, labels: int | None, label_parameters: frozenset[
 
 
 def without_scales(adapter: Adapter) -> Adapter:
-    """What is left when the scales and trained biases are taken away: the head."""
+    """The adapter without its scales and trained biases: only its head."""
     return replace(adapter, scales={}, biases={})
 
 

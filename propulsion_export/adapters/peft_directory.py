@@ -1,4 +1,4 @@
-"""A PEFT adapter directory, read and checked: Propulsion's and (IA)^3's.
+"""Read and check a PEFT adapter directory of Propulsion or (IA)^3.
 
 The power z**k is computed here, once, in float64. Nothing is unpickled.
 """
@@ -19,20 +19,20 @@ from propulsion_export.adapters.scales import Array, Scale, Side
 from propulsion_export.base_model.fingerprint import Fingerprint
 from propulsion_export.errors import AdapterError
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
+PEFT_CONFIG = "adapter_config.json"
+PEFT_WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 VECTOR_SUFFIX = ".propulsion_z"
 BIAS_SUFFIX = ".propulsion_bias"
 IA3_SUFFIX = ".ia3_l"
 
-# Any vector of two different numbers overflows or vanishes long before.
+# Far above any degree whose power of two different numbers neither overflows nor vanishes.
 _LARGEST_DEGREE = 2**53
 
 
 @dataclass(frozen=True)
 class PeftDirectory:
-    """What the directory says; see `Adapter` for the meaning of each."""
+    """The content of the directory; `Adapter` describes each field."""
 
     scales: Mapping[str, Scale]
     biases: Mapping[str, Array]
@@ -47,15 +47,15 @@ def read_peft_directory(directory: Path) -> PeftDirectory:
     """Read a directory that PEFT's `save_pretrained` wrote.
 
     Raises:
-        AdapterError: something is missing, damaged, of the wrong shape, not finite, of another
-            method, or would run code to be read.
+        AdapterError: something is missing, damaged, of the wrong shape or not finite; the adapter
+            is of another method, or only a pickle.
     """
     config = _read_config(directory)
     tensors = _read_tensors(directory)
     kind = config.get("peft_type")
     if kind not in ("PROPULSION", "IA3"):
         raise AdapterError(
-            f"{directory / CONFIG_FILE}: peft_type is {_short(kind)}, expected "
+            f"{directory / PEFT_CONFIG}: peft_type is {_short(kind)}, expected "
             "'PROPULSION' or 'IA3'",
             remedy="Other methods are not element-wise scales and cannot be exported by this tool.",
         )
@@ -63,7 +63,7 @@ def read_peft_directory(directory: Path) -> PeftDirectory:
     scales, rest = read_scales(directory, config, tensors)
     if not scales:
         raise AdapterError(
-            f"{directory / WEIGHTS_FILE}: holds no scale at all, expected one per module"
+            f"{directory / PEFT_WEIGHTS}: holds no scale, expected one for each module"
         )
     _check_complete(directory, config, scales)
     biases = _strip(rest, BIAS_SUFFIX)
@@ -75,7 +75,7 @@ def read_peft_directory(directory: Path) -> PeftDirectory:
         modules={
             key.removeprefix(PREFIX): values
             for key, values in rest.items()
-            # PEFT adds a copy of the frozen embedding when that is a target.
+            # PEFT also saves a copy of a frozen embedding that is a target.
             if not key.endswith(BIAS_SUFFIX) and ".base_layer." not in key
         },
         base=_base(directory, config),
@@ -86,10 +86,10 @@ def read_peft_directory(directory: Path) -> PeftDirectory:
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
-    file = directory / CONFIG_FILE
-    if not os.path.isfile(file):  # noqa: PTH113 - of any path, it does not raise
+    file = directory / PEFT_CONFIG
+    if not os.path.isfile(file):  # noqa: PTH113 - never raises, whatever the path
         raise AdapterError(
-            f"{directory}: has no {CONFIG_FILE}, expected a PEFT adapter directory",
+            f"{directory}: has no {PEFT_CONFIG}, expected a PEFT adapter directory",
             remedy="`propulsion-export train` writes one.",
         )
     try:
@@ -97,22 +97,22 @@ def _read_config(directory: Path) -> dict[str, Any]:
     except OSError as error:
         raise AdapterError(f"{file}: cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
-        raise AdapterError(f"{file}: is no JSON ({error})") from error
+        raise AdapterError(f"{file}: is not valid JSON ({error})") from error
     if not isinstance(config, dict):
         raise AdapterError(f"{file}: holds a {type(config).__name__}, expected an object")
     return config
 
 
 def _read_tensors(directory: Path) -> dict[str, Array]:
-    file = directory / WEIGHTS_FILE
+    file = directory / PEFT_WEIGHTS
     if not file.is_file():
         pickled = (directory / "adapter_model.bin").exists()
         raise AdapterError(
-            f"{directory}: has no {WEIGHTS_FILE}"
+            f"{directory}: has no {PEFT_WEIGHTS}"
             + (", only a pickle, which could run code and is not read" if pickled else ""),
             remedy="Save the adapter with PEFT's save_pretrained, which writes safetensors.",
         )
-    # Registers bfloat16 with numpy, which safetensors needs to load it.
+    # Registers bfloat16 with numpy, so that safetensors can load it.
     import ml_dtypes  # noqa: F401
 
     try:
@@ -121,7 +121,7 @@ def _read_tensors(directory: Path) -> dict[str, Array]:
         raise AdapterError(
             f"{file}: is truncated or damaged ({error})", remedy="Copy or save it again."
         ) from error
-    except (AttributeError, TypeError, KeyError) as error:  # what it does for a float8
+    except (AttributeError, TypeError, KeyError) as error:  # what safetensors raises for float8
         raise AdapterError(
             f"{file}: holds a dtype that numpy does not have ({error})",
             remedy="Save the adapter in float32, float16 or bfloat16.",
@@ -160,8 +160,8 @@ def _propulsion_scales(
     with np.errstate(over="ignore"):
         powers = {path: vector.astype(np.float64) ** degree for path, vector in vectors.items()}
     beyond = [
-        f"{directory / WEIGHTS_FILE}: {path} holds a vector whose power {degree:g} is beyond every "
-        "number"
+        f"{directory / PEFT_WEIGHTS}: {path} holds a vector whose power {degree:g} "
+        "overflows float64"
         for path, values in powers.items()
         if not np.isfinite(values).all()
     ]
@@ -175,10 +175,10 @@ def _propulsion_scales(
 def _degree(directory: Path, config: Mapping[str, Any]) -> float:
     degree: Any = config.get("degree")
     number = isinstance(degree, int | float) and not isinstance(degree, bool)
-    # Compared before it is converted: JSON has integers beyond every float, NaN and Infinity too.
+    # Compared before it is converted: JSON may hold integers beyond float64, NaN and Infinity.
     if not number or not 0 < degree < _LARGEST_DEGREE:
         raise AdapterError(
-            f"{directory / CONFIG_FILE}: degree is {_short(degree)}, expected a positive number"
+            f"{directory / PEFT_CONFIG}: degree is {_short(degree)}, expected a positive number"
         )
     return float(degree)
 
@@ -194,7 +194,7 @@ def _short(value: Any) -> str:
 def _ia3_scales(
     directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Array]
 ) -> tuple[dict[str, Scale], dict[str, Array]]:
-    # One dimension counts the channels, the others are 1, whatever the layer's kind.
+    # One dimension counts the channels and the others are 1, for every class of layer.
     flat = {
         path: vector.reshape(-1) if vector.size in vector.shape else vector
         for path, vector in _strip(tensors, IA3_SUFFIX).items()
@@ -219,27 +219,27 @@ def _ia3_side(path: str, config: Mapping[str, Any]) -> Side:
 
 def _check_feedforward(directory: Path, config: Mapping[str, Any]) -> None:
     feedforward = config.get("feedforward_modules") or []
-    file = directory / CONFIG_FILE
+    file = directory / PEFT_CONFIG
     if isinstance(feedforward, str):
         try:
             re.compile(feedforward)
         except re.error as error:
             raise AdapterError(
-                f"{file}: feedforward_modules is no regular expression ({error})"
+                f"{file}: feedforward_modules is not a regular expression ({error})"
             ) from error
     elif not _is_names(feedforward):
-        raise AdapterError(f"{file}: feedforward_modules is no list of names")
+        raise AdapterError(f"{file}: feedforward_modules is not a list of names")
 
 
 def _check_complete(
     directory: Path, config: Mapping[str, Any], scales: Mapping[str, Scale]
 ) -> None:
-    """A vector that got lost would leave its layer at 1, and no comparison could tell."""
+    """Refuse an adapter that lost a vector: its layer would be unscaled without any sign of it."""
     expected = config.get("scaled_modules")
     if expected is not None and expected != len(scales):
         raise AdapterError(
-            f"{directory / WEIGHTS_FILE}: holds vectors for {len(scales)} modules, expected "
-            f"{_short(expected)} by {CONFIG_FILE}",
+            f"{directory / PEFT_WEIGHTS}: holds vectors for {len(scales)} modules, expected "
+            f"{_short(expected)} by {PEFT_CONFIG}",
             remedy="Copy or save the adapter again.",
         )
 
@@ -260,13 +260,13 @@ def _check_vectors(directory: Path, vectors: Mapping[str, Array], *, experts: bo
         if vector.ndim not in dimensions or vector.size == 0
     ]
     if wrong:
-        raise AdapterError(*(f"{directory / WEIGHTS_FILE}: {finding}" for finding in wrong))
+        raise AdapterError(*(f"{directory / PEFT_WEIGHTS}: {finding}" for finding in wrong))
     _check_finite(directory, vectors)
 
 
 def _check_finite(directory: Path, tensors: Mapping[str, Array]) -> None:
     bad = [
-        f"{directory / WEIGHTS_FILE}: {key} holds {int((~np.isfinite(values)).sum())} entries "
+        f"{directory / PEFT_WEIGHTS}: {key} holds {int((~np.isfinite(values)).sum())} entries "
         "that are NaN or infinite, expected finite numbers"
         for key, values in tensors.items()
         if not np.isfinite(values.astype(np.float64)).all()
@@ -279,10 +279,10 @@ def _check_biases(
     directory: Path, scales: Mapping[str, Scale], biases: Mapping[str, Array]
 ) -> None:
     wrong = [
-        f"{directory / WEIGHTS_FILE}: {path} has a bias of shape {list(bias.shape)}, expected "
+        f"{directory / PEFT_WEIGHTS}: {path} has a bias of shape {list(bias.shape)}, expected "
         f"{list(scales[path].values.shape)}"
         if path in scales
-        else f"{directory / WEIGHTS_FILE}: {path} has a trained bias but no scale"
+        else f"{directory / PEFT_WEIGHTS}: {path} has a trained bias but no scale"
         for path, bias in biases.items()
         if path not in scales or bias.shape != scales[path].values.shape
     ]
@@ -298,7 +298,7 @@ def _fingerprint(directory: Path, config: Mapping[str, Any]) -> Fingerprint | No
         return Fingerprint.from_json(value)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise AdapterError(
-            f"{directory / CONFIG_FILE}: base_fingerprint is damaged ({error!r})"
+            f"{directory / PEFT_CONFIG}: base_fingerprint is damaged ({error!r})"
         ) from error
 
 
@@ -307,7 +307,7 @@ def _labels(directory: Path, config: Mapping[str, Any]) -> tuple[str, ...] | Non
     if labels is None:
         return None
     if not _is_names(labels):
-        raise AdapterError(f"{directory / CONFIG_FILE}: labels is no list of names")
+        raise AdapterError(f"{directory / PEFT_CONFIG}: labels is not a list of names")
     return tuple(labels)
 
 
@@ -315,7 +315,7 @@ def _base(directory: Path, config: Mapping[str, Any]) -> str | None:
     base = config.get("base_model_name_or_path")
     if base is not None and not isinstance(base, str):
         raise AdapterError(
-            f"{directory / CONFIG_FILE}: base_model_name_or_path is {_short(base)}, expected a name"
+            f"{directory / PEFT_CONFIG}: base_model_name_or_path is {_short(base)}, expected a name"
         )
     return base
 

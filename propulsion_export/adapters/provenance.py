@@ -1,4 +1,4 @@
-"""The base model that adapters were trained on: where it is, and whether a model is it."""
+"""Find the base model that adapters were trained on, and check that a model is that one."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,10 +6,7 @@ from pathlib import Path
 from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.base_model.fingerprint import Fingerprint
 from propulsion_export.base_model.tasks import TaskName
-from propulsion_export.errors import (
-    BaseModelError,
-    UsageError,
-)
+from propulsion_export.errors import BaseModelError, UsageError
 
 
 def adapter_tasks(adapters: Sequence[Adapter]) -> set[TaskName]:
@@ -38,7 +35,7 @@ def base_source(model: str | None, adapters: Sequence[Adapter]) -> str:
 
 
 def absolute(source: str) -> str:
-    """A local path made absolute, so that an artifact finds it from anywhere; a name as it is."""
+    """A local path as an absolute path, which an artifact can record; a hub name unchanged."""
     directory = Path(source).expanduser()
     return str(directory.resolve()) if directory.exists() else source
 

@@ -1,4 +1,4 @@
-"""What an adapter is made of: one scale for each module, or expert weight, it touches."""
+"""The scale of one module, or of the weights of a mixture's experts."""
 
 from typing import Any, Literal, NamedTuple
 
@@ -9,10 +9,10 @@ Side = Literal["output", "input"]
 
 
 class Scale(NamedTuple):
-    """What one module's output (or, in (IA)^3's feed-forward modules, its input) is multiplied by.
+    """The factors of one module's output (or of its input, in (IA)^3's feed-forward modules).
 
-    `values`, float64, has shape [channels]. Where all experts of a mixture share one parameter of
-    three dimensions, the scale's path is that parameter's and `values` has shape
+    `values`, float64, has shape [channels]. If all experts of a mixture share one parameter of
+    three dimensions, the scale's path is that parameter's name and `values` has shape
     [experts, channels].
     """
 

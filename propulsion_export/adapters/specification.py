@@ -1,4 +1,4 @@
-"""What every verb starts with: adapters and texts read, the base model found and recognised."""
+"""Read the adapters that a caller names as `DIR` or `NAME=DIR`."""
 
 import os
 from collections.abc import Sequence
@@ -6,31 +6,26 @@ from dataclasses import replace
 from pathlib import Path
 
 from propulsion_export.adapters.adapter import Adapter
-from propulsion_export.adapters.names import check_name
-from propulsion_export.errors import (
-    AdapterError,
-    UsageError,
-)
+from propulsion_export.adapters.names import check_name, name_of
+from propulsion_export.errors import AdapterError, UsageError
 
 
 def read_adapters(specifications: Sequence[str | Path]) -> list[Adapter]:
-    """Read `DIR` or `NAME=DIR` each; names are unique and fit into file names.
+    """Read adapters, each given as `DIR` or `NAME=DIR`.
 
     Raises:
-        UsageError: two of one name, or a name that is reserved or unfit.
-        AdapterError: one cannot be read.
+        UsageError: two adapters have the same name, or a name is not allowed.
+        AdapterError: an adapter cannot be read.
     """
     adapters: list[Adapter] = []
     for specification in specifications:
         name, directory = _split(specification)
-        adapter = Adapter.read(
-            directory, check_name(directory.absolute().name if name is None else name)
-        )
+        adapter = Adapter.read(directory, check_name(name_of(directory) if name is None else name))
         if adapter.base is not None:
             adapter = replace(adapter, base=_beside(adapter.base, directory))
         if adapter.name in {other.name for other in adapters}:
             raise UsageError(
-                f"two adapters are called {adapter.name!r}, expected names of their own",
+                f"two adapters are called {adapter.name!r}, expected different names",
                 remedy="Name them: -a one=DIR -a two=DIR.",
             )
         adapters.append(adapter)
@@ -38,21 +33,21 @@ def read_adapters(specifications: Sequence[str | Path]) -> list[Adapter]:
 
 
 def source_of(specification: str | Path) -> str:
-    """Where an adapter given as `DIR` or `NAME=DIR` lies, absolute."""
+    """The absolute directory of an adapter given as `DIR` or `NAME=DIR`."""
     return str(_split(specification)[1].resolve())
 
 
 def _split(specification: str | Path) -> tuple[str | None, Path]:
-    """Name, if one is given, and directory; a directory that exists is one, `=` or not."""
+    """The name, if one is given, and the directory; an existing path may contain `=`."""
     whole = Path(specification).expanduser()
     name, separator, path = str(specification).partition("=")
-    if separator and not os.path.lexists(whole):  # which, of any text, does not raise
+    if separator and not os.path.lexists(whole):  # unlike Path.exists() it never raises
         return name, Path(path).expanduser()
     return None, whole
 
 
 def _beside(base: str, directory: Path) -> str:
-    """A base model named by a relative path, found from here or from the adapter's place."""
+    """Find a base model's relative path from the current or the adapter's directory."""
     for place in (Path(base), directory / base, directory.parent / base):
         if (place / "config.json").is_file():
             return str(place.resolve())
@@ -60,10 +55,10 @@ def _beside(base: str, directory: Path) -> str:
 
 
 def check_identity(adapter: Adapter) -> None:
-    """Refuse an adapter whose layers do nothing: untrained, or lost on the way.
+    """Refuse an adapter that changes nothing, because it is untrained or its weights got lost.
 
     Raises:
-        AdapterError: all its scales are one.
+        AdapterError: all scales are 1 and there is no trained bias.
     """
     if adapter.is_identity():
         raise AdapterError(

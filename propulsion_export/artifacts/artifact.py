@@ -1,6 +1,6 @@
-"""The currency between stages: a directory with one model in one format, and its manifest.
+"""An artifact: a directory with one model in one format and its manifest, passed between stages.
 
-Reading checks the manifest and every file it names, so that nothing downstream has to.
+Reading one verifies the manifest and every file it names, so that later stages need not.
 """
 
 import fnmatch
@@ -33,7 +33,7 @@ from propulsion_export.artifacts.staging import replace_file
 from propulsion_export.artifacts.tensor_names import BANK_INPUT, IDS_INPUT
 from propulsion_export.errors import ArtifactError, UnknownAdapterError, unknown_adapters
 
-# Files that a runtime or transformers looks for by name in an artifact's directory.
+# Patterns of files that a runtime or transformers looks for by name in an artifact's directory.
 _READ = (
     f"{GRAPH_FILE}*",
     *ENCODER_DECODER_FILES,
@@ -47,7 +47,7 @@ _READ = (
     *("spiece.model", "sentencepiece*.model", "spm.model", "bpe.codes", "chat_template*"),
 )
 
-# Named arrays: what flows inside a run. A runner is any callable from tensors to tensors.
+# Arrays by name, such as a model's inputs; a runner is any callable from inputs to outputs.
 Tensors = Mapping[str, npt.NDArray[Any]]
 Runner = Callable[[Tensors], Tensors]
 
@@ -61,15 +61,15 @@ class Artifact:
 
     @classmethod
     def read(cls, directory: Path | str) -> Self:
-        """Read and check an artifact, digests of all files included.
+        """Read and verify an artifact, including the digests of all its files.
 
         Raises:
-            ArtifactError: no manifest; it is damaged, of a newer schema or holds an unknown value;
-                a path leads out of the directory; a file is missing or not the recorded one.
+            ArtifactError: there is no manifest; it is damaged, of another schema version or holds
+                an unknown value; a path leads out of the directory; a file is missing or changed.
         """
         directory = Path(directory).expanduser()
         file = directory / MANIFEST_FILE
-        if not os.path.isfile(file):  # noqa: PTH113 - of any path, it does not raise
+        if not os.path.isfile(file):  # noqa: PTH113 - never raises, whatever the path
             raise ArtifactError(
                 f"{directory}: has no {MANIFEST_FILE}, expected a directory written by "
                 "`propulsion-export merge`, `onnx` or `trt`"
@@ -80,9 +80,10 @@ class Artifact:
 
     @classmethod
     def write(cls, directory: Path, manifest: Manifest) -> Self:
-        """Record the digests of all files in `directory` and write the manifest, last of all.
+        """Record the digests of all files in `directory`, then write the manifest.
 
-        A bank grows in place, so its registry has the digests of its rows.
+        A bank's files get no digest, since they change in place; its registry has the rows'
+        checksums.
         """
         written = {
             file.relative_to(directory).as_posix(): digest_of(file)
@@ -95,29 +96,39 @@ class Artifact:
         replace_file(directory / MANIFEST_FILE, manifest.to_json().encode())
         return cls(directory, manifest)
 
+    def at(self, directory: Path | str) -> Self:
+        """The same artifact after its directory was moved to `directory`."""
+        return replace(self, directory=Path(directory).expanduser())
+
     @property
     def path(self) -> Path:
-        """The model file, or for a merged checkpoint or several graphs the directory."""
+        """The model file; the directory of a merged checkpoint or of several graphs."""
         graph = "" if self.manifest.graphs else GRAPH_FILE
         names = {"onnx": graph, "engine": ENGINE_FILE, "merged": ""}
         return self.directory / names[self.manifest.kind]
 
-    @property
-    def bank(self) -> Bank:
-        """Its bank, opened."""
+    def open_bank(self) -> Bank:
+        """Open the artifact's bank.
+
+        Raises:
+            ArtifactError: it has none, or the bank is damaged.
+        """
         return Bank.open(self.directory)
 
-    @property
-    def adapters(self) -> Mapping[str, AdapterEntry]:
-        """Its adapters by name, without the base model."""
+    def list_adapters(self) -> Mapping[str, AdapterEntry]:
+        """The artifact's adapters by name, without the base model; a bank's registry is read.
+
+        Raises:
+            ArtifactError: the bank is damaged.
+        """
         if self.manifest.mode == "bank":
-            return {name: row.entry for name, row in self.bank.rows().items()}
+            return {name: row.entry for name, row in self.open_bank().rows().items()}
         return self.manifest.adapters
 
     def feeds(self, adapter: str | None) -> Tensors:
-        """What to feed besides for one adapter by name; `None` or `base`: no adapter.
+        """The inputs that select an adapter by name; `None` or `base` select no adapter.
 
-        That of a bank are the bank and one id, int64 [1], for all rows of a batch.
+        For a bank these are the bank and one adapter id, int64 [1], for all rows of a batch.
 
         Raises:
             UnknownAdapterError: the artifact has no adapter of that name.
@@ -128,10 +139,10 @@ class Artifact:
             return {}
         name = BASE_NAME if adapter is None else adapter
         if self.manifest.mode == "bank":
-            (row,), values = self.bank.choose([name])
+            (row,), values = self.open_bank().choose([name])
             check_row(row, values)
             return {BANK_INPUT: values, IDS_INPUT: np.array([row.number])}
-        # Registers bfloat16 with numpy, which safetensors needs to load it.
+        # Registers bfloat16 with numpy, so that safetensors can load it.
         import ml_dtypes  # noqa: F401
         from safetensors import SafetensorError
         from safetensors.numpy import load_file
@@ -140,23 +151,24 @@ class Artifact:
         file = BASE_FEEDS if name == BASE_NAME else self.manifest.adapters[name].file
         if file not in self.manifest.files:
             raise ArtifactError(
-                f"{self.directory / MANIFEST_FILE}: files has no {file}, what to feed for {name!r}",
+                f"{self.directory / MANIFEST_FILE}: files has no {file}, expected the packed "
+                f"inputs of {name!r}",
                 remedy="Export again.",
             )
         try:
             return dict(load_file(self.directory / file))
         except (SafetensorError, OSError, AttributeError, TypeError, KeyError) as error:
-            # The last three are what it does for a dtype that numpy does not have.
+            # safetensors raises the last three for a dtype that numpy does not have.
             raise ArtifactError(
-                f"{self.directory / file}: holds no feeds that can be read ({error})",
+                f"{self.directory / file}: the packed inputs cannot be read ({error})",
                 remedy="Copy the whole directory again, or export again.",
             ) from error
 
     def check_names(self, names: Iterable[str]) -> None:
-        """Refuse names that no adapter has; a bank knows its own.
+        """Refuse names that no adapter in the manifest has. A bank checks names itself.
 
         Raises:
-            UnknownAdapterError: there is one.
+            UnknownAdapterError: there is such a name.
         """
         folded = self.manifest.mode == "folded" and bool(self.manifest.adapters)
         known = [*(() if folded else (BASE_NAME,)), *sorted(self.manifest.adapters)]
@@ -174,7 +186,7 @@ class Artifact:
             raise unknown_adapters(self.directory, unknown, known, remedy=ADD_ONE)
 
     def with_manifest(self, manifest: Manifest) -> Self:
-        """Replace the manifest alone, in one step; files keep the digests it names."""
+        """Replace the manifest on disk, atomically; no file is hashed again."""
         replace_file(self.directory / MANIFEST_FILE, manifest.to_json().encode())
         return type(self)(self.directory, manifest)
 
@@ -213,9 +225,9 @@ def _check_files(directory: Path, manifest: Manifest) -> None:
 
 
 def _needed(manifest: Manifest) -> list[str]:
-    """What an artifact of its kind cannot be without."""
+    """The files that an artifact of this kind must have."""
     files = {
-        # Several graphs are run with the first token that the configuration tells.
+        # Generation with several graphs starts with the first token in the configuration.
         "onnx": [*manifest.graphs, "config.json"] if manifest.graphs else [GRAPH_FILE],
         "engine": [ENGINE_FILE],
         "merged": ["config.json"],
@@ -231,8 +243,8 @@ def _needed(manifest: Manifest) -> list[str]:
 def _read_by_others(directory: Path) -> list[str]:
     """The files beside the manifest that a runtime or transformers would load by their names.
 
-    Below `adapters/` nothing is read that the manifest does not name: what a killed process left
-    there does no harm.
+    In `adapters/` only files that the manifest names are read, so files that a killed process left
+    there do no harm.
     """
     return [
         file.name
@@ -242,7 +254,7 @@ def _read_by_others(directory: Path) -> list[str]:
 
 
 def _leads_inside(directory: Path, name: str) -> bool:
-    """Whether a path, followed to its end, stays in the directory; unusable ones do not."""
+    """Whether a path, with links resolved, stays in the directory; an unusable path does not."""
     try:
         path = (directory / name).resolve()
         path.is_file()

@@ -1,4 +1,4 @@
-"""`adapter add`, `remove`: change the adapters of a switchable artifact or of a bank."""
+"""Add, remove and compact the adapters of a switchable artifact or of a bank."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -42,14 +42,14 @@ def add_adapter(
 ) -> Artifact:
     """Add an adapter, `NAME=DIR` or a directory, to a switchable artifact or a bank.
 
-    The artifact is whole at every moment. Processes that change one artifact do so one after the
-    other. A bank takes as long for the next adapter as for the first.
+    The artifact is complete at every moment, and processes change it one at a time. Adding to a
+    bank takes the same time however many adapters it has.
 
     Raises:
-        ArtifactError: its adapters cannot change.
+        ArtifactError: the artifact's adapters cannot change.
         AdapterError: the adapter has a tensor that the graph has no input for.
-        BaseModelError: it was trained on another base model.
-        UsageError: there is one of that name and `force` is off.
+        BaseModelError: the adapter was trained on another base model.
+        UsageError: there is an adapter of that name and `force` is off.
     """
     (new,) = read_adapters([adapter])
     check_identity(new)
@@ -60,13 +60,13 @@ def add_adapter(
         entry = AdapterEntry(new.digest, source_of(adapter), new.size, None, labels)
         if read.manifest.mode == "bank":
             row = to_row(feeds, read.manifest.layout)
-            read.bank.add(new.name, row, entry, replace=force)
+            read.open_bank().add(new.name, row, entry, replace=force)
             return read
         return _add(read, new.name, feeds, entry, force=force)
 
 
 def _fitted(artifact: Artifact, new: Adapter, *, allow_range: bool) -> Tensors:
-    """What to feed for an adapter that belongs to the artifact; [D] each."""
+    """The packed inputs of an adapter, [D] each, after checking that it fits the artifact."""
     manifest = artifact.manifest
     _check_task(manifest, new)
     _check_head(manifest, new)
@@ -82,7 +82,7 @@ def _fitted(artifact: Artifact, new: Adapter, *, allow_range: bool) -> Tensors:
 
 
 def _check_task(manifest: Manifest, new: Adapter) -> None:
-    """Refuse an adapter of another task; what its embeddings are for does not matter."""
+    """Refuse an adapter of another task; to an artifact that embeds, any task's may be added."""
     embeds = TASKS[manifest.task].prediction == "embedding"
     if new.task not in (None, manifest.task) and not embeds:
         raise AdapterError(
@@ -92,12 +92,12 @@ def _check_task(manifest: Manifest, new: Adapter) -> None:
 
 
 def _check_head(manifest: Manifest, new: Adapter) -> None:
-    """Refuse an adapter that would get another adapter's head."""
+    """Refuse an adapter without a head if it would use another adapter's."""
     heads = [slot.path for slot in manifest.layout.get(MODULES_INPUT, ())]
     lacking = [name for name in heads if name not in new.modules]
     if lacking and not manifest.base.own_head:
         raise AdapterError(
-            *(f"adapter {new.name}: has no {name}, and the base model none" for name in lacking),
+            *(f"adapter {new.name}: has no {name}, nor has the base model" for name in lacking),
             remedy="Train the head with the adapter.",
         )
 
@@ -113,7 +113,7 @@ def _add(
         )
     file = f"{ADAPTERS}/{name}.safetensors"
     if replaced is not None:
-        # Until the manifest is replaced the old file counts, so the new one lies beside it.
+        # The old file is in use until the manifest is replaced, so the new one has another name.
         file = f"{ADAPTERS}/{name}.{entry.digest.removeprefix('sha256:')[:12]}.safetensors"
     replace_file(read.directory / file, save(dict(feeds)))
     changed = replace(
@@ -123,43 +123,44 @@ def _add(
     )
     try:
         return _commit(read, changed)
-    except UsageError:  # the disk takes no manifest any more
+    except UsageError:  # the manifest could not be written, such as on a full disk
         if file not in read.manifest.files:
             (read.directory / file).unlink(missing_ok=True)
         raise
 
 
 def remove_adapter(artifact: Path | str, name: str) -> Artifact:
-    """Take an adapter out of a switchable artifact or a bank.
+    """Remove an adapter from a switchable artifact or a bank.
 
     Raises:
-        ArtifactError: its adapters cannot change.
-        UnknownAdapterError: it has no adapter of that name.
+        ArtifactError: the artifact's adapters cannot change.
+        UnknownAdapterError: the artifact has no adapter of that name.
         UsageError: it is the base model, or the only adapter of a switchable artifact.
     """
     if name == BASE_NAME:
-        raise UsageError(f"{artifact}: {name!r} is the base model, which is not removed")
+        raise UsageError(f"{artifact}: {name!r} is the base model, which cannot be removed")
     with exclusive_lock(artifact):
         read = _read_changeable(artifact)
         if read.manifest.mode == "bank":
-            read.bank.remove(name)
+            read.open_bank().remove(name)
             return read
         return _remove(read, name)
 
 
 def compact_bank(artifact: Path | str) -> int:
-    """Give back the room of a bank's removed and replaced adapters; returns the bytes.
+    """Free the disk space of a bank's removed and replaced adapters; returns the bytes freed.
 
     Raises:
-        ArtifactError: the artifact is no bank.
+        ArtifactError: the artifact is not a bank.
     """
     with exclusive_lock(artifact):
         read = _read_changeable(artifact)
         if read.manifest.mode != "bank":
             raise ArtifactError(f"{artifact}: is {read.manifest.mode}, expected a bank")
-        before = read.bank.file.stat().st_size
-        read.bank.compact()
-        return before - read.bank.file.stat().st_size
+        bank = read.open_bank()
+        before = bank.find_file().stat().st_size
+        bank.compact()
+        return before - bank.find_file().stat().st_size
 
 
 def _remove(read: Artifact, name: str) -> Artifact:
@@ -167,13 +168,13 @@ def _remove(read: Artifact, name: str) -> Artifact:
     if name not in entries:
         raise unknown_adapters(read.directory, [name], sorted(entries))
     if len(entries) == 1:
-        raise UsageError(f"{read.directory}: {name!r} is its only adapter and is not removed")
+        raise UsageError(f"{read.directory}: {name!r} is its only adapter, which cannot be removed")
     del entries[name]
     return _commit(read, replace(read.manifest, adapters=entries))
 
 
 def _commit(before: Artifact, manifest: Manifest) -> Artifact:
-    """Make the manifest true in one step, then remove adapter files that it no longer names."""
+    """Replace the manifest atomically, then remove adapter files that it no longer names."""
     named = {entry.file for entry in manifest.adapters.values()} | {BASE_FEEDS}
     dropped = {
         path for path in manifest.files if path.startswith(f"{ADAPTERS}/") and path not in named
@@ -201,8 +202,8 @@ def _read_changeable(artifact: Path | str) -> Artifact:
         GENAI_CONFIG_FILE in read.manifest.files
     ):
         raise ArtifactError(
-            f"{artifact}: is a package for ONNX Runtime, which has its adapters in files of their "
-            "own",
+            f"{artifact}: is a package for ONNX Runtime, which keeps its adapters in files of "
+            "their own",
             remedy="Change the ONNX export it was made from, and package that again.",
         )
     check_consistent(read.directory, read.manifest)

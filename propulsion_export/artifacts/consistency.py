@@ -1,19 +1,17 @@
-"""Whether a manifest contradicts itself: its layout, its inputs and outputs, its task."""
+"""Check that a manifest's layout, inputs, outputs and task agree with each other."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from propulsion_export.artifacts.layout import width_of
-from propulsion_export.artifacts.manifest import (
-    Manifest,
-)
+from propulsion_export.artifacts.manifest import Manifest
 from propulsion_export.artifacts.tensor_names import BANK_INPUT, PACKED_INPUTS, PAST
 from propulsion_export.base_model.tasks import TASKS
 from propulsion_export.errors import ArtifactError
 
 
 def contradictions(manifest: Manifest) -> list[str]:
-    """What in a manifest contradicts itself, one text each; an edited one could."""
+    """One text for each contradiction in a manifest; only edited or damaged ones have any."""
     return [*_misfit_layout(manifest), *_misfit_task(manifest)]
 
 
@@ -28,7 +26,7 @@ def check_consistent(directory: Path, manifest: Manifest) -> None:
 
 
 def inconsistent(directory: Path, findings: Sequence[str]) -> ArtifactError:
-    """The error for a manifest that does not agree with itself or with its graph."""
+    """The error for a manifest that contradicts itself or its graph."""
     return ArtifactError(
         *(f"{directory}: {finding}" for finding in findings),
         remedy="Copy the whole directory again, or export again.",
@@ -36,7 +34,7 @@ def inconsistent(directory: Path, findings: Sequence[str]) -> ArtifactError:
 
 
 def _misfit_task(manifest: Manifest) -> Iterator[str]:
-    """What is run, and how it is read, goes by the task."""
+    """The outputs and the cache that the manifest's task needs, but the graph does not have."""
     if not manifest.outputs:
         return  # a merged checkpoint, or several graphs, whose names are their task's
     cached = any(spec.name.startswith(f"{PAST}.") for spec in manifest.inputs)
@@ -61,9 +59,9 @@ def _misfit_layout(manifest: Manifest) -> Iterator[str]:
             f"{', '.join(PACKED_INPUTS)}"
         )
     inputs = [*manifest.inputs, *(i for graph in manifest.graphs.values() for i in graph.inputs)]
-    of_adapters = (*PACKED_INPUTS, BANK_INPUT)
+    adapter_inputs = (*PACKED_INPUTS, BANK_INPUT)
     # Every graph that has a packed input has all of it.
-    shapes = {(spec.name, spec.shape[-1:]) for spec in inputs if spec.name in of_adapters}
+    shapes = {(spec.name, spec.shape[-1:]) for spec in inputs if spec.name in adapter_inputs}
     lengths = _lengths(manifest)
     for packed, shape in sorted(shapes, key=str):
         if shape != (lengths.get(packed, 0),):
@@ -76,7 +74,7 @@ def _misfit_layout(manifest: Manifest) -> Iterator[str]:
 
 
 def _built_in(manifest: Manifest) -> set[str]:
-    """The inputs that an engine has as weights instead."""
+    """The inputs that an engine has as weights."""
     options = {} if manifest.engine is None else manifest.engine.options
     if options.get("refit") != "scales" and options.get("bank") != "constant":
         return set()
@@ -84,7 +82,7 @@ def _built_in(manifest: Manifest) -> set[str]:
 
 
 def _lengths(manifest: Manifest) -> dict[str, int]:
-    """How many elements the layout gives each input that carries adapters."""
+    """The number of elements that the layout gives each input for adapters."""
     if manifest.mode == "bank":
         return {BANK_INPUT: width_of(manifest.layout)}
     return {packed: sum(slot.length for slot in slots) for packed, slots in manifest.layout.items()}

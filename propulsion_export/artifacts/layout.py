@@ -1,9 +1,9 @@
-"""Where every tensor of an adapter lies in the packed, flat inputs of a graph.
+"""The layout of a graph's packed inputs: where each tensor of an adapter is in them.
 
 `propulsion_scales` holds all scales, `propulsion_biases` all trained biases, `propulsion_modules`
-all parameters of modules saved whole (the head). One file of these three vectors is one adapter,
-ready to be fed. An adapter that says nothing of a slot leaves the base model's value there. A row
-of a bank is the same three, one behind the other.
+all parameters of modules saved whole (the head). One file with these three vectors is one adapter,
+ready to be fed. A slot that an adapter has no tensor for keeps the base model's value. A row of a
+bank holds the same three vectors one after the other.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,7 +26,7 @@ from propulsion_export.errors import AdapterError, UsageError
 
 Layout = Mapping[str, tuple[Slot, ...]]
 
-# A stored scale may be off by this share before the dtype is said not to hold it.
+# The largest relative rounding error of a scale that is accepted in a dtype.
 _ROUNDING = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 
 
@@ -36,10 +36,10 @@ def plan_layout(
     """Give every tensor of any adapter its slot.
 
     Args:
-        adapters: those to be exported together.
+        adapters: the adapters to be exported together.
         order: all module paths and parameter names of the model, in the model's own order; the
-            scale of expert weights goes by the parameter's name.
-        label_parameters: parameters whose first dimension counts labels; they get the room of the
+            scale of expert weights has the parameter's name.
+        label_parameters: parameters whose first dimension counts labels; their slots fit the
             adapter with the most labels.
 
     Raises:
@@ -98,10 +98,10 @@ def pack(adapter: Adapter, layout: Layout, defaults: Tensors) -> dict[str, Array
 def labels_in(
     adapter: Adapter, layout: Layout, base: tuple[str, ...] | None
 ) -> tuple[str, ...] | None:
-    """The adapter's class names, or those of the base model, `base`, whose head it uses.
+    """The adapter's class names; `base`, the base model's, if it uses the base model's head.
 
-    If nobody named the classes of its own head, which has fewer rows than there is room for,
-    `LABEL_0` and so on: the logits behind them are padding, which must not win.
+    They are `LABEL_0` and so on if its own head has no names but fewer rows than its slot: the
+    other logits are padding, which must never be predicted.
     """
     if adapter.labels is not None:
         return adapter.labels
@@ -117,21 +117,21 @@ def labels_in(
 
 
 def width_of(layout: Layout) -> int:
-    """D: how many numbers one adapter has in all packed inputs together."""
+    """D, the number of elements of one adapter in all packed inputs together."""
     return sum(slot.length for slots in layout.values() for slot in slots)
 
 
 def to_row(feeds: Tensors, layout: Layout) -> Array:
-    """The packed inputs of one adapter as its row of a bank, [D]: one behind the other."""
+    """The packed inputs of one adapter, one after the other, as its row of a bank, [D]."""
     return np.concatenate([feeds[packed] for packed in layout])
 
 
 def packed_inputs(artifact: Artifact, adapter: str) -> Tensors:
-    """The packed inputs of an adapter, or of the base model, whatever holds them; [D] each.
+    """The packed inputs, [D] each, of an adapter or the base model, from a file or a bank.
 
     Raises:
         UnknownAdapterError: there is no such adapter.
-        ArtifactError: it cannot be read.
+        ArtifactError: the adapter cannot be read.
     """
     feeds, layout = artifact.feeds(adapter), artifact.manifest.layout
     if artifact.manifest.mode != "bank":
@@ -142,7 +142,7 @@ def packed_inputs(artifact: Artifact, adapter: str) -> Tensors:
 
 
 def check_range(adapter: Adapter, dtype: str) -> None:
-    """Refuse scales that overflow, vanish or round badly in `dtype`, and others that overflow.
+    """Refuse scales that overflow, vanish or round badly in `dtype`, and other overflows.
 
     Raises:
         UsageError: naming each module path with its worst channel.
@@ -222,7 +222,7 @@ def _slots(shapes: Iterable[tuple[tuple[str, str], tuple[int, ...]]]) -> tuple[S
 
 
 def _fits(shape: tuple[int, ...], room: tuple[int, ...], packed: str) -> bool:
-    """Whether there is room: exactly, but a head may have fewer labels than the artifact."""
+    """Whether a tensor fits its slot: the same shape, or a head with fewer labels."""
     if shape == room or packed != MODULES_INPUT:
         return shape == room
     return len(shape) == len(room) > 0 and shape[0] <= room[0] and shape[1:] == room[1:]

@@ -1,6 +1,7 @@
-"""One lock on an artifact's directory: many may read at a time, or one may change its adapters.
+"""Lock an artifact's directory: shared to read its adapters, exclusive to change them.
 
-The lock is on the directory itself, so that none is left behind, not even by a killed process.
+The lock is on the directory itself, so that no lock file is left behind, and the system releases it
+when a process is killed.
 """
 
 import fcntl
@@ -12,17 +13,17 @@ from pathlib import Path
 
 from propulsion_export.errors import ArtifactError
 
-_PATIENCE = 60.0  # seconds to wait for others
-_PAUSE = 0.01  # seconds between looks
+_PATIENCE = 60.0  # seconds to wait for other processes
+_PAUSE = 0.01  # seconds between attempts
 
 
 @contextmanager
 def exclusive_lock(artifact: Path | str) -> Iterator[None]:
-    """Let nobody else change or read the artifact's adapters meanwhile.
+    """Keep other processes from reading or changing the artifact's adapters meanwhile.
 
     Raises:
-        ArtifactError: there is no such directory, or its file system has no locks; another
-            process keeps it locked.
+        ArtifactError: there is no such directory; its file system has no locks; another process
+            keeps it locked.
     """
     try:
         descriptor = _open(Path(artifact).expanduser())
@@ -45,9 +46,10 @@ def exclusive_lock(artifact: Path | str) -> Iterator[None]:
 
 @contextmanager
 def shared_lock(artifact: Path) -> Iterator[None]:
-    """Let nobody change the artifact's adapters meanwhile.
+    """Keep other processes from changing the artifact's adapters meanwhile.
 
-    Of no directory, or of one without locks, nobody changes any.
+    Without a directory, or on a file system without locks, nothing can change (`exclusive_lock`
+    refuses), so nothing is locked.
 
     Raises:
         ArtifactError: another process keeps it locked.
@@ -68,7 +70,7 @@ def _open(directory: Path) -> int:
 
 
 def _lock(descriptor: int, kind: int, artifact: Path | str) -> None:
-    """Wait for a lock, which others have for seconds; for one that is stopped, no longer."""
+    """Wait for a lock, which others hold for seconds; give up on one held by a stopped process."""
     end = time.monotonic() + _PATIENCE
     while True:
         try:

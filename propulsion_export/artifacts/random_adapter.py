@@ -11,7 +11,7 @@ from propulsion_export.artifacts.tensor_names import BIASES_INPUT, MODULES_INPUT
 
 
 def random_adapter(layout: Layout, name: str, *, seed: int) -> Adapter:
-    """An adapter that fills every slot, no value twice.
+    """An adapter with a random value for every element of every slot.
 
     Scales are uniform in [0.5, 1.5); biases and saved modules are normal with deviation 0.2.
     """

@@ -1,4 +1,4 @@
-"""Outputs appear whole or not at all: written aside, then moved into place."""
+"""Write outputs to a temporary place and move them, so that they appear complete or not at all."""
 
 import errno
 import os
@@ -12,11 +12,11 @@ from typing import Literal, get_args
 
 from propulsion_export.errors import UsageError
 
-# The file that says what a directory is: an artifact, an adapter, a report. With `force` each of
-# them replaces only its own kind.
+# The file that marks a directory as an artifact, an adapter or a report. With `force` an output
+# replaces only a directory of its own kind.
 Marker = Literal["propulsion.json", "adapter_config.json", "parity.json"]
 MARKERS: tuple[Marker, ...] = get_args(Marker)
-# By error number, how a disk says that it takes no more.
+# What a full or read-only disk reports, by error number.
 FULL = {
     errno.ENOSPC: "no space left on the device",
     errno.EDQUOT: "the disk quota is used up",
@@ -37,18 +37,18 @@ def staged_directory(
 ) -> Iterator[Path]:
     """Yield an empty directory beside `destination`; on success it becomes `destination`.
 
-    On failure, Ctrl-C included, it is removed and what stood at `destination` stays. A killed
-    process leaves only a hidden `.NAME.partial-PID` behind, which the next call sweeps.
+    On failure, Ctrl-C included, it is removed and `destination` stays as it was. A killed process
+    leaves only a hidden `.NAME.partial-PID` behind, which the next call removes.
 
     Args:
-        destination: what to make.
-        marker: the file that makes a directory one of the kind that is written, and which an
-            earlier output must have to be replaced.
+        destination: the directory to write.
+        marker: the file that marks the kind of directory that is written; an earlier output must
+            have it to be replaced.
         force: replace an earlier output.
-        inputs: what the output is made from, so that it is never written over.
+        inputs: files and directories that the output is made from, which are never replaced.
 
     Raises:
-        UsageError: as `check_replaceable` says; the disk is full.
+        UsageError: `check_replaceable` refuses the destination, or the disk is full.
     """
     destination = destination.expanduser().resolve()
     with disk_errors_in_words(destination, FULL | _FORBIDDEN):
@@ -71,13 +71,13 @@ def check_replaceable(
 ) -> None:
     """Refuse a destination that holds something which must not be lost.
 
-    Commands call it before long work, so that the refusal comes at once. What a killed process
-    left is swept first: it may have moved an earlier output aside, which is given back.
+    Commands call it before long work, so that they refuse at once. It first cleans up after killed
+    processes: an earlier output that one had moved away is moved back.
 
     Raises:
-        UsageError: it exists, and is no empty directory, and `force` is off or it is not of the
-            kind that `marker` stands for; it is or holds one of the `inputs`; its parent
-            cannot be written to.
+        UsageError: the destination is a file, or a directory that is not empty, and `force` is off
+            or it has no `marker`; it is or holds one of the `inputs`; its parent cannot be written
+            to.
     """
     destination = destination.expanduser().resolve()
     with disk_errors_in_words(destination, _FORBIDDEN):
@@ -87,7 +87,7 @@ def check_replaceable(
 
 
 def _refuse_inputs(destination: Path, inputs: Iterable[Path | str]) -> None:
-    """Refuse to write over what is read; names that are no path here, as a hub's, are no matter."""
+    """Refuse to replace an input; names that are not paths here, such as a hub's, are skipped."""
     for given in inputs:
         path = Path(given).expanduser()
         if not str(given) or not os.path.lexists(path):  # unlike Path.exists() it never raises
@@ -144,10 +144,10 @@ def _refuse_unwritable(destination: Path) -> None:
 
 
 def check_replaceable_file(path: Path, *, holds: bytes) -> None:
-    """Refuse to write over a file that is not an earlier one of its kind.
+    """Refuse to replace a file of another kind.
 
     Raises:
-        UsageError: it exists, and `holds` is not among its first 400 bytes.
+        UsageError: the file exists, and its first 400 bytes do not contain `holds`.
     """
     if not path.is_file():
         return
@@ -160,10 +160,10 @@ def check_replaceable_file(path: Path, *, holds: bytes) -> None:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write a file so that a crash at any byte leaves the old or the new content.
+    """Write a file atomically: a crash leaves either the old or the new content.
 
-    Missing directories above it are made. A killed process leaves only a hidden
-    `.NAME.partial-PID-…` behind, which the next call sweeps.
+    Missing parent directories are created. A killed process leaves only a hidden
+    `.NAME.partial-PID-…` behind, which the next call removes.
 
     Raises:
         UsageError: `path` is a directory or cannot be written to; the disk is full.
@@ -171,7 +171,7 @@ def replace_file(path: Path, content: bytes) -> None:
     with disk_errors_in_words(path, FULL | _FORBIDDEN):
         path.parent.mkdir(parents=True, exist_ok=True)
         _sweep(path)
-        # Two threads may replace one file: each writes aside under a name of its own.
+        # Two threads may replace the same file, so each has a temporary name of its own.
         partial = _aside(path, "partial")
         aside = partial.with_name(f"{partial.name}-{secrets.token_hex(4)}")
         try:
@@ -188,15 +188,15 @@ def replace_file(path: Path, content: bytes) -> None:
 def disk_errors_in_words(
     destination: Path, reasons: Mapping[int, str] = FULL, *, remedy: str = _ELSEWHERE
 ) -> Iterator[None]:
-    """Say in one line why the disk refused what was to be written; other errors stay what they are.
+    """Turn errors of a full or read-only disk into one line; other errors pass unchanged.
 
     Args:
-        destination: what was to be written, for the message.
-        reasons: by error number, what to say.
-        remedy: the sentence with the way out.
+        destination: the path that was being written, for the message.
+        reasons: the text of the message by error number.
+        remedy: the remedy in the message.
 
     Raises:
-        UsageError: the disk refused for one of the `reasons`.
+        UsageError: an error with one of the numbers in `reasons` occurred.
     """
     try:
         yield
@@ -215,7 +215,7 @@ def _aside(destination: Path, what: str) -> Path:
 
 
 def _move_into_place(partial: Path, destination: Path, marker: Marker, *, force: bool) -> None:
-    # Again, because another process may have written there while this one worked.
+    # Checked again: another process may have written there meanwhile.
     _refuse_to_lose(destination, marker, force=force)
     replaced = _aside(destination, "replaced")
     try:
@@ -230,7 +230,7 @@ def _move_into_place(partial: Path, destination: Path, marker: Marker, *, force:
 
 
 def _sweep(destination: Path) -> None:
-    """Remove what killed processes left; give back what one was about to replace."""
+    """Remove what killed processes left behind; restore an output that one was replacing."""
     if not destination.parent.is_dir():
         return
     pattern = re.compile(
@@ -250,7 +250,7 @@ def _sweep(destination: Path) -> None:
 
 def _alive(process: int, *, may_be_ours: bool) -> bool:
     if process == os.getpid():
-        return may_be_ours  # else it is from an earlier call in this process, which has ended
+        return may_be_ours  # if not, an earlier call in this process left it
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -261,7 +261,7 @@ def _alive(process: int, *, may_be_ours: bool) -> bool:
 
 
 def _open_to_readers(directory: Path) -> None:
-    """Give every file the rights that the directory has: safetensors makes its files 0600."""
+    """Give every file the directory's permissions; safetensors creates files with 0600."""
     rights = directory.stat().st_mode & 0o666
     for path in directory.rglob("*"):
         if path.is_file() and not path.is_symlink():
@@ -269,7 +269,7 @@ def _open_to_readers(directory: Path) -> None:
 
 
 def _sync(directory: Path) -> None:
-    """Flush everything, so that the rename cannot survive a crash that the content does not."""
+    """Flush all files to the disk before the rename, so that a crash cannot lose their content."""
     for path in (*directory.rglob("*"), directory):
         if path.is_symlink() or not (path.is_file() or path.is_dir()):
             continue
@@ -285,15 +285,15 @@ _FORBIDDEN = {
     errno.ENOTDIR: "a part of the path is a file",
     errno.EEXIST: "a part of the path is a file",
     errno.ENAMETOOLONG: "the name is too long",
-    errno.ENOENT: "nothing can be made here",
+    errno.ENOENT: "nothing can be created here",
     errno.EISDIR: "is a directory, expected a file to write",
 }
-# numpy's tofile says it without an error number: `1000 requested and 10 written`.
+# numpy's tofile reports a full disk without a number: `1000 requested and 10 written`.
 _UNNUMBERED = {errno.ENOSPC: re.compile(r"\d+ requested and \d+ written")}
 
 
 def _is(error: Exception, code: int) -> bool:
-    """Whether the system refused with `code`; writers in Rust and C++ say it in the text only."""
+    """Whether the error has this number; writers in Rust and C++ give it only in the text."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno == code
     text, unnumbered = str(error), _UNNUMBERED.get(code)

@@ -1,10 +1,10 @@
 """Recognise a base model by a few of its weights.
 
-An adapter fits the model it was trained on and no other of the same shape. A fingerprint keeps a
-few entries of up to 64 weight matrices, chosen by the hash of their names, so that it costs the
-same for 20 million and for 7 billion parameters, and so that a model with one matrix more or less
-(a pooling layer) chooses nearly the same ones. Entries are compared within the rounding of the
-coarser of the two dtypes, because one base is loaded in fp32 here and in bf16 there.
+An adapter belongs to the model it was trained on, not to another of the same shape. A fingerprint
+keeps a few entries of up to 64 weight matrices. They are chosen by the hash of their names, so that
+the cost does not grow with the model, and so that a model with one matrix more or less (a pooling
+layer) has nearly the same ones. Entries are compared within the rounding of the coarser of the two
+dtypes, because the same model may be loaded in fp32 at one time and in bf16 at another.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from typing import Any
 
 _MATRICES = 64
 _ENTRIES = 8
-# Unit roundoffs; a value may have been rounded twice (fp32 -> fp16 -> bf16).
+# Relative rounding errors; a value may have been rounded twice (fp32 -> fp16 -> bf16).
 _ROUNDING = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 # float16's step below its normal range; bfloat16 values may have been float16 before.
 _SMALLEST = {"float64": 0.0, "float32": 0.0, "float16": 2.0**-24, "bfloat16": 2.0**-24}
@@ -26,8 +26,8 @@ class Fingerprint:
     """A few entries of a base model's weight matrices.
 
     Attributes:
-        dtype: the floating-point type the weights had, such as `float32`.
-        entries: by weight name without the head model's prefix, 8 entries spread over the matrix.
+        dtype: the weights' floating-point dtype, such as `float32`.
+        entries: 8 entries spread over each matrix, by weight name without the head model's prefix.
     """
 
     dtype: str
@@ -35,10 +35,10 @@ class Fingerprint:
 
     @classmethod
     def of(cls, weights: Mapping[str, Any]) -> "Fingerprint":
-        """Take the fingerprint of named weights, torch tensors or numpy arrays of any dtype.
+        """Take the fingerprint of weights by name, torch tensors or numpy arrays of any dtype.
 
-        Biases, norms and what is made at random on load (pooler, heads) should be left out by the
-        caller or are left out here: only matrices count, and none of a `pooler`.
+        Only matrices are used, and none of a `pooler`, which may be random. The caller leaves out
+        heads.
         """
         matrices = {
             name: weight
@@ -52,7 +52,7 @@ class Fingerprint:
         return cls(coarsest, {name: _sample(matrices[name]) for name in chosen})
 
     def difference(self, other: "Fingerprint") -> str | None:
-        """Say where two fingerprints differ beyond rounding, or None when it is the same base."""
+        """Where two fingerprints differ beyond rounding; None if the base model is the same."""
         common = self.entries.keys() & other.entries.keys()
         needed = max(1, 3 * min(len(self.entries), len(other.entries)) // 4)
         if len(common) < needed:
@@ -62,7 +62,7 @@ class Fingerprint:
         relative, absolute = _ROUNDING.get(coarser, 2.0**-7), _SMALLEST.get(coarser, 0.0)
         for name in sorted(common):
             for ours, theirs in zip(self.entries[name], other.entries[name], strict=True):
-                # Written so that NaN and infinity count as a difference.
+                # The comparison is false for NaN and infinity, which count as a difference.
                 largest = max(abs(ours), abs(theirs))
                 if not abs(ours - theirs) <= relative * largest + absolute < math.inf:
                     return f"{name} holds {theirs:.6g} where {ours:.6g} was recorded"
@@ -74,10 +74,10 @@ class Fingerprint:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Fingerprint":
-        """The inverse of `to_json`; raises one of the errors below on anything else.
+        """Convert the result of `to_json` back.
 
         Raises:
-            KeyError, TypeError, ValueError, AttributeError: it is no fingerprint.
+            KeyError, TypeError, ValueError, AttributeError: the value is not a fingerprint.
         """
         entries = {
             str(name): tuple(_number(entry) for entry in entries)

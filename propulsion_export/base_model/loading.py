@@ -1,4 +1,4 @@
-"""Load a base model for a task, and refuse to go on with weights that nobody trained."""
+"""Load a base model for a task, and refuse weights that are random because none are stored."""
 
 import inspect
 from collections.abc import Collection, Mapping, Sequence
@@ -25,12 +25,12 @@ class BaseModel:
     """A base model ready for an adapter.
 
     Attributes:
-        model: in evaluation mode, in the dtype asked for.
-        source: its name or path.
-        task: never `auto`.
+        model: the model in evaluation mode, in the dtype asked for.
+        source: the model's name or path.
+        task: the task, never `auto`.
         missing: names of parameters that the checkpoint does not have.
         label_parameters: names of parameters whose first dimension counts labels.
-        own_labels: class names in the checkpoint's configuration, whatever room was made.
+        own_labels: the class names in the checkpoint's configuration; `make_room_` keeps them.
     """
 
     model: PreTrainedModel
@@ -42,17 +42,17 @@ class BaseModel:
 
     @property
     def room(self) -> int | None:
-        """How many labels the model's head has room for; None without such a head."""
+        """The number of labels that the model's head has room for; None without such a head."""
         parameters = self.model.named_parameters()
         return next((p.shape[0] for name, p in parameters if name in self.label_parameters), None)
 
     @property
     def own_head(self) -> bool:
-        """Whether the checkpoint has all of the head that counts labels, or needs none."""
+        """Whether the checkpoint has the whole head for labels, or the task needs none."""
         return not self.label_parameters & self.missing
 
     def make_room_(self, labels: int, names: Sequence[str] = ()) -> None:
-        """Let the head have `labels` labels: zeros behind the checkpoint's, `names` in front."""
+        """Resize the head to `labels` labels: new rows are zero, the first are called `names`."""
         for name in self.label_parameters:
             path, _, parameter = name.rpartition(".")
             module = self.model.get_submodule(path)
@@ -69,7 +69,7 @@ class BaseModel:
         """Refuse parameters that neither the checkpoint nor `supplied` (an adapter's head) has.
 
         Raises:
-            BaseModelError: naming them; exported, they would be random numbers.
+            BaseModelError: there are such parameters; exported, they would be random numbers.
         """
         random = sorted(self.missing - set(supplied))
         if random:
@@ -95,11 +95,11 @@ def load_base(
     Args:
         source: directory or name.
         task: one of `TASKS`.
-        dtype: floating-point type of the weights.
+        dtype: the floating-point dtype of the weights.
         trust_remote_code: run code that the checkpoint brings.
 
     Raises:
-        BaseModelError: it cannot be loaded.
+        BaseModelError: the checkpoint cannot be loaded.
     """
     config = read_config(source, trust_remote_code=trust_remote_code)
     model_class = model_class_of(task)
@@ -133,9 +133,9 @@ def load_empty(
     """The model for `task` without its weights, on the meta device.
 
     Args:
-        config: of the checkpoint; changed to name the labels of the head.
+        config: the checkpoint's configuration, which gets the labels of the head.
         task: one of `TASKS`.
-        head: an adapter's saved modules by parameter name, which size the head.
+        head: an adapter's saved modules by parameter name, which give the head's size.
         labels: the adapter's class names.
         trust_remote_code: run code that the checkpoint brings.
     """
@@ -195,7 +195,7 @@ def _load(
             f"{source}: cannot be loaded ({first_line(error)})",
             remedy="Expected a complete transformers checkpoint in safetensors.",
         ) from error
-    # A head of another size is as good as missing: it was made at random.
+    # A head of another size is missing too: transformers initialises it at random.
     mismatched = {entry[0] for entry in info["mismatched_keys"]}
     return model, set(info["missing_keys"]) | mismatched
 

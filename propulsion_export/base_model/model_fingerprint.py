@@ -1,4 +1,4 @@
-"""Take the fingerprint of a torch model's frozen base, whatever head or adapters it carries."""
+"""Take the fingerprint of a torch model's base, without its head and adapters."""
 
 import re
 from typing import Any
@@ -10,16 +10,16 @@ from propulsion_export.base_model.fingerprint import Fingerprint
 from propulsion_export.errors import BaseModelError
 
 _READABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-# PEFT keeps the wrapped module under these names; the rest of a wrapper belongs to an adapter.
+# PEFT's names of a wrapped module; everything else in a wrapper belongs to an adapter.
 _WRAPPERS = re.compile(r"(^|\.)(base_layer|original_module)(?=\.)")
 _ADAPTER_PARTS = re.compile(r"(^|\.)(modules_to_save|propulsion_\w+)\.")
 
 
 def fingerprint_of_model(model: nn.Module) -> Fingerprint:
-    """The fingerprint of the base under `model`'s head and adapters.
+    """The fingerprint of a model's base, without its head and adapters.
 
-    The same for a model with and without a head, and for fp32, bf16 and fp16 loads within
-    rounding; nothing that is made at random on load takes part.
+    It is the same with and without a head and, within rounding, in fp32, bf16 and fp16. Weights
+    that are random after loading are left out.
 
     Raises:
         BaseModelError: the weights are on the meta device or quantised, so their values cannot be
@@ -43,7 +43,7 @@ def has_readable_weights(model: nn.Module) -> bool:
 
 
 def base_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The base's parameters, by name without the prefix a head model adds and without wrappers."""
+    """The base's parameters by name, without the head model's prefix and PEFT's wrappers."""
     inner, head = inner_base_model(model), output_embeddings(model)
     head_names = {
         f"{path}." for path, module in inner.named_modules() if head is not None and module is head
@@ -56,7 +56,7 @@ def base_weights(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def inner_base_model(model: nn.Module) -> nn.Module:
-    """The transformer inside a head model; `model` itself when it has no such part."""
+    """The base model inside a model with a head; `model` itself if it has no head."""
     inner = getattr(model, getattr(model, "base_model_prefix", "") or "", None)
     return inner if isinstance(inner, nn.Module) else model
 
@@ -66,6 +66,6 @@ def output_embeddings(model: nn.Module) -> nn.Module | None:
     try:
         getter: Any = getattr(model, "get_output_embeddings", lambda: None)
         head = getter()
-    except (NotImplementedError, AttributeError):  # transformers' way to say that there is none
+    except (NotImplementedError, AttributeError):  # what transformers raises if there is none
         return None
     return head if isinstance(head, nn.Module) else None

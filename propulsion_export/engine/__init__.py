@@ -4,4 +4,4 @@ from propulsion_export.engine.builder import onnx_digest, write_engine
 from propulsion_export.engine.options import BuildOptions
 from propulsion_export.engine.profiles import parse_shapes
 
-__all__ = ["BuildOptions", "write_engine", "onnx_digest", "parse_shapes"]
+__all__ = ["BuildOptions", "onnx_digest", "parse_shapes", "write_engine"]

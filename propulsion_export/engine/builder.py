@@ -5,7 +5,9 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import onnx_ir as ir
 
 from propulsion_export.artifacts.artifact import Artifact
 from propulsion_export.artifacts.bank import Bank
@@ -34,16 +36,13 @@ from propulsion_export.graph.passes.required_inputs import (
     require_inputs_,
 )
 
-if TYPE_CHECKING:
-    import onnx_ir as ir
-
 _MEBIBYTE = 2**20
 _COMPATIBILITY = {"ampere+": "AMPERE_PLUS", "same-cc": "SAME_COMPUTE_CAPABILITY"}
 
 
 @dataclass(frozen=True)
 class _Job:
-    """A checked order: the module that builds, for which GPUs and shapes, and how."""
+    """A checked build: TensorRT's module, the GPUs, the shapes and the options."""
 
     trt: Any
     runtime: Runtime
@@ -58,7 +57,7 @@ def write_engine(
     options: BuildOptions,
     progress: Callable[[str], None] | None = None,
 ) -> Manifest:
-    """Write `model.engine`, and what else an engine artifact needs, into an empty directory.
+    """Write `model.engine` and the other files of an engine artifact into an empty directory.
 
     The scales of a switchable artifact become an input that must be fed: TensorRT has no defaults.
     A bank stays an input, unless it is built in.
@@ -67,7 +66,7 @@ def write_engine(
         artifact: of kind `onnx`.
         directory: exists and is empty; the caller writes the manifest.
         options: how to build.
-        progress: is told each step, in words.
+        progress: called at each step with a line that describes it.
 
     Returns:
         The engine's manifest, inputs and outputs as in the network that was built.
@@ -76,7 +75,7 @@ def write_engine(
         UsageError: options that contradict each other, the model or the target.
         UnavailableError: the runtime is not installed, this machine lacks the GPU it needs, or
             TensorRT has no engine for such a model: an encoder-decoder, a mixture of experts.
-        ArtifactError: not an ONNX artifact, or one that keeps weights outside its directory.
+        ArtifactError: the artifact is not ONNX, or keeps weights outside its directory.
         ToolError: TensorRT refuses the graph, drops a part of it or builds nothing.
     """
     if artifact.manifest.kind != "onnx":
@@ -84,23 +83,23 @@ def write_engine(
             f"{artifact.directory}: is a {artifact.manifest.kind} artifact, expected onnx"
         )
     _check_one_graph(artifact)
-    job = _order(artifact, options)
-    tell = progress or (lambda _: None)
-    tell(f"parsing {GRAPH_FILE}")
+    job = _plan_job(artifact, options)
+    report = progress or (lambda _: None)
+    report(f"parsing {GRAPH_FILE}")
     graph = read_graph(artifact.directory)
     check_operators(graph, _model_name(artifact))
     built_in = _build_in_(graph, artifact, directory, options)
     require_inputs_(graph, constant=built_in)
     network = parse(job.trt, graph, artifact.directory)
     manifest = _manifest(artifact, network, job)
-    tell(f"building for {', '.join(job.targets)} with {job.runtime} {job.trt.__version__}")
+    report(f"building for {', '.join(job.targets)} with {job.runtime} {job.trt.__version__}")
     config = _configure(job, network)
     _mark_refittable(job.trt, network, config, built_in if options.refit == "scales" else ())
     plan = build(network, config, options.timing_cache)
     (directory / ENGINE_FILE).write_bytes(plan)
     _copy_rest(artifact, directory)
     if manifest.mode == "bank" and not built_in:
-        artifact.bank.copy(directory)
+        artifact.open_bank().copy(directory)
     return manifest
 
 
@@ -131,7 +130,7 @@ def build(network: Network, config: Any, timing_cache: Path | None) -> memoryvie
 
 
 def read_timing_cache(config: Any, file: Path) -> None:
-    """Give the builder what it measured before; the first time, an empty cache to fill."""
+    """Give the builder its earlier measurements; the first time, an empty cache to fill."""
     content = file.read_bytes() if file.exists() else b""
     file.parent.mkdir(parents=True, exist_ok=True)
     if not config.set_timing_cache(config.create_timing_cache(content), False):
@@ -141,20 +140,17 @@ def read_timing_cache(config: Any, file: Path) -> None:
         )
 
 
-def _build_in_(
-    graph: "ir.Model", artifact: Artifact, directory: Path, options: BuildOptions
-) -> tuple[str, ...]:
-    """The inputs that become weights of the engine; a bank gets the rows of the engine's copy."""
-    if not _builds_in(options):
-        return ()
-    if artifact.manifest.mode == "bank":
-        artifact.bank.copy(directory)
-        give_default_(graph, BANK_INPUT, Bank.open(directory).values())
-    return adapter_inputs(graph)
+def set_targets(trt: Any, config: Any, targets: tuple[str, ...]) -> None:
+    """Set the GPUs to build for; TensorRT-RTX only.
 
-
-def _builds_in(options: BuildOptions) -> bool:
-    return options.refit == "scales" or options.bank == "constant"
+    Raises:
+        ToolError: TensorRT refuses one of them.
+    """
+    config.num_compute_capabilities = len(targets)
+    for index, target in enumerate(targets):
+        capability = trt.ComputeCapability(compute_capability(target))
+        if not config.set_compute_capability(capability, index):
+            raise ToolError(f"--target: TensorRT refuses {target}")
 
 
 def _check_one_graph(artifact: Artifact) -> None:
@@ -173,7 +169,7 @@ def _model_name(artifact: Artifact) -> str:
     return str(next(iter(classes), artifact.directory))
 
 
-def _order(artifact: Artifact, options: BuildOptions) -> _Job:
+def _plan_job(artifact: Artifact, options: BuildOptions) -> _Job:
     manifest = artifact.manifest
     runtime = choose_runtime(options.runtime)
     check_options(options, runtime, manifest.mode)
@@ -184,6 +180,22 @@ def _order(artifact: Artifact, options: BuildOptions) -> _Job:
     inputs = [spec for spec in manifest.inputs if spec.name not in gone]
     profiles = choose_profiles(inputs, given, longest)
     return _Job(load(runtime), runtime, targets, profiles, options)
+
+
+def _builds_in(options: BuildOptions) -> bool:
+    return options.refit == "scales" or options.bank == "constant"
+
+
+def _build_in_(
+    graph: ir.Model, artifact: Artifact, directory: Path, options: BuildOptions
+) -> tuple[str, ...]:
+    """The inputs that become weights of the engine; a bank gets the rows of the engine's copy."""
+    if not _builds_in(options):
+        return ()
+    if artifact.manifest.mode == "bank":
+        artifact.open_bank().copy(directory)
+        give_default_(graph, BANK_INPUT, Bank.open(directory).values())
+    return adapter_inputs(graph)
 
 
 def _manifest(artifact: Artifact, network: Network, job: _Job) -> Manifest:
@@ -202,7 +214,7 @@ def _manifest(artifact: Artifact, network: Network, job: _Job) -> Manifest:
         inputs=specs_of(network.inputs, source.inputs),
         outputs=specs_of(network.outputs, source.outputs),
         engine=entry,
-        # The versions that made the graph stay; TensorRT's is that of this build.
+        # The export's versions stay; TensorRT's is the one of this build.
         tools=tool_versions() | source.tools | {job.runtime: job.trt.__version__},
         files={},
     )
@@ -232,19 +244,6 @@ def _configure(job: _Job, network: Network) -> Any:
     return config
 
 
-def set_targets(trt: Any, config: Any, targets: tuple[str, ...]) -> None:
-    """Name the GPUs to build for; TensorRT-RTX only.
-
-    Raises:
-        ToolError: it refuses one.
-    """
-    config.num_compute_capabilities = len(targets)
-    for index, target in enumerate(targets):
-        capability = trt.ComputeCapability(compute_capability(target))
-        if not config.set_compute_capability(capability, index):
-            raise ToolError(f"--target: TensorRT refuses {target}")
-
-
 def _add_profile(network: Network, config: Any, profile: Profile) -> None:
     entry = network.builder.create_optimization_profile()
     for name, shapes in profile.items():
@@ -259,7 +258,7 @@ def _add_profile(network: Network, config: Any, profile: Profile) -> None:
 
 
 def _mark_refittable(trt: Any, network: Network, config: Any, weights: tuple[str, ...]) -> None:
-    """Mark these and no others, so that the rest of the network keeps its fusions."""
+    """Mark only these weights, so that the rest of the network keeps its fusions."""
     if not weights:
         return
     config.set_flag(trt.BuilderFlag.REFIT_INDIVIDUAL)
@@ -268,13 +267,13 @@ def _mark_refittable(trt: Any, network: Network, config: Any, weights: tuple[str
         raise ToolError(*(f"{name}: TensorRT has no weights of that name" for name in unknown))
 
 
-def _is_graph(name: str) -> bool:
-    return name.startswith(GRAPH_FILE)
-
-
 def _copy_rest(artifact: Artifact, directory: Path) -> None:
-    """Adapters, config.json and the tokenizer: all that is recorded but the graph."""
+    """Copy all recorded files except the graph: adapters, config.json and the tokenizer."""
     for name in artifact.manifest.files:
         if not _is_graph(name):
             (directory / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(artifact.directory / name, directory / name)
+
+
+def _is_graph(name: str) -> bool:
+    return name.startswith(GRAPH_FILE)

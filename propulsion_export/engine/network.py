@@ -1,19 +1,18 @@
-"""The network that TensorRT parses from a graph, checked that nothing was lost on the way."""
+"""Parse a graph to a TensorRT network, and check that nothing was lost."""
 
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import onnx_ir as ir
 
 from propulsion_export.artifacts.file_names import GRAPH_FILE
 from propulsion_export.artifacts.manifest import TensorSpec
 from propulsion_export.errors import ArtifactError, ToolError
 from propulsion_export.graph.files import external_files
-
-if TYPE_CHECKING:
-    import onnx_ir as ir
 
 _DTYPES = {
     "FLOAT": "float32",
@@ -34,7 +33,7 @@ _REMEDY = "Export again with this version, with --opset 20, and not optimised fo
 
 @dataclass(frozen=True)
 class Log:
-    """What TensorRT logged as an error; `logger` is what its objects take."""
+    """Errors that TensorRT logged; `logger` is the object that TensorRT takes."""
 
     logger: Any
     errors: list[str]
@@ -47,7 +46,7 @@ class Log:
 
 @dataclass(frozen=True)
 class Network:
-    """A parsed network and what must live as long as it: builder and parser."""
+    """A parsed network with its builder and parser, which must live as long."""
 
     builder: Any
     definition: Any
@@ -77,7 +76,7 @@ def collect_errors(trt: Any) -> Log:
     return Log(Collector(), errors)
 
 
-def parse(trt: Any, model: "ir.Model", directory: Path) -> Network:
+def parse(trt: Any, model: ir.Model, directory: Path) -> Network:
     """Parse a graph whose external weights lie in `directory`, and check that all of it arrived.
 
     Raises:
@@ -124,10 +123,8 @@ def _readable(message: str) -> str:
 
 
 @contextmanager
-def _beside_weights(model: "ir.Model", directory: Path) -> Iterator[Path]:
-    """A temporary file of the graph; the parser looks for weights beside it and finds links."""
-    import onnx_ir as ir
-
+def _beside_weights(model: ir.Model, directory: Path) -> Iterator[Path]:
+    """A temporary file of the graph, with links to its weights beside it for the parser."""
     with tempfile.TemporaryDirectory(prefix="propulsion-export-") as scratch:
         file = Path(scratch) / GRAPH_FILE
         for location in external_files(model):
@@ -147,7 +144,7 @@ def _parser_errors(parser: Any) -> Iterator[str]:
         yield f"{GRAPH_FILE}: {node}TensorRT says: {_readable(error.desc())}"
 
 
-def _check_complete(model: "ir.Model", network: Network) -> None:
+def _check_complete(model: ir.Model, network: Network) -> None:
     have = {tensor.name for tensor in (*network.inputs, *network.outputs)}
     dropped = [
         f"{GRAPH_FILE}: TensorRT dropped the {kind} {value.name!r}, expected it in the network"

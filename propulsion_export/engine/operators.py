@@ -1,4 +1,4 @@
-"""Operators that TensorRT lacks."""
+"""Refuse graphs with operators that TensorRT lacks."""
 
 import onnx_ir as ir
 
@@ -7,12 +7,12 @@ from propulsion_export.graph.files import all_graphs
 
 
 def check_operators(model: ir.Model, name: str) -> None:
-    """Refuse by name what TensorRT would refuse without saying where.
+    """Refuse, with the node's name, a graph that TensorRT would refuse without one.
 
     The exporter counts the tokens of each expert with a ScatterElements that adds.
 
     Raises:
-        UnavailableError: `name`, the model, has an operator that TensorRT lacks.
+        UnavailableError: the model, called `name`, has an operator that TensorRT lacks.
     """
     adding = [
         f"{name}: its node {node.name!r} is a ScatterElements that adds up, as in a mixture of "

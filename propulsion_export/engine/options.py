@@ -27,7 +27,8 @@ class BuildOptions:
         refit: `scales` builds the scales of a switchable artifact in as weights that can be
             replaced later, in place of an input; of a bank all its rows.
         bank: `constant` builds in the rows that a bank has now, in place of an input, for servers
-            whose requests cannot bring it; adapters added later need another build.
+            whose requests cannot bring it; adapters added later need another build. None is
+            `input`.
         timing_cache: a file that makes the next build faster; read where it exists, then written.
         builder_optimization_level: 0 (fast build) to 5 (long search).
         version_compatible: the engine also runs in later versions of TensorRT.
@@ -42,7 +43,7 @@ class BuildOptions:
     opt_shapes: Shapes = field(default_factory=dict)
     max_shapes: Shapes = field(default_factory=dict)
     refit: Literal["none", "scales"] = "none"
-    bank: Literal["input", "constant"] = "input"
+    bank: Literal["input", "constant"] | None = None
     timing_cache: Path | None = None
     builder_optimization_level: int | None = None
     version_compatible: bool = False
@@ -54,7 +55,7 @@ class BuildOptions:
         """What of it the manifest keeps: all that shapes the engine and is not recorded apart."""
         return {
             "refit": self.refit,
-            "bank": self.bank,
+            "bank": self.bank or "input",
             "builder_optimization_level": self.builder_optimization_level,
             "version_compatible": self.version_compatible,
             "hardware_compatibility": self.hardware_compatibility,
@@ -92,8 +93,11 @@ def _contradictions(options: BuildOptions, mode: Mode) -> list[str]:
         "--refit scales: found a folded artifact, expected one exported with --mode switchable": (
             options.refit == "scales" and mode == "folded"
         ),
-        f"--bank constant: found a {mode} artifact, expected one exported with --mode bank": (
-            options.bank == "constant" and mode != "bank"
+        f"--bank {options.bank}: found a {mode} artifact, expected one exported with --mode bank": (
+            options.bank is not None and mode != "bank"
+        ),
+        "--bank: does nothing with --refit scales, which builds a bank's rows in": (
+            options.bank is not None and options.refit == "scales" and mode == "bank"
         ),
         "--strip-weights: found --refit scales too, expected one of them": (
             options.refit == "scales" and options.strip_weights

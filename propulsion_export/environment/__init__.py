@@ -1,1 +1,1 @@
-"""What this process runs in: the machine, the libraries' output, PEFT's registry of methods."""
+"""The machine, the output of libraries, progress, and the registration with PEFT."""

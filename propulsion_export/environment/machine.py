@@ -1,6 +1,6 @@
-"""What this machine can do: its GPUs, the packages installed, and which steps they allow.
+"""What this machine can do: its GPUs, the installed packages, and the steps they allow.
 
-Asks the CUDA driver and the packages' metadata; what takes long to import, torch, is not.
+Reads the CUDA driver and the packages' metadata; torch, which takes seconds to import, is not.
 """
 
 import ctypes
@@ -44,7 +44,7 @@ class CudaDevice:
 
 @dataclass(frozen=True)
 class Capability:
-    """One step, whether this machine can take it, with what, and the way out if it cannot."""
+    """A step, whether it can be done on this machine, the details, and the remedy if it cannot."""
 
     name: str
     available: bool
@@ -53,13 +53,13 @@ class Capability:
 
 
 def cuda_devices() -> tuple[CudaDevice, ...]:
-    """The GPUs that the CUDA driver shows to this process; none when there is no driver."""
-    return _ask_driver()[0]
+    """The GPUs that the CUDA driver shows to this process; none without a driver."""
+    return _query_driver()[0]
 
 
 def cuda_reason() -> str:
     """Why `cuda_devices` is empty; an empty text when it is not."""
-    return _ask_driver()[1]
+    return _query_driver()[1]
 
 
 def package_version(name: str) -> str | None:
@@ -77,7 +77,7 @@ def has_module(name: str) -> bool:
 
 
 def rtx_targets() -> tuple[str, ...]:
-    """The compute capabilities that tensorrt-rtx builds for and runs on; none without it."""
+    """The compute capabilities that the installed tensorrt-rtx supports; none without it."""
     if not has_module("tensorrt_rtx"):
         return ()
     import tensorrt_rtx
@@ -87,14 +87,14 @@ def rtx_targets() -> tuple[str, ...]:
 
 
 def tool_versions() -> dict[str, str]:
-    """Versions of Python and of the tools that shape an artifact, those installed."""
+    """Versions of Python and of the installed packages that affect an artifact."""
     versions = {name: package_version(name) for name in _TOOLS}
     return {"python": platform.python_version()} | {n: v for n, v in versions.items() if v}
 
 
 def capabilities() -> tuple[Capability, ...]:
-    """What the stages need and whether it is here, in the order of the road."""
-    devices, reason = _ask_driver()
+    """Each step and whether it can be done here, in the order of the pipeline."""
+    devices, reason = _query_driver()
     gpu = ", ".join(f"{device.name} ({device.capability})" for device in devices) or reason
     return (
         _torch(),
@@ -107,7 +107,7 @@ def capabilities() -> tuple[Capability, ...]:
     )
 
 
-def _ask_driver() -> tuple[tuple[CudaDevice, ...], str]:
+def _query_driver() -> tuple[tuple[CudaDevice, ...], str]:
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:

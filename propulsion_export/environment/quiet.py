@@ -1,4 +1,4 @@
-"""Keep the libraries' own chatter off the terminal while we call them.
+"""Silence the libraries that we call; no other module does.
 
 They print banners, progress bars and version-drift notes on stdout, stderr and through `logging`
 and `warnings`. Standard output belongs to `--json`, and a known failure is one line.
@@ -8,6 +8,7 @@ import contextlib
 import io
 import logging
 import os
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -30,7 +31,7 @@ _ONE_AT_A_TIME = threading.RLock()
 def quiet() -> Iterator[None]:
     """Silence libraries inside the block; exceptions pass through untouched.
 
-    Of several threads one after the other: what it changes belongs to the whole process.
+    Several threads wait for each other: the settings it changes belong to the whole process.
     """
     with _ONE_AT_A_TIME, _silence():
         yield
@@ -49,6 +50,7 @@ def _silence() -> Iterator[None]:
             warnings.catch_warnings(),
             contextlib.redirect_stdout(io.StringIO()),
             _transformers_progress_off(),
+            _datasets_progress_off(),
         ):
             warnings.simplefilter("ignore")
             yield
@@ -63,10 +65,25 @@ def _silence() -> Iterator[None]:
 
 
 @contextmanager
+def quiet_while_tracing() -> Iterator[None]:
+    """`quiet`, and no log record below CRITICAL from anywhere.
+
+    torch.onnx warns about its own registry on a logger that sets its level when it is imported.
+    """
+    with quiet():
+        before = logging.root.manager.disable
+        logging.disable(logging.ERROR)
+        try:
+            yield
+        finally:
+            logging.disable(before)
+
+
+@contextmanager
 def quiet_while_training() -> Iterator[None]:
     """Silence transformers alone: a caller's callback may print and warn inside the block.
 
-    A head that is not in the checkpoint is what training is for, no cause for a warning.
+    A head that is not in the checkpoint needs no warning: training is there to make one.
     """
     from transformers.utils import logging as transformers_logging
 
@@ -74,7 +91,7 @@ def quiet_while_training() -> Iterator[None]:
     transformers_logging.set_verbosity_error()
     try:
         with warnings.catch_warnings(), _transformers_progress_off():
-            # PEFT reads the old name. Remove when it no longer does (0.21.2 does).
+            # PEFT uses the deprecated name. Remove when it no longer does (0.21.2 does).
             warnings.filterwarnings(
                 "ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning
             )
@@ -94,3 +111,16 @@ def _transformers_progress_off() -> Iterator[None]:
     finally:
         if was_on:
             transformers_logging.enable_progress_bar()
+
+
+@contextmanager
+def _datasets_progress_off() -> Iterator[None]:
+    datasets = sys.modules.get("datasets")  # importing it takes a second, and few calls need it
+    was_on = datasets is not None and not datasets.are_progress_bars_disabled()
+    if datasets is not None and was_on:
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if datasets is not None and was_on:
+            datasets.enable_progress_bars()

@@ -1,6 +1,6 @@
-"""Make PEFT know Propulsion as soon as both are imported, whichever comes first, loading neither.
+"""Register Propulsion with PEFT once both are imported, in either order, without importing PEFT.
 
-`import propulsion_export` is all that `peft.PeftModel.from_pretrained` needs to read our adapters.
+After `import propulsion_export`, `peft.PeftModel.from_pretrained` can load Propulsion adapters.
 """
 
 import importlib
@@ -15,7 +15,7 @@ _TUNER = "propulsion_export.tuning"  # registers the method on import
 
 
 def register_with_peft() -> None:
-    """Register now if PEFT is loaded, else right after it will be."""
+    """Register now if PEFT is imported, else right after it is."""
     if "peft" in sys.modules:
         importlib.import_module(_TUNER)
     elif not any(isinstance(finder, _AfterPeft) for finder in sys.meta_path):
@@ -23,7 +23,7 @@ def register_with_peft() -> None:
 
 
 class _AfterPeft(importlib.abc.MetaPathFinder):
-    """Finds `peft` as everyone else does, and adds a step behind its import."""
+    """Finds `peft` as the other finders do, and makes its import register the method."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None

@@ -1,1 +1,1 @@
-"""The traced graph: made, changed by passes, written, read, compared with a manifest."""
+"""The ONNX graph: traced, changed by passes, written, read, compared with a manifest."""

@@ -25,7 +25,7 @@ def write_graph(model: ir.Model, directory: Path) -> Path:
 def write_graphs(models: Mapping[str, ir.Model], directory: Path) -> None:
     """Write graphs by file name, and the weights of all as `model.onnx.data`.
 
-    A weight that several graphs have, or one has twice, is written once; small ones are inside.
+    A weight used by several graphs, or twice in one, is written once; small ones stay inside.
     """
     digests: dict[int, bytes] = {}
     unique: dict[bytes, Any] = {}
@@ -55,26 +55,11 @@ def write_graphs(models: Mapping[str, ir.Model], directory: Path) -> None:
         ir.save(model, directory / name)
 
 
-def _large_weights(model: ir.Model) -> list[Any]:
-    return [
-        value
-        for value in model.graph.initializers.values()
-        if value.const_value is not None and value.const_value.nbytes >= _INLINE_BYTES
-    ]
-
-
-def _digest(tensor: Any) -> bytes:
-    """What makes two weights one on disk: the bytes and their type; each has a shape of its own."""
-    values = np.ascontiguousarray(tensor.numpy())
-    key = str(tensor.dtype).encode()
-    return hashlib.blake2b(values.view(np.uint8).data, key=key).digest()
-
-
 def read_graph(directory: Path, name: str = GRAPH_FILE) -> ir.Model:
     """Load the graph `name`, its weights left on disk.
 
     Raises:
-        ArtifactError: it is no ONNX file, or keeps weights outside the directory.
+        ArtifactError: the file is no ONNX file, or keeps weights outside the directory.
     """
     file = directory / name
     try:
@@ -94,11 +79,33 @@ def read_graph(directory: Path, name: str = GRAPH_FILE) -> ir.Model:
 
 
 def external_files(model: ir.Model) -> tuple[str, ...]:
-    """The files beside the graph that its weights lie in."""
+    """The files beside the graph that hold its weights."""
     tensors = (
         tensor.location for tensor in _tensors(model) if isinstance(tensor, ir.ExternalTensor)
     )
     return tuple(dict.fromkeys(str(location) for location in tensors))
+
+
+def all_graphs(model: ir.Model) -> Iterator[ir.Graph]:
+    """The graphs of a model: its own, those inside nodes, and those of functions."""
+    yield from model.graphs()
+    for function in model.functions.values():
+        yield from (function.graph, *function.subgraphs())
+
+
+def _large_weights(model: ir.Model) -> list[Any]:
+    return [
+        value
+        for value in model.graph.initializers.values()
+        if value.const_value is not None and value.const_value.nbytes >= _INLINE_BYTES
+    ]
+
+
+def _digest(tensor: Any) -> bytes:
+    """Equal for weights that share their bytes on disk: same bytes and type, whatever the shape."""
+    values = np.ascontiguousarray(tensor.numpy())
+    key = str(tensor.dtype).encode()
+    return hashlib.blake2b(values.view(np.uint8).data, key=key).digest()
 
 
 def _tensors(model: ir.Model) -> Iterator[Any]:
@@ -107,10 +114,3 @@ def _tensors(model: ir.Model) -> Iterator[Any]:
         for attribute in (item for node in graph for item in node.attributes.values()):
             if isinstance(attribute, ir.Attr) and attribute.type == ir.AttributeType.TENSOR:
                 yield attribute.value
-
-
-def all_graphs(model: ir.Model) -> Iterator[ir.Graph]:
-    """The graphs of a model: its own, those inside nodes, and those of functions."""
-    yield from model.graphs()
-    for function in model.functions.values():
-        yield from (function.graph, *function.subgraphs())

@@ -1,4 +1,4 @@
-"""Inputs made for a model: to trace it with, and to judge it by."""
+"""Generate inputs for a model: to trace it, and to compare artifacts on."""
 
 import inspect
 
@@ -7,7 +7,7 @@ from transformers import PretrainedConfig
 
 from propulsion_export.artifacts.artifact import Tensors
 
-TRACED_ROWS = 3  # of a batch to trace with
+TRACED_ROWS = 3  # rows of the batch that a model is traced with
 
 
 def input_names(model_class: type, config: PretrainedConfig) -> tuple[str, ...]:
@@ -32,18 +32,18 @@ def trace_inputs(names: tuple[str, ...], config: PretrainedConfig) -> Tensors:
 
 
 def trace_prompt(config: PretrainedConfig) -> Tensors:
-    """A prompt to trace decoding behind, int64 [3, length], padded on the left."""
+    """A prompt to trace decoding steps after, int64 [3, length], padded on the left."""
     return padded_left(trace_inputs(("input_ids", "attention_mask"), config))
 
 
 def padded_left(batch: Tensors) -> Tensors:
-    """A batch with its padding on the left, wherever it was: some tokenizers put it there."""
+    """A batch with its padding moved to the left, from whichever side the tokenizer put it."""
     order = np.argsort(batch["attention_mask"], axis=1, kind="stable")
     return {name: np.take_along_axis(values, order, axis=1) for name, values in batch.items()}
 
 
 def padding_token(config: PretrainedConfig) -> int:
-    """What to feed where the attention mask hides: the padding token if the vocabulary has it."""
+    """The token at positions that the attention mask hides: padding if the vocabulary has it."""
     token = config.pad_token_id
     # Some configurations say -1, or name a token that the embedding has no row for.
     return token if token is not None and 0 <= token < config.vocab_size else 0
@@ -62,9 +62,9 @@ def random_batch(
     # Neither padding, wherever it stands, nor the first entries, special tokens in most models.
     tokens = chooser.integers(config.vocab_size // 20, config.vocab_size - 1, shape)
     tokens += tokens >= padding
-    made = {
+    tensors = {
         "input_ids": np.where(mask == 1, tokens, padding).astype(np.int64),
         "attention_mask": mask,
         "token_type_ids": np.zeros(shape, np.int64),
     }
-    return {name: made[name] for name in names}
+    return {name: tensors[name] for name in names}

@@ -1,4 +1,4 @@
-"""Does the manifest say of the graph what the graph is?"""
+"""Compare a manifest with the graph that it describes."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,10 +18,10 @@ from propulsion_export.graph.files import read_graph
 
 
 def check_signature(artifact: Artifact) -> None:
-    """Refuse a manifest that contradicts itself or, of an ONNX artifact, its graph.
+    """Refuse a manifest that contradicts itself or the graph of its ONNX artifact.
 
-    Weights stay on disk. An edited manifest could otherwise choose the tolerance (its dtype) or
-    what is fed.
+    Weights stay on disk. Without this check an edited manifest could choose the tolerance (by its
+    dtype) or the inputs.
 
     Raises:
         ArtifactError: naming every difference.
@@ -38,8 +38,14 @@ def check_signature(artifact: Artifact) -> None:
         raise inconsistent(artifact.directory, findings)
 
 
-def _misfit_graph(directory: Path, name: str, entry: GraphEntry, dtype: Dtype) -> Iterator[str]:
+def signature(model: ir.Model) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+    """The graph's inputs and outputs; an input that has an initializer is optional."""
+    graph = model.graph
+    inputs = tuple(_spec(value, value.name in graph.initializers) for value in graph.inputs)
+    return inputs, tuple(_spec(value) for value in graph.outputs)
 
+
+def _misfit_graph(directory: Path, name: str, entry: GraphEntry, dtype: Dtype) -> Iterator[str]:
     model = read_graph(directory, name)
     inputs, outputs = signature(model)
     yield from _differences("input", entry.inputs, inputs)
@@ -48,16 +54,16 @@ def _misfit_graph(directory: Path, name: str, entry: GraphEntry, dtype: Dtype) -
 
 
 def _differences(
-    what: str, told: Sequence[TensorSpec], found: Sequence[TensorSpec]
+    what: str, declared: Sequence[TensorSpec], found: Sequence[TensorSpec]
 ) -> Iterator[str]:
-    by_name = {spec.name: spec for spec in told}
+    by_name = {spec.name: spec for spec in declared}
     for spec in found:
         if by_name.get(spec.name) != spec:
             record = _shown(by_name[spec.name]) if spec.name in by_name else "no such one"
             yield f"the graph has the {what} {_shown(spec)}, the manifest {record}"
     for name in by_name.keys() - {spec.name for spec in found}:
         yield f"the manifest has the {what} {name!r}, the graph no such one"
-    if len(by_name) != len(told):
+    if len(by_name) != len(declared):
         yield f"the manifest names an {what} twice"
 
 
@@ -73,13 +79,6 @@ def _other_dtype(dtype: Dtype, graph: ir.Model) -> Iterator[str]:
     floating = present & set(get_args(Dtype))
     if floating and dtype not in floating:
         yield f"the graph is in {', '.join(sorted(floating))}, the manifest says {dtype}"
-
-
-def signature(model: ir.Model) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
-    """The graph's inputs and outputs; an input that has an initializer is optional."""
-    graph = model.graph
-    inputs = tuple(_spec(value, value.name in graph.initializers) for value in graph.inputs)
-    return inputs, tuple(_spec(value) for value in graph.outputs)
 
 
 def _spec(value: ir.Value, optional: bool = False) -> TensorSpec:

@@ -1,4 +1,4 @@
-"""Slots for adapters that are not trained yet: what an adapter of a placement would bring."""
+"""Slots for adapters that are not trained yet: the tensors that an adapter may bring."""
 
 from dataclasses import dataclass
 from typing import Any

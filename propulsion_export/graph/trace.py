@@ -1,4 +1,4 @@
-"""A torch model becomes an onnx_ir model, through the exporter of transformers.
+"""Trace a torch model to an onnx_ir model, with the exporter of transformers.
 
 The only module that touches `transformers.exporters`, whose interface moves with every minor
 release. The graph is returned as traced, not optimised: every weight and every attached scale is
@@ -6,7 +6,7 @@ still an initializer with its own name, which is what the passes in `graph/` wor
 """
 
 import copy
-import logging
+import importlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -19,14 +19,14 @@ from transformers.utils import ModelOutput
 from propulsion_export.artifacts.artifact import Tensors
 from propulsion_export.artifacts.file_names import ENCODER_DECODER_FILES
 from propulsion_export.artifacts.manifest import DEFAULT_OPSET
-from propulsion_export.environment.quiet import quiet
+from propulsion_export.environment.quiet import quiet, quiet_while_tracing
 from propulsion_export.errors import PropulsionExportError, ToolError, UnavailableError
 
 _REMEDY = "Install the tested version: pip install 'transformers>=5.24,<5.25'."
-# What generate() says about the outputs it wants; no inputs of a graph.
+# Arguments by which generate() chooses outputs; they are no inputs of a graph.
 _FLAGS = ("use_cache", "return_dict", "output_attentions", "output_hidden_states")
 _NONE: Mapping[str, torch.Tensor] = {}
-_DECODED = 5  # tokens that a decoder is traced with; no multiple of the batch, to be told from it
+_DECODED = 5  # tokens that a decoder is traced with; no multiple of the batch size
 
 
 def trace(
@@ -40,7 +40,7 @@ def trace(
 
     Args:
         model: in evaluation mode; scales attached to it are traced as initializers.
-        inputs: padded sample inputs, int64 [batch, sequence], see `sampling.trace_inputs`.
+        inputs: padded sample inputs, int64 [batch, sequence], see `sample_inputs.trace_inputs`.
         opset: ONNX opset of the graph.
         extra: further inputs of the model, [batch, …]; only the batch varies.
 
@@ -66,13 +66,14 @@ def trace_decoder(
 
     Args:
         model: a causal language model, as for `trace`.
-        prompt: `input_ids` and `attention_mask`, padded on the left, see `sampling.trace_prompt`.
+        prompt: `input_ids` and `attention_mask`, padded on the left, see
+            `sample_inputs.trace_prompt`.
         opset: ONNX opset of the graph.
         extra: as for `trace`.
 
     Returns:
         A graph whose cache inputs and outputs are named by the exporter, see
-        `graph.cache.NameCache`.
+        `graph.passes.cache.NameCache`.
 
     Raises:
         ToolError: the exporter refused the model, or fixed the length of a dimension.
@@ -95,12 +96,12 @@ def trace_encoder_decoder(
 
     Args:
         model: an encoder-decoder, as for `trace`.
-        prompt: `input_ids` and `attention_mask`, padded, see `sampling.trace_inputs`.
+        prompt: `input_ids` and `attention_mask`, padded, see `sample_inputs.trace_inputs`.
         opset: ONNX opset of the graphs.
         extra: as for `trace`, of every graph.
 
     Returns:
-        By optimum's file names; caches are named by the exporter, see `graph.cache`.
+        By optimum's file names; caches are named by the exporter, see `graph.passes.cache`.
 
     Raises:
         ToolError: the exporter refused the model, or fixed the length of a dimension.
@@ -130,7 +131,7 @@ def _decoding_steps(
         )
     decompose = _exporter_module("utils").decompose_for_generation
     given = prompt if cache is None else {**prompt, "cache": cache}
-    with _refusals(model), quiet(), _no_logging():
+    with _refusals(model), quiet_while_tracing():
         greedy = copy.deepcopy(model.generation_config)
         # It must not stop before the steps that are captured.
         greedy.update(do_sample=False, num_beams=1, cache_implementation=None, min_new_tokens=3)
@@ -167,7 +168,7 @@ def _export(
     config = exporters.OnnxConfig(
         dynamic=True, dynamic_shapes=shapes, opset_version=opset, optimize=False
     )
-    with _refusals(model), quiet(), _no_logging():
+    with _refusals(model), quiet_while_tracing():
         program = exporters.OnnxExporter().export(model, arguments, config).program
     if not isinstance(program, ir.Model):
         raise UnavailableError(
@@ -194,14 +195,12 @@ def _refuse_fixed(program: ir.Model, model: str, shapes: Mapping[str, Any]) -> N
         raise ToolError(*fixed)
 
 
-def _varying_axes(told: Any, rank: int) -> Iterable[int]:
-    """Those of an input; a cache or an encoder's output has inputs that nobody has named yet."""
-    return told if isinstance(told, dict) else (0, 2 if rank == 4 else 1)
+def _varying_axes(axes: Any, rank: int) -> Iterable[int]:
+    """The varying axes of an input; those of a cache or an encoder's output have no name yet."""
+    return axes if isinstance(axes, dict) else (0, 2 if rank == 4 else 1)
 
 
 def _exporter_module(name: str) -> Any:
-    import importlib
-
     try:
         with quiet():
             return importlib.import_module(f"transformers.exporters.{name}")
@@ -223,14 +222,3 @@ def _refusals(model: PreTrainedModel) -> Iterator[None]:
         raise ToolError(
             f"{type(model).__name__}: cannot be traced ({type(cause).__name__}: {first})"
         ) from error
-
-
-class _no_logging:
-    """torch.onnx warns about its own registry on a logger that configures itself on import."""
-
-    def __enter__(self) -> None:
-        self._before = logging.root.manager.disable
-        logging.disable(logging.ERROR)
-
-    def __exit__(self, *_: object) -> None:
-        logging.disable(self._before)

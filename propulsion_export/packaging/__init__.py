@@ -1,1 +1,1 @@
-"""Layouts that servers load, made of an artifact's files."""
+"""Package an artifact's files in the layouts that servers load."""

@@ -1,4 +1,4 @@
-"""What onnxruntime-genai reads beside a graph and its adapter files: its configuration."""
+"""Package a causal language model with the configuration that onnxruntime-genai reads."""
 
 import json
 import shlex
@@ -30,7 +30,7 @@ def plan(artifact: Artifact, options: PackageOptions) -> WritePackage:
     """Check that onnxruntime-genai can run the artifact; return what writes the package.
 
     Raises:
-        UsageError: it is no export of a causal language model, a bank, or in bfloat16.
+        UsageError: the artifact is no export of a causal language model, a bank, or in bfloat16.
     """
     del options
     _check_fits(artifact)
@@ -49,44 +49,22 @@ def plan(artifact: Artifact, options: PackageOptions) -> WritePackage:
 
 
 def next_command(directory: Path, adapters: Sequence[str]) -> str:
-    """What to type to use the package."""
+    """The command that uses the package."""
     del adapters
     code = f"import onnxruntime_genai as og; og.Model({str(directory)!r})"
     return f"python -c {shlex.quote(code)}"
 
 
-def _check_fits(artifact: Artifact) -> None:
-    manifest = artifact.manifest
-    task = TASKS[manifest.task]
-    if manifest.kind != "onnx":
-        found = f"is of kind {manifest.kind}, expected an ONNX export"
-        remedy = "Give the directory that `propulsion-export onnx` wrote."
-    elif task.architecture != "decoder":
-        found = f"is for {manifest.task}, expected text-generation: onnxruntime-genai runs that"
-        if task.architecture == "encoder-decoder":
-            found += ", and of encoder-decoders those of speech and Marian alone"
-        remedy = "Serve it with ONNX Runtime itself."
-    elif manifest.mode == "bank":
-        found = "is a bank, whose rows onnxruntime-genai has no way to choose"
-        remedy = "Export with --mode switchable."
-    elif manifest.dtype == "bfloat16":
-        found = "is in bfloat16, for which ONNX Runtime's CPU provider has no kernels"
-        remedy = "Export with --dtype float32 or float16."
-    else:
-        return
-    raise UsageError(f"{artifact.directory}: {found}", remedy=remedy)
-
-
 def genai_config(
     inputs: Sequence[TensorSpec], config: Any, special: SpecialTokens, *, longest: int
 ) -> dict[str, Any]:
-    """What `genai_config.json` has to say of a decoder graph.
+    """The content of `genai_config.json` for a decoder graph.
 
     Args:
-        inputs: of the graph.
+        inputs: the inputs of the graph.
         config: transformers' configuration of the model.
         special: its special tokens.
-        longest: tokens of prompt and answer together.
+        longest: the limit on tokens of prompt and answer together.
     """
     names = [spec.name for spec in inputs]
     key = next(spec for spec in inputs if spec.name.startswith(f"{PAST}."))
@@ -117,8 +95,30 @@ def genai_config(
     }
 
 
+def _check_fits(artifact: Artifact) -> None:
+    manifest = artifact.manifest
+    task = TASKS[manifest.task]
+    if manifest.kind != "onnx":
+        found = f"is of kind {manifest.kind}, expected an ONNX export"
+        remedy = "Give the directory that `propulsion-export onnx` wrote."
+    elif task.architecture != "decoder":
+        found = f"is for {manifest.task}, expected text-generation: onnxruntime-genai runs that"
+        if task.architecture == "encoder-decoder":
+            found += ", and of encoder-decoders those of speech and Marian alone"
+        remedy = "Serve it with ONNX Runtime itself."
+    elif manifest.mode == "bank":
+        found = "is a bank, whose rows onnxruntime-genai has no way to choose"
+        remedy = "Export with --mode switchable."
+    elif manifest.dtype == "bfloat16":
+        found = "is in bfloat16, for which ONNX Runtime's CPU provider has no kernels"
+        remedy = "Export with --dtype float32 or float16."
+    else:
+        return
+    raise UsageError(f"{artifact.directory}: {found}", remedy=remedy)
+
+
 def _tokens(special: SpecialTokens) -> dict[str, Any]:
-    """The runtime wants a number for each, and masks padding in a batch by its number."""
+    """The special tokens; the runtime needs a number for each, and masks padding by its number."""
     return {
         "bos_token_id": 0 if special.begin is None else special.begin,
         "eos_token_id": list(special.end),

@@ -1,8 +1,8 @@
 """The one table of server layouts: the module that checks and writes each, and its options.
 
 Adding a layout is one module, one entry here and one test. Its module has
-`plan(artifact, options)`, which refuses an artifact that the server cannot run and returns what
-writes the package, and `next_command(directory, adapters)`, what to type to use the package.
+`plan(artifact, options)`, which refuses an artifact that the server cannot run and returns the
+function that writes the package, and `next_command(directory, adapters)`, the command that uses it.
 Reading this table imports none of them.
 """
 
@@ -19,9 +19,9 @@ class ServerLayout:
     """One layout.
 
     Attributes:
-        module: of this package.
-        summary: what it takes and who loads it, for `--help`.
-        options: fields of `PackageOptions` that it takes.
+        module: the module of this package that writes it.
+        summary: the artifact it takes and the server that loads it, for `--help`.
+        options: the fields of `PackageOptions` that it uses.
     """
 
     module: str
@@ -31,11 +31,11 @@ class ServerLayout:
 
 @dataclass(frozen=True)
 class PackageOptions:
-    """Options of some layouts; None where they are not given.
+    """Options of some layouts; None: not given.
 
     Attributes:
-        model_name: what Triton's clients call the model.
-        max_batch_size: the most rows that Triton puts into one batch.
+        model_name: the name of the model in Triton.
+        max_batch_size: the largest number of rows that Triton puts into one batch.
     """
 
     model_name: str | None = None

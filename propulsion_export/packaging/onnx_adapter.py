@@ -16,7 +16,7 @@ _VERSION_DIGITS = 7  # hexadecimal: what surely fits a positive int32
 
 
 def plan(artifact: Artifact, options: PackageOptions) -> WritePackage:
-    """Check that an adapter file can be fed to the artifact; return what writes the package.
+    """Check that an adapter file fits the artifact; return the function that writes the package.
 
     Raises:
         UsageError: it is no switchable ONNX export of one graph, or in bfloat16.
@@ -32,7 +32,7 @@ def plan(artifact: Artifact, options: PackageOptions) -> WritePackage:
 
 
 def next_command(directory: Path, adapters: Sequence[str]) -> str:
-    """What to type to use the package."""
+    """The command that uses the package."""
     adapter = shlex.quote(adapters[0])
     return f"propulsion-export run {shlex.quote(str(directory))} --adapter {adapter} --text ..."
 
@@ -54,7 +54,7 @@ def write_adapter_files(artifact: Artifact, directory: Path) -> Iterable[str]:
 
 
 def check_has_adapter_files(artifact: Artifact) -> None:
-    """Refuse what no adapter file can be fed to.
+    """Refuse an artifact that takes no adapter files.
 
     Raises:
         UsageError: it is no switchable ONNX export of one graph, or in bfloat16.
@@ -77,13 +77,13 @@ def check_has_adapter_files(artifact: Artifact) -> None:
 
 
 def write_onnx_adapter(file: Path, feeds: Tensors, *, adapter: str, base: str) -> None:
-    """Write what to feed for one adapter as ONNX Runtime's own adapter file.
+    """Write the inputs of one adapter as ONNX Runtime's own adapter file.
 
     Args:
-        file: to write.
-        feeds: by input name.
-        adapter: a text that is another for each adapter, such as a digest: its version.
-        base: a text that is another for each base model: the model's version.
+        file: the file to write.
+        feeds: the adapter's inputs, by name.
+        adapter: a text that identifies the adapter, such as a digest; gives its version.
+        base: a text that identifies the base model; gives the model's version.
 
     Raises:
         UnavailableError: onnxruntime is not installed.
@@ -96,13 +96,13 @@ def write_onnx_adapter(file: Path, feeds: Tensors, *, adapter: str, base: str) -
         ) from error
     # The values only point at the arrays, which `feeds` keeps until the file is written.
     values = {name: OrtValue.ortvalue_from_numpy(array) for name, array in feeds.items()}
-    made = AdapterFormat()
-    made.set_adapter_version(_version(adapter))
-    made.set_model_version(_version(base))
-    made.set_parameters(values)
-    made.export_adapter(str(file))
+    adapter_file = AdapterFormat()
+    adapter_file.set_adapter_version(_version(adapter))
+    adapter_file.set_model_version(_version(base))
+    adapter_file.set_parameters(values)
+    adapter_file.export_adapter(str(file))
 
 
 def _version(text: str) -> int:
-    """A number for a text, since the format has two numbers and nothing to tell models apart by."""
+    """A number for a text: all that the format has to identify an adapter and its model."""
     return int(hashlib.sha256(text.encode()).hexdigest()[:_VERSION_DIGITS], 16)

@@ -32,10 +32,10 @@ VERSION = "1"
 
 
 def plan(artifact: Artifact, options: PackageOptions) -> WritePackage:
-    """Check that Triton can serve the artifact; return what writes the repository.
+    """Check that Triton can serve the artifact; return the function that writes the repository.
 
     Raises:
-        UsageError: Triton cannot serve it so.
+        UsageError: Triton cannot serve it.
     """
     assert options.model_name is not None
     name = options.model_name
@@ -58,7 +58,7 @@ def plan(artifact: Artifact, options: PackageOptions) -> WritePackage:
 
 
 def next_command(directory: Path, adapters: Sequence[str]) -> str:
-    """What to type to use the package."""
+    """The command that uses the package."""
     del adapters
     return f"tritonserver --model-repository {shlex.quote(str(directory))}"
 
@@ -70,10 +70,10 @@ def rows_in_use(snapshot: Snapshot) -> dict[str, BankRow]:
 
 
 def write_bank(snapshot: Snapshot, rows: Iterable[BankRow], directory: Path) -> None:
-    """Write rows behind each other as BANK_FILE, each compared with its checksum, and one of NaN.
+    """Write rows and a last one of NaN to BANK_FILE, each checked against its checksum.
 
     Raises:
-        ArtifactError: a row's bytes are not the recorded ones.
+        ArtifactError: a row's bytes differ from the recorded ones.
     """
     with (directory / BANK_FILE).open("xb") as file:
         for row in rows:
@@ -85,45 +85,46 @@ def write_bank(snapshot: Snapshot, rows: Iterable[BankRow], directory: Path) -> 
 def adapters_text(
     ids: Mapping[str, int | None], entries: Mapping[str, AdapterEntry], base: BaseEntry
 ) -> str:
-    """What ADAPTERS_FILE says: id, labels and digest by name.
+    """The content of ADAPTERS_FILE: id, labels and digest by name.
 
     Args:
-        ids: what a request sends for each adapter; None where the model has no such input.
-        entries: of the adapters, all that `ids` names but the base model.
-        base: the base model, whose digest is none.
+        ids: the id that requests send for each adapter; None where the model has no such input.
+        entries: the manifest's entries of all adapters in `ids` but the base model.
+        base: the base model, which has no digest.
     """
-    told = {}
+    adapters = {}
     for name, number in ids.items():
         entry = entries.get(name)
         labels = base.labels if entry is None else entry.labels
-        told[name] = {"id": number, "labels": labels, "digest": entry and entry.digest}
-    return json.dumps(told, indent=2, ensure_ascii=False) + "\n"
+        adapters[name] = {"id": number, "labels": labels, "digest": entry and entry.digest}
+    return json.dumps(adapters, indent=2, ensure_ascii=False) + "\n"
 
 
 def _is_of_client(name: str) -> bool:
-    """The tokenizer's files and config.json: neither the model nor what adapters are fed."""
+    """Whether clients need the file: config.json and the tokenizer, not the model or adapters."""
     return "/" not in name and not name.startswith((GRAPH_FILE, ENGINE_FILE))
 
 
 def _write_model(
     artifact: Artifact, file: Path
 ) -> tuple[dict[str, int | None], Mapping[str, AdapterEntry]]:
-    """Write the graph or engine; tells the id of each adapter in it, and the adapters."""
+    """Write the graph or engine; return the id and the entry of each adapter in it."""
     if artifact.manifest.mode == "bank":
         return _write_bank_model(artifact, file)
     shutil.copyfile(artifact.path, file)
     _copy_weights(artifact, file.parent)
-    return dict.fromkeys(artifact.adapters), artifact.adapters
+    entries = artifact.list_adapters()
+    return dict.fromkeys(entries), entries
 
 
 def _write_bank_model(
     artifact: Artifact, file: Path
 ) -> tuple[dict[str, int | None], Mapping[str, AdapterEntry]]:
-    snapshot = artifact.bank.snapshot()
+    snapshot = artifact.open_bank().snapshot()
     rows = rows_in_use(snapshot)
     entries = {name: row.entry for name, row in snapshot.rows.items()}
     if artifact.manifest.kind == "engine":
-        # It was built with all the rows that its bank had, under the same numbers.
+        # It was built with all the rows of its bank, under the same numbers.
         shutil.copyfile(artifact.path, file)
         return {name: row.number for name, row in rows.items()}, entries
     _write_graph_with_bank(artifact, snapshot, list(rows.values()), file)
@@ -133,7 +134,7 @@ def _write_bank_model(
 def _write_graph_with_bank(
     artifact: Artifact, snapshot: Snapshot, rows: Sequence[BankRow], file: Path
 ) -> None:
-    """The graph with these rows inside, numbered in their order; those of nobody stay behind."""
+    """Write the graph with these rows inside, numbered in their order, without unused ones."""
     _copy_weights(artifact, file.parent)
     write_bank(snapshot, rows, file.parent)
     graph = read_graph(artifact.directory)
@@ -146,7 +147,7 @@ def _copy_weights(artifact: Artifact, directory: Path) -> None:
 
 
 def _record(artifact: Artifact, directory: Path) -> None:
-    """Say what the package was made of, in a manifest of a kind that no command takes."""
+    """Record the artifact it was made from, in a manifest of a kind that no command loads."""
     files = {
         file.relative_to(directory).as_posix(): digest_of(file)
         for file in sorted(directory.rglob("*"))

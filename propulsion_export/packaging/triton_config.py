@@ -1,4 +1,4 @@
-"""How Triton Inference Server serves an artifact, and the `config.pbtxt` that says so."""
+"""Plan how Triton Inference Server serves an artifact, and write its `config.pbtxt`."""
 
 import json
 import re
@@ -14,7 +14,7 @@ from propulsion_export.base_model.tasks import TASKS, Architecture
 from propulsion_export.errors import UsageError
 
 DEFAULT_MAX_BATCH_SIZE = 32
-# What to do with the architectures that Triton's backends do not generate with.
+# Remedies for the architectures that Triton's backends cannot generate with.
 _GENERATIVE: dict[Architecture, str] = {
     "decoder": "Export with --mode switchable or folded, and package with --layout genai.",
     "encoder-decoder": "Serve it with ONNX Runtime itself.",
@@ -28,22 +28,22 @@ _TYPES = {
     "bfloat16": "TYPE_BF16",
     "float32": "TYPE_FP32",
 }
-# How long the first request of a batch waits for others: little beside what an encoder computes.
+# How long the first request of a batch waits for others: short against an encoder's run.
 _QUEUE_MICROSECONDS = 500
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A model of a repository.
+    """A model of a Triton model repository.
 
     Attributes:
-        name: the model's, which is its directory's.
-        backend: of Triton.
-        file: below the version's directory.
-        inputs: that a request has, [batch, …] each.
-        outputs: likewise.
-        max_batch_size: rows of a batch, at most.
+        name: the name of the model and of its directory.
+        backend: the Triton backend that runs it.
+        file: the file in the version's directory.
+        inputs: the inputs of a request, [batch, …] each.
+        outputs: the outputs, [batch, …] each.
+        max_batch_size: the largest number of rows of a batch.
     """
 
     name: str
@@ -55,15 +55,15 @@ class ServedModel:
 
 
 def plan_model(artifact: Artifact, name: str, max_batch_size: int | None) -> ServedModel:
-    """How Triton serves an artifact.
+    """Plan how Triton serves an artifact.
 
     Args:
         artifact: an ONNX export or an engine.
-        name: what clients call the model.
-        max_batch_size: default: 32, of an engine as many rows as it takes.
+        name: the name of the model in requests.
+        max_batch_size: the largest batch; default: 32, or the most rows that an engine takes.
 
     Raises:
-        UsageError: Triton cannot serve it so.
+        UsageError: Triton cannot serve it.
     """
     manifest = artifact.manifest
     if not _NAME.fullmatch(name):
@@ -80,9 +80,32 @@ def plan_model(artifact: Artifact, name: str, max_batch_size: int | None) -> Ser
         rows = _rows_of_engine(artifact.directory, manifest.engine, max_batch_size)
     if rows < 1:
         raise UsageError(f"--max-batch-size: found {rows}, expected 1 or more")
-    # Of an ONNX export the bank is built in; an engine that has it as an input was refused.
+    # The bank of an ONNX export is built in; an engine that has it as an input was refused.
     inputs = tuple(spec for spec in manifest.inputs if spec.name != BANK_INPUT)
     return ServedModel(name, *_BACKENDS[manifest.kind], inputs, manifest.outputs, rows)
+
+
+def config_text(model: ServedModel) -> str:
+    """The content of `config.pbtxt`: Triton's message ModelConfig in protobuf's text format.
+
+    Raises:
+        UsageError: the batch is not the first dimension of every input and output.
+    """
+    return f"""\
+name: {json.dumps(model.name)}
+backend: {json.dumps(model.backend)}
+default_model_filename: {json.dumps(model.file)}
+max_batch_size: {model.max_batch_size}
+input [
+{_tensors(model.inputs)}
+]
+output [
+{_tensors(model.outputs)}
+]
+dynamic_batching {{
+  max_queue_delay_microseconds: {_QUEUE_MICROSECONDS}
+}}
+"""
 
 
 def _check_servable(artifact: Artifact) -> None:
@@ -110,8 +133,8 @@ def _check_servable(artifact: Artifact) -> None:
     raise UsageError(f"{artifact.directory}: {found}", remedy=remedy)
 
 
-def _rows_of_engine(directory: Path, engine: EngineEntry, asked: int | None) -> int:
-    """How many rows the engine takes, or those asked for; Triton uses the first profile."""
+def _rows_of_engine(directory: Path, engine: EngineEntry, requested: int | None) -> int:
+    """The rows requested, or the most that the engine's first profile takes, which Triton uses."""
     shapes = list(engine.profiles[0].values()) if engine.profiles else []
     least = max((shape["min"][0] for shape in shapes), default=1)
     most = min((shape["max"][0] for shape in shapes), default=1)
@@ -120,35 +143,12 @@ def _rows_of_engine(directory: Path, engine: EngineEntry, asked: int | None) -> 
             f"{directory}: the engine takes {least} rows or more, expected 1: requests come alone",
             remedy="Build with --min-shapes of one row.",
         )
-    if asked is not None and asked > most:
+    if requested is not None and requested > most:
         raise UsageError(
-            f"--max-batch-size: found {asked}, expected at most {most}, the engine's",
+            f"--max-batch-size: found {requested}, expected at most {most}, the engine's",
             remedy="Build with larger --max-shapes.",
         )
-    return most if asked is None else asked
-
-
-def config_text(model: ServedModel) -> str:
-    """What `config.pbtxt` says: protobuf's text format of Triton's message ModelConfig.
-
-    Raises:
-        UsageError: the batch is not the first dimension of every input and output.
-    """
-    return f"""\
-name: {json.dumps(model.name)}
-backend: {json.dumps(model.backend)}
-default_model_filename: {json.dumps(model.file)}
-max_batch_size: {model.max_batch_size}
-input [
-{_tensors(model.inputs)}
-]
-output [
-{_tensors(model.outputs)}
-]
-dynamic_batching {{
-  max_queue_delay_microseconds: {_QUEUE_MICROSECONDS}
-}}
-"""
+    return most if requested is None else requested
 
 
 def _tensors(specs: Iterable[TensorSpec]) -> str:
@@ -156,7 +156,7 @@ def _tensors(specs: Iterable[TensorSpec]) -> str:
 
 
 def _tensor(spec: TensorSpec) -> str:
-    """One input or output; its first dimension, the batch, is not told."""
+    """One input or output, without its first dimension: Triton adds the batch itself."""
     if not spec.shape or not isinstance(spec.shape[0], str) or spec.dtype not in _TYPES:
         raise UsageError(
             f"{spec.name}: found {spec.dtype} {list(spec.shape)}, expected [batch, …] of "

@@ -3,7 +3,7 @@
 | case | holds when |
 |---|---|
 | parity | every output is within the allowed error of the oracle |
-| effect | what the scales change in the oracle has arrived in the candidate, no more, no less |
+| effect | the scales change the candidate as much as the oracle, no more, no less |
 | padding | a row alone, unpadded, is within the allowed error of the same row in a padded batch |
 | switching | adapter A after B gives what A gave before, bit for bit |
 """
@@ -68,12 +68,13 @@ def _worst(errors: Sequence[OutputErrors]) -> str:
 def _effect(
     subject: Subject, inputs: Sequence[Tensors], errors: Sequence[OutputErrors], found: Outputs
 ) -> Check:
-    """How much of what the scales change has arrived in the candidate.
+    """Check that the scales change the candidate as much as the oracle.
 
     The least-squares factor of the adapter's effect in what the candidate changes against the
     oracle without scales: 1 for a right candidate, 0 for one that dropped the adapter. Rounding
-    averages out over the elements, so that an effect shows that is hardly larger than the error.
-    Outputs count by what they may err; one whose effect is below PyTorch's own error tells nothing.
+    averages out over the elements, so that an effect hardly larger than the error still shows.
+    Outputs are weighted by their allowed error; an output whose effect is below PyTorch's own error
+    is left out.
     """
     assert subject.unscaled is not None
     arrived, whole, times = 0.0, 0.0, 0.0

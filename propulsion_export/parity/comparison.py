@@ -27,13 +27,13 @@ DECADES = tuple(range(-16, 5))
 
 @dataclass(frozen=True)
 class OutputErrors:
-    """How far one output strays from the oracle, pooled over all inputs.
+    """Errors of one output against the oracle, pooled over all inputs.
 
     Attributes:
         output: its name.
         error: largest absolute error of the candidate; NaN if it returned any.
         reference_error: the same of PyTorch at that precision (e_ref).
-        allowed: what `error` may be.
+        allowed: the largest `error` that passes.
         scale: largest absolute value of the oracle's output.
         worst: index of the worst element, batch first, with the oracle's and candidate's value.
         elements: how many numbers were compared.
@@ -60,7 +60,7 @@ class OutputErrors:
 
     @property
     def margin(self) -> float:
-        """What share of the allowed error is left: 1 is perfect, below 0 has failed."""
+        """The share of the allowed error that is left: 1 is perfect, below 0 has failed."""
         if self.allowed:
             return 1 - self.error / self.allowed
         return 1.0 if self.error == 0 else float("-inf")
@@ -99,8 +99,8 @@ def compare(
 def has_positions(name: str, inputs: Sequence[Tensors], oracle: Sequence[Tensors]) -> bool:
     """Whether an output's second dimension counts the positions of the input.
 
-    It has to in every batch: that of class scores can be as long as one batch's texts by chance.
-    That of an encoder-decoder counts what its decoder reads, which no mask hides.
+    It must match in every batch: the number of classes can equal one batch's length by chance. In
+    an encoder-decoder it counts the decoder's tokens, which no mask hides.
     """
     return all(
         "attention_mask" in feeds

@@ -1,4 +1,4 @@
-"""A random adapter to judge an artifact by that has slots and no adapter yet."""
+"""Draw a random adapter for the parity of an artifact that has slots and no adapter yet."""
 
 import numpy as np
 
@@ -13,7 +13,7 @@ RANDOM_NAME = "random"
 
 
 def draw_adapter(artifact: Artifact, seed: int) -> Adapter | None:
-    """A random adapter for the slots of an artifact; None if it cannot be fed any."""
+    """A random adapter for the slots of an artifact; None if it has no inputs for adapters."""
     manifest = artifact.manifest
     inputs = [*manifest.inputs, *(i for graph in manifest.graphs.values() for i in graph.inputs)]
     if not {spec.name for spec in inputs} & {*PACKED_INPUTS, BANK_INPUT}:
@@ -22,7 +22,7 @@ def draw_adapter(artifact: Artifact, seed: int) -> Adapter | None:
 
 
 def feeds_for_drawn(artifact: Artifact, drawn: Adapter) -> dict[str, Tensors]:
-    """What to feed for the drawn adapter and for the base model beside it, by name."""
+    """Inputs of the drawn adapter, and in a bank of the base model too, by name."""
     layout, base = artifact.manifest.layout, packed_inputs(artifact, BASE_NAME)
     packed = pack(drawn, layout, base)
     if artifact.manifest.mode != "bank":

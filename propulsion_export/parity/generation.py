@@ -1,13 +1,13 @@
-"""What more is asked of a generative model than of others.
+"""Further parity cases of generative models.
 
 | case | holds when |
 |---|---|
 | recomputing | the same tokens in one step, without a cache, are within the allowed error |
-| right padding | so are rows padded at their end |
-| padding inside | rows padded between prompt and continuation are what PyTorch makes of them |
-| greedy | the likeliest tokens, one after the other, are the oracle's, of finite logits |
+| right padding | rows padded at their end are within the allowed error too |
+| padding inside | so are rows padded between prompt and continuation |
+| greedy | greedy generation gives the oracle's tokens, from finite logits |
 
-Where greedy tokens part, the oracle's two best tokens must have been closer than two allowed
+Where greedy tokens differ, the oracle's two best tokens must have been closer than two allowed
 errors: a tie that rounding may decide either way.
 """
 
@@ -30,10 +30,10 @@ from propulsion_export.runners.decoding import (
 
 
 def continue_greedily(generator: Generator, feeds: Tensors, steps: int) -> tuple[Array, Array]:
-    """Greedy tokens behind padded prompts and each choice's margin, both [prompts, steps].
+    """Greedy tokens after padded prompts and the margin of each choice, both [prompts, steps].
 
-    The margin is by how much the best logit exceeds the next, float64; it is not finite where a
-    logit is NaN or the best is infinite.
+    The margin is the difference of the two best logits, float64; it is not finite where a logit is
+    NaN or the best is infinite.
     """
     margins: list[Array] = []
 
@@ -51,13 +51,13 @@ def continue_greedily(generator: Generator, feeds: Tensors, steps: int) -> tuple
 def judge_generation(
     subject: Subject, batch: Tensors, candidate: Generator, allowed: float
 ) -> Iterator[Check]:
-    """The further cases for one adapter.
+    """Check the further cases for one adapter.
 
     Args:
         subject: with the oracle's logits for `batch` as its first entry, and a continuation.
         batch: sequences padded on the left.
-        candidate: what is judged.
-        allowed: error of a logit, from the parity case.
+        candidate: the model under test.
+        allowed: the allowed error of a logit, from the parity case.
     """
     once, stepwise = recomputing(candidate), replaying(candidate)
     oracle = subject.oracle[0][LOGITS]
@@ -75,9 +75,9 @@ def judge_generation(
 def padded_inside(batch: Tensors, *, behind: int = 5) -> Tensors:
     """The same rows with their padding moved from the left to before the last `behind` tokens.
 
-    That is how a batch of prompts padded on the right goes on. Such padding counts towards the
-    distance that a sliding window reaches back, in transformers as in the graph, so that there the
-    row alone is another matter.
+    A batch of prompts padded on the right continues like this. Such padding counts towards the
+    length of a sliding window, in transformers as in the graph, so that with a window the row alone
+    gives other logits.
     """
     moved = {name: values.copy() for name, values in batch.items()}
     padding = (batch["attention_mask"] == 0).sum(1)
@@ -89,7 +89,7 @@ def padded_inside(batch: Tensors, *, behind: int = 5) -> Tensors:
 
 
 def _moved(values: Array, mask: Array, to: Array) -> Array:
-    """Values [rows, length, …] of real positions, where these stand in another mask."""
+    """Move values [rows, length, …] of real positions to the real positions of another mask."""
     moved = np.zeros_like(values)
     moved[to == 1] = values[mask == 1]
     return moved
@@ -112,15 +112,15 @@ def _greedy(subject: Subject, candidate: Generator, allowed: float) -> Check:
     assert torch is not None
     prompts, steps = torch.tokens.shape
     tokens, margins = continue_greedily(candidate, {**torch.prompt, **subject.feeds}, steps)
-    # Of logits that are not finite some token is the likeliest too, and it may be the right one.
+    # Logits that are not finite have a likeliest token too, and it may be the right one.
     lost = np.flatnonzero(~np.isfinite(margins).all(0))
-    passed, told = not len(lost), [f"logits are not finite at step {step}" for step in lost[:1]]
+    passed, findings = not len(lost), [f"logits are not finite at step {step}" for step in lost[:1]]
     for row in map(int, np.flatnonzero((tokens != torch.tokens).any(1))):
         step = int(np.argmax(tokens[row] != torch.tokens[row]))
         margin = float(torch.margins[row, step])
         passed &= margin <= 2 * allowed
-        told.append(f"prompt {row} parts {_parting(torch, row, step, margin, 2 * allowed)}")
-    detail = "; ".join(told) or f"all {steps} tokens behind {prompts} prompts are the oracle's"
+        findings.append(f"prompt {row} parts {_parting(torch, row, step, margin, 2 * allowed)}")
+    detail = "; ".join(findings) or f"all {steps} tokens behind {prompts} prompts are the oracle's"
     return Check("greedy", subject.name, passed, detail)
 
 

@@ -1,4 +1,4 @@
-"""What a verdict starts from: the recorded base model, and the inputs to compare on."""
+"""Load the recorded base model, and make the inputs to compare on."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -23,6 +23,10 @@ from propulsion_export.runners.opening import REFERENCE_LENGTH
 from propulsion_export.serving.text_files import read_texts
 
 FEWEST_INPUTS = 16
+_LONGEST = 48
+_BATCHES, _ROWS = 4, 4
+_FEWEST_DECODED = 7  # fewest tokens for a causal model, so that every step has tokens before it
+_DECODED = 8
 
 
 def load_recorded_base(
@@ -35,7 +39,7 @@ def load_recorded_base(
     """The base model an artifact was made from, at `model` or where the artifact says.
 
     Raises:
-        BaseModelError: it cannot be loaded, or is another one.
+        BaseModelError: it cannot be loaded, or is another model.
     """
     manifest = artifact.manifest
     source = model or manifest.base.source
@@ -49,31 +53,19 @@ def load_recorded_base(
     if difference := manifest.base.fingerprint.difference(fingerprint):
         raise BaseModelError(
             f"{source}: is not the base model the artifact was made from ({difference})",
-            remedy="Say where that lies with -m.",
+            remedy="Give its directory or name with -m.",
         )
     check_base(fingerprint, source, adapters)
     return base
 
 
-def _label_room(
-    artifact: Artifact, adapters: Sequence[Adapter], label_parameters: frozenset[str]
-) -> int | None:
-    """How many labels the artifact's head has room for; None when it has that of the base model.
-
-    The adapter that had the most may have been removed.
-    """
-    slots = artifact.manifest.layout.get(MODULES_INPUT, ())
-    widths = [slot.shape[0] for slot in slots if slot.path in label_parameters]
-    return max(widths) if widths else labels_of(adapters, label_parameters)
-
-
 def make_batches(
     base: BaseModel, inputs: Path | None, seed: int, *, short: bool
 ) -> tuple[Tensors, ...]:
-    """What to compare on: texts of a file, or tokens made, 16 or more inputs in padded batches.
+    """Padded batches of at least 16 inputs: the texts of a file, or random tokens.
 
-    Those for a causal language model are padded on the left; those for an encoder-decoder have
-    tokens for its decoder too.
+    Batches for a causal language model are padded on the left; batches for an encoder-decoder
+    also have tokens for its decoder.
 
     Raises:
         DataError: the file cannot be read, or has too few texts.
@@ -93,6 +85,54 @@ def make_batches(
     return batches
 
 
+def parity_inputs(
+    names: tuple[str, ...], config: PretrainedConfig, *, seed: int, longest: int | None = None
+) -> tuple[Tensors, ...]:
+    """4 padded batches of 4 rows of 3 to `longest` random tokens, 16 inputs in all."""
+    chooser = np.random.default_rng(seed)
+    longest = min(longest or _LONGEST, longest_input(config))
+    return tuple(
+        random_batch(names, config, tuple(chooser.integers(3, longest + 1, _ROWS)), chooser)
+        for _ in range(_BATCHES)
+    )
+
+
+def decoder_inputs(
+    config: PretrainedConfig, *, seed: int, longest: int | None = None
+) -> tuple[Tensors, ...]:
+    """4 batches of 4 rows of 7 to `longest` random tokens, padded on the left."""
+    chooser = np.random.default_rng(seed)
+    longest = min(longest or _LONGEST, longest_input(config))
+    names = ("input_ids", "attention_mask")
+    drawn = (chooser.integers(_FEWEST_DECODED, longest + 1, _ROWS) for _ in range(_BATCHES))
+    return tuple(padded_left(random_batch(names, config, tuple(each), chooser)) for each in drawn)
+
+
+def with_decoder_tokens(
+    batches: Iterable[Tensors], config: PretrainedConfig, *, seed: int
+) -> tuple[Tensors, ...]:
+    """Add `decoder_input_ids`, int64 [rows, 8], to batches: the start token and 7 random ones."""
+    chooser = np.random.default_rng(seed + 1)
+    extended = []
+    for batch in batches:
+        lengths = (_DECODED,) * len(batch["input_ids"])
+        tokens = random_batch(("input_ids",), config, lengths, chooser)["input_ids"]
+        extended.append({**batch, "decoder_input_ids": _shifted(tokens, config)})
+    return tuple(extended)
+
+
+def _label_room(
+    artifact: Artifact, adapters: Sequence[Adapter], label_parameters: frozenset[str]
+) -> int | None:
+    """The number of labels the artifact's head has room for; None for the base model's own head.
+
+    It is read from the layout first: the adapter with the most labels may have been removed.
+    """
+    slots = artifact.manifest.layout.get(MODULES_INPUT, ())
+    widths = [slot.shape[0] for slot in slots if slot.path in label_parameters]
+    return max(widths) if widths else labels_of(adapters, label_parameters)
+
+
 def _of_texts(base: BaseModel, inputs: Path, names: tuple[str, ...]) -> tuple[Tensors, ...]:
     tokenizer = read_tokenizer(base.source)
     if tokenizer is None:
@@ -110,54 +150,6 @@ def _of_texts(base: BaseModel, inputs: Path, names: tuple[str, ...]) -> tuple[Te
     )
     on_left = TASKS[base.task].architecture == "decoder"
     return tuple(padded_left(batch) if on_left else batch for batch in batches)
-
-
-_LONGEST = 48
-
-
-_BATCHES, _ROWS = 4, 4
-
-
-_FEWEST_DECODED = 7  # of a causal model, so that a step has tokens of its own before it
-
-
-_DECODED = 8
-
-
-def parity_inputs(
-    names: tuple[str, ...], config: PretrainedConfig, *, seed: int, longest: int | None = None
-) -> tuple[Tensors, ...]:
-    """4 padded batches of 4 rows of random tokens, of 3 to `longest` tokens, 16 inputs in all."""
-    chooser = np.random.default_rng(seed)
-    longest = min(longest or _LONGEST, longest_input(config))
-    return tuple(
-        random_batch(names, config, tuple(chooser.integers(3, longest + 1, _ROWS)), chooser)
-        for _ in range(_BATCHES)
-    )
-
-
-def decoder_inputs(
-    config: PretrainedConfig, *, seed: int, longest: int | None = None
-) -> tuple[Tensors, ...]:
-    """4 batches of 4 rows of random tokens, of 7 to `longest`, padded on the left."""
-    chooser = np.random.default_rng(seed)
-    longest = min(longest or _LONGEST, longest_input(config))
-    names = ("input_ids", "attention_mask")
-    drawn = (chooser.integers(_FEWEST_DECODED, longest + 1, _ROWS) for _ in range(_BATCHES))
-    return tuple(padded_left(random_batch(names, config, tuple(each), chooser)) for each in drawn)
-
-
-def with_decoder_tokens(
-    batches: Iterable[Tensors], config: PretrainedConfig, *, seed: int
-) -> tuple[Tensors, ...]:
-    """The batches with `decoder_input_ids`, int64 [rows, 8]: the first token, 7 random ones."""
-    chooser = np.random.default_rng(seed + 1)
-    made = []
-    for batch in batches:
-        lengths = (_DECODED,) * len(batch["input_ids"])
-        tokens = random_batch(("input_ids",), config, lengths, chooser)["input_ids"]
-        made.append({**batch, "decoder_input_ids": _shifted(tokens, config)})
-    return tuple(made)
 
 
 def _shifted(tokens: Array, config: PretrainedConfig) -> Array:

@@ -1,4 +1,4 @@
-"""What is asked of a bank besides: rows of one batch, each with an adapter of its own."""
+"""Parity of a bank in mixed batches, each row of which has its own adapter."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,23 +13,23 @@ from propulsion_export.parity.comparison import hidden_positions
 from propulsion_export.parity.reports.report import Check
 from propulsion_export.parity.subject import Subject
 
-# By subject and output, what the parity case allows.
+# The error that the parity case allows, by subject and output.
 Allowed = Mapping[str, Mapping[str, float]]
 
 
 def judge_mixed(
     subjects: Sequence[Subject], inputs: Sequence[Tensors], candidate: Runner, allowed: Allowed
 ) -> Check:
-    """Every row of a mixed batch is within the allowed error of its own adapter's oracle.
+    """Check that every row of a mixed batch is within the allowed error of its adapter's oracle.
 
-    It is also said whether the row is bit for bit what it is among rows of its adapter alone; the
-    shapes are the same, so that kernels have no reason to compute another way.
+    The detail also says whether each row is bit for bit as in a batch of its adapter alone; shapes
+    are the same there, so that kernels have no reason to compute in another way.
 
     Args:
-        subjects: with one adapter id each among their feeds.
-        inputs: batches, of which so many are run that every subject has a row.
-        candidate: what is judged.
-        allowed: from the parity case; without the subjects that failed to return their outputs.
+        subjects: the adapters, with one adapter id each among their feeds.
+        inputs: batches; as many are run as give every subject a row.
+        candidate: the model under test.
+        allowed: the allowed errors, without the subjects that failed to return their outputs.
     """
     judged = [subject for subject in subjects if subject.name in allowed]
     chosen = cycle(judged)

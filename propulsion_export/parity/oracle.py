@@ -1,4 +1,4 @@
-"""What PyTorch says: what every state of the model, each adapter and none, computes."""
+"""Compute the oracle in PyTorch: every state of the model, with each adapter and with none."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,7 +32,16 @@ from propulsion_export.runners.pytorch import torch_candidate
 from propulsion_export.scaling.attach import attached
 
 GREEDY_STEPS = 64
-_PROMPTS = (5, 12, 9)  # tokens of the prompts that are continued
+_PROMPTS = (5, 12, 9)  # lengths, in tokens, of the prompts that are continued
+
+
+@dataclass(frozen=True)
+class _State:
+    """One state of the model to be compared: an adapter to attach, and one to measure against."""
+
+    name: str
+    attach: Adapter
+    unscaled: Adapter | None
 
 
 def compute_oracle(
@@ -45,11 +54,11 @@ def compute_oracle(
     steps: int = GREEDY_STEPS,
     feeds: Mapping[str, Tensors] | None = None,
 ) -> list[Subject]:
-    """What PyTorch computes in float64 and at the artifact's precision, for every state.
+    """Compute every state in PyTorch, in float64 and at the artifact's precision.
 
-    Generative models go on, besides, for `steps` tokens behind the beginnings of three rows.
-    Leaves the model of `base` at the artifact's precision. `feeds` has, by name, what to feed for
-    adapters that the artifact does not have, and instead of what it has.
+    Generative models also generate `steps` tokens after the beginnings of three rows. Leaves the
+    model of `base` at the artifact's precision. `feeds` has, by name, the inputs of adapters that
+    the artifact does not have; they take precedence over its own.
     """
     progress(0.2, "computing the oracle in float64")
     states = _states(artifact, base, adapters)
@@ -65,13 +74,27 @@ def compute_oracle(
     ]
 
 
-@dataclass(frozen=True)
-class _State:
-    """One state of the model to be compared: an adapter to attach, and one to measure against."""
+def _states(artifact: Artifact, base: BaseModel, adapters: Sequence[Adapter]) -> list[_State]:
+    roomy = [with_room(adapter, base.room, base.label_parameters) for adapter in adapters]
+    states = [_State(adapter.name, adapter, without_scales(adapter)) for adapter in roomy]
+    if artifact.manifest.mode != "folded" or not adapters:
+        states.append(_State(BASE_NAME, _default_head(artifact, base), None))
+    return states
 
-    name: str
-    attach: Adapter
-    unscaled: Adapter | None
+
+def _default_head(artifact: Artifact, base: BaseModel) -> Adapter:
+    """A head for a base model whose checkpoint has none: the artifact's own default.
+
+    The adapter that it was taken from may have been removed since.
+    """
+    flat = packed_inputs(artifact, BASE_NAME).get(MODULES_INPUT)
+    slots = artifact.manifest.layout.get(MODULES_INPUT, ())
+    modules = {
+        slot.path: flat[slot.offset : slot.offset + slot.length].reshape(slot.shape).astype(float)
+        for slot in slots
+        if flat is not None and slot.path in base.missing
+    }
+    return Adapter(BASE_NAME, scales={}, modules=modules)
 
 
 def _truth(
@@ -82,7 +105,7 @@ def _truth(
     steps: int,
     drawn: Mapping[str, Tensors],
 ) -> Subject:
-    """A subject without what PyTorch computes at the artifact's precision."""
+    """The subject as computed in float64; its values at the artifact's precision are missing."""
     without = None
     if state.unscaled is not None:
         with _attached(base, state.unscaled):
@@ -99,30 +122,33 @@ def _truth(
     return Subject(state.name, oracle, (), without, feeds, going, inside)
 
 
-def _with_reference(
-    base: BaseModel, state: _State, subject: Subject, batches: Sequence[Tensors]
-) -> Subject:
-    going = subject.continuation
-    with _attached(base, state.attach):
-        reference = tuple(map(_own_runner(base), batches))
-        model = torch_candidate(base.model, base.task)
-        if going is not None and not callable(model):
-            tokens, _ = continue_greedily(model, going.prompt, going.tokens.shape[1])
-            going = replace(going, reference=tokens)
-    return replace(subject, reference=reference, continuation=going)
+@contextmanager
+def _attached(base: BaseModel, adapter: Adapter) -> Iterator[None]:
+    with attached(base.model, adapter), _deterministic():
+        yield
 
 
-def _inside(base: BaseModel, batch: Tensors) -> Array | None:
-    padded = padded_inside(batch)
-    logits = _own_runner(base)(padded)[LOGITS]
-    finite = np.isfinite(logits[padded["attention_mask"] == 1]).all()
-    return logits if finite else None
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    """TF32 would make PyTorch's own error, and with it the tolerance, a thousand times larger."""
+    before: Any = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def _truth_runner(base: BaseModel) -> Runner:
+    """Run the oracle: a generative model computes every row alone and in one step."""
+    model = torch_candidate(base.model, base.task)
+    return model if callable(model) else row_by_row(recomputing(model))
 
 
 def _continuation(
     base: BaseModel, generator: Generator, batch: Tensors, steps: int
 ) -> Continuation:
-    """How the oracle goes on behind every prompt alone; the reference is still to come."""
+    """The oracle's continuation of every prompt alone; the reference is added later."""
     rows = [
         tokens[real][:length]
         for tokens, real, length in zip(
@@ -136,23 +162,17 @@ def _continuation(
     return Continuation(generator.pad(rows, padding), tokens, margins, tokens)
 
 
-def _truth_runner(base: BaseModel) -> Runner:
-    """The truth about a row of a generative model is what the row alone gives, in one step."""
-    model = torch_candidate(base.model, base.task)
-    return model if callable(model) else row_by_row(recomputing(model))
+def _inside(base: BaseModel, batch: Tensors) -> Array | None:
+    padded = padded_inside(batch)
+    logits = _own_runner(base)(padded)[LOGITS]
+    finite = np.isfinite(logits[padded["attention_mask"] == 1]).all()
+    return logits if finite else None
 
 
 def _own_runner(base: BaseModel) -> Runner:
-    """PyTorch as it is used: padded, and step by step with a cache."""
+    """Run PyTorch as in practice: padded, and step by step with a cache."""
     model = torch_candidate(base.model, base.task)
     return model if callable(model) else replaying(model)
-
-
-@contextmanager
-def _attached(base: BaseModel, adapter: Adapter) -> Iterator[None]:
-
-    with attached(base.model, adapter), _deterministic():
-        yield
 
 
 def _feeds(artifact: Artifact, name: str) -> Tensors:
@@ -162,35 +182,14 @@ def _feeds(artifact: Artifact, name: str) -> Tensors:
     return {} if bare or manifest.mode == "folded" else artifact.feeds(name)
 
 
-def _states(artifact: Artifact, base: BaseModel, adapters: Sequence[Adapter]) -> list[_State]:
-    roomy = [with_room(adapter, base.room, base.label_parameters) for adapter in adapters]
-    states = [_State(adapter.name, adapter, without_scales(adapter)) for adapter in roomy]
-    if artifact.manifest.mode != "folded" or not adapters:
-        states.append(_State(BASE_NAME, _default_head(artifact, base), None))
-    return states
-
-
-def _default_head(artifact: Artifact, base: BaseModel) -> Adapter:
-    """What stands in for a head that the base model's checkpoint does not have.
-
-    The artifact's own default: the adapter that it came from may be gone by now.
-    """
-    flat = packed_inputs(artifact, BASE_NAME).get(MODULES_INPUT)
-    slots = artifact.manifest.layout.get(MODULES_INPUT, ())
-    modules = {
-        slot.path: flat[slot.offset : slot.offset + slot.length].reshape(slot.shape).astype(float)
-        for slot in slots
-        if flat is not None and slot.path in base.missing
-    }
-    return Adapter(BASE_NAME, scales={}, modules=modules)
-
-
-@contextmanager
-def _deterministic() -> Iterator[None]:
-    """TF32 would make PyTorch's own error, and with it the tolerance, a thousand times larger."""
-    before: Any = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+def _with_reference(
+    base: BaseModel, state: _State, subject: Subject, batches: Sequence[Tensors]
+) -> Subject:
+    going = subject.continuation
+    with _attached(base, state.attach):
+        reference = tuple(map(_own_runner(base), batches))
+        model = torch_candidate(base.model, base.task)
+        if going is not None and not callable(model):
+            tokens, _ = continue_greedily(model, going.prompt, going.tokens.shape[1])
+            going = replace(going, reference=tokens)
+    return replace(subject, reference=reference, continuation=going)

@@ -1,4 +1,4 @@
-"""One state of a model with all that PyTorch says of it."""
+"""One state of a model with everything that PyTorch computes for it."""
 
 from dataclasses import dataclass
 
@@ -8,12 +8,12 @@ from propulsion_export.artifacts.artifact import Tensors
 
 @dataclass(frozen=True)
 class Continuation:
-    """How PyTorch goes on behind some prompts, choosing the likeliest token each time.
+    """PyTorch's greedy continuation of some prompts.
 
     Attributes:
         prompt: `input_ids` and `attention_mask`, padded, int64 [prompts, length].
-        tokens: of the float64 oracle, every prompt alone; int64 [prompts, steps].
-        margins: by how much the oracle's best logit exceeds the next; float64 [prompts, steps].
+        tokens: tokens of the float64 oracle, every prompt alone; int64 [prompts, steps].
+        margins: difference of the oracle's two best logits; float64 [prompts, steps].
         reference: tokens of PyTorch at the artifact's precision; int64 [prompts, steps].
     """
 
@@ -25,17 +25,17 @@ class Continuation:
 
 @dataclass(frozen=True)
 class Subject:
-    """One adapter, or the base model, with all that PyTorch says of it.
+    """One adapter, or the base model, with everything that PyTorch computes for it.
 
     Attributes:
-        name: of the adapter, or `base`.
+        name: the name of the adapter, or `base`.
         oracle: outputs in float64, one entry per batch of inputs.
         reference: outputs of PyTorch at the artifact's precision.
         unscaled: the oracle with the scales and trained biases taken away; None for the base.
-        feeds: what to feed the candidate besides the inputs.
-        continuation: of generative models.
-        inside: the oracle's logits of a causal language model for the first batch as
-            `generation.padded_inside` has it; None where PyTorch has none in float64, as some
+        feeds: inputs of the adapter, fed to the candidate with the batch.
+        continuation: PyTorch's continuation of prompts; None unless the model generates.
+        inside: the oracle's logits of a causal language model for the first batch, padded as by
+            `generation.padded_inside`; None where they are not finite in PyTorch, as for some
             models with a window shorter than the padding.
     """
 

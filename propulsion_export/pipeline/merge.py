@@ -1,20 +1,17 @@
-"""`merge`: a checkpoint and an adapter become a checkpoint that plain transformers loads."""
+"""`merge`: fold an adapter into a checkpoint that plain transformers loads."""
 
 import re
 from pathlib import Path
 
 import torch
 
+from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.adapters.provenance import adapter_tasks, base_source, check_base
 from propulsion_export.adapters.specification import check_identity, read_adapters, source_of
 from propulsion_export.artifacts.artifact import Artifact
 from propulsion_export.artifacts.file_names import MANIFEST_FILE
 from propulsion_export.artifacts.layout import labels_in
-from propulsion_export.artifacts.manifest import (
-    AdapterEntry,
-    BaseEntry,
-    Manifest,
-)
+from propulsion_export.artifacts.manifest import AdapterEntry, BaseEntry, Manifest
 from propulsion_export.artifacts.staging import check_replaceable, staged_directory
 from propulsion_export.base_model.config import (
     class_names,
@@ -23,7 +20,7 @@ from propulsion_export.base_model.config import (
     save_generation_settings,
 )
 from propulsion_export.base_model.loading import load_empty
-from propulsion_export.base_model.tasks import TASKS, resolve_task
+from propulsion_export.base_model.tasks import TASKS, TaskName, resolve_task
 from propulsion_export.base_model.tokenizer import copy_tokenizer
 from propulsion_export.environment.machine import tool_versions
 from propulsion_export.environment.progress import Progress, silent
@@ -31,7 +28,7 @@ from propulsion_export.errors import UsageError
 from propulsion_export.scaling.attach import check_fits
 from propulsion_export.scaling.fold.checkpoint import fingerprint_of_checkpoint, fold_checkpoint
 from propulsion_export.scaling.fold.source import Checkpoint
-from propulsion_export.scaling.fold.stored import untie_as_stored_
+from propulsion_export.scaling.fold.stored import StoredParts, untie_as_stored_
 from propulsion_export.scaling.fold.ties import check_untied
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
@@ -50,7 +47,7 @@ def merge(
     trust_remote_code: bool = False,
     progress: Progress = silent,
 ) -> Artifact:
-    """Fold an adapter into the weights of its base model, checkpoint to checkpoint.
+    """Fold an adapter into the weights of its base model and write them as a new checkpoint.
 
     Args:
         adapter: directory, or `NAME=DIR`.
@@ -58,11 +55,11 @@ def merge(
         model: base model by path or name; default: the one the adapter names.
         task: which head the checkpoint has; `auto`: the adapter's.
         dtype: `keep`, `float32`, `bfloat16` or `float16`.
-        max_shard_size: of one weight file, such as `5GB`.
+        max_shard_size: the largest size of one weight file, such as `5GB`.
         untie: give a scaled weight that is shared with another module a copy of its own.
         force: replace an earlier output.
         trust_remote_code: run code that the base model brings.
-        progress: told how far it is.
+        progress: called with the share done and what is being done.
 
     Raises:
         PropulsionExportError: as its subclasses say; nothing is left at `output` then.
@@ -76,52 +73,52 @@ def merge(
     config = read_config(source, trust_remote_code=trust_remote_code)
     resolved = resolve_task(task, config.architectures or (), adapter_tasks([read]))
     empty = load_empty(
-        config,
-        resolved,
-        head=read.modules,
-        labels=read.labels,
-        trust_remote_code=trust_remote_code,
+        config, resolved, head=read.modules, labels=read.labels, trust_remote_code=trust_remote_code
     )
-    checkpoint = Checkpoint.find(source)
-    fingerprint = fingerprint_of_checkpoint(checkpoint, empty)
+    parts = StoredParts(Checkpoint.find(source), empty)
+    fingerprint = fingerprint_of_checkpoint(parts)
     check_base(fingerprint, source, [read])
     check_fits(empty, read)
-    untie_as_stored_(empty, checkpoint)
+    untie_as_stored_(parts)
     check_untied(empty, read, untie=untie)
     wanted = None if dtype == "keep" else getattr(torch, dtype)
     progress(0.1, f"folding {read.size:,} scales into {source}")
     with staged_directory(output, marker=MANIFEST_FILE, force=force, inputs=inputs) as directory:
-        written = fold_checkpoint(
-            checkpoint, empty, read, directory, dtype=wanted, max_shard_size=shard_size
-        )
+        written = fold_checkpoint(parts, read, directory, dtype=wanted, max_shard_size=shard_size)
         name = str(written).removeprefix("torch.")
         save_config(empty, directory, name)
         copy_tokenizer(source, directory)
         save_generation_settings(source, resolved, directory)
         labelled = TASKS[resolved].labelled_output is not None
         own = class_names(config) if labelled and not read.modules else None
-        labels = labels_in(read, {}, own)
-        manifest = Manifest(
-            kind="merged",
-            mode="folded",
-            task=resolved,
-            dtype=name,  # type: ignore[arg-type]
-            base=BaseEntry(source, fingerprint, own),
-            adapters={
-                read.name: AdapterEntry(read.digest, source_of(adapter), read.size, None, labels)
-            },
-            tools=tool_versions(),
-        )
-        Artifact.write(directory, manifest)
+        base = BaseEntry(source, fingerprint, own)
+        manifest = _manifest(read, source_of(adapter), base, resolved, name)
+        artifact = Artifact.write(directory, manifest)
     progress(1.0, f"wrote {output}")
-    return Artifact.read(output)
+    return artifact.at(output)
+
+
+def _manifest(
+    adapter: Adapter, adapter_source: str, base: BaseEntry, task: TaskName, dtype: str
+) -> Manifest:
+    labels = labels_in(adapter, {}, base.labels)
+    entry = AdapterEntry(adapter.digest, adapter_source, adapter.size, None, labels)
+    return Manifest(
+        kind="merged",
+        mode="folded",
+        task=task,
+        dtype=dtype,  # type: ignore[arg-type]
+        base=base,
+        adapters={adapter.name: entry},
+        tools=tool_versions(),
+    )
 
 
 def parse_size(text: str) -> int:
-    """Bytes of `500MB`, `5GB`, `2GiB` or a plain number.
+    """A size such as `500MB`, `5GB`, `2GiB` or a plain number, in bytes.
 
     Raises:
-        UsageError: it is none of these, or not above zero.
+        UsageError: the text is none of these, or not above zero.
     """
     match = re.fullmatch(r"(\d+)\s*([KMG]I?)?B?", text.strip().upper())
     if not match or int(match[1]) == 0:

@@ -92,7 +92,7 @@ def export_onnx(
     Raises:
         PropulsionExportError: as its subclasses say; nothing is left at `output` then.
     """
-    check_mode_options(mode, untie=untie, allow_range=allow_range)
+    check_mode_options(mode, untie=untie, allow_range=allow_range, adapters=len(adapter))
     adapters = read_adapters(adapter)
     _check_adapters(adapters, mode)
     slots = SlotOptions(placement, max_labels, train_bias)

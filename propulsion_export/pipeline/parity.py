@@ -15,7 +15,7 @@ from propulsion_export.artifacts.tensor_names import LOGITS
 from propulsion_export.base_model.loading import BaseModel
 from propulsion_export.environment.machine import tool_versions
 from propulsion_export.environment.progress import Progress, silent
-from propulsion_export.errors import AdapterError, UnavailableError, unknown_adapters
+from propulsion_export.errors import AdapterError, UnavailableError, UsageError, unknown_adapters
 from propulsion_export.graph.signature import check_signature
 from propulsion_export.parity.cases import judge
 from propulsion_export.parity.drawn import draw_adapter, feeds_for_drawn
@@ -41,7 +41,7 @@ def check_parity(
     adapter: Sequence[str | Path] = (),
     runner: str = "auto",
     inputs: Path | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     report: Path | None = None,
     force: bool = False,
     trust_remote_code: bool = False,
@@ -58,19 +58,23 @@ def check_parity(
         inputs: file of texts to compare on, one per line (.txt) or JSONL with `text`; default:
             random tokens.
         seed: for the random tokens, the choice of adapters, and the random adapter that stands in
-            where the artifact has slots and no adapter.
+            where the artifact has slots and no adapter; default: 0.
         report: directory to write `parity.json` and `parity.html` to.
         force: replace an earlier report.
         trust_remote_code: run code that the base model brings.
         progress: called with the share done and what is being done.
 
     Raises:
+        UsageError: an option is given that does nothing with the others.
         PropulsionExportError: nothing could be compared because an input is damaged, missing or
             does not belong together. What this machine cannot run is in `report.not_run`.
     """
+    if force and report is None:
+        raise UsageError("--force: does nothing without --report", remedy="Leave it out.")
     given = (artifact, model, inputs, *map(source_of, adapter))
     _check_report_place(report, [path for path in given if path], force=force)
     read = Artifact.read(artifact)
+    seed = _effective_seed(read, seed, inputs)
     if report is not None:
         _check_report_place(report, _recorded_sources(read), force=force)
     check_signature(read)
@@ -107,9 +111,19 @@ def check_parity(
     return verdict
 
 
+def _effective_seed(artifact: Artifact, seed: int | None, inputs: Path | None) -> int:
+    """The seed, by default 0; refused where inputs are given and no adapter is random."""
+    count = len(artifact.list_adapters())
+    is_random = count > MOST_ADAPTERS or (not count and artifact.manifest.mode != "folded")
+    if seed is not None and inputs is not None and not is_random:
+        raise UsageError("--seed: does nothing with --inputs", remedy="Leave it out.")
+    return seed or 0
+
+
 def _recorded_sources(artifact: Artifact) -> list[str]:
     """Where the artifact's base model and adapters were when it was made."""
-    return [*(entry.source for entry in artifact.adapters.values()), artifact.manifest.base.source]
+    adapters = [entry.source for entry in artifact.list_adapters().values()]
+    return [*adapters, artifact.manifest.base.source]
 
 
 def _check_report_place(report: Path | None, inputs: Sequence[Path | str], *, force: bool) -> None:
@@ -166,7 +180,7 @@ def _adapters(artifact: Artifact, given: Sequence[str | Path], seed: int) -> lis
 
     If a bank has many: those that are given and some chosen at random.
     """
-    entries = artifact.adapters
+    entries = artifact.list_adapters()
     if len(entries) == 1 and len(given) == 1 and "=" not in str(given[0]):
         given = [f"{next(iter(entries))}={given[0]}"]
     by_name = {adapter.name: adapter for adapter in read_adapters(given)}
@@ -201,7 +215,7 @@ def _sample(names: Sequence[str], given: Collection[str], seed: int) -> list[str
 
 def _about_adapters(artifact: Artifact, adapters: Sequence[Adapter], seed: int) -> Iterator[Check]:
     """Checks of the adapters: how many are judged if not all, and the names of their classes."""
-    entries = artifact.adapters
+    entries = artifact.list_adapters()
     if len(adapters) < len(entries):
         yield Check(
             "sample",

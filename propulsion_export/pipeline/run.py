@@ -107,10 +107,10 @@ def _settings(
             names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
             raise UsageError(f"{names}: for generating text, the artifact is for {task}")
         return None
-    drawn = {name: value for name, value in given.items() if name in _OF_SAMPLING}
+    sampling = {name: value for name, value in given.items() if name in _OF_SAMPLING}
     return Settings(
         new_tokens=given.get("max_new_tokens", DEFAULT_NEW_TOKENS),
-        sampling=Sampling(**drawn) if drawn else None,
+        sampling=Sampling(**sampling) if sampling else None,
         seed=given.get("seed"),
         on_text=on_text,
     )

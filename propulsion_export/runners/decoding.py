@@ -1,9 +1,9 @@
-"""Step a generative model through tokens, feeding its cache back; whatever runs it.
+"""Run a generative model step by step, in any runtime, feeding its cache back.
 
 A decoder is a runner that takes `input_ids` and `position_ids` [batch, new], `attention_mask`
 [batch, past + new] and a cache, `past_key_values.N.key` and `.value` [batch, heads, past, width],
 and returns `logits` [batch, new, vocabulary] and the longer cache, `present.N.key` and `.value`.
-That of an encoder-decoder takes what the encoder made of the input besides.
+The decoder of an encoder-decoder also takes the output of the encoder.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +28,7 @@ class State:
 
     Attributes:
         mask: int64 [batch, read]; 0 where a row is padded.
-        cache: by input name, [batch, heads, read, width].
+        cache: keys and values by input name, [batch, heads, read, width].
     """
 
     mask: Array
@@ -40,9 +40,9 @@ class Decoder:
     """A decoder at work on one batch.
 
     Attributes:
-        run: one step of it.
-        inputs: its inputs, which say how an empty cache looks; empty for one that makes its own.
-        feeds: given at every step, of an adapter or an encoder.
+        run: runs one step.
+        inputs: its inputs, which give the shapes of an empty cache; empty if it makes its own.
+        feeds: inputs fed at every step: an adapter's, or the encoder's output.
     """
 
     run: Runner
@@ -62,8 +62,8 @@ class Decoder:
         """Read more tokens.
 
         Args:
-            state: so far.
-            tokens: int64 [batch, new].
+            state: the state before these tokens.
+            tokens: the tokens to read, int64 [batch, new].
             mask: int64 [batch, new], 0 for padding; default: all are tokens.
 
         Returns:
@@ -90,7 +90,7 @@ class Decoder:
 
 @dataclass(frozen=True)
 class Opening:
-    """A decoder and what it is to read first: `tokens` and `mask`, int64 [batch, length]."""
+    """A decoder and the prompt it reads first: `tokens` and `mask`, int64 [batch, length]."""
 
     decoder: Decoder
     tokens: Array
@@ -101,22 +101,22 @@ class Generator(Protocol):
     """A generative model, ready for any batch."""
 
     def open(self, feeds: Tensors) -> Opening:
-        """Begin with `input_ids` and `attention_mask` [batch, length], and what an adapter feeds.
+        """Start from `input_ids` and `attention_mask` [batch, length] and an adapter's inputs.
 
-        An encoder-decoder reads `decoder_input_ids` [batch, length] where they are given.
+        An encoder-decoder starts its decoder with `decoder_input_ids` [batch, length] if given.
         """
 
     def pad(self, rows: Sequence[Array], padding: int) -> dict[str, Array]:
-        """Prompts of different lengths as `input_ids` and `attention_mask`, padded as it wants."""
+        """Prompts of different lengths as `input_ids` and `attention_mask`, padded as needed."""
 
 
-# A generator is not callable: that tells the two apart.
+# A generator is not callable, which distinguishes the two.
 Candidate = Runner | Generator
 
 
 @dataclass(frozen=True)
 class CausalModel:
-    """A decoder that reads the prompt itself; attributes as of `Decoder`."""
+    """A decoder that reads the prompt itself; its attributes are those of `Decoder`."""
 
     run: Runner
     inputs: Sequence[TensorSpec] = ()
@@ -155,25 +155,25 @@ class EncoderDecoder:
 
 
 def generate(generator: Generator, feeds: Tensors, choose: Choose) -> Iterator[Array]:
-    """Tokens behind padded prompts, int64 [batch] each, without end.
+    """Generate tokens after padded prompts, int64 [batch] each, without end.
 
     Args:
         generator: the model.
-        feeds: the prompts and an adapter, see `Generator.open`.
+        feeds: the prompts and an adapter's inputs, see `Generator.open`.
         choose: picks the next tokens.
     """
     return go_on(generator.open(feeds), choose, lambda: np.zeros(1, np.bool_))
 
 
 def go_on(opening: Opening, choose: Choose, stopped: Callable[[], Array]) -> Iterator[Array]:
-    """Tokens, int64 [batch] each, until every row has stopped.
+    """Generate tokens, int64 [batch] each, until every row has stopped.
 
-    A row that has is padded from there on, so that its position stays one that the model has.
+    A stopped row gets padding from then on, so that it never runs out of the model's positions.
 
     Args:
-        opening: what is read first.
+        opening: the decoder and its prompt.
         choose: picks the next tokens.
-        stopped: asked after each token which rows have stopped, bool [batch] or [1] for all alike.
+        stopped: called after each token; which rows have stopped, bool [batch], or [1] for all.
     """
     decoder = opening.decoder
     state = decoder.start(len(opening.tokens))
@@ -189,10 +189,10 @@ def go_on(opening: Opening, choose: Choose, stopped: Callable[[], Array]) -> Ite
 
 
 def replaying(generator: Generator) -> Runner:
-    """A generative model as a runner of whole sequences, read the way it generates.
+    """Run a generative model on whole sequences in several steps, as in generation.
 
-    First most of them, then two tokens at once, then three one by one. It takes what
-    `Generator.open` takes and returns the logits [batch, length, vocabulary] of all steps.
+    Most of the sequence first, then two tokens at once, then three one by one. The runner takes the
+    inputs of `Generator.open` and returns the logits [batch, length, vocabulary] of all steps.
     """
 
     def replay(feeds: Tensors) -> Tensors:
@@ -208,7 +208,7 @@ def replaying(generator: Generator) -> Runner:
 
 
 def recomputing(generator: Generator) -> Runner:
-    """The same without the use of a cache: whole sequences in one step."""
+    """Run a generative model on whole sequences in one step, which reads no cache."""
 
     def recompute(feeds: Tensors) -> Tensors:
         opening = generator.open(feeds)
@@ -220,7 +220,7 @@ def recomputing(generator: Generator) -> Runner:
 
 
 def row_by_row(run: Runner) -> Runner:
-    """A runner of whole sequences, every row alone and without its padding, where logits are 0."""
+    """Run every row alone and without its padding; the logits of padding are 0."""
 
     def each(feeds: Tensors) -> Tensors:
         real = feeds["attention_mask"] == 1
@@ -250,7 +250,7 @@ def greedy(logits: Array) -> Array:
 def alone(batch: Tensors, row: int) -> Tensors:
     """One row of a batch, without the positions that the attention mask hides.
 
-    The mask is that of the prompt: what the decoder of an encoder-decoder reads is kept whole.
+    The mask covers the prompt: the decoder tokens of an encoder-decoder are kept whole.
     """
     mask = batch["attention_mask"]
     return {

@@ -25,10 +25,10 @@ REFERENCE_LENGTH = 8
 
 
 def choose_runner(artifact: Artifact, runner: str) -> str:
-    """The runtime asked for, if it runs that kind of artifact; for `auto`, the best here.
+    """The requested runtime if it runs this kind of artifact; for `auto`, the best one here.
 
     Raises:
-        UsageError: the runtime asked for does not run this kind of artifact.
+        UsageError: the requested runtime does not run this kind of artifact.
     """
     manifest = artifact.manifest
     possible = runtimes_of(manifest.kind)
@@ -70,7 +70,7 @@ def open_candidate(artifact: Artifact, name: str, *, trust_remote_code: bool = F
 
 
 def place_for(name: str) -> Callable[[Array], Any]:
-    """How to put an array where this runtime computes, once for many runs that are fed it."""
+    """The function that puts an array where a runtime computes, once for many runs."""
     if RUNTIMES[name].kind == "merged":
         return np.asarray
     return partial(_module(name).place, device=RUNTIMES[name].device)
@@ -85,18 +85,8 @@ def _open(artifact: Artifact, name: str, path: Path) -> Runner:
     return _with_ids(run) if artifact.manifest.mode == "bank" else run
 
 
-def _first_token(directory: Path) -> int:
-    token = read_settings(directory).get("decoder_start_token_id")
-    if not isinstance(token, int):
-        raise ArtifactError(
-            f"{directory / 'config.json'}: decoder_start_token_id is {token!r}, expected a token "
-            "number"
-        )
-    return token
-
-
 def _with_ids(run: Runner) -> Runner:
-    """Give every row of a batch the one adapter id that is fed, if it is one."""
+    """Repeat a single adapter id for every row of the batch."""
 
     def each(feeds: Tensors) -> Tensors:
         rows = len(feeds["input_ids"])
@@ -114,3 +104,13 @@ def _by_cache(first: Runner, later: Runner) -> Runner:
         return later(feeds) if cached else first(feeds)
 
     return decode
+
+
+def _first_token(directory: Path) -> int:
+    token = read_settings(directory).get("decoder_start_token_id")
+    if not isinstance(token, int):
+        raise ArtifactError(
+            f"{directory / 'config.json'}: decoder_start_token_id is {token!r}, expected a token "
+            "number"
+        )
+    return token

@@ -1,4 +1,4 @@
-"""Torch modules as callables from tensors to tensors."""
+"""Run PyTorch models as callables from tensors to tensors."""
 
 import inspect
 from collections.abc import Iterator
@@ -19,11 +19,37 @@ from propulsion_export.runners.decoding import Candidate, CausalModel, EncoderDe
 _KINDS = ("key", "value")
 
 
+def open_checkpoint(artifact: Artifact, *, trust_remote_code: bool = False) -> Candidate:
+    """Run a merged checkpoint; see `torch_candidate`."""
+    merged = load_base(
+        str(artifact.directory),
+        task=artifact.manifest.task,
+        dtype=getattr(torch, artifact.manifest.dtype),
+        trust_remote_code=trust_remote_code,
+    )
+    merged.check_complete(())
+    return torch_candidate(merged.model, artifact.manifest.task)
+
+
+def torch_candidate(model: Any, task: str) -> Candidate:
+    """A torch model as a callable from tensors to tensors, or as a generator if it generates."""
+    architecture = TASKS[task].architecture
+    if architecture == "decoder":
+        return CausalModel(torch_decoder_runner(model))
+    if architecture == "encoder-decoder":
+        return EncoderDecoder(
+            torch_encoder_runner(model),
+            torch_cross_decoder_runner(model),
+            model.config.decoder_start_token_id,
+        )
+    return torch_runner(model)
+
+
 def torch_runner(model: Any) -> Runner:
-    """Run a torch module; outputs that are no tensors (caches) are left out.
+    """Run a torch module; outputs other than tensors (caches) are left out.
 
     Raises:
-        ToolError: on running, it cannot compute what it is fed.
+        ToolError: raised by the runner when the model fails on its inputs.
     """
     device = next(model.parameters()).device
 
@@ -34,7 +60,7 @@ def torch_runner(model: Any) -> Runner:
         except (IndexError, RuntimeError) as error:
             shapes = ", ".join(f"{name} {list(np.shape(v))}" for name, v in inputs.items())
             raise ToolError(
-                f"{type(model).__name__}: cannot be computed of {shapes} ({error})"
+                f"{type(model).__name__}: the model failed on inputs {shapes} ({error})"
             ) from error
         return {
             name: _to_numpy(value)
@@ -46,12 +72,13 @@ def torch_runner(model: Any) -> Runner:
 
 
 def torch_decoder_runner(model: Any) -> Runner:
-    """Run a step of a causal language model as its graph does, see `decoding`.
+    """Run one step of a causal language model as its graph does, see `decoding`.
 
-    A cache that is not fed is an empty one.
+    Without a cache among its inputs it starts with an empty one.
 
     Raises:
-        BaseModelError: the model keeps another state than keys and values; on running, none.
+        BaseModelError: the model keeps a state other than keys and values; the runner raises it
+            when the model returns no cache.
     """
     name = type(model).__name__
     if model._is_stateful:
@@ -84,10 +111,10 @@ def torch_encoder_runner(model: Any) -> Runner:
 
 
 def torch_cross_decoder_runner(model: Any) -> Runner:
-    """Run a step of an encoder-decoder's decoder as its graphs do, see `decoding`.
+    """Run one step of an encoder-decoder's decoder as its graphs do, see `decoding`.
 
-    Its cache holds what the decoder has read, `past_key_values.N.decoder.key`, and what it made of
-    the encoder's output, `past_key_values.N.encoder.key`.
+    Its cache holds keys and values of the decoder's tokens, `past_key_values.N.decoder.key`, and
+    of the encoder's output, `past_key_values.N.encoder.key`.
     """
 
     def run(inputs: Tensors) -> Tensors:
@@ -116,7 +143,7 @@ def _on(device: torch.device, inputs: Tensors) -> dict[str, torch.Tensor]:
 
 
 def _cache(tensors: dict[str, torch.Tensor], part: str, dtype: torch.dtype) -> DynamicCache:
-    """The fed cache as transformers': all layers keep everything, as in the graph."""
+    """The fed cache as a transformers cache whose layers keep all positions, as in the graph."""
     cache = DynamicCache()
     layers = sum(name.startswith(f"{PAST}.") and f".{part}key" in name for name in tensors)
     for index in range(layers):
@@ -132,31 +159,5 @@ def _present(cache: DynamicCache, part: str) -> Iterator[tuple[str, Any]]:
 
 
 def _to_numpy(value: torch.Tensor) -> Any:
-    # numpy has no bfloat16 of its own; every bfloat16 is a float32.
+    # numpy has no bfloat16; float32 holds every bfloat16 exactly.
     return (value.float() if value.dtype == torch.bfloat16 else value).cpu().numpy()
-
-
-def open_checkpoint(artifact: Artifact, *, trust_remote_code: bool = False) -> Candidate:
-    """Run a merged checkpoint; see `torch_candidate`."""
-    merged = load_base(
-        str(artifact.directory),
-        task=artifact.manifest.task,
-        dtype=getattr(torch, artifact.manifest.dtype),
-        trust_remote_code=trust_remote_code,
-    )
-    merged.check_complete(())
-    return torch_candidate(merged.model, artifact.manifest.task)
-
-
-def torch_candidate(model: Any, task: str) -> Candidate:
-    """A torch model as a callable from tensors to tensors, or as a generator if it generates."""
-    architecture = TASKS[task].architecture
-    if architecture == "decoder":
-        return CausalModel(torch_decoder_runner(model))
-    if architecture == "encoder-decoder":
-        return EncoderDecoder(
-            torch_encoder_runner(model),
-            torch_cross_decoder_runner(model),
-            model.config.decoder_start_token_id,
-        )
-    return torch_runner(model)

@@ -33,7 +33,7 @@ def reference_runner(path: Path) -> Runner:
         feeds = {name: values for name, values in inputs.items() if name in known}
         try:
             outputs = evaluator.run(None, feeds)
-        except Exception as error:  # each operator of it has exceptions of its own
+        except Exception as error:  # every operator raises exceptions of its own
             raise UnavailableError(
                 f"{path}: onnx's reference evaluator cannot run it ({type(error).__name__}: "
                 f"{error})"
@@ -46,8 +46,9 @@ def reference_runner(path: Path) -> Runner:
 def _gather_elements() -> type:
     """GatherElements as ONNX defines it, for the reference evaluator.
 
-    Its own (onnx 1.23) fails with "cannot reshape array" when it picks from more than 64 elements,
-    as for RoBERTa's token types. Remove when `tests/runners` says that it no longer does.
+    The evaluator's own (onnx 1.23) fails with "cannot reshape array" when it picks from more than
+    64 elements, as for RoBERTa's token types. Remove when the expected failure in
+    tests/runners/test_reference.py passes.
     """
     from onnx.reference.op_run import OpRun
 

@@ -14,9 +14,9 @@ class Runtime:
     """One runtime.
 
     Attributes:
-        module: of this package.
+        module: the module of this package that runs artifacts in it.
         kind: the kind of artifact that it runs.
-        device: `cpu` or `cuda`, for a module that has several.
+        device: where it computes, `cpu` or `cuda`.
     """
 
     module: str

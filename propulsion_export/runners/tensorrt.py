@@ -14,7 +14,7 @@ from propulsion_export.artifacts.artifact import Artifact, Runner, Tensors
 from propulsion_export.environment.machine import cuda_devices, cuda_reason
 from propulsion_export.errors import ToolError, UnavailableError
 
-# Of an engine: by input, its smallest, typical and largest shape; as in the manifest.
+# Optimization profiles as in the manifest: by input, its min, opt and max shape.
 Profiles = Sequence[Mapping[str, Mapping[str, Sequence[int]]]]
 
 
@@ -29,11 +29,11 @@ def open_graph(path: Path, artifact: Artifact, device: str) -> Runner:
 def tensorrt_runner(
     path: Path, runtime: Literal["tensorrt", "tensorrt-rtx"], profiles: Profiles = ()
 ) -> Runner:
-    """Run an engine through polygraphy, each time by the first of its profiles that fits.
+    """Run an engine through polygraphy, each time with the first optimization profile that fits.
 
     Raises:
         UnavailableError: there is no GPU, or a package is missing.
-        ToolError: on running, no profile fits.
+        ToolError: raised by the runner when no profile fits the inputs.
     """
     if not cuda_devices():
         raise UnavailableError(f"{path}: an engine runs on a GPU only, and {cuda_reason()}")
@@ -50,7 +50,7 @@ def tensorrt_runner(
     engine = TrtRunner(EngineFromBytes(BytesFromPath(str(path))))
     engine.activate()
     known = set(engine.get_input_metadata())
-    one_at_a_time = threading.Lock()  # it has one execution context
+    one_at_a_time = threading.Lock()  # the engine has one execution context
 
     def run(inputs: Tensors) -> Tensors:
         feeds = {
@@ -67,19 +67,18 @@ def tensorrt_runner(
 
 
 def place(array: Array, device: str) -> Any:
-    """Put an array into the GPU's memory; what is returned is fed in place of it."""
+    """Put an array into the GPU's memory; feed the returned value in place of it."""
     from polygraphy.cuda import DeviceArray, wrapper
 
     del device
-
     placed = DeviceArray(shape=array.shape, dtype=array.dtype)
-    # It does not do so itself (polygraphy 0.50), and banks come and go.
+    # DeviceArray does not free its memory (polygraphy 0.50), and a changed bank is placed anew.
     weakref.finalize(placed, wrapper().free, placed.ptr).atexit = False
     return placed.copy_from(np.ascontiguousarray(array))
 
 
 def fitting_profile(profiles: Profiles, feeds: Tensors) -> int:
-    """The number of the first optimization profile that all shapes lie in.
+    """The index of the first optimization profile whose ranges contain all shapes.
 
     Raises:
         ToolError: there is none.

@@ -1,7 +1,7 @@
-"""Put an adapter onto a torch model without changing its weights: what the trainer computed.
+"""Put an adapter onto a torch model without changing its weights, to compute as in training.
 
-The scale stays separate, a buffer of the module it belongs to, so that a traced graph shows it by
-module path. Module paths and classes stay as they are.
+Each scale is a buffer of its module, so that a traced graph names it by module path. Module paths
+and classes stay as they are.
 """
 
 from collections.abc import Iterator, Mapping
@@ -28,17 +28,17 @@ BUFFERS: Mapping[Side, str] = {
     "output": "propulsion_scale",
     "input": "propulsion_input_scale",
 }
-# Embeddings that are never called: a scale on the output acts on nothing, one folded in would.
+# Embeddings that are never called: a scale on the output has no effect, a folded one would.
 _READ_DIRECTLY = (("DebertaEncoder", "rel_embeddings"), ("DebertaV2Encoder", "rel_embeddings"))
 
 
 def initializer_name(path: str, side: Side, dimensions: int = 1) -> str:
-    """What the buffer of a scale is called in the attached model, and so in a graph traced from it.
+    """The name of a scale's buffer in the attached model, and so in a graph traced from it.
 
     Args:
-        path: of the scale: a module's, or a parameter's that holds experts.
-        side: of the scale.
-        dimensions: of the scale's values: 1 for a module's, 2 for experts'.
+        path: the path of the scaled module, or of the parameter that holds experts.
+        side: the side of the module that is scaled.
+        dimensions: the dimensions of the scale's values: 1 for a module, 2 for experts.
     """
     return f"{path}{'_' if dimensions > 1 else '.'}{BUFFERS[side]}"
 
@@ -64,10 +64,10 @@ def attached(model: nn.Module, adapter: Adapter) -> Iterator[None]:
 
 
 def check_fits(model: nn.Module, adapter: Adapter) -> None:
-    """Refuse an adapter whose tensors have no place in the model, naming every one.
+    """Refuse an adapter with tensors that do not fit the model.
 
     Raises:
-        AdapterError: with all misfits.
+        AdapterError: a tensor does not fit; all of them are named.
     """
     modules = dict(model.named_modules())
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -100,9 +100,11 @@ def _scale_misfit(modules: Mapping[str, nn.Module], path: str, scale: Scale) -> 
         return _expert_misfit(modules.get(owner), name, scale)
     module, reader = modules[path], type(modules[owner]).__name__
     if (reader, name) in _READ_DIRECTLY and not (scale.values == 1).all():
-        return f"{reader} reads its weight past its output, so a scale there has no exact meaning"
+        return (
+            f"{reader} reads its weight without calling it, so a scale there has no exact meaning"
+        )
     if _only_keeps_a_weight(modules, module, name):
-        return f"{reader} only keeps a tied weight there, so a scale would act on nothing"
+        return f"{reader} only keeps a tied weight there, so a scale would have no effect"
     widths = {"output": output_width, "input": input_width}
     try:
         width = widths[scale.side](module)
@@ -158,7 +160,7 @@ def _attach_(model: nn.Module, adapter: Adapter, undo: list[Any]) -> None:
 
 
 def _hooks(module: nn.Module, side: Side, buffer: str, weight: str | None) -> list[Any]:
-    """Let the module use a scale; on its expert weight where that has a name."""
+    """Let the module apply a scale: to the expert weight if one is named, else to its output."""
     if weight is not None:
         return [
             module.register_forward_pre_hook(partial(_show_scaled_weight, weight, buffer)),
@@ -170,7 +172,7 @@ def _hooks(module: nn.Module, side: Side, buffer: str, weight: str | None) -> li
 
 
 def _show_scaled_weight(name: str, buffer: str, module: nn.Module, _: Any) -> None:
-    """Put the scaled weight where the experts' forward looks before it looks at the parameter."""
+    """Shadow the parameter with the scaled weight, as an attribute that forward reads first."""
     weight, scale = module.get_parameter(name), module.get_buffer(buffer)
     module.__dict__[name] = weight * spread(module, scale)
 

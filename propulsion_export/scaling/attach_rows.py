@@ -1,14 +1,14 @@
-"""Let every row of a batch have an adapter of its own, in torch.
+"""Let every row of a batch use its own adapter, in torch.
 
-The model takes one more argument, `propulsion_rows` [batch, D]: for each row of the batch what the
-layout says, one packed input behind the other. A graph traced from it has that as an input.
+The model takes one more argument, `propulsion_rows` [batch, D]: for each row of the batch the
+packed inputs of the layout, one after the other. It becomes an input of a traced graph.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, ParamSpec
 
 import torch
 from torch import nn
@@ -25,6 +25,7 @@ from propulsion_export.artifacts.tensor_names import (
 )
 from propulsion_export.errors import UsageError
 
+P = ParamSpec("P")
 _REPLACEABLE = (nn.Linear, Conv1D, nn.LayerNorm)  # whose parameters `_forward` can replace
 _REMEDY = "Export with --mode switchable, where a whole batch has one adapter."
 
@@ -34,8 +35,8 @@ def attached_rows(model: nn.Module, layout: Layout) -> Iterator[None]:
     """Let `model` take `propulsion_rows` [batch, D] inside the block, and compute with it.
 
     Raises:
-        UsageError: a part of the layout cannot differ from row to row, naming every one; on
-            running, a module has an output that does not keep the rows of the batch apart.
+        UsageError: parts of the layout cannot differ from row to row, all of them named; when the
+            model runs: an output of a module does not keep the rows of the batch apart.
     """
     _check_possible(model, layout)
     rows = _Rows(layout)
@@ -53,9 +54,9 @@ def attached_rows(model: nn.Module, layout: Layout) -> Iterator[None]:
 
 @dataclass
 class _Rows:
-    """What each slot holds for the batch that is being computed, [batch, length] each.
+    """The values of each slot for the running batch, [batch, length] each.
 
-    Without any, the model computes as the base model.
+    Without values, the model computes as the base model.
     """
 
     layout: Layout
@@ -88,8 +89,8 @@ class _Rows:
 
 def _check_possible(model: nn.Module, layout: Layout) -> None:
     experts = [
-        f"{slot.path}: scales experts, whose weights all tokens share, so that no row of a batch "
-        "has its own"
+        f"{slot.path}: scales experts, whose weights all tokens share, so a row of a batch cannot "
+        "have its own"
         for slot in layout.get(SCALES_INPUT, ())
         if len(slot.shape) > 1
     ]
@@ -99,7 +100,7 @@ def _check_possible(model: nn.Module, layout: Layout) -> None:
         if (reason := _reason_against(model, slot.path))
     ]
     others += [
-        f"{path}.{parameter}: of {type(module).__name__} there is no other {parameter} for each "
+        f"{path}.{parameter}: the {parameter} of {type(module).__name__} cannot differ for each "
         "row of a batch"
         for path, parameters in _replaced(layout).items()
         if not isinstance(module := model.get_submodule(path), _REPLACEABLE)
@@ -119,7 +120,7 @@ def _reason_against(model: nn.Module, path: str) -> str | None:
 
 
 def _replaced(layout: Layout) -> dict[str, dict[str, tuple[str, Slot]]]:
-    """What is replaced, not scaled: by module path and parameter name, where it is packed."""
+    """The replaced parameters, by module path and name: the packed input and slot of each."""
     found: dict[str, dict[str, tuple[str, Slot]]] = {}
     for slot in layout.get(BIASES_INPUT, ()):
         found.setdefault(slot.path, {})["bias"] = (BIASES_INPUT, slot)
@@ -139,7 +140,7 @@ def _attach_(model: nn.Module, layout: Layout, rows: _Rows, undo: list[Any]) -> 
 
 
 def _scaled(owner: nn.Module, name: str, rows: _Rows, slot: Slot) -> list[Any]:
-    """Scale what the owner's module of that name computes; returns what undoes it."""
+    """Scale the output of the owner's module of that name; returns functions that undo it."""
     module = owner.get_submodule(name)
     if slot.side == "input":
         return [module.register_forward_pre_hook(partial(_scale_input, rows, slot)).remove]
@@ -150,7 +151,7 @@ def _scaled(owner: nn.Module, name: str, rows: _Rows, slot: Slot) -> list[Any]:
 
 
 def _replace(owner: nn.Module, method: str, by: Callable[..., Any]) -> Callable[[], None]:
-    """Replace a method of this object alone; returns what undoes it."""
+    """Replace a method of this object only; returns a function that undoes it."""
     before = owner.__dict__.get(method)
     setattr(owner, method, by)
     if before is None:
@@ -173,11 +174,16 @@ def _scale_input(
 
 
 def _position_bias(
-    compute: Callable[..., torch.Tensor], rows: _Rows, slot: Slot, *arguments: Any, **named: Any
+    compute: Callable[P, torch.Tensor],
+    rows: _Rows,
+    slot: Slot,
+    *arguments: P.args,
+    **named: P.kwargs,
 ) -> torch.Tensor:
-    """T5's and MPNet's table of biases gives [queries, keys, heads], and only then rows.
+    """Scale the position bias of T5 and MPNet: the output of the method, not of its embedding.
 
-    The method around it returns [1 or batch, heads, queries, keys].
+    The embedding returns [queries, keys, heads], without rows; the method around it returns
+    [1 or batch, heads, queries, keys].
     """
     bias = compute(*arguments, **named)
     if not rows.parts:
@@ -192,9 +198,9 @@ def _positions_of_keys(
     queries: torch.Tensor,
     *others: Any,
 ) -> torch.Tensor:
-    """DeBERTa-v2 multiplies queries [batch * heads, length, width] by projected positions.
+    """Scale DeBERTa-v2's queries [batch * heads, length, width] instead of its key positions.
 
-    These have no rows, the queries do: q (s p) is (q s) p.
+    The projected positions have no rows, the queries do: q (s p) is (q s) p.
     """
     return compute(_scale_heads(rows, slot, queries), *others)
 
@@ -207,7 +213,7 @@ def _positions_of_queries(
     keys: torch.Tensor,
     *others: Any,
 ) -> torch.Tensor:
-    """The same of keys and the positions of queries."""
+    """Scale DeBERTa-v2's keys instead of its query positions."""
     return compute(queries, _scale_heads(rows, slot, keys), *others)
 
 
@@ -217,7 +223,8 @@ def _scale_heads(rows: _Rows, slot: Slot, values: torch.Tensor) -> torch.Tensor:
     return values * rows.get(SCALES_INPUT, slot).reshape(-1, 1, values.shape[-1])
 
 
-# Modules whose output has no rows: by name, the owner's method around them that has.
+# For modules whose output has no rows, by name: the owner's method whose output has, and its
+# replacement.
 _DETOURS: Mapping[str, Mapping[str, Callable[..., torch.Tensor]]] = {
     "relative_attention_bias": {
         "compute_bias": _position_bias,
@@ -235,7 +242,7 @@ def _forward(
     parameters: Mapping[str, tuple[str, Slot]],
     values: torch.Tensor,
 ) -> torch.Tensor:
-    """What the module computes, with some of its parameters another for each row."""
+    """The module's output with some parameters different for each row."""
     if not rows.parts:
         return type(module).forward(module, values)  # type: ignore[no-any-return]
     weight, bias = (
@@ -263,10 +270,10 @@ def _product(values: torch.Tensor, weights: torch.Tensor, path: str) -> torch.Te
 
 
 def _beside(values: torch.Tensor, part: torch.Tensor, path: str) -> torch.Tensor:
-    """A part [batch, channels] in a shape that goes with `values` [batch, …, channels].
+    """A part [batch, channels] in a shape that broadcasts with `values` [batch, …, channels].
 
-    A table that all rows share, [1, …, channels], gets a row for each by that. Tokens that are laid
-    end to end, [batch * tokens, channels], are told apart again.
+    `values` may also be a table that all rows share, [1, …, channels], or tokens in one axis with
+    the rows, [batch * tokens, channels].
     """
     batch, channels = part.shape
     if values.ndim == 2 or values.shape[0] != 1:
@@ -280,7 +287,7 @@ def _beside(values: torch.Tensor, part: torch.Tensor, path: str) -> torch.Tensor
 def _check_rows(values: torch.Tensor, batch: int, path: str) -> None:
     if values.shape[0] % batch:
         raise UsageError(
-            f"{path}: computes {list(values.shape)} of a batch of {batch}, expected the rows of "
-            "the batch first, so that each can have its adapter",
+            f"{path}: computes {list(values.shape)} for a batch of {batch}, expected the rows of "
+            "the batch in the first axis, so that each can have its adapter",
             remedy=_REMEDY,
         )

@@ -1,8 +1,8 @@
-"""How a scale goes into weights of three dimensions, which hold all experts of a mixture.
+"""Fold a scale into a three-dimensional weight, which holds all experts of a mixture.
 
-A scale there has shape [experts, output channels]; its path is the parameter's. Which axis of the
-weight holds the outputs is what the module says by `is_transposed`, as transformers' experts do;
-what does not say so is refused.
+Such a scale has shape [experts, output channels], and the path of the parameter. The attribute
+`is_transposed` of the module, as in transformers' experts, says which axis of the weight holds the
+outputs; a module without it is refused.
 """
 
 import torch
@@ -13,7 +13,7 @@ from propulsion_export.scaling.layer_rules import narrowed
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Whether the module holds experts in parameters of its own, scalable or not."""
+    """Whether the module holds experts in its own parameters, scalable or not."""
     named = "Expert" in type(module).__name__ and not isinstance(module, nn.Linear)
     return named and next(module.parameters(recurse=False), None) is not None
 
@@ -23,7 +23,7 @@ def reason_against_experts(module: nn.Module) -> str | None:
     name = type(module).__name__
     own = dict(module.named_parameters(recurse=False))
     if not isinstance(getattr(module, "is_transposed", None), bool):
-        return f"a {name} does not say which axis of its weights holds the outputs"
+        return f"a {name} has no is_transposed to name the axis that holds the outputs"
     other = [key for key, weight in own.items() if weight.ndim != 3]
     if getattr(module, "has_bias", False) or other:
         extra = f" ({', '.join(other)})" if other else ""
@@ -32,7 +32,7 @@ def reason_against_experts(module: nn.Module) -> str | None:
 
 
 def expert_weights(module: nn.Module) -> dict[str, torch.Tensor]:
-    """The weights that take a scale, by name: shape [experts, outputs, inputs] or its transpose."""
+    """The weights that can be scaled, by name: [experts, outputs, inputs] or its transpose."""
     if not is_experts(module) or reason_against_experts(module):
         return {}
     return dict(module.named_parameters(recurse=False))
@@ -45,7 +45,7 @@ def scale_shape(module: nn.Module, name: str) -> tuple[int, int]:
 
 
 def spread(module: nn.Module, scale: torch.Tensor) -> torch.Tensor:
-    """A scale [experts, outputs] as what the weight is multiplied by, with an axis for inputs."""
+    """A scale [experts, outputs] with an axis for the inputs, to multiply the weight by."""
     return scale[:, None, :] if module.is_transposed else scale[:, :, None]
 
 
@@ -58,7 +58,7 @@ def folded_expert_weight(
 
     Raises:
         AdapterError: the scale has another shape.
-        BaseModelError: the module is none whose experts can be scaled, or quantised.
+        BaseModelError: the module's experts cannot be scaled, or are quantised.
     """
     kind = type(module).__name__
     weights = expert_weights(module)

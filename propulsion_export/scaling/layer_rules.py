@@ -1,4 +1,4 @@
-"""How a scale goes into a module's own parameters: one exact rule per layer kind."""
+"""Fold a scale into a module's own parameters: one exact rule per layer kind."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -10,9 +10,9 @@ from transformers.pytorch_utils import Conv1D
 from propulsion_export.artifacts.rounding import rounded_to_odd
 from propulsion_export.errors import AdapterError, BaseModelError
 
-# Norms of transformers share no class with torch's, only the ending of their name.
+# Norms of transformers share no class with those of torch, only the ending of their name.
 _NORM_ENDINGS = ("RMSNorm", "LayerNorm")
-# Subclasses of nn.Linear that write its forward out in their own words.
+# Subclasses of nn.Linear whose own forward computes the same.
 _PLAIN_LINEARS = ("FalconLinear",)
 
 LayerKind = Literal["linear", "conv1d", "embedding", "norm"]
@@ -20,7 +20,7 @@ Parameters = dict[str, torch.Tensor]
 
 
 def layer_kind(module: nn.Module) -> LayerKind | None:
-    """Which rule the module falls under; None for what has no output channels to scale."""
+    """The rule for the module; None if it has no output channels to scale."""
     if isinstance(module, nn.Linear):
         return "linear"
     if isinstance(module, Conv1D):
@@ -35,10 +35,10 @@ def layer_kind(module: nn.Module) -> LayerKind | None:
 
 
 def output_width(module: nn.Module) -> int:
-    """How many channels the module's output has in its last axis.
+    """The number of channels in the last axis of the module's output.
 
     Raises:
-        BaseModelError: the module is of a kind that has no rule.
+        BaseModelError: there is no rule for this kind of module.
     """
     layer: Any = module
     match layer_kind(module):
@@ -55,10 +55,10 @@ def output_width(module: nn.Module) -> int:
 
 
 def input_width(module: nn.Module) -> int:
-    """How many channels the module's input has in its last axis.
+    """The number of channels in the last axis of the module's input.
 
     Raises:
-        BaseModelError: the module is of a kind whose input cannot be scaled in its weight.
+        BaseModelError: the input of this kind of module cannot be scaled in its weight.
     """
     layer: Any = module
     match layer_kind(module):
@@ -80,18 +80,18 @@ def folded_parameters(
 ) -> Parameters:
     """New values for the module's own parameters, so that it computes the scaled output by itself.
 
-    The module is left as it is. All is computed in float64 and rounded once. By arXiv 2409.10927
-    the frozen bias is inside the product: (x W^T + b) * s = x (diag(s) W)^T + s * b.
+    The module is left as it is. Values are computed in float64 and rounded once. By arXiv
+    2409.10927 the frozen bias is inside the product: (x W^T + b) * s = x (diag(s) W)^T + s * b.
 
     Args:
         module: nn.Linear, Conv1D, nn.Embedding, a layer norm or an RMS norm, unwrapped.
-        scale: shape [channels] of the side it multiplies.
-        side: `output`, or `input` for (IA)^3's feed-forward modules.
-        bias: shape [output channels]; replaces the module's own bias inside the product.
-        dtype: what to round to; None: each parameter's own.
+        scale: the scale, of shape [channels] of its side.
+        side: `output`, or `input` for the feed-forward modules of (IA)^3.
+        bias: a bias of shape [output channels] that replaces the module's own inside the product.
+        dtype: the dtype to round to; None: each parameter's own.
 
     Returns:
-        By parameter name, only those that change.
+        The parameters that change, by name.
 
     Raises:
         BaseModelError: the module has no exact rule.
@@ -134,7 +134,7 @@ def _scaled_weight(module: nn.Module, weight: torch.Tensor, scale: torch.Tensor)
 
 
 def _bias_inside(module: nn.Module, trained: torch.Tensor | None) -> torch.Tensor:
-    """The bias that the scale multiplies, float64: the trained one where there is one."""
+    """The bias that the scale multiplies, float64: the trained one if there is one."""
     own = module._parameters.get("bias")
     if own is None:
         raise AdapterError(
@@ -148,14 +148,14 @@ def _bias_inside(module: nn.Module, trained: torch.Tensor | None) -> torch.Tenso
 
 
 def _check_foldable(module: nn.Module) -> None:
-    """Refuse what would not be exact, with the class name."""
+    """Refuse a module that a scale cannot be folded into exactly."""
     name = type(module).__name__
     if layer_kind(module) is None:
         raise _without_rule(module)
     weight = module._parameters.get("weight")
     if weight is None:
         raise BaseModelError(f"{name}: has no weight of its own, expected one to fold into")
-    # One byte is float8, floating point by name but without meaning apart from its scales.
+    # One byte is float8, a floating point type whose values mean nothing without their scales.
     if not weight.is_floating_point() or weight.element_size() == 1:
         raise BaseModelError(
             f"{name}: its weight is quantised ({weight.dtype}), expected floating point",
@@ -167,7 +167,7 @@ def _check_foldable(module: nn.Module) -> None:
             "output"
         )
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
-        raise BaseModelError(f"{name}: max_norm rescales its rows, so a scale in them is not kept")
+        raise BaseModelError(f"{name}: max_norm rescales its rows, so a folded scale is lost")
 
 
 def is_plain_linear(linear: nn.Linear) -> bool:
@@ -176,7 +176,7 @@ def is_plain_linear(linear: nn.Linear) -> bool:
 
 
 def _adds_one(norm: nn.Module) -> bool:
-    """Whether a norm multiplies by (1 + weight), as Gemma's do; found by asking it.
+    """Whether a norm multiplies by (1 + weight), as those of Gemma do; found by running it.
 
     A plain norm gives zero for a weight of 0, the other kind for a weight of -1.
     """

@@ -153,7 +153,7 @@ class BankRoster:
     def read(cls, artifact: Artifact, place: Place, before: Self | None = None) -> Self:
         """The bank of now; see `PackedRoster.read`."""
         now = _read_again(artifact, before)
-        bank = now.bank
+        bank = now.open_bank()
         if before is not None and bank.is_at(before.snapshot):
             return before
         snapshot = bank.snapshot(None if before is None else before.snapshot)

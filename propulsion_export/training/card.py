@@ -1,9 +1,11 @@
-"""What a person reads about an adapter: a model card and a picture of its training."""
+"""The model card of an adapter and the plot of its training."""
 
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from huggingface_hub import ModelCardData
 
 from propulsion_export.base_model.tasks import TASKS
 
@@ -11,14 +13,15 @@ from propulsion_export.base_model.tasks import TASKS
 def write_loss_curve(
     file: Path, losses: Sequence[tuple[float, float]], metrics: Mapping[str, Any]
 ) -> None:
-    """Draw the training loss over the epochs, as PNG, with what validation gave.
+    """Plot the training loss and the validation results over the epochs, as PNG.
 
     Args:
-        file: to write.
+        file: the PNG to write.
         losses: points (epoch, training loss).
-        metrics: what `metrics.json` says; of it the task, the epochs and the base model's loss.
+        metrics: the content of `metrics.json`; the task, the epochs and the base model's loss are
+            plotted.
     """
-    # Not pyplot: a figure of its own needs no display and leaves no global state.
+    # Not pyplot: a Figure needs no display and leaves no global state.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -33,7 +36,7 @@ def write_loss_curve(
 
 
 def _draw_accuracy(axes: Any, metrics: Mapping[str, Any]) -> None:
-    """On an axis of its own, which goes from 0 to 1."""
+    """Plot the accuracy on a second axis, from 0 to 1."""
     axes.yaxis.label.set_color("tab:blue")
     right = axes.twinx()
     right.set(ylabel="validation accuracy", ylim=(0, 1))
@@ -42,7 +45,7 @@ def _draw_accuracy(axes: Any, metrics: Mapping[str, Any]) -> None:
 
 
 def _draw_losses(axes: Any, metrics: Mapping[str, Any]) -> None:
-    """Beside the training loss; the base model's own is where validation begins."""
+    """Plot the validation loss beside the training loss, starting at the base model's loss."""
     axes.set_ylabel("loss")
     axes.lines[0].set_label("training")
     epochs, found = _by_epoch(metrics, "validation_loss")
@@ -51,7 +54,7 @@ def _draw_losses(axes: Any, metrics: Mapping[str, Any]) -> None:
         [metrics["base_loss"], *found],
         color="tab:orange",
         marker="o",
-        label="validation, from the base model's on",
+        label="validation (epoch 0: base model)",
     )
     axes.legend()
 
@@ -63,20 +66,15 @@ def _by_epoch(metrics: Mapping[str, Any], name: str) -> tuple[list[float], list[
 
 def model_card(metrics: Mapping[str, Any]) -> str:
     """The README of an adapter directory, with the header that model hubs read."""
-    # JSON strings are YAML strings, and need no other quoting.
-    header = [
-        "---",
-        "library_name: peft",
-        *_base_model(metrics["base_model"]),
-        f"pipeline_tag: {metrics['task']}",
-        "tags:",
-        "- propulsion",
-        "- propulsion-export",
-        "metrics:",
-        f"- {_measure(metrics)}",
-        "---",
-    ]
-    return "\n".join([*header, "", *_description(metrics), *_results(metrics), *_usage(metrics)])
+    header = ModelCardData(
+        library_name="peft",
+        base_model=_hub_name(metrics["base_model"]),
+        pipeline_tag=metrics["task"],
+        tags=["propulsion", "propulsion-export"],
+        metrics=[_measure(metrics)],
+    )
+    lines = ["---", header.to_yaml(), "---", ""]
+    return "\n".join([*lines, *_description(metrics), *_results(metrics), *_usage(metrics)])
 
 
 def _measure(metrics: Mapping[str, Any]) -> str:
@@ -84,9 +82,9 @@ def _measure(metrics: Mapping[str, Any]) -> str:
     return "" if training is None else training.measure
 
 
-def _base_model(source: str) -> list[str]:
-    """A hub reads this field as a name of its own; a path on one machine is none."""
-    return [] if Path(source).is_absolute() else [f"base_model: {json.dumps(source)}"]
+def _hub_name(base_model: str) -> str | None:
+    """The base model's name on a hub; None for a local path, which no hub could link."""
+    return None if Path(base_model).is_absolute() else base_model
 
 
 def _description(metrics: Mapping[str, Any]) -> list[str]:
@@ -129,7 +127,7 @@ def _results(metrics: Mapping[str, Any]) -> list[str]:
         "|---|---|---|---|",
         *rows,
         "",
-        "![the training and what validation gave](loss-curve.png)",
+        "![training and validation by epoch](loss-curve.png)",
         "",
     ]
 
@@ -147,7 +145,7 @@ def _losses(metrics: Mapping[str, Any]) -> str:
     return (
         f"Validation loss {metrics['validation_loss']:.4f} a token, perplexity "
         f"{metrics['validation_perplexity']:.4f} (epoch {metrics['kept_epoch']}), against "
-        f"{metrics['base_loss']:.4f} and {metrics['base_perplexity']:.4f} of the base model."
+        f"{metrics['base_loss']:.4f} and {metrics['base_perplexity']:.4f} for the base model."
     )
 
 

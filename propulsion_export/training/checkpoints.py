@@ -1,4 +1,4 @@
-"""Where an interrupted run can go on: the hidden directory beside the output."""
+"""The checkpoints of a run, in a hidden directory beside the output, to resume it from."""
 
 import hashlib
 import json
@@ -14,18 +14,18 @@ from propulsion_export.errors import UsageError
 from propulsion_export.training.options import TrainOptions
 
 _RUN_FILE = "run.json"
-# transformers writes this one last, so a checkpoint that has it is whole.
+# transformers writes this file last, so a checkpoint that has it is complete.
 _STATE_FILE = "trainer_state.json"
-# These do not change what is trained.
+# Options that do not change the training, so that a resumed run may have others.
 _FREE_OPTIONS = ("validation", "head_only", "resume", "force", "trust_remote_code")
 
-Run = Mapping[str, Any]
+RunDescription = Mapping[str, Any]
 
 
 def describe_run(
     model: str, training: Sequence[object], validation: Sequence[object], options: TrainOptions
-) -> Run:
-    """What must be the same for a checkpoint to be continued, as JSON values."""
+) -> RunDescription:
+    """The settings and data that must be the same to resume a checkpoint, as JSON values."""
     free = {name: asdict(options)[name] for name in _FREE_OPTIONS}
     digest = hashlib.sha256()
     for item in (*training, None, *validation):
@@ -35,18 +35,21 @@ def describe_run(
 
 
 def is_main_process() -> bool:
-    """Whether this process writes; `accelerate launch` and `torchrun` number the processes."""
+    """Whether this process writes files; `accelerate launch` and `torchrun` set its rank."""
     return os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager
-def checkpoints(output: Path, run: Run, *, resume: bool) -> Iterator[tuple[Path, Path | None]]:
-    """Yield the directory for checkpoints and the one to go on from, None for a fresh start.
+def checkpoints(
+    output: Path, run: RunDescription, *, resume: bool
+) -> Iterator[tuple[Path, Path | None]]:
+    """Yield the directory for checkpoints and the checkpoint to resume, None for a fresh start.
 
-    Removed on success; after an interruption it stays if it holds a whole checkpoint.
+    The directory is removed on success; after an interruption it stays if it holds a complete
+    checkpoint.
 
     Raises:
-        UsageError: the checkpoint to resume is of another run.
+        UsageError: the checkpoint to resume belongs to another run.
     """
     directory = output.with_name(f".{output.name}.checkpoints")
     latest = _latest(directory) if resume else None
@@ -78,7 +81,7 @@ def _is_whole(checkpoint: Path) -> bool:
     return True
 
 
-def _check_same_run(directory: Path, run: Run) -> None:
+def _check_same_run(directory: Path, run: RunDescription) -> None:
     try:
         left = json.loads((directory / _RUN_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

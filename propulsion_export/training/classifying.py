@@ -1,4 +1,4 @@
-"""Training runs that learn the classes of texts or of words."""
+"""Training runs for text and token classification."""
 
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from propulsion_export.training.run import Data, Objective, TrainingRun
 
 
 class ClassifierRun(TrainingRun[Example]):
-    """Trains a head with the adapter; compares with the head alone on the frozen base model."""
+    """Trains a head with the adapter; the comparison is the head alone on the frozen base model."""
 
     objective = Objective(mean_cross_entropy, guesses_and_losses, class_scores)
     head_accuracy: float | None = None
@@ -60,7 +60,7 @@ class ClassifierRun(TrainingRun[Example]):
         if self.base.absent:
             self.notes.append(
                 f"The base model's checkpoint has no {', '.join(self.base.absent)}: trained and "
-                "saved with the head; the accuracy of the head alone would say nothing."
+                "saved with the head; the accuracy of the head alone is not measured."
             )
             return "loaded"
         self.head_accuracy = head_only_accuracy(self.base, self.rows, self.options, device)

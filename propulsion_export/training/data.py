@@ -1,4 +1,4 @@
-"""Labelled examples from a data file: checked row by row, split."""
+"""Read labelled examples from a data file, check every row, and hold some out for validation."""
 
 import random
 from collections import defaultdict
@@ -19,7 +19,7 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns hold the inputs and the labels of a task; None: what the task usually has."""
+    """The columns with the inputs and the labels of a task; None: the task's usual names."""
 
     task: str
     text: str | None = None
@@ -27,7 +27,7 @@ class Columns:
 
     @property
     def training(self) -> Training:
-        """The usual columns of the task."""
+        """How adapters are trained for the task, with its usual columns."""
         training = TASKS[self.task].training
         assert training is not None
         return training
@@ -37,8 +37,8 @@ class Columns:
 class Example:
     """One input and its label, as text.
 
-    `text` is a string, or for token classification a list of words; `label` is a class name, or one
-    for each word.
+    `text` is a string, or for token classification a list of words; `label` is a class name, or a
+    list with one for each word.
     """
 
     text: str | list[str]
@@ -46,23 +46,23 @@ class Example:
 
     @property
     def labels(self) -> list[str]:
-        """The class names in it: one, or one a word."""
+        """The class names as a list: one, or one per word."""
         return [self.label] if isinstance(self.label, str) else self.label
 
     @property
     def stratum(self) -> str:
-        """What it counts with when some examples are held out: its class, if it has just one."""
+        """The group to hold a tenth out of: a text's class, or one group of all word lists."""
         return self.label if isinstance(self.label, str) else ""
 
 
 def read_examples(source: Path, columns: Columns) -> list[Example]:
     """Read every row of a JSONL, CSV or Parquet file, or of a data set that `datasets` loads.
 
-    That is a directory, or the name of one on a hub, which reads `owner/name`.
+    Such a data set is a directory, or `owner/name` on a hub.
 
     Raises:
         DataError: the file is missing, empty, of an unknown kind or damaged; a column is missing;
-            a text or label in a row is not what the task needs. All bad rows are named.
+            a text or label in a row does not fit the task. All bad rows are named.
     """
     rows = read_rows(source)
     text, label = _names(columns)
@@ -75,10 +75,10 @@ def read_examples(source: Path, columns: Columns) -> list[Example]:
 def parse_rows(
     source: Path, rows: Sequence[DataRow], parse: Callable[[Mapping[str, Any]], Item | str]
 ) -> list[Item]:
-    """What `parse` makes of each row; it returns a text where something is wrong with the row.
+    """Parse every row; for a bad row, `parse` returns the finding as a string.
 
     Raises:
-        DataError: something is wrong; all bad rows are named.
+        DataError: there are bad rows; all of them are named.
     """
     items: list[Item] = []
     findings = []
@@ -94,10 +94,10 @@ def parse_rows(
 
 
 def classes_of(source: Path, examples: Sequence[Example]) -> list[str]:
-    """The class names, sorted: by number where all are whole numbers, else as text.
+    """The class names, sorted by number if all are whole numbers, else as text.
 
     Raises:
-        DataError: there is only one class, so that there is nothing to learn.
+        DataError: there is only one class, so there is nothing to learn.
     """
     names = {label for example in examples for label in example.labels}
     if len(names) < 2:
@@ -108,7 +108,7 @@ def classes_of(source: Path, examples: Sequence[Example]) -> list[str]:
 
 
 def check_labels_known(source: Path, examples: Sequence[Example], classes: Sequence[str]) -> None:
-    """Refuse examples with a label that training never saw.
+    """Refuse examples with a label that is not in the training data.
 
     Raises:
         DataError: there is such a label; all of them are named.
@@ -130,7 +130,7 @@ def hold_out(
 ) -> tuple[list[Item], list[Item]]:
     """Split into training and validation items, a tenth of each stratum held out.
 
-    At least one item of each stratum that has two is held out. Both parts keep the order of
+    At least one item of each stratum with two or more is held out. Both parts keep the order of
     `items`.
 
     Raises:
@@ -163,9 +163,9 @@ def check_columns(source: Path, rows: Sequence[DataRow], wanted: Mapping[str, st
     """Refuse rows that lack a column.
 
     Args:
-        source: where the rows are from.
-        rows: to look at.
-        wanted: names of columns by the option that names them.
+        source: the file or data set that the rows come from.
+        rows: the rows to check.
+        wanted: column names by the command's option for them.
 
     Raises:
         DataError: a column is missing from all rows.
@@ -183,7 +183,7 @@ def check_columns(source: Path, rows: Sequence[DataRow], wanted: Mapping[str, st
 
 
 def wrong_text(row: Mapping[str, Any], column: str) -> str | None:
-    """What keeps a column's value from being a text to train on, or None."""
+    """The finding if a column's value is not a text to train on, else None."""
     text = row.get(column)
     if not isinstance(text, str):
         return f"{column} is {_shown(text)}, expected a string"
@@ -196,7 +196,7 @@ def _names(columns: Columns) -> tuple[str, str]:
 
 
 def _text_example(row: Mapping[str, Any], text: str, label: str) -> Example | str:
-    """The example in a row, or what is wrong with the row."""
+    """The example in a row, or the finding if the row is bad."""
     if wrong := wrong_text(row, text):
         return wrong
     name = _label(row.get(label))
@@ -206,14 +206,14 @@ def _text_example(row: Mapping[str, Any], text: str, label: str) -> Example | st
 
 
 def _token_example(row: Mapping[str, Any], text: str, label: str) -> Example | str:
-    """The example in a row, or what is wrong with the row."""
+    """The example in a row, or the finding if the row is bad."""
     words, labels = row.get(text), row.get(label)
     if not isinstance(words, list) or not words:
         return f"{text} is {_shown(words)}, expected a list of words"
     if not isinstance(labels, list):
         return f"{label} is {_shown(labels)}, expected a list of class names"
     if len(words) != len(labels):
-        return f"has {len(words)} {text} and {len(labels)} {label}, expected one label a word"
+        return f"has {len(words)} {text} and {len(labels)} {label}, expected one label per word"
     for position, word in enumerate(words):
         if not isinstance(word, str) or not word.strip():
             return f"{text}[{position}] is {_shown(word)}, expected a word"
@@ -225,7 +225,7 @@ def _token_example(row: Mapping[str, Any], text: str, label: str) -> Example | s
 
 
 def _label(value: object) -> str | None:
-    """The class name, of a string or a whole number; None of anything else."""
+    """The class name for a string or a whole number; None for anything else."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, int):

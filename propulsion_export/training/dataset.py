@@ -1,33 +1,32 @@
-"""Rows of a data set that `datasets` loads, from a directory or by its name on a hub."""
+"""Read the rows of a data set that `datasets` loads, from a directory or a hub."""
 
-import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from propulsion_export.errors import DataError
+from propulsion_export.environment.quiet import quiet
+from propulsion_export.errors import DataError, first_line
 
-# A row as it stands in the file, and how to name it in a message: "line 3", "row 3".
+# The name of a row in messages, such as "line 3" or "row 3", and the row as it is in the file.
 DataRow = tuple[str, Mapping[str, Any]]
 
 
 def is_hub_name(source: Path) -> bool:
-    """Whether a path that may not exist reads like `owner/name`."""
+    """Whether the path is no local file and has the form `owner/name`."""
     parts = source.parts
     return (
         len(parts) == 2
         and not parts[0].startswith((".", "~", "/"))
-        # In a directory that exists, a file's name was meant.
+        # If the directory exists, a file in it was meant.
         and not source.exists()
         and not source.parent.exists()
     )
 
 
 def read_dataset(source: Path) -> Iterator[DataRow]:
-    """A directory written by `save_to_disk`, one of data files, or `owner/name` on a hub.
+    """Read a directory written by `save_to_disk`, one of data files, or `owner/name` on a hub.
 
-    The split `train` if there are any. Class numbers become the names that the data set gives them.
+    Only the split `train` is read, if there are splits. Class numbers become class names.
 
     Raises:
         DataError: `datasets` cannot load it, or it has splits and none is `train`.
@@ -55,29 +54,11 @@ def _load(source: Path) -> Any:
     try:
         if (source / "state.json").is_file() or (source / "dataset_dict.json").is_file():
             return datasets.load_from_disk(str(source))
-        with _silence():
+        with quiet():
             return datasets.load_dataset(source.as_posix())
     # A connection that fails is an OSError.
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
         found = "`datasets` cannot load it"
         if not source.exists():
             found = f"is no local file or directory, and {found} from a hub"
-        raise DataError(f"{source}: {found} ({reason})") from error
-
-
-@contextmanager
-def _silence() -> Iterator[None]:
-    """Neither bars nor a line for each attempt to reach a hub."""
-    import datasets
-
-    hub = logging.getLogger("huggingface_hub")
-    level, bars = hub.level, not datasets.are_progress_bars_disabled()
-    hub.setLevel(logging.ERROR)
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        hub.setLevel(level)
-        if bars:
-            datasets.enable_progress_bars()
+        raise DataError(f"{source}: {found} ({first_line(error)})") from error

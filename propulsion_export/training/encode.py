@@ -1,4 +1,4 @@
-"""Examples as token ids and class numbers."""
+"""Encode examples as token ids and class numbers."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ Collate = Callable[[list[EncodedRow]], Batch]
 
 @dataclass(frozen=True)
 class Rows:
-    """Encoded examples to train and to validate on, and how rows become a batch."""
+    """Encoded examples to train and to validate on, and the function that makes batches of them."""
 
     training: Sequence[EncodedRow]
     validation: Sequence[EncodedRow]
@@ -27,7 +27,7 @@ class Rows:
 def encode(
     examples: Sequence[Example], classes: Sequence[str], tokenizer: Any, max_length: int
 ) -> list[EncodedRow]:
-    """The model's inputs and `labels` of each example, cut to `max_length` tokens, not padded.
+    """Encode each example as model inputs and `labels`, cut to `max_length` tokens, not padded.
 
     In token classification the first token of each word carries the word's class, all others
     `IGNORED`.

@@ -1,4 +1,4 @@
-"""Rows of a JSONL, CSV or Parquet file, or of a data set, as they stand there."""
+"""Read the rows of a JSONL, CSV or Parquet file, or of a data set, without checking them."""
 
 import csv
 import io
@@ -6,12 +6,12 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from propulsion_export.errors import DataError
+from propulsion_export.errors import DataError, first_line
 from propulsion_export.training.dataset import DataRow, is_hub_name, read_dataset
 
 
 def read_rows(source: Path) -> list[DataRow]:
-    """Every row of a file, or of what `datasets` loads: a directory, or `owner/name` on a hub.
+    """Read every row of a file, or of what `datasets` loads: a directory or `owner/name` on a hub.
 
     Raises:
         DataError: the file is missing, empty, of an unknown kind or damaged.
@@ -56,7 +56,7 @@ def _read_text(source: Path) -> str:
 
 
 def _read_jsonl(source: Path) -> Iterator[DataRow]:
-    # Not splitlines: a text may hold one of the other characters that it takes for a line's end.
+    # Not splitlines: it also splits at characters that a JSON text may contain.
     for number, line in enumerate(_read_text(source).split("\n"), start=1):
         if not line.strip():
             continue
@@ -97,6 +97,5 @@ def _read_parquet(source: Path) -> Iterator[DataRow]:
     try:
         rows = pyarrow.parquet.read_table(source).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise DataError(f"{source}: is no readable Parquet file ({reason})") from error
+        raise DataError(f"{source}: is no readable Parquet file ({first_line(error)})") from error
     yield from ((f"row {number}", row) for number, row in enumerate(rows, start=1))

@@ -1,4 +1,4 @@
-"""Training runs that learn to write texts, or responses to prompts."""
+"""Training runs for text generation and text-to-text generation."""
 
 from abc import abstractmethod
 from pathlib import Path
@@ -24,7 +24,7 @@ from propulsion_export.training.sequences import Sequences, encode_pairs, encode
 
 
 class _GeneratorRun(TrainingRun[Passage]):
-    """Trains no head; compares with the base model's own loss on the validation data."""
+    """Trains no head; the comparison is the base model's loss on the validation data."""
 
     base_loss: float
 
@@ -41,8 +41,8 @@ class _GeneratorRun(TrainingRun[Passage]):
         return Data(passages, validation, file.name)
 
     def after_training(self) -> None:
-        # Not before: what the Trainer has measured once, accelerate does not wrap for DDP anew, and
-        # each process would train on its own share alone (transformers 5.24, accelerate 1.15).
+        # Not before training: accelerate does not wrap a model for DDP after the Trainer has used
+        # it, and each process would train on its own share (transformers 5.24, accelerate 1.15).
         with self.model.disable_adapter():
             measured = self.trainer.predict(self.trainer.eval_dataset, metric_key_prefix="base")
         self.base_loss = measured.metrics["base_mean_loss"]
@@ -62,35 +62,35 @@ class _GeneratorRun(TrainingRun[Passage]):
 
     @abstractmethod
     def sequences(self, passages: list[Passage]) -> Sequences:
-        """The token ids of some passages."""
+        """Encode some passages."""
 
     def collated(self, training: Sequences, validation: Sequences) -> Rows:
-        """Rows that are padded to the longest of a batch."""
-        # An encoder-decoder makes its decoder's inputs of the labels.
+        """The rows with a collator that pads them to the longest of a batch."""
+        # The collator needs the model: an encoder-decoder builds decoder inputs from the labels.
         collate = transformers.DataCollatorForSeq2Seq(self.base.tokenizer, self.base.model)
         return Rows(training.rows, validation.rows, collate)
 
-    def _checked(self, made: Sequences, part: str) -> Sequences:
-        """Tell what does not fit, and refuse when nothing does."""
-        total = f"{made.passages} {part} rows"
-        if not made.rows:
+    def _checked(self, encoded: Sequences, part: str) -> Sequences:
+        """Note how many passages were cut or left out; refuse if no row remains."""
+        total = f"{encoded.passages} {part} rows"
+        if not encoded.rows:
             raise DataError(
                 f"{total}: every prompt fills the {self.longest} tokens that a row may have, "
                 "expected room for a response",
                 remedy="Raise --max-length, or shorten the prompts.",
             )
-        if made.left_out:
+        if encoded.left_out:
             self.notes.append(
-                f"{made.left_out} of {total} are left out: their prompt leaves nothing to learn in "
-                f"{self.longest} tokens."
+                f"{encoded.left_out} of {total} are left out: their prompt leaves nothing to learn "
+                f"in {self.longest} tokens."
             )
-        if made.cut:
-            self.notes.append(f"{made.cut} of {total} are cut to {self.longest} tokens.")
-        return made
+        if encoded.cut:
+            self.notes.append(f"{encoded.cut} of {total} are cut to {self.longest} tokens.")
+        return encoded
 
 
 class DecoderRun(_GeneratorRun):
-    """A decoder, which reads and writes one row."""
+    """Trains a decoder, on rows that hold prompt and response."""
 
     objective = Objective(mean_next_token_loss, next_token_losses, token_scores)
 
@@ -107,13 +107,13 @@ class DecoderRun(_GeneratorRun):
             f"{len(training.rows)} training rows are in {len(blocks)} blocks of {self.longest} "
             f"tokens, {filled:.0%} full; a batch counts blocks."
         )
-        # One row a block: its loss is the same, packed or not.
+        # One validation row per block: the loss of a row is the same, packed or not.
         alone = [block_of([row]) for row in validation.rows]
         return Rows(blocks, alone, BlockCollator(self.base.tokenizer.pad_token_id))
 
 
 class EncoderDecoderRun(_GeneratorRun):
-    """An encoder-decoder, which reads prompts and writes responses."""
+    """Trains an encoder-decoder, with prompts as inputs and responses as labels."""
 
     objective = Objective(mean_cross_entropy, token_losses, token_scores)
 

@@ -1,4 +1,4 @@
-"""The accuracy of the task head alone on the frozen base model: what an adapter has to beat."""
+"""The accuracy of the task head alone on the frozen base model, which an adapter has to beat."""
 
 import copy
 from collections.abc import Iterator, Sequence
@@ -24,11 +24,11 @@ _CACHE_BYTES = 2 * 2**30
 def head_only_accuracy(
     base: TrainableBase, rows: Rows, options: TrainOptions, device: torch.device
 ) -> float:
-    """Train a copy of the head on what the frozen base model gives, and validate it.
+    """Train a copy of the head on the frozen base model's outputs, and return its accuracy.
 
-    Epochs, batch size, rate, schedule and optimiser are those of the adapter's training; which rows
-    share a batch is drawn once, so that the base model runs once over the training data (as far
-    as 2 GiB of its outputs go). Leaves `base` and the random state as they were.
+    Epochs, batch size, rate, schedule and optimiser are those of the adapter's training. The
+    batches are drawn once, so that the base model computes each batch once; its outputs are cached
+    up to 2 GiB. `base` and the random state are left as they were.
     """
     model = base.model.to(device)
     with torch.random.fork_rng(), _trial_heads(base), _cached_outputs(model) as cache:
@@ -43,7 +43,7 @@ def head_only_accuracy(
 
 @dataclass
 class _Cache:
-    """Outputs of the base model by number of the batch; `batch` is the one that runs now."""
+    """Outputs of the base model by batch number; `batch` is the number of the running batch."""
 
     outputs: dict[int, Any] = field(default_factory=dict)
     size: int = 0
@@ -58,7 +58,7 @@ class _Cache:
 
 @contextmanager
 def _cached_outputs(model: Any) -> Iterator[_Cache]:
-    """Run the base model inside `model` once a batch, frozen; its outputs become float32."""
+    """Cache the outputs of the frozen base model inside `model`, as float32."""
     base, cache = getattr(model, model.base_model_prefix), _Cache()
     forward = base.forward
 
@@ -81,7 +81,7 @@ def _cached_outputs(model: Any) -> Iterator[_Cache]:
 
 @contextmanager
 def _trial_heads(base: TrainableBase) -> Iterator[None]:
-    """Put float32 copies of the heads into the model for a while."""
+    """Put float32 copies of the heads into the model inside the block."""
     kept = {name: getattr(base.model, name) for name in base.heads}
     for name, head in kept.items():
         setattr(base.model, name, copy.deepcopy(head).float())
@@ -115,7 +115,7 @@ def _accuracy(model: Any, batches: list[Batch]) -> float:
     for batch in batches:
         labels = batch["labels"].to(model.device)
         guesses = model(**_on(batch, model.device)).logits.argmax(-1)
-        right += int((guesses == labels).sum())  # no guess equals IGNORED
+        right += int((guesses == labels).sum())  # a guess is never IGNORED
         counted += int((labels != IGNORED).sum())
     return right / counted
 

@@ -2,23 +2,21 @@
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
+from propulsion_export.environment.progress import Progress
 from propulsion_export.errors import UnavailableError, UsageError
 from propulsion_export.training.metrics import history_of, kind_of
 from propulsion_export.training.options import TrainOptions
 
-# Called with the share that is done, 0 to 1, and what was just done.
-Progress = Callable[[float, str], None]
-
 PREPARED = 0.1  # the share of the work before the adapter's training starts
-TRAINED = 0.98
-_CURVE_POINTS = 20  # training losses in the picture, an epoch
+TRAINED = 0.98  # the share when it ends
+_CURVE_POINTS = 20  # training losses per epoch in the picture
 _MUST_BE_FINITE = {"loss": "loss", "eval_perplexity": "validation perplexity"}
 
 
@@ -40,10 +38,13 @@ def micro_batch(options: TrainOptions) -> int:
 
 
 def training_arguments(directory: Path, options: TrainOptions, rows: int) -> Any:
-    """The Trainer's settings; checkpoints go to `directory`, once an epoch."""
+    """The Trainer's settings; it writes a checkpoint to `directory` after each epoch.
+
+    Raises:
+        UsageError: see `micro_batch`.
+        UnavailableError: processes that were launched together do not find each other.
+    """
     steps = math.ceil(rows / options.batch_size)
-    training = options.training
-    stops = options.early_stopping is not None
     arguments = transformers.TrainingArguments(
         output_dir=str(directory),
         num_train_epochs=options.epochs,
@@ -58,10 +59,6 @@ def training_arguments(directory: Path, options: TrainOptions, rows: int) -> Any
         eval_strategy="epoch",
         save_strategy="epoch",
         save_total_limit=1,
-        load_best_model_at_end=stops,
-        metric_for_best_model=training.best_by if stops else None,
-        greater_is_better=training.best_by == "accuracy" if stops else None,
-        restore_callback_states_from_checkpoint=stops,
         activation_checkpointing=options.gradient_checkpointing,
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
@@ -70,15 +67,30 @@ def training_arguments(directory: Path, options: TrainOptions, rows: int) -> Any
         report_to="none",
         # Without this, processes on a machine that has only CPUs would not find each other.
         use_cpu=not torch.accelerator.is_available(),
+        **(_early_stopping(options) if options.early_stopping else {}),
     )
+    _check_processes(arguments)
+    # One process uses one GPU: DataParallel would multiply the batch by the number of GPUs.
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    return arguments
+
+
+def _early_stopping(options: TrainOptions) -> dict[str, Any]:
+    measure = options.training.best_by
+    return {
+        "load_best_model_at_end": True,
+        "metric_for_best_model": measure,
+        "greater_is_better": measure == "accuracy",
+        "restore_callback_states_from_checkpoint": True,
+    }
+
+
+def _check_processes(arguments: Any) -> None:
     if arguments.world_size != _processes():
         raise UnavailableError(
             f"distributed training: {_processes()} processes were started, {arguments.world_size} "
             "found each other"
         )
-    # One process uses one GPU: DataParallel would multiply the batch by the number of GPUs.
-    arguments._n_gpu = min(1, arguments.n_gpu)
-    return arguments
 
 
 def _processes() -> int:
@@ -104,13 +116,13 @@ class AdapterTrainer(transformers.Trainer):  # type: ignore[misc]
                 {"params": trained["biases"], "lr": rate},
                 {"params": trained["head"], "lr": self.head_learning_rate},
             ]
-            # A checkpoint of FSDP's cannot hold two groups without parameters.
+            # A checkpoint of FSDP cannot hold two groups without parameters.
             used = [group for group in groups if group["params"]]
             self.optimizer = torch.optim.AdamW(used, weight_decay=0.0)
         return self.optimizer
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        # The Trainer's own would copy the frozen embedding into each, and pickle the arguments.
+        # The Trainer's method would copy the frozen embedding into each, and pickle the arguments.
         if self.is_fsdp_enabled:
             super().save_model(output_dir, _internal_call)
         elif self.args.should_save:
@@ -119,7 +131,7 @@ class AdapterTrainer(transformers.Trainer):  # type: ignore[misc]
 
 
 class Watch(transformers.TrainerCallback):  # type: ignore[misc]
-    """Report steps and epochs, and stop when the loss is no number."""
+    """Reports steps and epochs, and stops the training when the loss is not finite."""
 
     def __init__(self, options: TrainOptions, report: Progress) -> None:
         self.options, self.report = options, report

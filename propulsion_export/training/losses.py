@@ -1,4 +1,4 @@
-"""Cross-entropies over what is to be learnt, by class or by next token."""
+"""Cross-entropy losses, by class or by next token, over the labels that are not `IGNORED`."""
 
 from typing import Any
 
@@ -11,16 +11,16 @@ from propulsion_export.training.encode import IGNORED
 def mean_cross_entropy(
     outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The loss over what has a class, as a mean over an optimiser step's batch.
+    """The mean loss over all labels of an optimiser step's batch.
 
-    That is the batch of all processes and of all the steps whose gradients are accumulated. A
-    model's own loss is a mean over one process's share, which the Trainer then takes for a share
-    of the whole mean and multiplies by the number of processes (transformers 5.24).
+    Such a batch spans all processes and all accumulated steps. A model's own loss is the mean over
+    one process's share, which the Trainer takes for a share of the whole mean and multiplies by
+    the number of processes (transformers 5.24).
 
     Args:
-        outputs: with `logits` of shape [..., classes].
+        outputs: the model's outputs, with `logits` of shape [..., classes].
         labels: class numbers, shape [...]; `IGNORED` ones are not counted.
-        num_items_in_batch: how many are counted in the whole batch.
+        num_items_in_batch: the number of counted labels in the whole batch.
     """
     logits = outputs.logits.float().flatten(0, -2)
     count = (labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
@@ -31,12 +31,12 @@ def mean_cross_entropy(
 def mean_next_token_loss(
     outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """`mean_cross_entropy` of a decoder, whose logits at one token are for the next.
+    """`mean_cross_entropy` for a decoder, whose logits at one token predict the next.
 
     Args:
-        outputs: with `logits` of shape [rows, length, tokens].
+        outputs: the model's outputs, with `logits` of shape [rows, length, tokens].
         labels: token ids, shape [rows, length]; the first of a row is `IGNORED`.
-        num_items_in_batch: how many are counted in the whole batch.
+        num_items_in_batch: the number of counted labels in the whole batch.
     """
     return mean_cross_entropy(outputs, _next(labels), num_items_in_batch)
 
@@ -44,21 +44,22 @@ def mean_next_token_loss(
 def guesses_and_losses(
     logits: torch.Tensor, labels: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The likeliest class of each row or token, and its cross-entropy, both of `labels`' shape.
+    """The likeliest class of each row or token, and its cross-entropy, both in `labels`' shape.
 
-    Small enough to be gathered, where logits are not; a mean over gathered losses counts no row
-    twice, as the Trainer's own does when processes do not share the last batch evenly.
+    Unlike logits they are small enough to be gathered from all processes. A mean over gathered
+    losses counts no row twice; the Trainer's own mean does if the processes do not share the last
+    batch evenly.
     """
     return logits.argmax(-1), _losses(logits, labels)
 
 
 def token_losses(logits: Any, labels: torch.Tensor) -> torch.Tensor:
-    """The cross-entropy of each label; of an encoder-decoder, which gives more than logits."""
+    """The cross-entropy of each label of an encoder-decoder, whose logits come in a tuple."""
     return _losses(_first(logits), labels)
 
 
 def next_token_losses(logits: Any, labels: torch.Tensor) -> torch.Tensor:
-    """The cross-entropy of each label of a decoder, where it stands and not where it is predicted.
+    """The cross-entropy of each label of a decoder, at the label's own position.
 
     The first label of a row is not predicted: its loss is 0.
     """
@@ -73,7 +74,7 @@ def _losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def _next(labels: torch.Tensor) -> torch.Tensor:
-    """Each label where it is predicted, one place earlier."""
+    """The labels moved one position earlier, to where they are predicted."""
     return functional.pad(labels, (0, 1), value=IGNORED)[..., 1:]
 
 

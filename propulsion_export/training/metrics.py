@@ -1,6 +1,5 @@
 """The numbers a training run reports."""
 
-import importlib.metadata
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from propulsion_export.base_model.tasks import Training
+from propulsion_export.environment.machine import tool_versions
 from propulsion_export.training.encode import IGNORED
 
 VECTOR, BIAS = "propulsion_z", "propulsion_bias"
@@ -17,10 +17,10 @@ History = list[dict[str, float]]
 
 
 def class_scores(prediction: Any) -> dict[str, float]:
-    """The share of right guesses and the mean loss, over what has a class.
+    """The share of right guesses and the mean loss, over the rows or tokens that have a class.
 
     Args:
-        prediction: the Trainer's, of `guesses_and_losses`.
+        prediction: the Trainer's prediction, made with `guesses_and_losses`.
     """
     guesses, losses = prediction.predictions
     counted = prediction.label_ids != IGNORED
@@ -32,7 +32,7 @@ def token_scores(prediction: Any) -> dict[str, float]:
     """The mean loss over all tokens that are learnt, and its exponential.
 
     Args:
-        prediction: the Trainer's, of `token_losses` or `next_token_losses`.
+        prediction: the Trainer's prediction, made with `token_losses` or `next_token_losses`.
     """
     counted = prediction.label_ids != IGNORED
     # In float64: there may be millions of tokens.
@@ -41,7 +41,7 @@ def token_scores(prediction: Any) -> dict[str, float]:
 
 
 def perplexity_of(loss: float) -> float:
-    """The number of equally likely tokens that a mean loss is as good as; inf above 709."""
+    """The perplexity for a mean loss: its exponential; inf for a loss above 709."""
     try:
         return math.exp(loss)
     except OverflowError:
@@ -49,14 +49,14 @@ def perplexity_of(loss: float) -> float:
 
 
 def kind_of(parameter: str) -> str:
-    """What a trained parameter is, by its name: `vectors`, `biases` or `head`."""
+    """The kind of a trained parameter, by its name: `vectors`, `biases` or `head`."""
     if VECTOR in parameter:
         return "vectors"
     return "biases" if BIAS in parameter else "head"
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, int]:
-    """How many numbers are trained, of each kind."""
+    """How many numbers of each kind are trained."""
     counts = {"vectors": 0, "biases": 0, "head": 0}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -69,8 +69,8 @@ def history_of(log: Iterable[Mapping[str, float]]) -> History:
 
     The measure is `validation_accuracy` or `validation_perplexity`, whichever was logged.
 
-    The Trainer logs the mean loss since its last entry, and our callback lets it log at the end of
-    every epoch, so no entry spans two.
+    The Trainer logs the mean loss since its last entry. `Watch` makes it log at the end of every
+    epoch, so that no entry spans two.
     """
     history: History = []
     losses: list[tuple[float, int]] = []
@@ -94,20 +94,21 @@ def history_of(log: Iterable[Mapping[str, float]]) -> History:
 
 
 def best_epoch(history: History, training: Training) -> dict[str, float]:
-    """The entry of the epoch that early stopping keeps: the first of the best."""
+    """The entry of the epoch that early stopping keeps: the best, and of equals the first."""
     if training.best_by == "accuracy":
         return max(history, key=lambda entry: entry["validation_accuracy"])
     return min(history, key=lambda entry: entry["validation_loss"])
 
 
 def loss_curve(log: Iterable[Mapping[str, float]]) -> list[tuple[float, float]]:
-    """Points (epoch, training loss), several an epoch."""
+    """Points (epoch, training loss), several per epoch."""
     return [(entry["epoch"], entry["loss"]) for entry in log if "loss" in entry]
 
 
 def versions() -> dict[str, str]:
-    """The versions of the packages that decide what is trained."""
-    return {package: importlib.metadata.version(package) for package in _PACKAGES}
+    """The versions of the packages that affect the trained values."""
+    installed = tool_versions()
+    return {package: installed[package] for package in _PACKAGES}
 
 
 def _measures(entry: Mapping[str, float]) -> list[str]:

@@ -1,4 +1,4 @@
-"""The base model with its tokenizer and head, fresh for classes, and the adapter put onto it."""
+"""Load a base model with its tokenizer and a head for training, and put an adapter on it."""
 
 import inspect
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from propulsion_export.base_model.positions import longest_input
-from propulsion_export.errors import BaseModelError
+from propulsion_export.errors import BaseModelError, first_line
 from propulsion_export.training.options import TrainOptions
 from propulsion_export.training.probe import leaks_in_a_block, looks_ahead
 from propulsion_export.tuning import PropulsionConfig
@@ -26,12 +26,12 @@ class TrainableBase:
 
     Attributes:
         name: the resolved path of a local model, else its name on a hub.
-        model: with a head for the classes, or its own lm_head.
-        tokenizer: with a padding token.
+        model: the model with a head for the classes, or with its own lm_head.
+        tokenizer: the model's tokenizer, with a padding token.
         heads: names of the children of `model` that are not the base model and hold parameters;
-            none where text is generated.
-        absent: module paths inside the base model whose weights are not in the checkpoint, so that
-            they start at random and have to be trained and saved like a head.
+            none for generated text.
+        absent: module paths inside the base model whose weights are not in the checkpoint; they
+            start at random, and are trained and saved like a head.
     """
 
     name: str
@@ -48,12 +48,12 @@ def load_trainable(
 
     Raises:
         BaseModelError: there is no such model, it has no safetensors weights, or transformers
-            knows no such head for it; it is no language model, or cannot keep packed passages
+            knows no such head for it; it is not a language model, or cannot keep packed passages
             apart.
     """
     name = _resolved(model)
     transformers.set_seed(options.seed)
-    with _load_errors_in_words(name):
+    with _load_errors_as_ours(name):
         tokenizer = _tokenizer(name, options)
         config = _config(name, tokenizer, classes, options)
         loaded, report = getattr(transformers, options.task_entry.auto_class).from_pretrained(
@@ -102,9 +102,9 @@ def add_adapter(base: TrainableBase, classes: Sequence[str], options: TrainOptio
 
 
 def longest_text(base: TrainableBase, options: TrainOptions) -> int:
-    """How many tokens a text may have: as many as asked for, if the base model takes them."""
-    asked = options.max_length or options.training.max_length
-    return min(asked, longest_input(base.model.config, base.tokenizer))
+    """How many tokens a text may have: `max_length`, or fewer if the base model takes fewer."""
+    wanted = options.max_length or options.training.max_length
+    return min(wanted, longest_input(base.model.config, base.tokenizer))
 
 
 def _resolved(model: str | Path) -> str:
@@ -117,12 +117,11 @@ def _resolved(model: str | Path) -> str:
 
 
 @contextmanager
-def _load_errors_in_words(name: str) -> Iterator[None]:
+def _load_errors_as_ours(name: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise BaseModelError(f"{name}: cannot be loaded ({reason})") from error
+        raise BaseModelError(f"{name}: cannot be loaded ({first_line(error)})") from error
 
 
 def _tokenizer(name: str, options: TrainOptions) -> Any:
@@ -131,18 +130,18 @@ def _tokenizer(name: str, options: TrainOptions) -> Any:
     if options.task_entry.needs_offsets:
         if not tokenizer.is_fast:
             raise BaseModelError(
-                f"{name}: has a tokenizer that cannot tell which word a token belongs to, expected "
+                f"{name}: has a tokenizer that does not map tokens to words, expected "
                 "a fast tokenizer (tokenizer.json)"
             )
         if getattr(tokenizer, "add_prefix_space", None) is False:
-            # Byte-level tokenizers take words only when they put the space before each.
+            # Byte-level tokenizers accept lists of words only if they add a space before each.
             tokenizer = transformers.AutoTokenizer.from_pretrained(
                 name, trust_remote_code=trust, add_prefix_space=True
             )
     if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token  # GPT-type models have none
+        tokenizer.pad_token = tokenizer.eos_token  # GPT-type models have no padding token
     if options.task_entry.generates:
-        # On the left it would shift the positions, which models count from the row's start.
+        # Padding on the left would shift the positions, which count from the start of the row.
         tokenizer.padding_side = "right"
     return tokenizer
 
@@ -177,7 +176,7 @@ def _check_language_model(name: str, model: Any, tokenizer: Any, missing: Sequen
         )
     if not model.config.is_encoder_decoder and looks_ahead(model):
         raise BaseModelError(
-            f"{name}: {kind} looks at the tokens that it is to predict, expected a decoder"
+            f"{name}: {kind} sees the tokens that it has to predict, expected a decoder"
         )
 
 
@@ -201,7 +200,7 @@ def _heads(name: str, model: Any) -> tuple[str, ...]:
     )
     if not heads or not hasattr(model, model.base_model_prefix):
         raise BaseModelError(
-            f"{name}: {type(model).__name__} has no base model and head that can be told apart"
+            f"{name}: {type(model).__name__} cannot be split into a base model and a head"
         )
     return heads
 
@@ -209,7 +208,8 @@ def _heads(name: str, model: Any) -> tuple[str, ...]:
 def _train_in_float32_(module: nn.Module, *, inside: bool) -> None:
     """Make a trained module float32 in a bfloat16 model, where small steps would be lost.
 
-    What it gets is widened; what it gives is narrowed again when it stands `inside` the base model.
+    Its inputs become float32; for a module `inside` the base model, the output gets the dtype of
+    the inputs again.
     """
     module.float()
 

@@ -1,4 +1,4 @@
-"""What a training run is asked to do; the names are those of the command's long options."""
+"""The options of a training run, named as the long options of the command."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from propulsion_export.base_model.tasks import TASKS, TRAINED_TASKS, Task, Train
 from propulsion_export.errors import UsageError
 from propulsion_export.training.data import Columns
 
-# An option, what is expected of it, and whether a value is that.
+# An option, the expected value in words, and a check for it.
 _Rule = tuple[str, str, Callable[[Any], bool]]
 
 _HEAD_LEARNING_RATE = 1e-2
@@ -24,11 +24,12 @@ class TrainOptions:
     Attributes:
         task: one of `TRAINED_TASKS`. Text generation learns texts, or responses to prompts; its
             lm_head is not trained.
-        text_column: holds the inputs; by default `text`, `tokens` (a list of words) or, where there
-            are responses, `prompt`.
-        label_column: holds what is learnt of them; by default `label`, `labels` (one per word) or
-            `response`. Without it, `text_column` of text generation holds texts to learn.
-        validation: file to validate on after each epoch; by default a tenth of the data is held
+        text_column: the column of the inputs; by default `text`, `tokens` (a list of words) or, if
+            there are responses, `prompt`.
+        label_column: the column of the labels; by default `label`, `labels` (one per word) or
+            `response`. For text generation with `text_column` alone, that column holds the texts
+            to learn.
+        validation: data to validate on after each epoch; by default a tenth of the data is held
             out.
         placement: `attention`, `all`, or a regular expression for module paths.
         degree: the power that the trained vectors are raised to.
@@ -36,27 +37,26 @@ class TrainOptions:
         epochs: passes over the training data.
         batch_size: examples per optimiser step, over all processes together; blocks, with
             `packing`.
-        gradient_accumulation_steps: a step's batch is gone through in so many parts, to save
-            memory; without dropout the adapter is the same within float error.
-        learning_rate: of the vectors and biases; falls linearly to 0.
-        head_learning_rate: of a classifier's task head; falls linearly to 0.
-        max_length: texts are cut to so many tokens, fewer if the base model takes fewer; by default
-            128, or 512 of text to generate, where the cut rows are counted.
-        packing: lay several passages into blocks of `max_length` tokens, so that few are padding;
-            text generation only. No passage attends to another, which is checked, and a base model
-            that cannot do that is refused. A text without a prompt is continued in another block
-            instead of being cut.
-        seed: fixes the held-out rows, the head's first values, the order of rows and the dropout.
+        gradient_accumulation_steps: parts in which each batch is computed, to save memory; without
+            dropout the adapter is the same within float error.
+        learning_rate: learning rate of the vectors and biases; falls linearly to 0.
+        head_learning_rate: learning rate of a classifier's head; falls linearly to 0.
+        max_length: longest text in tokens, less if the base model takes less; longer ones are cut.
+            By default 128, or 512 for generated text, where the notes count the cut rows.
+        packing: put several passages into blocks of `max_length` tokens, to have less padding; text
+            generation only. No passage attends to another; a base model that cannot keep them
+            apart is refused. A text without a prompt goes on in another block instead of being cut.
+        seed: seed for the held-out rows, the head's first values, the order of rows and dropout.
         early_stopping: stop after so many epochs without a better validation accuracy, or a lower
-            validation loss of generated text, and keep the best epoch; by default all epochs run
+            validation loss for generated text, and keep the best epoch; by default all epochs run
             and the last is kept.
         gradient_checkpointing: compute activations again in the backward pass to save memory.
-        dtype: of the frozen base model; vectors, biases and head are trained in float32.
-        trust_remote_code: run code that the model directory brings along.
-        head_only: also train a classifier's task head alone, to tell what the adapter adds.
-            Generated text is compared with the base model's in any case.
-        resume: go on from the checkpoint that an interrupted run of the same options left.
-        force: replace an adapter that stands at the output.
+        dtype: dtype of the frozen base model; vectors, biases and head are trained in float32.
+        trust_remote_code: run code from the model directory.
+        head_only: also train a classifier's head alone, to measure what the adapter adds. Generated
+            text is compared with the base model in any case.
+        resume: continue from the checkpoint of an interrupted run with the same options.
+        force: replace an existing adapter at the output.
     """
 
     task: str = "text-classification"
@@ -105,7 +105,7 @@ class TrainOptions:
 
     @property
     def columns(self) -> Columns:
-        """The task with the columns that were named."""
+        """The task with the chosen columns."""
         return Columns(self.task, self.text_column, self.label_column)
 
     @staticmethod
@@ -129,14 +129,14 @@ class TrainOptions:
         )
 
     def _choices(self) -> tuple[_Rule, ...]:
-        """What can be chosen at all, and with the task."""
+        """The rules for options that depend on the task or allow a few values."""
         generates = self.task in TRAINED_TASKS and self.task_entry.generates
         return (
             ("task", " or ".join(TRAINED_TASKS), lambda value: value in TRAINED_TASKS),
             ("dtype", "float32 or bfloat16", lambda value: value in ("float32", "bfloat16")),
             (
                 "packing",
-                f"none for --task {self.task}: it lays the passages of text-generation together",
+                f"none for --task {self.task}: it packs the passages of text-generation",
                 lambda value: not value or self._is_decoder(),
             ),
             (

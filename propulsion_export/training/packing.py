@@ -1,7 +1,7 @@
-"""Short rows laid into blocks of one length, so that few tokens are padding.
+"""Pack short rows into blocks of one length, so that few tokens are padding.
 
-Each row's positions start at 0. Given no attention mask, transformers takes a position that does
-not follow the one before it for the start of another row, and lets no row attend to another.
+The positions of each row start at 0. Without an attention mask, transformers takes a position that
+does not follow the one before it as the start of another row, and lets no row attend to another.
 """
 
 from bisect import bisect_left, insort
@@ -14,12 +14,12 @@ from propulsion_export.training.encode import IGNORED, Batch, EncodedRow
 
 
 def pack(rows: Sequence[EncodedRow], length: int) -> list[EncodedRow]:
-    """Lay rows into blocks of at most `length` tokens, the longest first, each where it fits best.
+    """Pack rows into blocks of at most `length` tokens, the longest first, each where it fits best.
 
     Args:
-        rows: with `input_ids` and `labels`, none longer than `length`; their first label must be
-            `IGNORED`, or the row before would be taught to predict it.
-        length: of a block.
+        rows: rows with `input_ids` and `labels`, none longer than `length`; the first label of
+            each must be `IGNORED`, or the row before would learn to predict it.
+        length: the number of tokens in a block.
     """
     blocks: list[list[EncodedRow]] = []
     rooms: list[tuple[int, int]] = []  # room left and number of each block, sorted
@@ -37,7 +37,7 @@ def pack(rows: Sequence[EncodedRow], length: int) -> list[EncodedRow]:
 
 
 def block_of(rows: Sequence[EncodedRow]) -> EncodedRow:
-    """One block with all of these rows."""
+    """One block that holds all of these rows."""
     return {
         "input_ids": [token for row in rows for token in row["input_ids"]],
         "labels": [label for row in rows for label in row["labels"]],
@@ -47,10 +47,10 @@ def block_of(rows: Sequence[EncodedRow]) -> EncodedRow:
 
 @dataclass(frozen=True)
 class BlockCollator:
-    """Makes a batch of blocks; what fills up the shorter ones counts as a row of its own.
+    """Makes a batch of blocks; the padding of a shorter one is a row of its own.
 
     Attributes:
-        padding: the token id to fill up with.
+        padding: the token id of the padding.
     """
 
     padding: int

@@ -1,4 +1,4 @@
-"""Passages to learn to write, from a data file: texts, or prompts with responses."""
+"""Read passages to generate from a data file: texts, or prompts with responses."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,21 +21,20 @@ TEXT = "text"  # the column of passages without a prompt
 
 @dataclass(frozen=True)
 class Passage:
-    """What is to be written, and the prompt it is written to; None where there is no prompt."""
+    """A text to generate, or a response with its prompt; `prompt` is None for a text."""
 
     prompt: str | None
     response: str
 
 
 def read_passages(source: Path, columns: Columns) -> list[Passage]:
-    """Read every row of whatever `read_examples` reads.
+    """Read every row of the files and data sets that `read_examples` reads.
 
-    The rows are texts when only their column is named, or there is a column `text`; else prompts
-    with responses. Encoder-decoders take prompts with responses only.
+    The rows are texts if only the text column is named, or if there is a column `text`; else
+    prompts with responses. Encoder-decoders take prompts with responses only.
 
     Raises:
-        DataError: as for `read_examples`; or the rows have both forms, so that it is not plain
-            which is meant.
+        DataError: as for `read_examples`; or the columns of both forms are there.
     """
     rows = read_rows(source)
     prompt, response = _forms(source, column_names(rows), columns)
@@ -47,7 +46,7 @@ def read_passages(source: Path, columns: Columns) -> list[Passage]:
 
 
 def check_same_form(source: Path, passages: Sequence[Passage], training: Sequence[Passage]) -> None:
-    """Refuse to validate on texts what was trained on responses, and the other way round.
+    """Refuse validation texts for a training on responses, and the other way round.
 
     Raises:
         DataError: the forms differ.
@@ -58,7 +57,7 @@ def check_same_form(source: Path, passages: Sequence[Passage], training: Sequenc
 
 
 def _forms(source: Path, found: Sequence[str], columns: Columns) -> tuple[str | None, str]:
-    """The column of prompts, None for texts alone, and the column of what is learnt."""
+    """The column of the prompts, None for texts alone, and the column that is learnt."""
     usual = columns.training
     pair = columns.text or usual.text, columns.label or usual.label
     if columns.label or TASKS[columns.task].architecture == "encoder-decoder":
@@ -83,7 +82,7 @@ def _forms(source: Path, found: Sequence[str], columns: Columns) -> tuple[str | 
 
 
 def _passage(row: Mapping[str, Any], prompt: str | None, response: str) -> Passage | str:
-    """The passage in a row, or what is wrong with the row."""
+    """The passage in a row, or the finding if the row is bad."""
     if wrong := (prompt and wrong_text(row, prompt)) or wrong_text(row, response):
         return wrong
     return Passage(row[prompt] if prompt else None, row[response])

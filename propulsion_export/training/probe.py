@@ -1,4 +1,4 @@
-"""What a language model's logits depend on, found out by changing tokens."""
+"""Find out which tokens a language model's logits depend on, by changing tokens."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ _TOKENS = 4  # in each of two passages
 
 
 def looks_ahead(model: Any) -> bool:
-    """Whether a token's logits depend on later ones, which training would teach to copy."""
+    """Whether a token's logits depend on later tokens; training such a model teaches copying."""
     ids = _ids(model)
     mask = torch.ones_like(ids)
     before, after = (
@@ -49,6 +49,6 @@ def _logits(model: Any, **inputs: torch.Tensor) -> torch.Tensor:
 
 
 def _differ(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> bool:
-    """By more than a mixture of experts, which groups other tokens, may round otherwise."""
+    """Whether they differ by more than the rounding of a mixture of experts on other tokens."""
     allowed = torch.finfo(dtype).eps ** 0.5 * left.abs().max()
     return bool((left - right).abs().max() > allowed)

@@ -1,4 +1,4 @@
-"""One training run: what all tasks share."""
+"""A training run: the steps that all tasks share."""
 
 import json
 import time
@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from propulsion_export.artifacts.staging import staged_directory
+from propulsion_export.environment.progress import Progress
 from propulsion_export.training.card import model_card, write_loss_curve
 from propulsion_export.training.data import Item
 from propulsion_export.training.encode import Rows
@@ -19,7 +20,6 @@ from propulsion_export.training.loop import (
     PREPARED,
     TRAINED,
     AdapterTrainer,
-    Progress,
     Watch,
     training_arguments,
 )
@@ -36,7 +36,7 @@ from propulsion_export.training.options import TrainOptions
 
 @dataclass(frozen=True)
 class Data(Generic[Item]):
-    """Checked data; `origin` says where those for validation come from."""
+    """Checked training and validation data; `origin` says where the validation data come from."""
 
     training: list[Item]
     validation: list[Item]
@@ -49,9 +49,10 @@ class Objective:
     """What is minimised, and what is measured.
 
     Attributes:
-        loss: a batch's, from a model's outputs and `labels`.
-        outcomes: per label, from logits and labels; small enough to be gathered.
-        scores: of all outcomes, `mean_loss` and the task's measure.
+        loss: from a model's outputs and `labels`, the loss of a batch.
+        outcomes: from logits and labels, the outcome of each label; small enough to be gathered
+            from all processes.
+        scores: from all outcomes, `mean_loss` and the task's measure.
     """
 
     loss: Callable[..., torch.Tensor]
@@ -60,9 +61,10 @@ class Objective:
 
 
 class TrainingRun(ABC, Generic[Item]):
-    """The base model, then the adapter on it, and what there is to report.
+    """One run: encodes the data, trains the adapter, writes it with its metrics.
 
-    A subclass says how data become rows, what is learnt, and what the adapter is compared with.
+    A subclass for each kind of task reads and encodes the data, names the objective, and measures
+    what the adapter is compared with.
     """
 
     def __init__(
@@ -79,7 +81,7 @@ class TrainingRun(ABC, Generic[Item]):
     @staticmethod
     @abstractmethod
     def read(source: Path, options: TrainOptions) -> Data[Any]:
-        """The data to train on and to validate on.
+        """Read the data to train on and to validate on.
 
         Raises:
             DataError: the data cannot be used.
@@ -87,21 +89,21 @@ class TrainingRun(ABC, Generic[Item]):
 
     @abstractmethod
     def encoded(self) -> Rows:
-        """The data as the model takes them, no text longer than `longest`."""
+        """The data as the model's inputs, no text longer than `longest` tokens."""
 
     @abstractmethod
     def described(self) -> dict[str, Any]:
-        """What only this task's `metrics.json` says."""
+        """The entries of `metrics.json` that only this task has."""
 
     def before_adapter(self, device: torch.device) -> str:
-        """Measure on the base model what the adapter is compared with; say what was done."""
+        """Measure the base model for the comparison; returns a progress message."""
         return "loaded"
 
     def after_training(self) -> None:
-        """Measure with `trainer` what the adapter is compared with."""
+        """Measure the base model for the comparison, with `trainer`."""
 
     def fit(self, directory: Path, latest: Path | None) -> None:
-        """Train, from the checkpoint `latest` if there is one; checkpoints go to `directory`."""
+        """Train, from the checkpoint `latest` if there is one; write checkpoints to `directory`."""
         if self.options.resume and not latest:
             self.notes.append("There was no checkpoint to resume, so the training started afresh.")
         arguments = training_arguments(directory, self.options, len(self.rows.training))
@@ -120,14 +122,14 @@ class TrainingRun(ABC, Generic[Item]):
             callbacks=self._callbacks(),
         )
         self.trainer.head_learning_rate = self.options.head_learning_rate
-        # It would print every entry of the log.
+        # PrinterCallback would print every entry of the log.
         self.trainer.remove_callback(transformers.PrinterCallback)
         self.trainer.train(resume_from_checkpoint=str(latest) if latest else None)
         self.after_training()
         self.gathered = self._gathered()
 
     def metrics(self) -> dict[str, Any]:
-        """What `metrics.json` says."""
+        """The content of `metrics.json`."""
         history = history_of(self.trainer.state.log_history)
         training, kept = self.options.training, history[-1]
         if self.options.early_stopping:
@@ -159,7 +161,7 @@ class TrainingRun(ABC, Generic[Item]):
         with staged_directory(
             output, marker="adapter_config.json", force=self.options.force
         ) as partial:
-            # The frozen embedding is the base model's, whatever has a vector on it.
+            # The frozen embedding belongs to the base model, even if the adapter scales it.
             self.model.save_pretrained(
                 partial, save_embedding_layers=False, state_dict=self.gathered
             )
@@ -169,7 +171,7 @@ class TrainingRun(ABC, Generic[Item]):
             (partial / "README.md").write_text(model_card(metrics), encoding="utf-8")
 
     def _gathered(self) -> dict[str, torch.Tensor] | None:
-        """The state that FSDP has shared out over the processes, all of which must ask for it."""
+        """The whole state if FSDP splits it over the processes, all of which must call this."""
         if not self.trainer.is_fsdp_enabled:
             return None
         gathered: dict[str, torch.Tensor] = self.trainer.accelerator.get_state_dict(
@@ -178,7 +180,7 @@ class TrainingRun(ABC, Generic[Item]):
         return gathered
 
     def _options(self) -> dict[str, Any]:
-        """The options, but for the seed, as JSON values."""
+        """The options without the seed, as JSON values."""
         options = {name: value for name, value in asdict(self.options).items() if name != "seed"}
         return options | {
             "validation": str(self.options.validation or "") or None,

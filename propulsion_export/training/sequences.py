@@ -1,4 +1,4 @@
-"""Passages as token ids, with labels on what is to be learnt."""
+"""Encode passages as token ids, with labels on the tokens to learn."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,13 +10,13 @@ from propulsion_export.training.passages import Passage
 
 @dataclass(frozen=True)
 class Sequences:
-    """Encoded passages; `labels` are token ids, `IGNORED` where nothing is learnt.
+    """Encoded passages; `labels` are token ids, `IGNORED` for tokens that are not learnt.
 
     Attributes:
         passages: how many were encoded.
         rows: the model's inputs and `labels`, not padded.
-        cut: how many passages lost their end to the longest length.
-        left_out: how many have no row, because their prompt leaves nothing to learn in it.
+        cut: how many passages were cut to the longest length.
+        left_out: how many have no row, because their prompt leaves no room for the response.
     """
 
     passages: int
@@ -36,18 +36,18 @@ def encode_passages(
     """For a decoder: the prompt, the response and the end-of-sequence token in one row.
 
     Labels are on the response and its end, and not on a row's first token, which nothing predicts.
-    Prompt and response are tokenised apart, as they are when a model is asked to go on.
+    Prompt and response are tokenised separately, because in use the model gets the prompt alone.
 
     Args:
-        passages: all with a prompt, or all without.
-        tokenizer: with an end-of-sequence token.
-        longest: rows are cut to so many tokens.
-        split: make further rows of the rest of a text without a prompt, instead of cutting it.
+        passages: passages that all have a prompt, or all have none.
+        tokenizer: a tokenizer with an end-of-sequence token.
+        longest: the number of tokens that rows are cut to.
+        split: put the rest of a long text without a prompt into further rows instead of cutting it.
     """
-    begun, written = _token_ids(passages, tokenizer)
+    prompts, responses = _token_ids(passages, tokenizer)
     rows: list[EncodedRow] = []
     cut = left_out = 0
-    for prompt, response in zip(begun, written, strict=True):
+    for prompt, response in zip(prompts, responses, strict=True):
         ids, unlearnt = [*prompt, *response], max(1, len(prompt))
         if unlearnt >= min(longest, len(ids)):
             left_out += 1
@@ -64,16 +64,16 @@ def encode_pairs(passages: Sequence[Passage], tokenizer: Any, longest: int) -> S
     prompts = [passage.prompt for passage in passages]
     lengths = [len(ids) for ids in tokenizer(prompts)["input_ids"]]
     kept = tokenizer(prompts, truncation=True, max_length=longest)["input_ids"]
-    # Both sides get the special tokens that the tokenizer gives them.
+    # Prompts and responses get the special tokens that the tokenizer adds to each side.
     texts = tokenizer(text_target=[passage.response for passage in passages])["input_ids"]
-    written = [_ended(ids, tokenizer.eos_token_id) for ids in texts]
+    responses = [_ended(ids, tokenizer.eos_token_id) for ids in texts]
     rows = [
         {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": response[:longest]}
-        for ids, response in zip(kept, written, strict=True)
+        for ids, response in zip(kept, responses, strict=True)
     ]
     cut = sum(
         max(length, len(response)) > longest
-        for length, response in zip(lengths, written, strict=True)
+        for length, response in zip(lengths, responses, strict=True)
     )
     return Sequences(len(passages), rows, cut, 0)
 
@@ -81,17 +81,17 @@ def encode_pairs(passages: Sequence[Passage], tokenizer: Any, longest: int) -> S
 def _token_ids(
     passages: Sequence[Passage], tokenizer: Any
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """Token ids of the prompts, and of the texts with an end."""
+    """Token ids of the prompts, and of the responses with an end-of-sequence token."""
     end = tokenizer.eos_token_id
     alone = passages[0].prompt is None
     texts = tokenizer([passage.response for passage in passages], add_special_tokens=alone)
-    written = [_ended(ids, end) for ids in texts["input_ids"]]
+    responses = [_ended(ids, end) for ids in texts["input_ids"]]
     if alone:
-        return [[] for _ in passages], written
-    begun = tokenizer([passage.prompt for passage in passages])["input_ids"]
-    # A tokenizer may end every text; the prompt is not one.
+        return [[] for _ in passages], responses
+    prompts = tokenizer([passage.prompt for passage in passages])["input_ids"]
+    # A tokenizer may add an end to every text; a prompt must not have one.
     closes = tokenizer("a")["input_ids"][-1:] == [end]
-    return [ids[:-1] if closes else ids for ids in begun], written
+    return [ids[:-1] if closes else ids for ids in prompts], responses
 
 
 def _row(ids: list[int], unlearnt: int) -> EncodedRow:

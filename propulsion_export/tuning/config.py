@@ -1,4 +1,4 @@
-"""What a user chooses for a Propulsion adapter, and what its adapter_config.json records."""
+"""The configuration of a Propulsion adapter, which adapter_config.json stores."""
 
 import math
 import re
@@ -17,24 +17,24 @@ class PropulsionConfig(PeftConfig):  # type: ignore[misc]
     """Configuration of a Propulsion adapter: V' = V * z**degree.
 
     Args:
-        target_modules: which layers are scaled. `all` (the default): every linear layer and
-            embedding of the base model, without the lm_head and task heads; in a mixture of experts
-            each expert has its own vectors, and routers that are no plain linear layer have none.
+        target_modules: the layers to scale. `all` (the default): every linear layer and embedding
+            of the base model, without the lm_head and task heads; in a mixture of experts each
+            expert has its own vectors, and routers that are not plain linear layers have none.
             `attention`: the query, key and value projections. A list: paths or their endings. Any
             other string: a regular expression for the whole path. The last two may name norms and
             heads too.
         exclude_modules: paths or endings, or one regular expression, to leave out.
-        degree: the power z is raised to, positive; 15 is the paper's for most tasks. With a
+        degree: the power z is raised to, positive; the paper uses 15 for most tasks. With a
             non-integer degree a z below zero gives NaN.
         train_bias: also train the biases of the scaled layers; they belong to the adapter.
         modules_to_save: modules trained and saved whole, such as a new classification head.
-        labels: class names in the order of the logits, carried along for export.
-        base_fingerprint: of the base model, as JSON; filled in when the adapter is attached.
-        scaled_modules: how many vectors the adapter has; filled in likewise, so that a lost one
-            is noticed.
+        labels: class names in the order of the logits, stored for the export.
+        base_fingerprint: the base model's fingerprint as JSON; set when the adapter is attached.
+        scaled_modules: the number of vectors of the adapter, so that a lost one is noticed; set
+            when the adapter is attached.
 
     Raises:
-        UsageError: a value that cannot be.
+        UsageError: a value is invalid.
     """
 
     target_modules: list[str] | str | None = field(default=None)
@@ -89,8 +89,8 @@ def _wrong_degree(degree: Any) -> list[str]:
 def _wrong_targets(option: str, value: list[str] | str | None) -> list[str]:
     if not isinstance(value, str):
         return []
-    if value == "all-linear":  # PEFT would expand it, after us, to other modules than ours
-        return [f"{option}: 'all-linear' is not known here, expected 'all' or 'attention'"]
+    if value == "all-linear":  # PEFT would expand it later, to other modules
+        return [f"{option}: 'all-linear' is not supported, expected 'all' or 'attention'"]
     try:
         re.compile(value)
     except re.error as error:

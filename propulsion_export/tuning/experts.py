@@ -1,4 +1,4 @@
-"""Frozen experts that share a parameter of three dimensions, with a trainable scale each."""
+"""Frozen experts that share a three-dimensional parameter, with a trainable scale for each."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,8 +19,8 @@ from propulsion_export.tuning.layer import Float32Parameters, PropulsionLayer
 class ExpertVectors(nn.Module):
     """The vectors of one weight, by adapter name; shape [experts, outputs].
 
-    A module of its own, named as the weight is, so that a saved vector is called
-    `<path of the weight>.propulsion_z`. For PEFT it is the dictionary it holds.
+    It is a module named like the weight, so that a saved vector is called
+    `<path of the weight>.propulsion_z`. PEFT uses it like the dictionary inside it.
     """
 
     def __init__(self) -> None:
@@ -54,10 +54,10 @@ class PropulsionExperts(PropulsionLayer):
     """Computes with every expert's weights times z**degree, z one vector per expert and weight.
 
     Without biases that is the output times z**degree, (x W^T) * z**k = x (diag(z**k) W)^T, which
-    the experts' own kernels compute for all of them at once. The product is made in fp32 and cast
-    to the weights' dtype, so with 16-bit weights it is rounded as a merged one is.
+    the experts' own kernels compute for all of them at once. The product is computed in fp32 and
+    cast to the weights' dtype, so 16-bit weights are rounded as a merge rounds them.
 
-    A child module named as the weight holds each weight's vectors.
+    The vectors of each weight are in a child module named like the weight.
     """
 
     def _hold_vectors(self) -> None:
@@ -66,7 +66,7 @@ class PropulsionExperts(PropulsionLayer):
             setattr(self, name, ExpertVectors())
 
     def update_layer(self, adapter_name: str, config: PropulsionConfig) -> None:
-        """Add an adapter's vectors, of ones."""
+        """Add an adapter, with vectors of ones."""
         base = self.get_base_layer()
         for name, weight in expert_weights(base).items():
             ones = torch.ones(scale_shape(base, name), dtype=torch.float32, device=weight.device)

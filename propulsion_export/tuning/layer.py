@@ -53,7 +53,7 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         self.degree: dict[str, float] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-        # The frozen parameters while folded ones stand in for them.
+        # The frozen parameters while folded ones replace them.
         self._frozen: dict[str, nn.Parameter] = {}
         self._active_adapter: str | list[str] = adapter_name
         self.update_layer(adapter_name, config)
@@ -63,7 +63,7 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         self.propulsion_bias = Float32Parameters()
 
     def update_layer(self, adapter_name: str, config: PropulsionConfig) -> None:
-        """Add an adapter's vector, of ones, and where asked for its bias, equal to the frozen."""
+        """Add an adapter: a vector of ones and, with `train_bias`, a copy of the frozen bias."""
         base = self.get_base_layer()
         # Not the weight's dtype; see Float32Parameters.
         ones = torch.ones(output_width(base), dtype=torch.float32, device=self.weight.device)
@@ -114,7 +114,7 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         return output
 
     def _acting(self) -> list[str]:
-        """The adapters that the next forward pass has to apply."""
+        """The adapters that a forward pass applies."""
         if self.disable_adapters or self.merged:
             return []
         return [name for name in self.active_adapters if name in self.degree]
@@ -122,24 +122,25 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Fold adapters, by default the active ones, into new parameters of the wrapped layer.
 
-        The frozen parameters are kept aside, so `unmerge` is exact, and not written to, so a
-        tensor tied to them elsewhere stays as it was.
+        The frozen parameters are kept, so `unmerge` is exact, and not written to, so a tensor tied
+        to them elsewhere stays as it was. While the adapters are disabled, `forward` computes with
+        the frozen parameters.
 
         Args:
-            safe_merge: PEFT's switch; the result is checked in any case.
+            safe_merge: ignored: the result is always checked.
             adapter_names: the adapters to fold in.
 
         Raises:
             AdapterError: a folded value is not finite in the weight's dtype.
             BaseModelError: the layer cannot be folded into exactly.
         """
-        asked = check_adapters_to_merge(self, adapter_names) or []
-        names = [name for name in asked if name in self.degree]
+        wanted = check_adapters_to_merge(self, adapter_names) or []
+        names = [name for name in wanted if name in self.degree]
         if not names:
             return
         base = self.get_base_layer()
         every = [*self.merged_adapters, *names]
-        self._trained_bias(every)  # refuses two of them while nothing is changed
+        self._trained_bias(every)  # refuses two trained biases before anything changes
         self._restore()
         folded = self._folded(every)
         _check_finite(type(base).__name__, folded, every)
@@ -149,7 +150,7 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         self.merged_adapters = every
 
     def _folded(self, names: list[str]) -> dict[str, torch.Tensor]:
-        """What the frozen parameters become with these adapters folded in."""
+        """The frozen parameters with these adapters folded in."""
         scale = self._scale(names, torch.float64)
         return folded_parameters(self.get_base_layer(), scale, bias=self._trained_bias(names))
 
@@ -170,7 +171,7 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         return self._product(self.propulsion_z, names, dtype)
 
     def _product(self, vectors: Any, names: list[str], dtype: torch.dtype) -> torch.Tensor:
-        """The scales of several adapters multiplied, from one of their vectors each."""
+        """The product of the adapters' scales, z**degree each."""
         scales = [vectors[name].to(dtype) ** self.degree[name] for name in names]
         product: torch.Tensor = math.prod(scales[1:], start=scales[0])
         return product
@@ -189,7 +190,7 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
     ) -> None:
-        """Move an adapter where the layer is; PEFT's own method would cast it as well."""
+        """Move an adapter to the layer's device; PEFT's own method would also cast it."""
         target = device or next(self.get_base_layer().parameters()).device
         for name in self.adapter_layer_names:
             parameters = getattr(self, name)
@@ -206,8 +207,8 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         try:
             return super().__getattr__(name)
         except AttributeError:
-            # Model code reads `padding_idx`, `embed_scale` and the like; names with an underscore
-            # are hooks and flags that other libraries put on one module.
+            # Model code reads `padding_idx`, `embed_scale` and the like. Names with an underscore
+            # are hooks and flags that other libraries set on one module only.
             if name.startswith("_") or name == "base_layer":
                 raise
             return getattr(self.base_layer, name)

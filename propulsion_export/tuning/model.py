@@ -1,4 +1,4 @@
-"""Propulsion on a whole model: where PEFT calls in."""
+"""Propulsion on a whole model: the tuner class that PEFT calls."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,7 +26,7 @@ _HEADS = {"TOKEN_CLS": ["classifier", "score"], "QUESTION_ANS": ["qa_outputs"]}
 
 
 class PropulsionModel(BaseTuner):  # type: ignore[misc]
-    """A base model with Propulsion adapters, as `peft.get_peft_model` makes it.
+    """A base model with Propulsion adapters, as `peft.get_peft_model` creates it.
 
     Attaching an adapter freezes the base, and records its fingerprint in the adapter's
     configuration or, for a loaded adapter, checks it.
@@ -40,7 +40,7 @@ class PropulsionModel(BaseTuner):  # type: ignore[misc]
         config = copy(self.peft_config[adapter_name])
         self.peft_config[adapter_name] = config
         if config.modules_to_save is None:
-            # For these tasks PEFT fills it in later, on the caller's configuration alone.
+            # For these tasks PEFT sets it later, but only in the caller's configuration.
             config.modules_to_save = _HEADS.get(config.task_type)
         super().inject_adapter(model, adapter_name, **options)
 
@@ -92,22 +92,22 @@ class PropulsionModel(BaseTuner):  # type: ignore[misc]
             super()._replace_module(parent, child_name, new_module, child)
 
     def _check_tied_modules(self, model: nn.Module, peft_config: PropulsionConfig) -> None:
-        # PEFT's warning is right about modules to save. A scale on one of two tied modules is
-        # its own alone, so about targets there is nothing to warn of: show it a preset's name.
+        # PEFT's warning is right about modules to save, but not about targets: a scale on one of
+        # two tied modules does not affect the other. So PEFT sees a preset's name as target.
         shown = copy(peft_config)
         shown.target_modules = "all"
         super()._check_tied_modules(model, shown)
 
     def _check_merge_allowed(self) -> None:
-        """PEFT warns of tied weights here; a merge of ours unties them and touches no other."""
+        """Skip PEFT's warning of tied weights: our merge unties a weight and changes no other."""
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        # Without this PEFT drops the argument in silence, and every row gets the active adapter.
+        # PEFT would drop the argument silently, and every row would get the active adapter.
         if kwargs.get("adapter_names") is not None:
             raise UsageError(
-                "adapter_names: a batch with a different adapter in each row is not possible here",
-                remedy="Run the rows of each adapter by themselves, with set_adapter.",
+                "adapter_names: a batch with a different adapter in each row is not supported",
+                remedy="Run the rows of each adapter separately, with set_adapter.",
             )
         yield
 

@@ -67,17 +67,17 @@ ATTENTION_NAMES: dict[str, tuple[str, ...] | str] = {
     "xlm-roberta": _QUERY_KEY_VALUE,
 }
 
-# Embeddings of transformers models whose weight is read directly, past any wrapper, or which are
-# only the place where a tied weight is kept: a scale there would never act.
+# Embeddings of transformers models whose weight is read without calling the module, or which only
+# hold a tied weight: a scale there would have no effect.
 _UNSCALED_EMBEDDINGS = ("rel_embeddings", "shared", "query_position_embeddings", "ngram_embeddings")
-# Both have a path that uses their children's weights without calling the children.
+# Both can use their children's weights without calling the children.
 _PAST_THE_LAYER = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
-# Projections whose weights a state space mixer hands to its kernel.
+# Projections whose weights a state space mixer passes to its kernel.
 _UNSCALED_IN_MIXERS = ("x_proj", "dt_proj", "out_proj")
 
 
 def resolve_targets(model: nn.Module, config: PropulsionConfig) -> frozenset[str]:
-    """The paths of the modules `config` scales in `model`, wrapped by earlier adapters or not.
+    """The paths of the modules in `model` that `config` scales, wrapped by earlier adapters or not.
 
     Raises:
         UsageError: nothing matches; a preset does not know the architecture; a module named by a
@@ -100,7 +100,7 @@ def resolve_targets(model: nn.Module, config: PropulsionConfig) -> frozenset[str
 
 
 def is_excluded(config: PropulsionConfig, path: str) -> object | None:
-    """PEFT's mark of an excluded module, or None; modules to save are excluded too."""
+    """PEFT's marker for an excluded module, or None; modules to save are excluded too."""
     result = check_target_module_exists(_matching(config, ".*"), path)
     return None if result else result
 
@@ -115,7 +115,7 @@ def _matching(config: PropulsionConfig, targets: object) -> SimpleNamespace:
 
 
 def _modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Every module by path, what an earlier adapter wrapped in its own place."""
+    """Every module by path; for a wrapped one the original module."""
     modules: dict[str, nn.Module] = {}
     inside: tuple[str, ...] = ()
     for path, module in model.named_modules():
@@ -139,7 +139,7 @@ def _preset(model: nn.Module, modules: dict[str, nn.Module], config: PropulsionC
         for path, module in modules.items()
         if path not in heads and check_target_module_exists(matching, path)
     }
-    # Most of the weights of a mixture are in its experts: leaving them out must be asked for.
+    # A mixture has most weights in its experts: they are left out only by exclude_modules.
     _refuse(_reasons(model, {path: m for path, m in matched.items() if is_experts(m)}))
     return [
         path
@@ -174,7 +174,7 @@ def _attention_names(model: nn.Module) -> tuple[str, ...] | str:
 
 
 def _heads(model: nn.Module, modules: dict[str, nn.Module]) -> set[str]:
-    """Everything outside the transformer that `model` wraps, and its lm_head."""
+    """The paths of all modules outside the base transformer inside `model`, and of its lm_head."""
     inner, head = inner_base_model(model), output_embeddings(model)
     inside = {id(module) for module in inner.modules()}
     if isinstance(head, BaseTunerLayer):
@@ -187,7 +187,7 @@ def _named(model: nn.Module, modules: dict[str, nn.Module], config: PropulsionCo
     matched = {
         path: module
         for path, module in modules.items()
-        # A pattern such as '.*' also matches the containers of layers and what has no weights.
+        # A pattern such as '.*' also matches containers of layers and modules without weights.
         if (layer_kind(module) or is_experts(module) or _looks_scalable(module))
         and check_target_module_exists(matching, path)
     }
@@ -196,7 +196,7 @@ def _named(model: nn.Module, modules: dict[str, nn.Module], config: PropulsionCo
 
 
 def _looks_scalable(module: nn.Module) -> bool:
-    """Whether someone who names this module of unknown kind may expect it to be scaled."""
+    """Whether a user may expect this module of unknown kind to be scaled."""
     if next(module.children(), None) is not None:
         return isinstance(module, nn.MultiheadAttention)
     has_weights = next(module.parameters(recurse=False), None) is not None
@@ -204,7 +204,7 @@ def _looks_scalable(module: nn.Module) -> bool:
 
 
 def _reason_against(model: nn.Module, path: str, module: nn.Module) -> str | None:
-    """Why a scale on this module would not act, or None."""
+    """Why a scale on this module would have no exact effect, or None."""
     if is_experts(module):
         return reason_against_experts(module)
     if layer_kind(module) is None:
@@ -214,26 +214,27 @@ def _reason_against(model: nn.Module, path: str, module: nn.Module) -> str | Non
         )
     parent_path, _, name = path.rpartition(".")
     parent = model.get_submodule(parent_path)
-    if _is_read_past_the_layer(model, parent, name):
-        return f"{type(parent).__name__} reads its weight past the layer, so a scale would not act"
+    if _is_read_without_call(model, parent, name):
+        reader = type(parent).__name__
+        return f"{reader} reads its weight without calling it, so a scale would have no effect"
     if _is_other_than_linear(module):
         return f"a {type(module).__name__} does not compute what nn.Linear does"
     return None
 
 
-def _is_read_past_the_layer(model: nn.Module, parent: nn.Module, name: str) -> bool:
+def _is_read_without_call(model: nn.Module, parent: nn.Module, name: str) -> bool:
     if isinstance(parent, _PAST_THE_LAYER) or type(parent).__name__ == "WavLMAttention":
         return True
     if hasattr(parent, "A_log") and hasattr(parent, "ssm_state_size"):
         return name in _UNSCALED_IN_MIXERS
-    of_transformers = hasattr(getattr(model, "config", None), "model_type")
-    return of_transformers and name in _UNSCALED_EMBEDDINGS
+    from_transformers = hasattr(getattr(model, "config", None), "model_type")
+    return from_transformers and name in _UNSCALED_EMBEDDINGS
 
 
 def _is_other_than_linear(module: nn.Module) -> bool:
-    """A router and the like; a quantised layer, which comes from elsewhere, still is linear."""
-    of_a_model = type(module).__module__.startswith("transformers.models.")
-    return isinstance(module, nn.Linear) and of_a_model and not is_plain_linear(module)
+    """Whether it is a router or the like; a quantised layer of another package counts as linear."""
+    from_transformers = type(module).__module__.startswith("transformers.models.")
+    return isinstance(module, nn.Linear) and from_transformers and not is_plain_linear(module)
 
 
 def _check_not_shared(model: nn.Module, selected: list[str]) -> None:

@@ -49,7 +49,7 @@ def glosses(file: Path) -> Iterator[tuple[int, str]]:
 
 
 def split(by_label: dict[str, set[str]], rows: tuple[int, int]) -> tuple[list[dict], list[dict]]:
-    """Draw `rows` training and held-out rows a label; no text stands under two labels."""
+    """Draw `rows` training and held-out rows per label; no text has two labels."""
     chooser = random.Random(SEED)
     ambiguous = {
         text

@@ -357,12 +357,12 @@ def test_scales_beyond_float32_are_not_written(tmp_path):
         ({"degree": [3]}, r"degree is \[3\]"),
         ({"degree": 10**400}, "degree is a huge number"),
         ({"degree": 1e308}, "degree is 1e\\+308"),
-        ({"degree": 5000}, f"{QUERY} holds a vector whose power 5000 is beyond every number"),
+        ({"degree": 5000}, f"{QUERY} holds a vector whose power 5000 overflows float64"),
         ({"degree": 2.5}, f"{QUERY}: a vector below zero has no real power 2.5"),
         ({"degree": 3.0000000001}, "a vector below zero has no real power"),
-        ({"labels": "yes"}, "labels is no list of names"),
-        ({"labels": ["yes", 1]}, "labels is no list of names"),
-        ({"labels": {"0": "yes"}}, "labels is no list of names"),
+        ({"labels": "yes"}, "labels is not a list of names"),
+        ({"labels": ["yes", 1]}, "labels is not a list of names"),
+        ({"labels": {"0": "yes"}}, "labels is not a list of names"),
         ({"base_model_name_or_path": 5}, "base_model_name_or_path is 5, expected a name"),
         ({"base_model_name_or_path": ["a"]}, "base_model_name_or_path is"),
         ({"base_fingerprint": {}}, "base_fingerprint is damaged"),
@@ -394,17 +394,17 @@ def test_a_degree_that_no_float_holds_is_refused(tmp_path, text):
     write(tmp_path)
     (tmp_path / CONFIG).write_text('{"peft_type": "PROPULSION", "degree": ' + text + "}")
 
-    refused(tmp_path, "degree is|is no JSON")
+    refused(tmp_path, "degree is|is not valid JSON")
 
 
 @pytest.mark.parametrize(
     ("content", "match"),
     [
-        (b"", "is no JSON"),
-        (b"{", "is no JSON"),
-        (b"\xff\xfe\x00", "is no JSON"),
-        (b'{"a": "\n"}', "is no JSON"),
-        (b"[" * 100_000, "is no JSON"),
+        (b"", "is not valid JSON"),
+        (b"{", "is not valid JSON"),
+        (b"\xff\xfe\x00", "is not valid JSON"),
+        (b'{"a": "\n"}', "is not valid JSON"),
+        (b"[" * 100_000, "is not valid JSON"),
         (b"[]", "holds a list, expected an object"),
         (b"null", "holds a NoneType, expected an object"),
         (b'"PROPULSION"', "holds a str"),
@@ -518,16 +518,16 @@ def test_all_offenders_are_named_at_once(tmp_path):
 
 @pytest.mark.parametrize("tensors", [{}, {f"{PREFIX}classifier.weight": np.ones((2, 2))}])
 def test_a_file_without_scales_is_refused(tmp_path, tensors):
-    refused(write(tmp_path, tensors=tensors), "holds no scale at all")
+    refused(write(tmp_path, tensors=tensors), "holds no scale, expected")
 
 
 @pytest.mark.parametrize(
     ("feedforward", "match"),
     [
-        (5, "feedforward_modules is no list of names"),
-        ([5], "feedforward_modules is no list of names"),
-        ({"a": 1}, "feedforward_modules is no list of names"),
-        ("(", "feedforward_modules is no regular expression"),
+        (5, "feedforward_modules is not a list of names"),
+        ([5], "feedforward_modules is not a list of names"),
+        ({"a": 1}, "feedforward_modules is not a list of names"),
+        ("(", "feedforward_modules is not a regular expression"),
     ],
 )
 def test_damaged_ia3_configurations_are_refused(tmp_path, feedforward, match):

@@ -66,7 +66,17 @@ def test_a_link_to_an_adapter_gives_it_its_name(world, tmp_path):
 
     [adapter] = read_adapters([tmp_path / "latest"])
 
-    assert adapter.name == "latest"
+    assert adapter.name == Adapter.read(tmp_path / "latest").name == "latest"
+
+
+def test_an_adapter_in_the_parent_directory_has_that_directorys_name(world, tmp_path, monkeypatch):
+    shutil.copytree(world.three, tmp_path / "three")
+    (tmp_path / "three" / "inner").mkdir()
+    monkeypatch.chdir(tmp_path / "three" / "inner")
+
+    [adapter] = read_adapters([".."])
+
+    assert adapter.name == "three"
 
 
 def test_a_relative_base_is_found_beside_the_adapter(world, tmp_path, monkeypatch):
@@ -95,5 +105,5 @@ def test_ones_and_a_head_are_no_adapter(world):
 
 
 def test_a_name_that_is_too_long_for_any_file_is_refused_in_a_line():
-    with pytest.raises(UsageError, match="because the name becomes a file's"):
+    with pytest.raises(UsageError, match="because that cannot be a file name"):
         read_adapters([f"{'x' * 300}=adapters/a"])

@@ -361,7 +361,7 @@ def test_a_damaged_manifest_is_refused(folded, damage):
     content = (folded / MANIFEST).read_bytes()
     (folded / MANIFEST).write_bytes(damage(content))
 
-    refused(folded, "is no JSON")
+    refused(folded, "is not valid JSON")
 
 
 @pytest.mark.parametrize("text", ["[]", "null", "1", '"a"', "{}"])
@@ -735,7 +735,7 @@ def test_several_graphs_have_no_inputs_and_outputs_of_their_own_besides(several,
     spec = {"name": "x", "dtype": "int64", "shape": [1], "optional": False}
     change(several, field, to=[spec])
 
-    refused(several, "inputs and outputs are told of an artifact of several graphs, expected none")
+    refused(several, "inputs and outputs are given beside several graphs, expected none")
 
 
 def test_a_manifest_from_before_there_were_several_graphs_can_be_read(folded):
@@ -805,7 +805,7 @@ def test_a_folded_artifact_needs_no_feeds_and_has_no_other_adapter(folded):
 def test_an_adapter_without_a_file_to_feed_is_refused(switchable):
     change(switchable, "adapters", "topic", "file", to=None)
 
-    refused(switchable, "the adapter 'topic' has no file, expected what to feed for it")
+    refused(switchable, "the adapter 'topic' has no file, expected one with its packed inputs")
 
 
 def test_feeds_of_the_base_model_that_are_not_recorded_are_refused(switchable):
@@ -813,7 +813,7 @@ def test_feeds_of_the_base_model_that_are_not_recorded_are_refused(switchable):
     refused(switchable, "base.safetensors: has no digest in the manifest")
 
     artifact = Artifact(switchable, replace(SWITCHABLE, files={}))
-    with pytest.raises(ArtifactError, match="what to feed for 'base'"):
+    with pytest.raises(ArtifactError, match="expected the packed inputs of 'base'"):
         artifact.feeds(None)
 
 
@@ -821,7 +821,7 @@ def test_feeds_that_are_no_tensors_are_refused(switchable):
     (switchable / TOPIC).write_bytes(b"not safetensors")
     artifact = Artifact.write(switchable, SWITCHABLE)
 
-    with pytest.raises(ArtifactError, match="holds no feeds that can be read"):
+    with pytest.raises(ArtifactError, match="the packed inputs cannot be read"):
         artifact.feeds("topic")
 
 

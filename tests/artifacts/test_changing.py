@@ -6,12 +6,15 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.artifacts import locking
 from propulsion_export.artifacts.artifact import Artifact
 from propulsion_export.artifacts.changing import add_adapter, remove_adapter
+from propulsion_export.artifacts.layout import packed_inputs
+from propulsion_export.cli import main
 from propulsion_export.errors import (
     AdapterError,
     ArtifactError,
@@ -97,6 +100,25 @@ def test_a_scale_without_a_slot_is_refused(world, copy, tmp_path, write_adapter)
     assert json.loads((copy / "propulsion.json").read_text()) == before
 
 
+@pytest.mark.parametrize("mode", ["switchable", "bank"])
+def test_scales_out_of_range_are_added_only_if_accepted(
+    mode, export_world, out_of_range, tmp_path, capsys
+):
+    directory = shutil.copytree(export_world(mode, "float16"), tmp_path / "half")
+    words = ["adapter", "add", str(directory), str(out_of_range)]
+
+    with pytest.raises(SystemExit) as refused:
+        main(words)
+    assert sorted(Artifact.read(directory).list_adapters()) == ["five", "three"]
+    with pytest.raises(SystemExit) as accepted:
+        main([*words, "--allow-range"])
+
+    assert (refused.value.code, accepted.value.code) == (2, 0)
+    assert "scale 1e+05 of channel 4 becomes inf in float16" in capsys.readouterr().err
+    scales = packed_inputs(Artifact.read(directory), "out-of-range")["propulsion_scales"]
+    assert np.isinf(scales).sum() == 1
+
+
 def test_a_folded_artifact_cannot_change_its_adapter(world, folded):
     with pytest.raises(ArtifactError, match="expected a switchable artifact"):
         add_adapter(folded, world.five)
@@ -106,6 +128,8 @@ CHANGER = """
 import sys
 from pathlib import Path
 from propulsion_export.artifacts.changing import add_adapter, remove_adapter
+from propulsion_export.artifacts.layout import packed_inputs
+from propulsion_export.cli import main
 
 artifact, adapter, prefix = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 print("ready", flush=True)
@@ -206,14 +230,14 @@ def test_an_adapter_of_another_task_is_refused(kind, world, request, tmp_path):
     with pytest.raises(AdapterError, match="other: is for token-classification, the artifact for"):
         add_adapter(directory, tmp_path / "other")
 
-    assert sorted(Artifact.read(directory).adapters) == ["five", "three"]
+    assert sorted(Artifact.read(directory).list_adapters()) == ["five", "three"]
 
 
 def test_a_directory_is_told_as_text_too(world, copy):
     add_adapter(str(copy), f"new={world.three}")
     remove_adapter(str(copy), "new")
 
-    assert sorted(Artifact.read(copy).adapters) == ["five", "three"]
+    assert sorted(Artifact.read(copy).list_adapters()) == ["five", "three"]
 
 
 def test_a_directory_that_is_not_there_is_told(world, tmp_path):

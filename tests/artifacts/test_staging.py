@@ -283,7 +283,7 @@ def test_where_nothing_can_be_made_is_told_in_words(place):
         staged_directory(Path(place), marker=ADAPTER),
     ):
         pass
-    with pytest.raises(UsageError, match=r"nothing can be made here|no permission"):
+    with pytest.raises(UsageError, match=r"nothing can be created here|no permission"):
         replace_file(Path(place), b"1")
 
 

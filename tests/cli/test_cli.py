@@ -171,7 +171,7 @@ def test_the_version_is_that_of_the_package(run):
         (["inspect"], "Missing argument 'PATH'."),
         (["inspect", "a", "b"], "Got unexpected extra argument (b)"),
         (["inspect", "--jason", "a"], "No such option"),
-        (["onnx", "-o", "out"], "Missing option '-a' / '--adapter'."),
+        (["export", "-o", "out"], "Missing option '-a' / '--adapter'."),
         (["merge", "-a", "a"], "Missing option '-o' / '--output'."),
         (["merge", "-a", "a", "-o", "out", "--dtype", "int8"], "Invalid value for '--dtype'"),
         (["onnx", "-a", "a", "-o", "out", "--opset", "9"], "Invalid value for '--opset'"),
@@ -206,6 +206,108 @@ def test_a_usage_error_is_json_on_stdout_when_asked(run, words):
     assert json.loads(out)["error"] in err
 
 
+# Options that do nothing
+
+
+def ignored(adapter, artifact, tmp_path):
+    """Calls with options that would do nothing: by the options, the whole call and the message."""
+    out, texts = tmp_path / "out", tmp_path / "texts.txt"
+    texts.write_text("a\n")
+    onnx, parity, run = ["onnx", "-a", adapter, "-o", out], ["parity", artifact], ["run", artifact]
+    run += ["--text", "a"]
+    export, trains = ["export", "-a", adapter, "-o", out], "which trains no head"
+    train = ["train", "-m", "m", "-d", "d", "-o", out, "--task"]
+    package = ["package", artifact, "-o", out, "--layout", "genai"]
+    other_task = "for generating text, the artifact is for text-classification"
+    return {
+        "--untie": ([*onnx, "--mode", "bank"], "does nothing with --mode bank"),
+        "--allow-range": (onnx, "does nothing with --mode folded"),
+        "--placement all": ([*onnx, "--mode", "bank"], "is for slots without adapters"),
+        "--max-labels 3": ([*onnx, "--mode", "bank"], "is for slots without adapters"),
+        "--train-bias": ([*onnx, "--mode", "bank"], "is for slots without adapters"),
+        "--runtime auto": ([*export, "--no-engine"], "does nothing with --no-engine"),
+        "--target auto": ([*export, "--no-engine"], "does nothing with --no-engine"),
+        "--force": (parity, "does nothing without --report"),
+        "--seed 0": ([*parity, "--inputs", texts], "does nothing with --inputs"),
+        "--context c": (run, "is for question-answering, the artifact is for text-classification"),
+        "--max-new-tokens 128": (run, other_task),
+        "--temperature 1": (run, other_task),
+        "--top-k 1": (run, other_task),
+        "--top-p 1": (run, other_task),
+        "--seed 1": (run, other_task),
+        "--head-learning-rate 0.01": ([*train, "text-generation"], trains),
+        "--no-head-only": ([*train, "text2text-generation"], trains),
+        "--packing": ([*train, "text-classification"], "expected none for --task"),
+        "--model-name a": (package, "for --layout triton, found genai"),
+        "--max-batch-size 32": (package, "for --layout triton, found genai"),
+    }
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        *("--untie", "--allow-range", "--placement all", "--max-labels 3", "--train-bias"),
+        *("--runtime auto", "--target auto", "--force", "--seed 0", "--context c"),
+        *("--max-new-tokens 128", "--temperature 1", "--top-k 1", "--top-p 1", "--seed 1"),
+        *("--head-learning-rate 0.01", "--no-head-only", "--packing"),
+        *("--model-name a", "--max-batch-size 32"),
+    ],
+)
+def test_an_option_that_does_nothing_is_refused_by_name(run, adapter, artifact, tmp_path, option):
+    words, message = ignored(adapter, artifact, tmp_path)[option]
+
+    code, out, err = run(*words, *option.split())
+
+    assert (code, out, err.count("\n")) == (2, "", 1), err
+    assert option.split()[0].removeprefix("--") in err
+    assert message in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_seed_without_sampling_is_refused(run, artifact):
+    Artifact.write(artifact, replace(Artifact.read(artifact).manifest, task="text-generation"))
+
+    code, out, err = run("run", artifact, "--text", "a", "--seed", 1)
+
+    assert (code, out) == (2, "")
+    assert "--seed: " in err
+    assert "--temperature, --top-k or --top-p" in err
+
+
+def test_a_seed_beside_inputs_is_taken_where_the_slots_have_no_adapter(run, artifact, tmp_path):
+    Artifact.write(artifact, replace(Artifact.read(artifact).manifest, adapters={}))
+    (tmp_path / "texts.txt").write_text("a\n")
+
+    code, out, err = run("parity", artifact, "--inputs", tmp_path / "texts.txt", "--seed", 1)
+
+    assert (code, out) == (4, "")  # nobody runs this graph
+    assert "--seed" not in err
+
+
+# One name for an adapter given by a link
+
+
+def test_a_link_to_an_adapter_is_exported_and_compared_under_its_own_name(run, world, tmp_path):
+    link = tmp_path / "latest"
+    link.symlink_to(world.three)
+
+    code, out, err = run("onnx", "-a", link, "-o", tmp_path / "onnx", "--json")
+
+    assert code == 0, err
+    assert json.loads(out)["adapters"] == ["latest"]
+    assert json.loads(out)["parity"] == "passed"
+
+
+def test_a_link_to_an_adapter_is_added_under_its_own_name(run, artifact, adapter, tmp_path):
+    link = tmp_path / "latest"
+    link.symlink_to(adapter)
+
+    code, out, err = run("adapter", "add", artifact, link, "--json")
+
+    assert (code, err) == (0, "")
+    assert json.loads(out) == {"adapters": ["latest", "pos", "topic"]}
+
+
 # Known failures
 
 
@@ -224,6 +326,7 @@ def failures(tmp_path):
         "merge, no base there": (["merge", "-m", gone, "-a", adapter, "-o", out], 4),
         "merge, output is full": (["merge", "-a", adapter, "-o", full, "--force"], 2),
         "onnx, no adapter": (["onnx", "-a", gone, "-o", out], 4),
+        "onnx, no adapter and no base": (["onnx", "-o", out], 2),
         "onnx, two of one name": (["onnx", "-a", adapter, "-a", adapter, "-o", out], 2),
         "onnx, reserved name": (["onnx", "-a", f"base={adapter}", "-o", out], 2),
         "trt, no artifact": (["trt", gone, "-o", out], 4),
@@ -248,6 +351,7 @@ NAMES = [
     "merge, no base there",
     "merge, output is full",
     "onnx, no adapter",
+    "onnx, no adapter and no base",
     "onnx, two of one name",
     "onnx, reserved name",
     "trt, no artifact",
@@ -576,11 +680,11 @@ def test_a_table_is_never_cut_and_reads_no_markup(capsys):
 @pytest.mark.parametrize(
     ("count", "told"),
     [
-        (0, "0 B"),
-        (999, "999 B"),
+        (0, "0 bytes"),
+        (999, "999 bytes"),
         (1400, "1.4 kB"),
         (2_500_000, "2.5 MB"),
-        (7 * 10**12, "7000.0 GB"),
+        (7 * 10**12, "7.0 TB"),
     ],
 )
 def test_sizes_are_told_as_people_say_them(count, told):
@@ -664,7 +768,7 @@ def test_the_adapters_of_a_bank_are_listed_with_their_ids_added_removed_and_comp
     new = write_adapter(tmp_path / "new")
     code, out, err = run("adapter", "add", bank, f"third={new}", "--json")
     assert (code, json.loads(out), err) == (0, {"count": 3}, "")
-    assert Artifact.read(bank).bank.values()[3].tolist() == [2.5, -3.0]
+    assert Artifact.read(bank).open_bank().values()[3].tolist() == [2.5, -3.0]
     code, out, err = run("adapter", "add", bank, f"third={new}")
     assert (code, out) == (2, "")
     assert "has an adapter 'third' already" in err
@@ -672,7 +776,7 @@ def test_the_adapters_of_a_bank_are_listed_with_their_ids_added_removed_and_comp
     code, out, err = run("adapter", "remove", bank, "topic")
     assert (code, out, err) == (0, f"{bank}: 2 adapters\n", "")
     code, out, err = run("adapter", "compact", bank)
-    assert (code, out, err) == (0, f"{bank}: 8 B given back\n", "")
+    assert (code, out, err) == (0, f"{bank}: 8 bytes freed\n", "")
 
     code, out, err = run("adapter", "list", bank)
     assert (code, err) == (0, "")

@@ -9,7 +9,7 @@ from propulsion_export.engine import BuildOptions, onnx_digest, write_engine
 from propulsion_export.engine.builder import (
     _configure,
     _mark_refittable,
-    _order,
+    _plan_job,
     build,
     read_timing_cache,
     set_targets,
@@ -131,7 +131,7 @@ def test_float32_products_are_not_rounded_to_tf32(folded):
     source = folded()
     graph = read_graph(source.directory)
 
-    config = _configure(_order(source, SM86), parse(trt, graph, source.directory))
+    config = _configure(_plan_job(source, SM86), parse(trt, graph, source.directory))
 
     assert not config.get_flag(trt.BuilderFlag.TF32)
 

@@ -65,6 +65,18 @@ def test_tensorrt_rtx_lacks_some_options_even_with_a_gpu(machine_with, options, 
             "expected one of them",
             id="refit-and-strip",
         ),
+        pytest.param(
+            BuildOptions(bank="input"), "switchable", "--bank input: found a switchable", id="fed"
+        ),
+        pytest.param(
+            BuildOptions(bank="constant"), "folded", "--bank constant: found a folded", id="bank"
+        ),
+        pytest.param(
+            BuildOptions(bank="constant", refit="scales"),
+            "bank",
+            "--bank: does nothing with --refit scales",
+            id="bank-and-refit",
+        ),
     ],
 )
 def test_options_that_cannot_be_are_usage_errors(machine_with, options, mode, message):

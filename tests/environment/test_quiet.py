@@ -5,10 +5,11 @@ import threading
 import time
 import warnings
 
+import datasets
 import pytest
 from transformers.utils import logging as transformers_logging
 
-from propulsion_export.environment.quiet import quiet
+from propulsion_export.environment.quiet import quiet, quiet_while_tracing
 
 LOGGERS = ("transformers", "torch.onnx", "onnxscript", "peft", "datasets")
 
@@ -20,6 +21,8 @@ def state():
         list(warnings.filters),
         sys.stdout,
         transformers_logging.is_progress_bar_enabled(),
+        datasets.are_progress_bars_disabled(),
+        logging.root.manager.disable,
     )
 
 
@@ -44,6 +47,7 @@ def test_libraries_say_nothing_inside(capsys, heard):
     with quiet():
         chatter()
         assert not transformers_logging.is_progress_bar_enabled()
+        assert datasets.are_progress_bars_disabled()
 
     assert capsys.readouterr().out == ""
     assert heard.messages == []
@@ -62,6 +66,16 @@ def test_their_errors_are_still_heard(heard):
         logging.getLogger("transformers").error("broken")
 
     assert "broken" in heard.messages
+
+
+def test_while_tracing_their_errors_are_not_heard_either(heard):
+    before = state()
+
+    with quiet_while_tracing():
+        logging.getLogger("torch.onnx").error("registry")
+
+    assert heard.messages == []
+    assert state() == before
 
 
 @pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt])

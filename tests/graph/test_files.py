@@ -6,7 +6,8 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from propulsion_export.graph.files import write_graph, write_graphs
+from propulsion_export.errors import ArtifactError
+from propulsion_export.graph.files import external_files, read_graph, write_graph, write_graphs
 from propulsion_export.runners.onnxruntime import onnxruntime_runner
 
 GRAPH = """
@@ -215,3 +216,66 @@ def test_transposed_weight_is_written_as_it_is_read(tmp_path):
     assert data_size(tmp_path) == 2 * weight.nbytes
     np.testing.assert_array_equal(read(tmp_path, "a.onnx")["w"], weight.T)
     np.testing.assert_array_equal(read(tmp_path, "b.onnx")["w"], weight)
+
+
+def redirected(directory, location):
+    """The same graph with its first weight kept at another place."""
+    model = ir.load(directory / "model.onnx")
+    value = model.graph.initializers["weight"]
+    old = value.const_value
+    value.const_value = ir.ExternalTensor(
+        location, old.offset, old.length, old.dtype, shape=old.shape, name=old.name
+    )
+    ir.save(model, directory / "model.onnx")
+
+
+def test_weights_stay_in_their_file_beside_the_graph(folded):
+    model = read_graph(folded().directory)
+
+    assert external_files(model) == ("model.onnx.data",)
+
+
+@pytest.mark.parametrize("location", ["../model.onnx.data", "/etc/passwd", "a/../../b", "a/../b"])
+def test_weights_outside_the_directory_are_refused(folded, location):
+    directory = folded().directory
+    redirected(directory, location)
+
+    with pytest.raises(ArtifactError, match=f"keeps weights in '{location}'"):
+        read_graph(directory)
+
+
+def test_a_link_that_leads_out_of_the_directory_is_refused(folded, tmp_path):
+    directory = folded().directory
+    (directory / "model.onnx.data").rename(tmp_path / "elsewhere")
+    (directory / "model.onnx.data").symlink_to(tmp_path / "elsewhere")
+
+    with pytest.raises(ArtifactError, match=r"keeps weights in 'model\.onnx\.data'"):
+        read_graph(directory)
+
+
+CONSTANT = """
+<ir_version: 10, opset_import: ["" : 20]>
+graph (float[batch, 2] x) => (float[batch, 2] y) {
+    c = Constant <value = float[1] {3.0}> ()
+    y = Mul (x, c)
+}
+"""
+
+
+def test_a_constant_of_a_node_can_escape_no_more_than_an_initializer(tmp_path):
+    model = ir.from_onnx_text(CONSTANT)
+    node = model.graph[0]
+    old = node.attributes["value"].value
+    moved = ir.ExternalTensor("../x", 0, 4, old.dtype, shape=old.shape, name="c")
+    node.attributes["value"] = ir.AttrTensor("value", moved)
+    ir.save(model, tmp_path / "model.onnx")
+
+    with pytest.raises(ArtifactError, match=r"keeps weights in '\.\./x'"):
+        read_graph(tmp_path)
+
+
+def test_what_is_no_onnx_file_is_refused(tmp_path):
+    (tmp_path / "model.onnx").write_bytes(b"\xff\xff not a graph")
+
+    with pytest.raises(ArtifactError, match="is no ONNX file"):
+        read_graph(tmp_path)

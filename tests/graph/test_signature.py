@@ -15,11 +15,13 @@ from propulsion_export.artifacts.manifest import (
     GraphEntry,
     Manifest,
     Slot,
+    TensorSpec,
 )
 from propulsion_export.artifacts.tensor_names import SCALES_INPUT
 from propulsion_export.base_model.fingerprint import Fingerprint
 from propulsion_export.errors import ArtifactError
 from propulsion_export.graph.files import write_graphs
+from propulsion_export.graph.passes.defaults import SetDefaults
 from propulsion_export.graph.signature import check_signature, signature
 from propulsion_export.pipeline.parity import check_parity
 
@@ -168,3 +170,24 @@ def test_file_that_is_no_graph_is_refused_by_name(artifact):
     Artifact.write(artifact.directory, artifact.manifest)
 
     refused(artifact, f"{FIRST}: is no ONNX file")
+
+
+SCALED = """
+<ir_version: 10, opset_import: ["" : 20]>
+graph (float[batch, 2] x, float[2] scale) => (float[batch, 2] y) {
+    y = Mul (x, scale)
+}
+"""
+
+
+def test_signature_has_names_dtypes_dimensions_and_what_is_optional():
+    model = ir.from_onnx_text(SCALED)
+    SetDefaults({"scale": np.array([0.5, 0.25], np.float32)})(model)
+
+    inputs, outputs = signature(model)
+
+    assert inputs == (
+        TensorSpec("x", "float32", ("batch", 2)),
+        TensorSpec("scale", "float32", (2,), optional=True),
+    )
+    assert outputs == (TensorSpec("y", "float32", ("batch", 2)),)

@@ -4,6 +4,7 @@ import json
 import shlex
 import shutil
 from dataclasses import replace
+from functools import cache
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,7 +15,6 @@ import torch
 
 from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.artifacts.artifact import Artifact
-from propulsion_export.base_model.model_fingerprint import fingerprint_of_model
 from propulsion_export.cli import main
 from propulsion_export.errors import UsageError
 from propulsion_export.pipeline.merge import merge
@@ -36,25 +36,24 @@ MORE_KINDS = ("bloom", "gptj", "opt", "mistral", "qwen3", "gemma3", "phi3", "mix
 
 
 @pytest.fixture(scope="session")
-def served(tmp_path_factory, tiny_model, tiny_checkpoint, positive_adapter, write_adapter):
+def served(make_world, exported, shared):
     """`served(kind)`: a tiny model, adapters one and two, and a package of both, switchable."""
-    made = {}
 
+    @cache
     def make(kind):
-        if kind not in made:
-            root = tmp_path_factory.mktemp(kind)
-            base, model = tiny_checkpoint(kind, "text-generation"), tiny_model(kind)
-            for seed, name in enumerate(("one", "two"), 1):
-                adapter = replace(
-                    positive_adapter(model, seed, name, task="text-generation"),
-                    base=str(base),
-                    fingerprint=fingerprint_of_model(model),
-                )
-                write_adapter(adapter, root / name)
-            export_onnx([root / "one", root / "two"], root / "onnx", mode="switchable")
-            package(root / "onnx", root / "served", layout="genai")
-            made[kind] = SimpleNamespace(kind=kind, root=root, directory=root / "served")
-        return made[kind]
+        world, graph = make_world(kind), exported(kind, "switchable")
+
+        def fill(directory):
+            package(graph, directory / "served", layout="genai")
+
+        return SimpleNamespace(
+            kind=kind,
+            one=world.one,
+            two=world.two,
+            base=world.base,
+            onnx=graph,
+            directory=shared(f"genai-{kind}", fill) / "served",
+        )
 
     return make
 
@@ -66,7 +65,7 @@ def by_transformers(tiny_model, served):
     def generate(kind, name):
         model = tiny_model(kind)
         if name is not None:
-            fold_(model, Adapter.read(served(kind).root / name), dtype=torch.float32, untie=True)
+            fold_(model, Adapter.read(getattr(served(kind), name)), dtype=torch.float32, untie=True)
         return [_generate(model, prompt) for prompt in PROMPTS]
 
     return generate
@@ -127,9 +126,8 @@ def test_genai_generates_what_transformers_does_and_switches_adapters(
     assert expected[None] != expected["one"] != expected["two"] != expected[None]
 
 
-def test_a_folded_package_generates_the_adapted_models_tokens(served, by_transformers, tmp_path):
-    export_onnx([served("llama").root / "one"], tmp_path / "onnx")
-    package(tmp_path / "onnx", tmp_path / "served", layout="genai")
+def test_a_folded_package_generates_the_adapted_models_tokens(exported, by_transformers, tmp_path):
+    package(exported("llama", "folded"), tmp_path / "served", layout="genai")
 
     found = by_genai(og.Model(str(tmp_path / "served")), PROMPTS)
 
@@ -137,9 +135,8 @@ def test_a_folded_package_generates_the_adapted_models_tokens(served, by_transfo
     assert list((tmp_path / "served").rglob("*.onnx_adapter")) == []
 
 
-def test_half_precision_is_served_too(served, tmp_path):
-    export_onnx([served("llama").root / "one"], tmp_path / "onnx", dtype="float16")
-    package(tmp_path / "onnx", tmp_path / "served", layout="genai")
+def test_half_precision_is_served_too(exported, tmp_path):
+    package(exported("llama", "folded", "float16"), tmp_path / "served", layout="genai")
     model = og.Model(str(tmp_path / "served"))
 
     [tokens] = by_genai(model, PROMPTS[:1])
@@ -148,17 +145,12 @@ def test_half_precision_is_served_too(served, tmp_path):
 
 
 def test_a_text_ends_where_the_generation_config_says(served, by_transformers, tmp_path):
-    base = shutil.copytree(
-        json.loads((served("llama").root / "one/adapter_config.json").read_text())[
-            "base_model_name_or_path"
-        ],
-        tmp_path / "base",
-    )
+    base = shutil.copytree(served("llama").base, tmp_path / "base")
     tokens = by_transformers("llama", "one")[0]
     last = max(tokens, key=tokens.index)  # the one that comes last for the first time
     ends = {"eos_token_id": [98, last], "bos_token_id": 2}
     (base / "generation_config.json").write_text(json.dumps(ends))
-    export_onnx([served("llama").root / "one"], tmp_path / "onnx", model=str(base))
+    export_onnx([served("llama").one], tmp_path / "onnx", model=str(base))
     package(tmp_path / "onnx", tmp_path / "served", layout="genai")
     model = og.Model(str(tmp_path / "served"))
     params = og.GeneratorParams(model)
@@ -179,7 +171,7 @@ def test_a_package_is_an_artifact_that_runs_and_is_judged_like_its_export(served
     report = check_parity(world.directory)
     told = [
         predict(directory, text=["ba be"], adapter=["two"], max_new_tokens=8)
-        for directory in (world.directory, world.root / "onnx")
+        for directory in (world.directory, world.onnx)
     ]
 
     assert report.passed
@@ -215,7 +207,7 @@ def test_it_holds_all_that_the_server_reads_and_can_be_moved(served, tmp_path):
     ],
 )
 def test_what_the_server_cannot_run_is_refused_by_name(change, message, served, tmp_path):
-    directory = shutil.copytree(served("llama").root / "onnx", tmp_path / "onnx")
+    directory = shutil.copytree(served("llama").onnx, tmp_path / "onnx")
     artifact = Artifact.read(directory)
     artifact.with_manifest(replace(artifact.manifest, **change))
 
@@ -225,14 +217,14 @@ def test_what_the_server_cannot_run_is_refused_by_name(change, message, served, 
 
 
 def test_a_merged_checkpoint_is_refused(served, tmp_path):
-    merge(served("llama").root / "one", tmp_path / "merged")
+    merge(served("llama").one, tmp_path / "merged")
 
     with pytest.raises(UsageError, match=r"is of kind merged, expected an ONNX export"):
         package(tmp_path / "merged", tmp_path / "served", layout="genai")
 
 
 def test_the_export_is_not_written_over_even_by_force(served):
-    directory = served("llama").root / "onnx"
+    directory = served("llama").onnx
 
     with pytest.raises(UsageError, match="is an input of this command"):
         package(directory, directory, layout="genai", force=True)
@@ -245,12 +237,12 @@ def test_nothing_is_left_when_it_fails_on_the_way(served, tmp_path, monkeypatch)
     monkeypatch.setattr("propulsion_export.pipeline.package.write_onnx_adapter", fail)
 
     with pytest.raises(RuntimeError, match="on the way"):
-        package(served("llama").root / "onnx", tmp_path / "served", layout="genai")
+        package(served("llama").onnx, tmp_path / "served", layout="genai")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_command_says_where_it_is_and_how_large(served, tmp_path, capsys):
-    arguments = [str(served("llama").root / "onnx"), "-o", str(tmp_path / "served")]
+    arguments = [str(served("llama").onnx), "-o", str(tmp_path / "served")]
 
     with pytest.raises(SystemExit) as done:
         main(["package", *arguments, "--layout", "genai", "--json"])
@@ -277,7 +269,7 @@ def adapted(switchable, served, tmp_path_factory):
 
     def make(kind):
         if kind not in made:
-            source = switchable if kind == "bert" else served(kind).root / "onnx"
+            source = switchable if kind == "bert" else served(kind).onnx
             package(source, root / kind, layout="onnx-adapter")
             made[kind] = root / kind
         return made[kind]

@@ -297,7 +297,7 @@ def test_rows_are_numbered_as_they_were_added_and_removed_ones_stay_behind(bank,
 
 
 def test_a_row_that_is_not_the_recorded_one_is_not_packaged(bank, tmp_path):
-    with bank.file.open("r+b") as file:
+    with bank.find_file().open("r+b") as file:
         file.seek(2 * 3 * 4)  # the row of `a`
         file.write(b"\x01")
     snapshot = bank.snapshot()

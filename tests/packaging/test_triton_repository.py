@@ -73,7 +73,7 @@ def test_a_mixed_batch_of_the_packaged_graph_is_the_banks_bit_for_bit(repository
     alone = shutil.copytree(repository / "topics" / "1", tmp_path / "alone")
     names = ["five", "base", "three", "five", "three", "base"]
     known, bank = told_adapters(repository / "topics"), Artifact.read(banked)
-    rows, values = bank.bank.choose(names)
+    rows, values = bank.open_bank().choose(names)
     session, original = (
         onnxruntime.InferenceSession(directory / "model.onnx") for directory in (alone, banked)
     )
@@ -128,9 +128,9 @@ def test_adapters_are_told_with_their_labels_and_those_removed_stay_behind(banke
         "again": 2,
     }
     assert known["again"]["labels"] == ["three-0", "three-1", "three-2"]
-    assert known["again"]["digest"] == Artifact.read(directory).adapters["again"].digest
+    assert known["again"]["digest"] == Artifact.read(directory).list_adapters()["again"].digest
     written = (tmp_path / "models" / "m" / "1" / "propulsion_bank.bin").stat().st_size
-    snapshot = Artifact.read(directory).bank.snapshot()
+    snapshot = Artifact.read(directory).open_bank().snapshot()
     # The base model, two adapters, and the row of ids that nobody has.
     assert written == 4 * snapshot.values[0].nbytes
 
@@ -161,11 +161,11 @@ def test_an_engine_with_its_bank_inside_keeps_the_numbers_it_was_built_with(bank
     model = tmp_path / "models" / "m"
     assert (model / "1" / "model.plan").read_bytes() == b"engine"
     assert [path.name for path in (model / "1").iterdir()] == ["model.plan"]
-    numbers = {name: row.number for name, row in artifact.bank.rows().items()}
+    numbers = {name: row.number for name, row in artifact.open_bank().rows().items()}
     assert {name: entry["id"] for name, entry in told_adapters(model).items()} == {
         "base": 0,
         **numbers,
-    } | {"three": Artifact.read(engine).bank.rows()["three"].number}
+    } | {"three": Artifact.read(engine).open_bank().rows()["three"].number}
     config = text_format.Parse((model / "config.pbtxt").read_text(), ModelConfig())
     assert (config.backend, config.max_batch_size) == ("tensorrt", 4)
 
@@ -202,7 +202,7 @@ def test_a_repository_is_replaced_by_force_alone_and_by_no_other_command(banked,
 
     assert {path.name for path in output.iterdir()} == {"new", "propulsion.json"}
     with pytest.raises(
-        ArtifactError, match="is a package for Triton, which has its adapters inside"
+        ArtifactError, match="is a package for Triton, expected an artifact"
     ):
         predict(output, text=["ba"])
 
@@ -219,8 +219,8 @@ def test_the_bank_is_not_written_over_even_by_force(output, banked, tmp_path):
 
 def test_nothing_is_left_of_a_repository_that_fails_on_the_way(banked, tmp_path):
     directory = shutil.copytree(banked, tmp_path / "bank")
-    bank = Artifact.read(directory).bank
-    with bank.file.open("r+b") as file:
+    bank = Artifact.read(directory).open_bank()
+    with bank.find_file().open("r+b") as file:
         file.seek(bank.rows()["five"].number * bank.values()[0].nbytes)
         file.write(b"\xff\xff")
 

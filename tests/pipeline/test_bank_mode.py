@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from transformers import AutoModelForSequenceClassification
 
-from kinds import DECODERS, ENCODER_DECODERS, GENERATIVE
+from kinds import DECODERS, ENCODER_DECODERS, EXPERTS
 from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.adapters.names import BASE_NAME
 from propulsion_export.artifacts.artifact import Artifact
@@ -47,7 +47,6 @@ from propulsion_export.serving.session import Session
 
 ENCODERS = ("bert", "roberta", "distilbert", "electra", "deberta-v2", "albert", "mpnet")
 TASKS = ("token-classification", "question-answering", "fill-mask", "feature-extraction")
-EXPERTS = ("mixtral", "qwen3-moe")
 ADAPTERS, ROWS, LENGTH = 1000, 40, 6
 LABELS = ("no", "yes", "maybe")  # of the checkpoint
 CASES = [
@@ -59,33 +58,13 @@ CASES = [
 
 
 @pytest.fixture(scope="session")
-def build_bank(tmp_path_factory, tiny_model, tiny_checkpoint, positive_adapter, write_adapter):
+def build_bank(make_world, exported):
     """`build_bank(kind, task)`: a bank of two adapters, with their directories and the model."""
-    made = {}
 
     def make(kind, task):
-        if (kind, task) in made:
-            return made[kind, task]
-        root = tmp_path_factory.mktemp(f"{kind}-{task}")
-        base = tiny_checkpoint(kind, task)
-        model = tiny_model(kind, *(() if kind in GENERATIVE else (task,)))
-        options = {
-            "biases": kind not in ("deberta-v2", *GENERATIVE),
-            "head": task in ("text-classification", "token-classification", "question-answering"),
-            "only": "self_attn" if kind in EXPERTS else None,
-        }
-        adapters = []
-        for seed, name in ((1, "one"), (2, "two")):
-            adapter = positive_adapter(model, seed, name, task=task, **options)
-            adapters.append(
-                replace(adapter, base=str(base), fingerprint=fingerprint_of_model(model))
-            )
-            write_adapter(adapters[-1], root / name)
-        export_onnx([root / "one", root / "two"], root / "bank", mode="bank")
-        made[kind, task] = SimpleNamespace(
-            bank=root / "bank", root=root, model=model, one=root / "one", two=root / "two"
-        )
-        return made[kind, task]
+        world = make_world(kind, task, experts=kind not in EXPERTS)
+        bank = exported(kind, "bank", task=task)
+        return SimpleNamespace(bank=bank, model=world.model, one=world.one, two=world.two)
 
     return make
 
@@ -231,7 +210,7 @@ def test_an_adapter_is_added_later_without_a_new_trace(banked, world, tmp_path):
     add_adapter(directory, f"later={world.three}")
 
     assert (directory / "model.onnx").read_bytes() == graph
-    assert sorted(Artifact.read(directory).adapters) == ["five", "later", "three"]
+    assert sorted(Artifact.read(directory).list_adapters()) == ["five", "later", "three"]
     report = check_parity(directory)
     assert report.passed
     assert "later" in {check.adapter for check in report.checks if check.case == "effect"}
@@ -241,10 +220,10 @@ def test_adapters_are_removed_down_to_the_base_model(banked, tmp_path):
     directory = copied(banked, tmp_path)
 
     remove_adapter(directory, "three")
-    assert list(Artifact.read(directory).adapters) == ["five"]
+    assert list(Artifact.read(directory).list_adapters()) == ["five"]
     remove_adapter(directory, "five")
 
-    assert Artifact.read(directory).adapters == {}
+    assert Artifact.read(directory).list_adapters() == {}
     with pytest.raises(UnknownAdapterError, match="no adapter 'five'"):
         remove_adapter(directory, "five")
     with pytest.raises(UnknownAdapterError, match="no adapter 'three'"):
@@ -261,7 +240,8 @@ def test_replacing_an_adapter_needs_force_and_changes_what_is_computed(banked, w
 
     after = packed_inputs(Artifact.read(directory), "three")
     assert not np.array_equal(before["propulsion_scales"], after["propulsion_scales"])
-    assert Artifact.read(directory).adapters["three"].labels == tuple(f"five-{i}" for i in range(5))
+    entry = Artifact.read(directory).list_adapters()["three"]
+    assert entry.labels == tuple(f"five-{i}" for i in range(5))
 
 
 def test_an_adapter_that_has_no_room_is_refused(banked, world, tmp_path):
@@ -275,7 +255,7 @@ def test_an_adapter_that_has_no_room_is_refused(banked, world, tmp_path):
     with pytest.raises(AdapterError, match=r"classifier.weight has shape \[9, 32\], the artifact"):
         add_adapter(directory, tmp_path / "wide")
 
-    assert sorted(Artifact.read(directory).adapters) == ["five", "three"]
+    assert sorted(Artifact.read(directory).list_adapters()) == ["five", "three"]
 
 
 def test_an_adapter_of_another_base_model_is_refused(banked, world, tiny_model, tmp_path):
@@ -288,7 +268,7 @@ def test_an_adapter_of_another_base_model_is_refused(banked, world, tiny_model, 
         add_adapter(directory, tmp_path / "stranger")
     assert " -m" not in str(told.value)  # which `adapter add` has not
 
-    assert sorted(Artifact.read(directory).adapters) == ["five", "three"]
+    assert sorted(Artifact.read(directory).list_adapters()) == ["five", "three"]
 
 
 @pytest.mark.parametrize("mistake", ["swapped", "moved"])
@@ -296,7 +276,7 @@ def test_a_planted_mistake_fails(mistake, banked, tmp_path):
     """Rows that are each other's, and a row whose scales lie one channel off."""
     directory = copied(banked, tmp_path)
     artifact = Artifact.read(directory)
-    rows, values = artifact.bank.rows(), np.array(artifact.bank.values())
+    rows, values = artifact.open_bank().rows(), np.array(artifact.open_bank().values())
     three, five = values[rows["three"].number], values[rows["five"].number]
     planted = {
         "swapped": {"three": five, "five": three},
@@ -316,9 +296,9 @@ def test_a_planted_mistake_fails(mistake, banked, tmp_path):
 
 def test_a_damaged_row_is_found(banked, tmp_path):
     directory = copied(banked, tmp_path)
-    bank = Artifact.read(directory).bank
+    bank = Artifact.read(directory).open_bank()
     row = bank.rows()["three"]
-    with bank.file.open("r+b") as file:
+    with bank.find_file().open("r+b") as file:
         file.seek(row.number * bank.width * 4 + 40)
         file.write(b"\x00\x00\x80\x7f")
 
@@ -391,10 +371,10 @@ def test_an_adapter_without_a_head_does_not_get_anothers(banked, world, tmp_path
     (tmp_path / "headless").mkdir()
     replace(Adapter.read(world.three), modules={}, labels=None).write(tmp_path / "headless")
 
-    with pytest.raises(AdapterError, match=r"has no classifier.weight, and the base model none"):
+    with pytest.raises(AdapterError, match=r"has no classifier.weight, nor has the base model"):
         add_adapter(directory, tmp_path / "headless")
 
-    assert sorted(Artifact.read(directory).adapters) == ["five", "three"]
+    assert sorted(Artifact.read(directory).list_adapters()) == ["five", "three"]
 
 
 def test_an_adapter_without_a_head_has_the_checkpoints_own(build_bank, tmp_path):
@@ -409,7 +389,7 @@ def test_an_adapter_without_a_head_has_the_checkpoints_own(build_bank, tmp_path)
     feeds = packed_inputs(Artifact.read(directory), "headless")
     base = packed_inputs(Artifact.read(directory), BASE_NAME)
     np.testing.assert_array_equal(feeds["propulsion_modules"], base["propulsion_modules"])
-    assert Artifact.read(directory).adapters["headless"].labels == LABELS
+    assert Artifact.read(directory).list_adapters()["headless"].labels == LABELS
     assert check_parity(directory).passed
 
 
@@ -479,5 +459,5 @@ def test_the_verdict_passes_when_the_widest_head_is_gone(mode, banked, switchabl
 def test_the_base_model_is_not_removed(mode, banked, switchable, tmp_path):
     directory = copied(banked if mode == "bank" else switchable, tmp_path)
 
-    with pytest.raises(UsageError, match="'base' is the base model, which is not removed"):
+    with pytest.raises(UsageError, match="'base' is the base model, which cannot be removed"):
         remove_adapter(directory, "base")

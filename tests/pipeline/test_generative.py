@@ -9,7 +9,6 @@ import itertools
 import json
 import shutil
 from dataclasses import replace
-from functools import cache
 
 import numpy as np
 import pytest
@@ -62,20 +61,6 @@ def tokens_of_artifact(directory, adapter=None, prompts=PROMPTS):
     model = open_candidate(artifact, choose_runner(artifact, "auto"))
     feeds = {**model.pad([np.array(p) for p in prompts], 0), **artifact.feeds(adapter)}
     return np.stack(list(itertools.islice(generate(model, feeds, greedy), STEPS)), axis=1)
-
-
-@pytest.fixture(scope="session")
-def exported(make_world, tmp_path_factory):
-    """`exported(kind, mode)`: folded has the adapter `one`, switchable both; copy to change it."""
-
-    @cache
-    def make(kind, mode):
-        world, output = make_world(kind), tmp_path_factory.mktemp(kind) / mode
-        adapters = [world.one] if mode == "folded" else [world.one, world.two]
-        export_onnx(adapters, output, mode=mode)
-        return output
-
-    return make
 
 
 def assert_passed(report):

@@ -2,13 +2,16 @@ import json
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
@@ -18,12 +21,14 @@ from transformers import (
 
 from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.adapters.scales import Scale
+from propulsion_export.artifacts import artifact
 from propulsion_export.artifacts.artifact import Artifact
 from propulsion_export.base_model.model_fingerprint import fingerprint_of_model
 from propulsion_export.errors import AdapterError, BaseModelError, UsageError
 from propulsion_export.pipeline.merge import merge, parse_size
 from propulsion_export.pipeline.parity import check_parity
 from propulsion_export.scaling.attach import attached
+from propulsion_export.scaling.fold import source
 
 
 def test_merged_checkpoint_passes_parity_and_names_its_labels(world, tmp_path):
@@ -129,6 +134,49 @@ def test_a_shared_weight_is_untied_only_when_asked(
     with torch.no_grad():
         torch.testing.assert_close(merged(tokens).logits, expected)
     assert check_parity(tmp_path / "out").passed
+
+
+@pytest.fixture
+def sharded_base(world, tmp_path):
+    """The base model of `world` in several weight files."""
+    directory = shutil.copytree(world.base, tmp_path / "sharded")
+    (directory / "model.safetensors").unlink()
+    AutoModel.from_pretrained(world.base).save_pretrained(directory, max_shard_size="20KB")
+    assert len(list(directory.glob("*.safetensors"))) > 2
+    return directory
+
+
+def test_a_merge_hashes_no_file_twice_and_reads_each_header_once(
+    world, sharded_base, tmp_path, monkeypatch
+):
+    calls = Counter()
+
+    def count(module, name):
+        original = getattr(module, name)
+
+        def counted(file, *args, **options):
+            calls[name, Path(file).name] += 1
+            return original(file, *args, **options)
+
+        monkeypatch.setattr(module, name, counted)
+
+    count(artifact, "digest_of")
+    count(source, "safe_open")
+
+    merge(world.three, tmp_path / "out", model=str(sharded_base))
+
+    written = {file.name for file in (tmp_path / "out").iterdir()} - {"propulsion.json"}
+    shards = {file.name for file in sharded_base.glob("*.safetensors")}
+    assert calls == {
+        **{("digest_of", name): 1 for name in written},
+        **{("safe_open", name): 1 for name in shards},
+    }
+
+
+def test_a_merge_returns_the_artifact_that_it_wrote(world, tmp_path):
+    merged = merge(world.three, tmp_path / "out")
+
+    assert merged == Artifact.read(tmp_path / "out")
 
 
 def test_force_replaces_an_earlier_merge_and_nothing_else(world, tmp_path):

@@ -114,7 +114,9 @@ def test_half_precision_exports_pass_at_that_precision(mode, world, tmp_path):
     assert report.passed, [check.detail for check in report.checks]
     assert report.dtype == "float16"
     inputs = Artifact.read(tmp_path / "out").manifest.inputs
-    assert {spec.dtype for spec in inputs if spec.optional} <= {"float16"}
+    packed = {spec.name: spec.dtype for spec in inputs if spec.optional}
+    names = ("propulsion_scales", "propulsion_biases", "propulsion_modules")
+    assert packed == (dict.fromkeys(names, "float16") if mode == "switchable" else {})
 
 
 @pytest.mark.parametrize("mode", ["folded", "switchable"])
@@ -221,18 +223,21 @@ def test_a_wrong_call_is_told_before_anything_is_loaded(
     assert not (tmp_path / "out").exists()
 
 
-def test_scales_that_half_precision_cannot_hold_are_refused_unless_accepted(
-    world, tmp_path, write_adapter
-):
-    adapter = Adapter.read(world.three)
-    path = next(iter(adapter.scales))
-    large = adapter.scales[path].values.copy()
-    large[4] = 1e5
-    scales = {**adapter.scales, path: Scale(large)}
-    write_adapter(replace(adapter, scales=scales), tmp_path / "large")
+def test_scales_that_half_precision_cannot_hold_are_refused_unless_accepted(out_of_range, tmp_path):
+    (path, scale), *_ = Adapter.read(out_of_range).scales.items()
+    half = {"mode": "switchable", "dtype": "float16"}
 
     with pytest.raises(UsageError, match=f"{path}: scale 1e\\+05 of channel 4 becomes inf"):
-        export_onnx([tmp_path / "large"], tmp_path / "out", mode="switchable", dtype="float16")
+        export_onnx([out_of_range], tmp_path / "out", **half)
+    assert not (tmp_path / "out").exists()
+    artifact = export_onnx([out_of_range], tmp_path / "out", **half, allow_range=True)
+
+    (slot,) = (s for s in artifact.manifest.layout["propulsion_scales"] if s.path == path)
+    packed = artifact.feeds("out-of-range")["propulsion_scales"]
+    stored = packed[slot.offset : slot.offset + slot.length]
+    assert (stored[4], stored[5]) == (np.inf, np.float16(1e-7))
+    assert stored[5] != pytest.approx(scale.values[5], rel=0.1)
+    np.testing.assert_array_equal(stored[6:], scale.values[6:].astype(np.float16))
 
 
 def test_a_graph_with_roberta_s_positions_runs_in_the_reference_evaluator(

@@ -4,7 +4,6 @@ import pytest
 
 from propulsion_export.artifacts.artifact import Artifact
 from propulsion_export.artifacts.changing import add_adapter
-from propulsion_export.base_model.model_fingerprint import fingerprint_of_model
 from propulsion_export.cli import main
 from propulsion_export.engine import BuildOptions
 from propulsion_export.errors import (
@@ -14,7 +13,6 @@ from propulsion_export.errors import (
     UsageError,
 )
 from propulsion_export.pipeline.merge import merge
-from propulsion_export.pipeline.onnx import export_onnx
 from propulsion_export.pipeline.trt import build_engine
 
 TARGETS = ("sm_86", "sm_89", "sm_120")
@@ -42,12 +40,12 @@ PACKED = {"propulsion_scales", "propulsion_biases", "propulsion_modules"}
 
 
 @pytest.fixture(scope="session")
-def exports(world, folded, switchable):
-    made = {("folded", "float32"): folded, ("switchable", "float32"): switchable}
-    for mode in ("folded", "switchable"):
-        made[mode, "float16"] = world.root / f"{mode}-float16"
-        export_onnx([world.three], made[mode, "float16"], mode=mode, dtype="float16")
-    return made
+def exports(export_world):
+    return {
+        (mode, dtype): export_world(mode, "keep" if dtype == "float32" else dtype)
+        for mode in ("folded", "switchable")
+        for dtype in ("float32", "float16")
+    }
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -121,21 +119,11 @@ def test_an_engine_never_replaces_the_export_it_is_built_from(exports):
 
 
 @pytest.fixture(scope="session")
-def generative(tmp_path_factory, tiny_model, tiny_checkpoint, positive_adapter, write_adapter):
-    """`generative(kind, mode, dtype)`: the export of a tiny generative model with an adapter."""
-    made = {}
+def generative(exported):
+    """`generative(kind, mode, dtype)`: the export of a tiny generative model with adapters."""
 
     def make(kind, mode="folded", dtype="float16"):
-        if (kind, mode, dtype) not in made:
-            root = tmp_path_factory.mktemp(f"{kind}-{mode}-{dtype}")
-            task = "text2text-generation" if kind in ("t5", "bart") else "text-generation"
-            base, model = tiny_checkpoint(kind, task), tiny_model(kind)
-            adapter = positive_adapter(model, 1, "one", task=task)
-            adapter = replace(adapter, base=str(base), fingerprint=fingerprint_of_model(model))
-            write_adapter(adapter, root / "one")
-            export_onnx([root / "one"], root / "onnx", mode=mode, dtype=dtype)
-            made[kind, mode, dtype] = root / "onnx"
-        return made[kind, mode, dtype]
+        return exported(kind, mode, "keep" if dtype == "float32" else dtype)
 
     return make
 
@@ -265,14 +253,14 @@ def test_an_encoder_decoder_is_refused_by_name(kind, name, generative, tmp_path)
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_a_bank_becomes_an_engine_whose_profile_covers_the_number_of_adapters(
-    dtype, world, tmp_path
+    dtype, export_world, tmp_path
 ):
-    export_onnx([world.three, world.five], tmp_path / "bank", mode="bank", dtype=dtype)
+    bank = export_world("bank", "keep" if dtype == "float32" else dtype)
 
-    artifact = build_engine(tmp_path / "bank", tmp_path / "engine", RTX)
+    artifact = build_engine(bank, tmp_path / "engine", RTX)
 
     read = {spec.name: spec for spec in artifact.manifest.inputs}
-    width = artifact.bank.width
+    width = artifact.open_bank().width
     assert read["propulsion_bank"].shape == ("adapters", width)
     assert read["propulsion_bank"].dtype == dtype
     assert read["adapter_ids"].shape == ("batch",)
@@ -296,7 +284,7 @@ def test_the_bank_of_a_decoder_becomes_an_engine(kind, generative, tmp_path):
 
 
 def test_more_adapters_than_that_can_be_asked_for(banked, tmp_path):
-    width = Artifact.read(banked).bank.width
+    width = Artifact.read(banked).open_bank().width
     shapes = {"propulsion_bank": (50_000, width)}
 
     artifact = build_engine(banked, tmp_path / "engine", replace(SM89, max_shapes=shapes))
@@ -311,9 +299,9 @@ def test_an_engine_of_a_bank_takes_adapters_without_another_build(banked, world,
 
     changed = add_adapter(tmp_path / "engine", f"later={world.three}")
 
-    assert sorted(changed.adapters) == ["five", "later", "three"]
+    assert sorted(changed.list_adapters()) == ["five", "later", "three"]
     assert (tmp_path / "engine" / "model.engine").read_bytes() == before
-    assert sorted(Artifact.read(banked).adapters) == ["five", "three"]
+    assert sorted(Artifact.read(banked).list_adapters()) == ["five", "three"]
 
 
 def test_a_bank_that_is_built_in_is_no_input_and_takes_no_further_adapters(banked, world, tmp_path):
@@ -323,7 +311,7 @@ def test_a_bank_that_is_built_in_is_no_input_and_takes_no_further_adapters(banke
     assert "adapter_ids" in names
     assert "propulsion_bank" not in names
     assert "propulsion_bank" not in artifact.manifest.engine.profiles[0]
-    assert artifact.bank.rows() == Artifact.read(banked).bank.rows()
+    assert artifact.open_bank().rows() == Artifact.read(banked).open_bank().rows()
     with pytest.raises(ArtifactError, match="has its adapters built into the engine"):
         add_adapter(tmp_path / "engine", f"later={world.three}")
 

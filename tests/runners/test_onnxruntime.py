@@ -5,17 +5,13 @@ import weakref
 
 import ml_dtypes
 import numpy as np
-import onnx.reference
 import onnx_ir as ir
 import pytest
 
 from propulsion_export.errors import ToolError, UnavailableError
 from propulsion_export.graph.passes.defaults import SetDefaults
-from propulsion_export.runners import onnxruntime as graphs
 from propulsion_export.runners.onnxruntime import onnxruntime_runner, place
 from propulsion_export.runners.reference import reference_runner
-from propulsion_export.runners.tensorrt import fitting_profile, tensorrt_runner
-from propulsion_export.runners.tensorrt import place as place_on_gpu
 
 # The second input gets a default.
 SCALED = """
@@ -82,83 +78,6 @@ def test_broken_file_is_refused_with_its_name(tmp_path):
 def test_missing_file_is_refused_with_its_name(tmp_path):
     with pytest.raises(ToolError, match=r"gone\.onnx: ONNX Runtime cannot load it"):
         onnxruntime_runner(tmp_path / "gone.onnx")
-
-
-@pytest.mark.parametrize("runtime", ["tensorrt", "tensorrt-rtx"])
-def test_engine_without_a_gpu_is_unavailable_with_the_reason(runtime, tmp_path, monkeypatch):
-    monkeypatch.setattr(graphs, "cuda_devices", lambda: ())
-    monkeypatch.setattr(graphs, "cuda_reason", lambda: "there is no CUDA driver")
-
-    with pytest.raises(UnavailableError, match="runs on a GPU only, and there is no CUDA driver"):
-        tensorrt_runner(tmp_path / "model.engine", runtime)
-
-
-PREFILL = {
-    "tokens": {"min": [1, 1], "opt": [8, 128], "max": [32, 256]},
-    "past": {"min": [1, 0], "opt": [8, 0], "max": [32, 0]},
-}
-DECODING = {
-    "tokens": {"min": [1, 1], "opt": [8, 1], "max": [32, 1]},
-    "past": {"min": [1, 1], "opt": [8, 64], "max": [32, 255]},
-}
-PROFILES = (PREFILL, DECODING)
-
-
-@pytest.mark.parametrize(
-    ("tokens", "past", "number"),
-    [((2, 9), (2, 0), 0), ((2, 1), (2, 0), 0), ((2, 1), (2, 9), 1), ((32, 1), (32, 255), 1)],
-)
-def test_first_profile_that_fits_is_taken(tokens, past, number):
-    feeds = {"tokens": np.zeros(tokens), "past": np.zeros(past)}
-
-    assert fitting_profile(PROFILES, feeds) == number
-
-
-@pytest.mark.parametrize(("tokens", "past"), [((2, 9), (2, 9)), ((33, 1), (33, 0))])
-def test_shapes_that_no_profile_has_are_refused_with_their_names(tokens, past):
-    feeds = {"tokens": np.zeros(tokens), "past": np.zeros(past)}
-
-    with pytest.raises(ToolError, match=r"no profile of the engine has room for tokens \["):
-        fitting_profile(PROFILES, feeds)
-
-
-GATHER = """
-<ir_version: 10, opset_import: ["" : 20]>
-graph (float[2, 80] data, int64[2, 3] indices) => (float[2, 3] picked) {
-    picked = GatherElements <axis = 1> (data, indices)
-}
-"""
-
-
-@pytest.fixture
-def gathered(tmp_path):
-    ir.save(ir.from_onnx_text(GATHER), tmp_path / "gather.onnx")
-    data = np.arange(160, dtype=np.float32).reshape(2, 80)
-    indices = np.array([[79, 0, 3], [1, 1, 7]])
-    return tmp_path / "gather.onnx", {"data": data, "indices": indices}
-
-
-def test_elements_are_gathered_from_a_wide_matrix(gathered):
-    path, feeds = gathered
-
-    picked = reference_runner(path)(feeds)["picked"]
-
-    np.testing.assert_array_equal(picked, onnxruntime_runner(path)(feeds)["picked"])
-    np.testing.assert_array_equal(picked, [[79, 0, 3], [81, 81, 87]])
-
-
-@pytest.mark.xfail(raises=ValueError, reason="a bug of onnx 1.23; when it passes, drop our own")
-def test_onnx_gathers_such_elements_by_itself(gathered):
-    path, feeds = gathered
-
-    onnx.reference.ReferenceEvaluator(str(path)).run(None, feeds)
-
-
-def test_what_the_evaluator_cannot_run_is_unavailable(gathered):
-    path, feeds = gathered
-
-    with pytest.raises(UnavailableError, match="reference evaluator cannot run it"):
-        reference_runner(path)({**feeds, "indices": np.array([[99, 0, 0]] * 2)})
 
 
 # Arrays that stay where they are
@@ -267,41 +186,10 @@ def owned():
         return next(int(line.split()[1]) for line in status if line.startswith("RssAnon")) * 1024
 
 
-def test_an_array_on_the_gpu_is_freed_with_the_last_who_uses_it(monkeypatch):
-    """Polygraphy leaves that to its user."""
-    import polygraphy.cuda
-
-    freed = []
-
-    class Memory:
-        """Stands in for the GPU's."""
-
-        def free(self, address):
-            freed.append(address)
-
-    class DeviceArray:
-        def __init__(self, shape, dtype):
-            self.shape, self.ptr = shape, 4096
-
-        def copy_from(self, values):
-            return self
-
-    monkeypatch.setattr(polygraphy.cuda, "wrapper", Memory)
-    monkeypatch.setattr(polygraphy.cuda, "DeviceArray", DeviceArray)
-    placed = place_on_gpu(np.ones((4, 2), np.float32), "cuda")
-    gc.collect()
-    assert (placed.shape, freed) == ((4, 2), [])
-
-    del placed
-    gc.collect()
-
-    assert freed == [4096]
-
-
 @pytest.mark.parametrize(
-    ("told", "expected"), [("3", 3), ("2,1", 2), (" 4 ", 4), ("", 0), ("many", 0), (None, 0)]
+    ("variable", "expected"), [("3", 3), ("2,1", 2), (" 4 ", 4), ("", 0), ("many", 0), (None, 0)]
 )
-def test_onnx_runtime_has_as_many_threads_as_pytorch(told, expected, tmp_path, monkeypatch):
+def test_onnx_runtime_has_as_many_threads_as_pytorch(variable, expected, tmp_path, monkeypatch):
     import onnxruntime
 
     asked = []
@@ -313,8 +201,8 @@ def test_onnx_runtime_has_as_many_threads_as_pytorch(told, expected, tmp_path, m
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    if told is not None:
-        monkeypatch.setenv("OMP_NUM_THREADS", told)
+    if variable is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", variable)
     ir.save(ir.from_onnx_text(THREADS_GRAPH), tmp_path / "model.onnx")
 
     onnxruntime_runner(tmp_path / "model.onnx")
@@ -328,3 +216,8 @@ graph (float[n] x) => (float[n] y) {
     y = Neg (x)
 }
 """
+
+
+def test_shapes_that_do_not_fit_are_refused_with_the_inputs(scaled):
+    with pytest.raises(ToolError, match=r"model\.onnx: the model failed on inputs x \[2, 3\] \("):
+        onnxruntime_runner(scaled)({"x": np.ones((2, 3), np.float32)})

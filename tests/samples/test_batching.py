@@ -79,7 +79,7 @@ def test_a_row_of_nan_is_told_alone():
 
     assert (one.prediction, again.prediction) == ({"label": "a"}, {"label": "c"})
     assert type(two) is ArtifactError
-    assert str(two) == "the adapter 'two' computes NaN of this text"
+    assert str(two) == "the adapter 'two' computes NaN for this text"
 
 
 # The batcher alone
@@ -185,7 +185,7 @@ def test_a_full_queue_refuses_and_takes_again_later():
         first = batcher.submit([Row("t", "a")])
         await until(lambda: compute.batches)
         waiting = batcher.submit([Row("t", "b")])
-        with pytest.raises(batching.Full, match="no room for 2 more of 2"):
+        with pytest.raises(batching.Full, match="holds 1 of 2 rows, no room for 2 more"):
             batcher.submit([Row("t", "c")] * 2)  # all or none
         waiting += batcher.submit([Row("t", "d")])
         with pytest.raises(batching.Full):

@@ -249,7 +249,7 @@ def test_a_full_queue_says_when_to_come_again(session):
         others = [computed.result()[0], waiting.result()[0]]
 
     assert (status, headers["Retry-After"]) == (503, "1")
-    assert told["error"] == "the queue: has no room for 1 more of 1. Try again."
+    assert told["error"] == "the queue: holds 1 of 1 rows, no room for 1 more. Try again."
     assert others == [200, 200]
 
 

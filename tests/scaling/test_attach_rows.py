@@ -262,7 +262,7 @@ def test_after_a_failure_the_model_is_the_base_model(tiny_model, random_adapter)
     ("kind", "options", "found"),
     [
         ("mixtral", {}, "experts.gate_up_proj: scales experts"),
-        ("deberta-v2", {"biases": True}, "pos_key_proj.bias: of Linear there is no other bias"),
+        ("deberta-v2", {"biases": True}, "pos_key_proj.bias: the bias of Linear cannot differ"),
     ],
 )
 def test_what_cannot_differ_by_row_is_refused_by_name(
@@ -297,7 +297,7 @@ def test_a_saved_embedding_is_refused_by_name(tiny_model, random_adapter):
     adapter = replace(random_adapter(model), modules={name: np.ones((100, 32), np.float32)})
 
     with (
-        pytest.raises(UsageError, match="of Embedding there is no other weight"),
+        pytest.raises(UsageError, match="the weight of Embedding cannot differ"),
         attached_rows(model, layout_of(model, [adapter])),
     ):
         pass
@@ -316,6 +316,6 @@ def test_an_output_without_rows_is_refused_by_name():
     model = Turned()
     with (
         attached_rows(model, layout),
-        pytest.raises(UsageError, match=r"inner: computes \[5, 2, 3\] of a batch of 2"),
+        pytest.raises(UsageError, match=r"inner: computes \[5, 2, 3\] for a batch of 2"),
     ):
         model(torch.ones(2, 5, 4), **{ROWS_INPUT: torch.ones(2, 3)})

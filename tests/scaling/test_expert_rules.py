@@ -157,7 +157,7 @@ def without_weights(kind, **attributes):
             id="biases",
         ),
         pytest.param(
-            without_weights(Llama4TextExperts), "Llama4TextExperts does not say which", id="axes"
+            without_weights(Llama4TextExperts), "Llama4TextExperts has no is_transposed", id="axes"
         ),
     ],
 )

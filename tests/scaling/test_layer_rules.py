@@ -100,7 +100,7 @@ def test_folded_layer_gives_the_scaled_output(kind, values):
 
 
 @kinds
-def test_fold_of_a_slightly_other_scale_is_told_apart(kind):
+def test_fold_of_a_slightly_other_scale_differs(kind):
     module, inputs = made(kind)
     scale = torch.tensor([0.5, -1.5, 0.0, 2.0, 1.0], dtype=torch.float64)
     other = scale + torch.tensor([0, 1e-2, 0, 0, 0], dtype=torch.float64)

@@ -157,7 +157,7 @@ def test_a_bank_keeps_the_rows_it_began_with_when_it_is_compacted(copies, world)
     before = fed(group).copy()
 
     remove_adapter(directory, "five")
-    Artifact.read(directory).bank.compact()
+    Artifact.read(directory).open_bank().compact()
     add_adapter(directory, f"three={world.five}", force=True)
     later = read(directory, roster)
     del roster
@@ -172,8 +172,8 @@ def test_a_damaged_row_is_refused_whenever_it_came_and_the_others_are_not(copies
     roster = read(directory)
     roster.groups(["three", "five"], 2)
     add_adapter(directory, f"new={world.three}")
-    bank = Artifact.read(directory).bank
-    with bank.file.open("r+b") as file:
+    bank = Artifact.read(directory).open_bank()
+    with bank.find_file().open("r+b") as file:
         file.seek(bank.rows()["new"].number * bank.width * 4 + 40)
         file.write(b"\x00\x00\x80\x7f")
 

@@ -26,7 +26,6 @@ from propulsion_export.artifacts.artifact import Artifact
 from propulsion_export.artifacts.bank import REGISTRY_FILE
 from propulsion_export.artifacts.changing import add_adapter, remove_adapter
 from propulsion_export.artifacts.manifest import EngineEntry
-from propulsion_export.base_model.model_fingerprint import fingerprint_of_model
 from propulsion_export.errors import (
     ToolError,
     UnavailableError,
@@ -35,7 +34,6 @@ from propulsion_export.errors import (
 )
 from propulsion_export.parity.comparison import FACTOR
 from propulsion_export.pipeline.merge import merge
-from propulsion_export.pipeline.onnx import export_onnx
 from propulsion_export.pipeline.run import predict
 from propulsion_export.runners import onnxruntime as graphs
 from propulsion_export.runners.pytorch import torch_runner
@@ -50,9 +48,8 @@ KINDS = ("switchable", "banked")
 
 
 @pytest.fixture(scope="session")
-def merged(world):
-    merge(world.three, world.root / "merged-three")
-    return world.root / "merged-three"
+def merged(world, shared):
+    return shared("world-merged", lambda root: merge(world.three, root / "three")) / "three"
 
 
 @pytest.fixture(scope="session")
@@ -210,21 +207,19 @@ def test_what_transformers_tokenizes_is_taken_as_it_is(world, opened):
 
 
 @pytest.fixture(scope="session")
-def make_task(tmp_path_factory, tiny_model, tiny_checkpoint, positive_adapter, write_adapter):
+def make_task(make_world, exported, shared):
     """`make_task(task)`: a bank of two adapters, and a merged checkpoint of each."""
 
-    @cache
     def make(task):
-        root = tmp_path_factory.mktemp(task)
-        base, model = tiny_checkpoint("bert", task), tiny_model("bert", task)
-        labels = ("no", "yes", "maybe") if "classification" in task else None
-        for seed, name in ((1, "one"), (2, "two")):
-            adapter = positive_adapter(model, seed, name, labels=labels, task=task)
-            fingerprint = fingerprint_of_model(model)
-            write_adapter(replace(adapter, base=str(base), fingerprint=fingerprint), root / name)
-            merge(root / name, root / f"merged-{name}", untie=task == "fill-mask")
-        export_onnx([root / "one", root / "two"], root / "bank", mode="bank")
-        return root
+        world = make_world("bert", task)
+
+        def fill(root):
+            for name in ("one", "two"):
+                merge(world.root / name, root / name, untie=task == "fill-mask")
+
+        merged = shared(f"merged-bert-{task}", fill)
+        bank = exported("bert", "bank", task=task)
+        return SimpleNamespace(bank=bank, one=merged / "one", two=merged / "two")
 
     return make
 
@@ -240,17 +235,16 @@ def make_task(tmp_path_factory, tiny_model, tiny_checkpoint, positive_adapter, w
     ],
 )
 def test_predictions_of_every_task_are_those_of_the_merged_checkpoints(task, make_task):
-    root = make_task(task)
+    made = make_task(task)
     texts = ["ba [MASK] bi ko", "bas be, bi", "ko [MASK]"]
     contexts = ["do re mi fa bol", "Ko,  bas bi", "la"] if task == "question-answering" else ()
     names = ["one", "two", "one"]
 
-    replies = Session(root / "bank")(texts, names, context=contexts)
+    replies = Session(made.bank)(texts, names, context=contexts)
 
-    of_run = predict(root / "bank", text=texts, adapter=names, context=contexts)
+    of_run = predict(made.bank, text=texts, adapter=names, context=contexts)
     merged = {
-        name: predict(root / f"merged-{name}", text=texts, context=contexts)
-        for name in ("one", "two")
+        name: predict(getattr(made, name), text=texts, context=contexts) for name in ("one", "two")
     }
     for row, (name, reply, told) in enumerate(zip(names, replies, of_run, strict=True)):
         assert {"text": texts[row], "adapter": name, **reply.prediction} == told
@@ -271,7 +265,7 @@ def approximately(value):
 
 
 def test_outputs_of_tokens_are_those_of_the_text_without_padding(make_task):
-    session = Session(make_task("token-classification") / "bank")
+    session = Session(make_task("token-classification").bank)
     texts = ["bas be, bi ko do", "ko"]
 
     long, short = session(texts, ["one", "two"])
@@ -285,15 +279,13 @@ def test_outputs_of_tokens_are_those_of_the_text_without_padding(make_task):
 
 
 @pytest.fixture(scope="session")
-def generative(make_world):
+def generative(make_world, exported):
     """`generative(kind)`: a session of a bank of two adapters, with what it was made of."""
 
     @cache
     def make(kind):
-        world = make_world(kind)
-        output = world.one.parent / "bank"
-        export_onnx([world.one, world.two], output, mode="bank")
-        return SimpleNamespace(session=Session(output), world=world, directory=output)
+        bank = exported(kind, "bank")
+        return SimpleNamespace(session=Session(bank), world=make_world(kind), directory=bank)
 
     return make
 
@@ -311,9 +303,7 @@ def test_each_prompt_goes_on_as_alone_with_its_adapter(kind, generative, tiny_mo
     for text, name, reply in zip(texts, names, together, strict=True):
         [alone] = made.session(text, name, settings=settings)
         assert reply.prediction == alone.prediction
-        adapter = (
-            Adapter("none", {}) if name == "base" else Adapter.read(made.world.one.parent / name)
-        )
+        adapter = Adapter("none", {}) if name == "base" else Adapter.read(made.world.root / name)
         with attached(model, adapter):
             tokens = generate(model, tokenizer(text)["input_ids"], 12)
         assert reply.prediction["tokens"] == tokens
@@ -352,7 +342,7 @@ def test_tensors_of_a_generative_model_give_logits_of_every_position(generative,
     replies = made.session(inputs, ["one", "two"] * 8)
 
     for row, reply in enumerate(replies[:4]):
-        with attached(model, Adapter.read(made.world.one.parent / reply.adapter)):
+        with attached(model, Adapter.read(made.world.root / reply.adapter)):
             logits = torch_runner(model)(own(inputs, row))["logits"][0]
         np.testing.assert_allclose(reply.outputs["logits"], logits, atol=1e-3)
 
@@ -444,7 +434,7 @@ def test_without_a_gpu_what_needs_one_is_unavailable(banked, copied, monkeypatch
 def test_a_number_that_is_no_token_is_told_in_a_line(banked):
     inputs = {"input_ids": [[5, 9_999]], "attention_mask": [[1, 1]]}
 
-    with pytest.raises(ToolError, match=r"cannot be computed of input_ids \[1, 2\], .*"):
+    with pytest.raises(ToolError, match=r"the model failed on inputs input_ids \[1, 2\], .*"):
         Session(banked)(inputs, "five")
 
 
@@ -486,8 +476,8 @@ def test_a_session_stays_with_its_artifact_wherever_the_process_goes(
     session.add(f"new={world.three}")
 
     assert session("ba be", "new")[0].adapter == "new"
-    assert sorted(Artifact.read(here).adapters) == ["five", "new", "three"]
-    assert sorted(Artifact.read(other).adapters) == ["five", "three"]
+    assert sorted(Artifact.read(here).list_adapters()) == ["five", "new", "three"]
+    assert sorted(Artifact.read(other).list_adapters()) == ["five", "three"]
     assert pickle.loads(pickle.dumps(session)).adapters == ("five", "new", "three")
 
 
@@ -642,13 +632,13 @@ def resident():
 
 def test_a_large_bank_is_mapped_and_not_copied(copied, world):
     directory = copied("banked")
-    bank = Artifact.read(directory).bank
+    bank = Artifact.read(directory).open_bank()
     stride = bank.width * 4
     rows = 256 * 2**20 // stride
     with sqlite3.connect(directory / REGISTRY_FILE) as db:  # as if as many had come and gone
         db.execute("UPDATE bank SET next_row = ?", (rows,))
     db.close()
-    os.truncate(bank.file, rows * stride)
+    os.truncate(bank.find_file(), rows * stride)
     Session(directory)("ba be")  # what loading costs anyway
     gc.collect()
     anonymous, everything = resident()
@@ -676,7 +666,7 @@ def test_a_request_in_flight_keeps_the_bank_that_it_began_with(copied, world):
 
     session.remove("five")
     session.remove("gone")
-    Artifact.read(directory).bank.compact()
+    Artifact.read(directory).open_bank().compact()
     session.add(f"three={world.five}", force=True)
     gc.collect()
 

@@ -5,6 +5,7 @@ import struct
 import zlib
 
 import pytest
+from huggingface_hub import ModelCard
 
 from propulsion_export.training import TrainOptions, train
 from propulsion_export.training.card import model_card, write_loss_curve
@@ -42,6 +43,7 @@ def test_the_header_is_what_model_hubs_read(base, named, trained):
 
     header = yaml.safe_load(card.split("---\n")[1])
 
+    assert ModelCard(card).data.to_dict() == header
     assert header == {
         "library_name": "peft",
         **named,

@@ -140,7 +140,7 @@ def test_bad_rows_of_text_classification_are_named(content, message, tmp_path):
         ({"tokens": ["a"], "labels": "x"}, "labels is 'x', expected a list of class names"),
         (
             {"tokens": ["a", "b"], "labels": ["x"]},
-            "has 2 tokens and 1 labels, expected one label a word",
+            "has 2 tokens and 1 labels, expected one label per word",
         ),
         ({"tokens": ["a", ""], "labels": ["x", "y"]}, "tokens[1] is '', expected a word"),
         ({"tokens": ["a", 3], "labels": ["x", "y"]}, "tokens[1] is 3, expected a word"),
@@ -201,12 +201,12 @@ def test_an_empty_directory_is_refused(tmp_path):
 
 def test_a_name_on_a_hub_is_handed_to_datasets(tmp_path, monkeypatch):
     loaded = datasets.load_from_disk(str(write_datasets(tmp_path)))
-    asked = []
-    monkeypatch.setattr(datasets, "load_dataset", lambda name: asked.append(name) or loaded)
+    loaded_names = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: loaded_names.append(name) or loaded)
     monkeypatch.chdir(tmp_path)
 
     assert read_examples(Path("owner/name"), TEXT) == EXAMPLES
-    assert asked == ["owner/name"]
+    assert loaded_names == ["owner/name"]
 
 
 def test_a_hub_that_is_not_reached_is_one_line(tmp_path, monkeypatch):

@@ -13,20 +13,22 @@ from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.training import train
 
 PROGRAM = """
+import json
 import sys
 from pathlib import Path
 from propulsion_export.training import TrainOptions, train
 
-task, base, data, validation, output, steps = sys.argv[1:]
-options = TrainOptions(
-    task=task,
-    validation=Path(validation),
-    epochs=2,
-    batch_size=16,
-    learning_rate=5e-3,
-    gradient_accumulation_steps=int(steps),
-)
-train(base, data, output, options=options, progress=lambda fraction, message: print(message))
+for training in json.loads(sys.argv[1]):
+    task, base, data, validation, output, steps = training
+    options = TrainOptions(
+        task=task,
+        validation=Path(validation),
+        epochs=2,
+        batch_size=16,
+        learning_rate=5e-3,
+        gradient_accumulation_steps=steps,
+    )
+    train(base, data, output, options=options, progress=lambda fraction, message: print(message))
 """
 
 
@@ -57,9 +59,9 @@ def make_base_of(tiny_checkpoint, tiny_model, tmp_path):
     """A function: a checkpoint of this kind, without dropout."""
 
     def base_of(kind):
-        shutil.copytree(tiny_checkpoint(kind), tmp_path / "base")
-        tiny_model(kind, **WITHOUT_DROPOUT.get(kind, {})).save_pretrained(tmp_path / "base")
-        return tmp_path / "base"
+        shutil.copytree(tiny_checkpoint(kind), tmp_path / kind)
+        tiny_model(kind, **WITHOUT_DROPOUT.get(kind, {})).save_pretrained(tmp_path / kind)
+        return tmp_path / kind
 
     return base_of
 
@@ -77,44 +79,52 @@ LAUNCHERS = {
 
 
 @pytest.mark.parametrize(
-    ("launcher", "task", "kind", "steps"),
+    ("launcher", "trainings"),
     [
-        ("accelerate", "text-classification", None, 1),
-        ("torchrun", "token-classification", None, 1),
-        ("accelerate", "text-generation", "llama", 2),
-        ("torchrun", "text2text-generation", "t5", 1),
+        ("accelerate", [("text-classification", None, 1), ("text-generation", "llama", 2)]),
+        ("torchrun", [("token-classification", None, 1), ("text2text-generation", "t5", 1)]),
     ],
+    ids=["accelerate", "torchrun"],
 )
 def test_two_processes_train_the_adapter_of_one(
-    launcher, task, kind, steps, tiny_base, base_of, data_of, options, tmp_path
+    launcher, trainings, tiny_base, base_of, data_of, options, tmp_path
 ):
-    """Neither a batch shared by processes nor one gone through in parts changes a vector."""
-    data, validation = data_of[task]
-    tiny_base = base_of(kind) if kind else tiny_base
-    (tmp_path / "program.py").write_text(PROGRAM, encoding="utf-8")
-    finished = launch_two(
-        *(launcher, tmp_path / "program.py", task, tiny_base, data, validation),
-        *(tmp_path / "two", steps),
-    )
-    assert finished.returncode == 0, finished.stderr
-    options = replace(options, task=task, validation=validation, head_only=True)
-    train(tiny_base, data, tmp_path / "one", options=options)
+    """Neither a batch shared by processes nor one gone through in parts changes a vector.
 
-    one, two = Adapter.read(tmp_path / "one"), Adapter.read(tmp_path / "two")
-    for path, scale in one.scales.items():
-        assert two.scales[path].values == pytest.approx(scale.values, abs=1e-5)
-        assert (scale.values != 1).any()
-    for name, values in one.modules.items():
-        assert two.modules[name] == pytest.approx(values, abs=1e-5)
-    # Adam hides a loss that is averaged wrongly, its history does not.
-    assert history_of(tmp_path / "two") == [
-        pytest.approx(epoch, rel=1e-4) for epoch in history_of(tmp_path / "one")
+    A launch takes longer than a training, so each has two.
+    """
+    (tmp_path / "program.py").write_text(PROGRAM, encoding="utf-8")
+    bases = {task: base_of(kind) if kind else tiny_base for task, kind, _ in trainings}
+    arguments = [
+        (task, str(bases[task]), *map(str, data_of[task]), str(tmp_path / "two" / task), steps)
+        for task, _, steps in trainings
     ]
-    assert base_loss_of(tmp_path / "two") == pytest.approx(base_loss_of(tmp_path / "one"))
+
+    finished = launch_two(launcher, tmp_path / "program.py", json.dumps(arguments))
+
+    assert finished.returncode == 0, finished.stderr
+    for task in bases:
+        data, validation = data_of[task]
+        alone = replace(options, task=task, validation=validation, head_only=True)
+        train(bases[task], data, tmp_path / "one" / task, options=alone)
+        assert_same(tmp_path / "one" / task, tmp_path / "two" / task)
     # Both processes call back, the first tells.
-    assert finished.stdout.count("epoch 2 of 2") == 1
-    assert finished.stdout.count("wrote") == 1
-    assert not list(tmp_path.glob(".*"))
+    assert finished.stdout.count("epoch 2 of 2") == len(trainings)
+    assert finished.stdout.count("wrote") == len(trainings)
+    assert not list(tmp_path.rglob(".*"))
+
+
+def assert_same(one, two):
+    """Two trainings gave the same adapter in the same way."""
+    first, second = Adapter.read(one), Adapter.read(two)
+    for path, scale in first.scales.items():
+        assert second.scales[path].values == pytest.approx(scale.values, abs=1e-5)
+        assert (scale.values != 1).any()
+    for name, values in first.modules.items():
+        assert second.modules[name] == pytest.approx(values, abs=1e-5)
+    # Adam hides a loss that is averaged wrongly, its history does not.
+    assert history_of(two) == [pytest.approx(epoch, rel=1e-4) for epoch in history_of(one)]
+    assert base_loss_of(two) == pytest.approx(base_loss_of(one))
 
 
 FSDP = """

@@ -314,7 +314,7 @@ def test_gradient_checkpointing_gives_the_same_adapter_within_rounding(
         assert saving[path] == pytest.approx(values, abs=1e-5)
 
 
-def test_rows_that_do_not_fit_are_told(tiny_checkpoint, write_jsonl, generation, tmp_path):
+def test_rows_that_do_not_fit_are_in_the_notes(tiny_checkpoint, write_jsonl, generation, tmp_path):
     short = {"prompt": "ba", "response": "ce"}
     rows = [{"prompt": "ba " * 9, "response": "ce"}, {"prompt": "ba", "response": "ce " * 9}]
     training = write_jsonl(tmp_path / "training.jsonl", [*rows, short, short])
@@ -358,14 +358,14 @@ def test_the_card_and_the_curve_are_about_losses(tiny_checkpoint, passages, gene
     assert (
         f"Validation loss {metrics['validation_loss']:.4f} a token, perplexity "
         f"{metrics['validation_perplexity']:.4f} (epoch 2), against {metrics['base_loss']:.4f} and "
-        f"{metrics['base_perplexity']:.4f} of the base model." in card
+        f"{metrics['base_perplexity']:.4f} for the base model." in card
     )
     assert "AutoModelForCausalLM.from_pretrained(" in card
     assert not re.search("accuracy|[Ll]abel|task head|num_labels", card)
     assert (tmp_path / "out" / "loss-curve.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_training_that_diverges_is_told_and_leaves_nothing(
+def test_a_training_that_diverges_is_refused_and_leaves_nothing(
     tiny_checkpoint, passages, generation, tmp_path
 ):
     options = replace(generation, degree=55, learning_rate=1e3)
@@ -428,7 +428,7 @@ def test_an_encoder_that_would_copy_is_refused(
         tmp_path / "base"
     )
 
-    with pytest.raises(BaseModelError, match="BertLMHeadModel looks at the tokens that it is to"):
+    with pytest.raises(BaseModelError, match="BertLMHeadModel sees the tokens that it has to"):
         train(tmp_path / "base", passages, tmp_path / "out", options=generation)
 
 
@@ -453,7 +453,7 @@ def test_a_batch_that_accumulated_steps_cannot_share_is_refused(
         train(tiny_checkpoint("gpt2"), passages, tmp_path / "out", options=options)
 
 
-def test_the_command_trains_and_tells_the_base_models_loss(
+def test_the_command_trains_and_prints_the_base_models_loss(
     tiny_checkpoint, passages, tmp_path, capsys
 ):
     words = ["train", "-m", tiny_checkpoint("llama"), "-d", passages, "-o", tmp_path / "out"]
@@ -464,7 +464,7 @@ def test_the_command_trains_and_tells_the_base_models_loss(
         main([str(word) for word in [*words, *options, *more]])
 
     assert done.value.code == 0
-    told = capsys.readouterr().out
-    assert re.search(r"held-out loss \d\.\d{4}, perplexity .* \(base model \d\.\d{4}, ", told)
+    printed = capsys.readouterr().out
+    assert re.search(r"held-out loss \d\.\d{4}, perplexity .* \(base model \d\.\d{4}, ", printed)
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert metrics["options"]["gradient_accumulation_steps"] == 2

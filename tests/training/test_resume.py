@@ -1,4 +1,4 @@
-"""An interrupted training goes on where it stood, and ends with the same adapter."""
+"""A resumed training ends with the same adapter as an uninterrupted one."""
 
 import signal
 import subprocess

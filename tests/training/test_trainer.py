@@ -219,7 +219,7 @@ def test_on_a_bfloat16_base_vectors_and_head_train_in_float32(tiny_base, texts, 
     assert all((tensor != 1).any() for tensor in tensors.values())
 
 
-def test_a_part_that_the_checkpoint_lacks_is_trained_saved_and_told(
+def test_a_part_that_the_checkpoint_lacks_is_trained_saved_and_in_the_notes(
     save_base, texts, options, tmp_path
 ):
     base = save_base(tmp_path / "base", pooler=False)
@@ -459,7 +459,9 @@ def test_an_output_that_is_not_empty_is_refused_and_replaced_only_with_force(
     assert weights_of(tmp_path / "out") != before
 
 
-def test_a_training_that_diverges_is_told_and_leaves_nothing(tiny_base, texts, options, tmp_path):
+def test_a_training_that_diverges_is_refused_and_leaves_nothing(
+    tiny_base, texts, options, tmp_path
+):
     options = replace(options, degree=55, learning_rate=1e3)
 
     with pytest.raises(UsageError, match=r"diverged: the loss is (nan|inf).* lower --learning"):

@@ -37,7 +37,7 @@ def test_targets_that_cannot_be_are_refused(targets):
         PropulsionConfig(target_modules=targets)
 
 
-def test_every_wrong_value_is_told_at_once():
+def test_every_wrong_value_is_named_at_once():
     with pytest.raises(UsageError, match=r"degree.*exclude_modules.*labels"):
         PropulsionConfig(degree=0, exclude_modules="(", labels="yes")
 

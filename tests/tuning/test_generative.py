@@ -213,6 +213,22 @@ def test_experts_are_merged_and_restored_bit_for_bit(kind, tiny_model):
 
 
 @MIXTURES
+def test_experts_disabled_while_merged_give_the_base_output_and_stay_merged(kind, tiny_model):
+    base = tiny_model(kind)
+    frozen = logits(base)
+    model = tuned(base)
+    model.merge_adapter()
+    merged = logits(model)
+    assert not torch.equal(merged, frozen)
+
+    with model.disable_adapter():
+        assert torch.equal(logits(model), frozen)
+
+    assert all(experts.merged for experts in experts_of(model))
+    assert torch.equal(logits(model), merged)
+
+
+@MIXTURES
 def test_adapters_on_experts_are_added_switched_and_deleted(kind, tiny_model):
     model = tuned(tiny_model(kind))
     first, frozen = logits(model), logits(tiny_model(kind))
@@ -284,5 +300,5 @@ def test_experts_that_do_not_name_their_axes_are_refused():
     with torch.device("meta"):
         model = Llama4ForCausalLM(config)
 
-    with pytest.raises(UsageError, match="Llama4TextExperts does not say which axis"):
+    with pytest.raises(UsageError, match="Llama4TextExperts has no is_transposed"):
         resolve_targets(model, PropulsionConfig())

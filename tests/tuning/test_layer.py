@@ -1,6 +1,7 @@
 """One scaled layer: what it computes, what it keeps in fp32, and what merging does to it."""
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -138,6 +139,75 @@ def test_unmerge_restores_every_bit_even_where_the_scale_is_zero(kind):
 
     assert all(base.state_dict()[name].equal(before[name]) for name in before)
     assert layer(*inputs).equal(scaled)
+
+
+@kinds
+@DTYPES
+def test_disabled_while_merged_gives_the_base_output_and_stays_merged(kind, dtype):
+    base, inputs = made(kind, dtype)
+    expected = base(*inputs)
+    layer = wrapped(base, train_bias=True)
+    set_z(layer, Z)
+    layer.merge()
+    merged, parameters = layer(*inputs), dict(base.named_parameters())
+    assert not merged.equal(expected)
+
+    layer.enable_adapters(False)
+    disabled = layer(*inputs)
+
+    assert disabled.equal(expected)
+    assert layer.merged_adapters == ["default"]
+    assert all(base.get_parameter(name) is values for name, values in parameters.items())
+    layer.enable_adapters(True)
+    assert layer(*inputs).equal(merged)
+
+
+def test_disabled_while_merged_obeys_a_forward_that_was_replaced():
+    """Hooks such as accelerate's replace `forward` by a function bound to the wrapped layer."""
+    base, inputs = made("linear")
+    expected, original = base(*inputs) + 1, base.forward
+    base.forward = lambda x: original(x) + 1
+    layer = wrapped(base)
+    set_z(layer, Z)
+    layer.merge()
+    merged = layer(*inputs)
+
+    layer.enable_adapters(False)
+
+    assert layer(*inputs).equal(expected)
+    layer.enable_adapters(True)
+    assert layer(*inputs).equal(merged)
+
+
+def test_a_thread_that_disables_a_merged_adapter_leaves_another_whole_outputs():
+    base, inputs = made("linear")
+    frozen = base(*inputs)
+    layer = wrapped(base, train_bias=True)
+    set_z(layer, Z)
+    layer.propulsion_bias["default"].data += 1
+    layer.merge()
+    merged = layer(*inputs)
+    together, outputs = threading.Barrier(2), []
+
+    def compute(disable):
+        together.wait()
+        for _ in range(300):
+            if disable:
+                layer.enable_adapters(False)
+            outputs.append(layer(*inputs))
+            if disable:
+                layer.enable_adapters(True)
+
+    threads = [threading.Thread(target=compute, args=(disable,)) for disable in (True, False)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert len(outputs) == 600
+    assert all(output.equal(frozen) or output.equal(merged) for output in outputs)
+    assert layer.merged
+    assert layer(*inputs).equal(merged)
 
 
 def test_merging_one_adapter_after_another_folds_both():

@@ -392,6 +392,21 @@ def test_disabled_adapter_gives_the_base_model_back():
     assert not logits(peft_model).equal(before)
 
 
+def test_disabled_while_merged_gives_the_base_model_back_and_the_merge_stays():
+    model = tiny_llama()
+    before = logits(model)
+    peft_model = tuned(model)
+    peft_model.merge_adapter()
+    merged = logits(peft_model)
+    assert not merged.equal(before)
+
+    with peft_model.disable_adapter():
+        assert logits(peft_model).equal(before)
+
+    assert all(layer.merged for layer in layers(peft_model).values())
+    assert logits(peft_model).equal(merged)
+
+
 def test_adding_an_adapter_while_one_is_merged_is_refused():
     peft_model = tuned(tiny_bert())
     peft_model.merge_adapter()
@@ -491,9 +506,7 @@ def test_under_rotary_positions_only_where_equal_inside_each_pair(equal_in_pairs
         pytest.param("BertForSequenceClassification", "SEQ_CLS", "classifier", id="texts"),
     ],
 )
-def test_peft_trains_the_head_of_a_task_without_being_told_which(
-    model_class, task_type, head, tmp_path
-):
+def test_peft_finds_the_head_of_a_task_by_itself(model_class, task_type, head, tmp_path):
     config = transformers.BertConfig(
         vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2
     )

@@ -158,7 +158,7 @@ def test_dead_embeddings_are_left_out_and_refused_when_named():
     model = DebertaV2Model(config)
 
     assert not any("rel_embeddings" in path for path in resolved(model, "all"))
-    with pytest.raises(UsageError, match=r"rel_embeddings: .*reads its weight past the layer"):
+    with pytest.raises(UsageError, match=r"rel_embeddings: .*reads its weight without calling it"):
         resolved(model, [".rel_embeddings", "rel_embeddings"])
 
 

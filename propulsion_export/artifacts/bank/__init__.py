@@ -1,12 +1,12 @@
-"""Any number of adapters in one flat file of rows, and the registry that says whose each row is.
+"""Any number of adapters as rows of one flat file, and a registry that maps names to rows.
 
-BankRow r is everything one adapter feeds and lies at byte r * D * itemsize of the bank file; row 0 is
-the base model. Rows are appended and never written again while the file lives, because others may
-be reading them through a memory map; what lies behind the last row that the registry counts is what
-a killed process left, and counts for nothing. Every change is one transaction of the registry.
+Row r holds all packed inputs of one adapter, at byte r * D * itemsize of the bank file; row 0 is
+the base model's. Rows are appended and never overwritten, because other processes may be reading
+them through a memory map. Bytes after the last row that the registry counts were left by a killed
+process and are ignored. Every change is one transaction of the registry.
 
-`registry` is what the registry says, `rows` are the rows on disk, `transactions` bind the two, and
-`bank` is what one does with them.
+`registry` reads and writes the registry's tables, `row_file` the rows on disk, `transactions` open
+and commit the registry, and `bank` offers the operations on the whole bank.
 """
 
 from propulsion_export.artifacts.bank.bank import Bank, Snapshot

@@ -1,4 +1,4 @@
-"""A bank of adapters: what one does with it, in threads and processes at the same time."""
+"""The operations on a bank of adapters, safe in concurrent threads and processes."""
 
 from collections.abc import Sequence
 from contextlib import suppress
@@ -14,7 +14,7 @@ from propulsion_export.artifacts.bank.registry import (
     DTYPES,
     REGISTRY_FILE,
     BankRow,
-    State,
+    BankState,
     advance,
     all_rows,
     base_row,
@@ -59,9 +59,9 @@ class Snapshot:
     Attributes:
         version: a number that grows with every change, whichever process makes it.
         base: the base model's row.
-        rows: of the adapters, by name.
-        values: what the rows are numbers of, as `Bank.values()` gives them.
-        identity: of the file that they are mapped from.
+        rows: the adapters' rows by name.
+        values: the values of all rows, indexed by row number, as `Bank.values()` returns them.
+        identity: device and inode of the file that `values` is mapped from.
     """
 
     version: int
@@ -76,9 +76,9 @@ class Bank:
     """The adapters of a bank artifact; threads and processes may use one at the same time.
 
     Attributes:
-        directory: the artifact's, absolute.
-        width: D, how many values a row has.
-        dtype: of the values.
+        directory: the artifact's directory, absolute.
+        width: D, the number of values in a row.
+        dtype: the dtype of the values.
     """
 
     directory: Path
@@ -87,32 +87,34 @@ class Bank:
 
     @classmethod
     def create(cls, directory: Path, base: Array) -> Self:
-        """Make a bank that holds the base model alone.
+        """Create a bank that holds only the base model's row.
 
         Args:
-            directory: the artifact's; made if it is missing.
-            base: what the base model feeds, [D], of one of DTYPES.
+            directory: the artifact's directory; created if it is missing.
+            base: the base model's row, [D], of one of DTYPES.
 
         Raises:
-            UsageError: there is one already; `base` is no such array; the disk is full.
+            UsageError: there is a bank already; `base` has another shape or dtype; the disk is
+                full.
         """
         directory = directory.expanduser().resolve()
         if base.ndim != 1 or not base.size or base.dtype.name not in DTYPES:
             raise UsageError(
-                f"{directory}: a row is {describe_array(base)}, expected [D] of {DTYPES}"
+                f"{directory}: the base model's row is {describe_array(base)}, expected [D] of one "
+                f"of {', '.join(DTYPES)}"
             )
         for file in (directory / BANK_FILE, directory / REGISTRY_FILE):
             if file.exists():
                 raise UsageError(f"{file}: exists, expected a directory without a bank")
         data = bytes_of(base)
         replace_file(directory / BANK_FILE, data)
-        state = State(BANK_FILE, base.dtype.name, base.size, 1, 0, checksum_of(data))
+        state = BankState(BANK_FILE, base.dtype.name, base.size, 1, 0, checksum_of(data))
         create_registry(directory, state)
         return cls(directory, state.width, state.dtype)
 
     @classmethod
     def open(cls, directory: Path) -> Self:
-        """Open the bank of an artifact, which may be read-only; no row is read.
+        """Open the bank of an artifact, which may be read-only. No row is read.
 
         Raises:
             ArtifactError: a file is missing; the registry is damaged, of another version, or
@@ -129,54 +131,53 @@ class Bank:
             check_length(directory, state)
         return cls(directory, state.width, state.dtype)
 
-    @property
-    def file(self) -> Path:
-        """The bank file of this moment; `compact` makes another."""
+    def find_file(self) -> Path:
+        """The path of the bank file as the registry names it now; `compact` makes another."""
         with reading(self.directory) as (_, state):
             return self.directory / state.file
 
     def is_at(self, snapshot: Snapshot) -> bool:
-        """Whether nothing has changed since, nor another bank taken this one's place."""
+        """Whether the bank is unchanged since `snapshot`, and is not another bank put there."""
         with reading(self.directory) as (_, state):
             same = identity_of(self.directory, state) == snapshot.identity
             return same and state.version == snapshot.version
 
     def __len__(self) -> int:
-        """How many adapters there are, the base model not counted."""
+        """The number of adapters, without the base model."""
         with reading(self.directory) as (db, _):
             return count_names(db)
 
     def choose(self, names: Sequence[str]) -> tuple[list[BankRow], Array]:
-        """The rows of adapters, and the values that they are numbers of, as `values()` gives them.
+        """The rows of some adapters, and the values of all rows as `values()` returns them.
 
-        Both are of one moment, which `rows()` and `values()` in turn may not be: `compact` numbers
-        the rows anew. The work depends on how many names there are, not on how many adapters.
-        `check_row` compares a row's bytes with its checksum.
+        Both are read at the same moment. Separate calls of `rows()` and `values()` may not match,
+        since `compact` renumbers the rows. The time depends on the number of names, not on the
+        number of adapters. The rows are not verified; `check_row` does that.
 
         Args:
-            names: in the order of the rows; any of them repeatedly, and BASE_NAME.
+            names: adapters in the order wanted; names may repeat, and BASE_NAME may be among them.
 
         Raises:
-            UnknownAdapterError: there is no adapter of one of the names.
+            UnknownAdapterError: the bank has no adapter of one of the names.
         """
         with reading(self.directory) as (db, state):
             found = rows_named(self.directory, db, state, names=names)
             return [found[name] for name in names], map_rows(self.directory, state)
 
     def rows(self) -> dict[str, BankRow]:
-        """The rows of all adapters by name, in the order of their names, without the base model."""
+        """The rows of all adapters by name, sorted by name, without the base model."""
         with reading(self.directory) as (db, state):
             return all_rows(self.directory, db, state)
 
     def values(self) -> Array:
-        """All rows so far, [rows, D], removed adapters' too: a read-only memory map, no copy."""
+        """All rows, [rows, D], removed adapters' included: a read-only memory map, not a copy."""
         with reading(self.directory) as (_, state):
             return map_rows(self.directory, state)
 
     def snapshot(self, before: Snapshot | None = None) -> Snapshot:
-        """Rows and values of one moment, which `rows()` and `values()` in turn may not be.
+        """The rows and values at one moment; separate `rows()` and `values()` may not match.
 
-        Since the one `before`, if it is told, only what has changed is read.
+        With an earlier snapshot as `before`, only what has changed since is read.
         """
         with reading(self.directory) as (db, state):
             identity = identity_of(self.directory, state)
@@ -192,20 +193,21 @@ class Bank:
     def add(
         self, name: str, values: Array, entry: AdapterEntry, *, replace: bool = False
     ) -> BankRow:
-        """Append an adapter's row, in a time that does not depend on how many there are.
+        """Append an adapter's row, in a time that does not depend on the number of adapters.
 
-        A kill at any moment leaves the bank without the adapter, or with it.
+        A process killed at any moment leaves the bank either without the adapter or with it.
 
         Args:
-            name: what it is called from now on.
-            values: what it feeds, [D], of the bank's dtype.
-            entry: what it was made from.
-            replace: an adapter of that name may be there; whoever reads its row goes on doing so.
+            name: the adapter's name.
+            values: the adapter's row, [D], of the bank's dtype.
+            entry: the record of the adapter.
+            replace: replace an adapter of that name; the old row stays for those who are reading
+                it, until `compact`.
 
         Raises:
-            UsageError: there is one of that name and `replace` is off; no adapter may be called
-                so; `values` is no row of this bank; the disk is full or read-only.
-            ArtifactError: the registry is damaged, or other processes keep it locked.
+            UsageError: there is an adapter of that name and `replace` is off; the name is not
+                allowed; `values` has another shape or dtype; the disk is full or read-only.
+            ArtifactError: the registry is damaged, or another process keeps it locked.
         """
         if not is_fit_name(name):
             raise UsageError(f"an adapter cannot be called {name!r}", remedy="Choose another name.")
@@ -223,12 +225,12 @@ class Bank:
         return row
 
     def remove(self, name: str) -> None:
-        """Forget an adapter; its row stays for those who are reading it, until `compact`.
+        """Remove an adapter; its row stays for those who are reading it, until `compact`.
 
         Raises:
-            UnknownAdapterError: there is none of that name.
+            UnknownAdapterError: the bank has no adapter of that name.
             UsageError: the disk is full or read-only.
-            ArtifactError: the registry is damaged, or other processes keep it locked.
+            ArtifactError: the registry is damaged, or another process keeps it locked.
         """
         with changing(self.directory) as (db, state):
             if not has_name(db, name):
@@ -237,9 +239,10 @@ class Bank:
             advance(db, state.file, state.next_row)
 
     def copy(self, directory: Path) -> None:
-        """Write the bank of this moment below another artifact's directory, which has none.
+        """Write the bank as it is now into another artifact's directory, which has no bank.
 
-        Not by copying the registry's file: closing that would drop other threads' locks on it.
+        The registry's file is not copied as a file: closing it would drop the locks that other
+        threads of this process hold on it.
         """
         with reading(self.directory) as (db, state):
             (directory / state.file).parent.mkdir(parents=True, exist_ok=True)
@@ -247,14 +250,13 @@ class Bank:
             back_up(db, directory)
 
     def compact(self) -> None:
-        """Give back the rows of removed and replaced adapters: a new bank file, numbered anew.
+        """Drop the rows of removed and replaced adapters: write a new bank file and renumber.
 
-        Memory maps of the old file stay what they are. If there is nothing to give back, nothing
-        changes.
+        Memory maps of the old file stay valid. If there is nothing to drop, nothing changes.
 
         Raises:
             UsageError: the disk is full or read-only.
-            ArtifactError: the registry is damaged, or other processes keep it locked.
+            ArtifactError: the registry is damaged, or another process keeps it locked.
         """
         with changing(self.directory) as (db, state):
             kept = numbers_in_use(db)

@@ -1,4 +1,4 @@
-"""What the registry says: of the whole bank, and whose each of its rows is."""
+"""The tables of a bank's registry: one row about the bank, and one for each adapter."""
 
 import json
 import re
@@ -14,7 +14,7 @@ from propulsion_export.artifacts.manifest import ADD_ONE, AdapterEntry
 from propulsion_export.artifacts.rounding import numpy_dtype
 from propulsion_export.errors import ArtifactError, unknown_adapters
 
-BANK_FILE = f"{ADAPTERS}/bank.bin"  # until rows are given back: then bank-1.bin, and so on
+BANK_FILE = f"{ADAPTERS}/bank.bin"  # `compact` writes bank-1.bin, then bank-2.bin and so on
 REGISTRY_FILE = f"{ADAPTERS}/registry.sqlite"
 REGISTRY_VERSION = 1
 DTYPES = ("float32", "float16", "bfloat16")
@@ -31,10 +31,10 @@ _TABLES = (
 
 @dataclass(frozen=True)
 class BankRow:
-    """One adapter's row: where it lies, what it was made from and what its bytes must be.
+    """Where one adapter's row is, the record of the adapter, and the checksum of the row.
 
-    `number` counts in `file` alone, a path inside the artifact's directory: another file numbers
-    its rows anew. `checksum` is `sha256:…` of the row's bytes.
+    `number` is the row's index in `file`, a path inside the artifact's directory; in another bank
+    file the row has another number. `checksum` is `sha256:…` of the row's bytes.
     """
 
     number: int
@@ -43,8 +43,8 @@ class BankRow:
     file: str = BANK_FILE
 
 
-class State(NamedTuple):
-    """What the registry says of the whole bank."""
+class BankState(NamedTuple):
+    """The registry's record of the bank as a whole."""
 
     file: str
     dtype: str
@@ -55,12 +55,12 @@ class State(NamedTuple):
 
     @property
     def stride(self) -> int:
-        """Bytes of a row."""
+        """Size of a row in bytes."""
         return self.width * numpy_dtype(self.dtype).itemsize
 
     @property
     def length(self) -> int:
-        """Bytes of all rows that count."""
+        """Size of all rows in bytes."""
         return self.next_row * self.stride
 
 
@@ -68,38 +68,38 @@ class State(NamedTuple):
 
 
 def is_bank_file(name: str) -> bool:
-    """Whether a path inside an artifact's directory is the bank's, which vouches for it itself."""
+    """Whether a path inside an artifact's directory belongs to a bank, which checks it itself."""
     return has_rows(name) or name in (REGISTRY_FILE, f"{REGISTRY_FILE}-journal")
 
 
 def has_rows(name: str) -> bool:
-    """Whether a path inside an artifact's directory is the name of a file of rows."""
+    """Whether a path inside an artifact's directory is that of a bank file."""
     return _BANK_NAME.fullmatch(name) is not None
 
 
 def next_file(file: str) -> str:
-    """The name that the file of rows gets when it is written anew."""
+    """The name of the bank file that replaces `file`."""
     match = _BANK_NAME.fullmatch(file)
-    assert match is not None  # as read_state has seen to
+    assert match is not None  # read_state has checked it
     return f"{ADAPTERS}/bank-{int(match[1] or 0) + 1}.bin"
 
 
 # The whole bank
 
 
-def create_tables(db: sqlite3.Connection, state: State) -> None:
-    """Make a registry without adapters."""
+def create_tables(db: sqlite3.Connection, state: BankState) -> None:
+    """Create the tables of a registry without adapters."""
     for table in _TABLES:
         db.execute(table)
     db.execute("INSERT INTO bank VALUES (?, ?, ?, ?, ?, ?)", state)
     db.execute(f"PRAGMA user_version = {REGISTRY_VERSION}")
 
 
-def read_state(directory: Path, db: sqlite3.Connection) -> State:
-    """What it says of the whole bank.
+def read_state(directory: Path, db: sqlite3.Connection) -> BankState:
+    """Read the record of the bank as a whole.
 
     Raises:
-        ArtifactError: it is of another version, or says what cannot be.
+        ArtifactError: the registry has another schema version, or an impossible record.
     """
     file = directory / REGISTRY_FILE
     (version,) = db.execute("PRAGMA user_version").fetchone()
@@ -109,16 +109,16 @@ def read_state(directory: Path, db: sqlite3.Connection) -> State:
             f"{file}: schema version is {version}, expected {REGISTRY_VERSION}",
             remedy="Upgrade propulsion-export to read it." if newer else COPY_AGAIN,
         )
-    found = db.execute(f"SELECT {', '.join(State._fields)} FROM bank").fetchall()
-    if len(found) != 1 or not _is_possible(state := State(*found[0])):
+    found = db.execute(f"SELECT {', '.join(BankState._fields)} FROM bank").fetchall()
+    if len(found) != 1 or not _is_possible(state := BankState(*found[0])):
         raise ArtifactError(
-            f"{file}: says {found} of the bank, expected its file, dtype, width and rows",
+            f"{file}: describes the bank as {found}, expected its file, dtype, width and rows",
             remedy=COPY_AGAIN,
         )
     return state
 
 
-def _is_possible(state: State) -> bool:
+def _is_possible(state: BankState) -> bool:
     return (
         isinstance(state.file, str)
         and has_rows(state.file)
@@ -129,16 +129,16 @@ def _is_possible(state: State) -> bool:
     )
 
 
-def check_numbers(directory: Path, db: sqlite3.Connection, state: State) -> None:
-    """Refuse rows of adapters that are not among those that count, [1, next_row).
+def check_numbers(directory: Path, db: sqlite3.Connection, state: BankState) -> None:
+    """Refuse row numbers of adapters outside [1, next_row).
 
     Raises:
-        ArtifactError: there is such a row.
+        ArtifactError: there is such a number.
     """
-    # Two questions, because SQLite answers each from the index and both only from a scan.
+    # Two queries: SQLite answers each from the index, but both in one only by a scan.
     (first,) = db.execute("SELECT min(number) FROM adapters").fetchone()
     (last,) = db.execute("SELECT max(number) FROM adapters").fetchone()
-    # A text is more than any number, so that one of another kind is the last.
+    # SQLite sorts text behind all numbers, so that a text among them is the maximum.
     whole = isinstance(first, int) and isinstance(last, int)
     if first is not None and not (whole and 0 < first <= last < state.next_row):
         raise ArtifactError(
@@ -149,49 +149,49 @@ def check_numbers(directory: Path, db: sqlite3.Connection, state: State) -> None
 
 
 def advance(db: sqlite3.Connection, file: str, next_row: int) -> None:
-    """End a change: where the rows are now, and how many."""
-    changed = "UPDATE bank SET file = ?, next_row = ?, version = version + 1"
-    db.execute(changed, (file, next_row))
+    """Record the bank file and the number of its rows, and increment the version."""
+    update = "UPDATE bank SET file = ?, next_row = ?, version = version + 1"
+    db.execute(update, (file, next_row))
 
 
-# Whose each row is
+# The rows of adapters
 
 
-def base_row(state: State) -> BankRow:
+def base_row(state: BankState) -> BankRow:
     """The base model's row."""
     entry = AdapterEntry(state.base_checksum, BASE_NAME, 0)
     return BankRow(0, entry, state.base_checksum, state.file)
 
 
-def all_rows(directory: Path, db: sqlite3.Connection, state: State) -> dict[str, BankRow]:
-    """The rows of all adapters by name, in the order of their names, without the base model."""
+def all_rows(directory: Path, db: sqlite3.Connection, state: BankState) -> dict[str, BankRow]:
+    """The rows of all adapters by name, sorted by name, without the base model."""
     found = db.execute("SELECT name, number, entry, checksum FROM adapters ORDER BY name")
     return {name: _row_of(directory, state, columns) for name, *columns in found}
 
 
 def rows_from(
-    directory: Path, db: sqlite3.Connection, state: State, number: int
+    directory: Path, db: sqlite3.Connection, state: BankState, number: int
 ) -> dict[str, BankRow]:
-    """The rows of adapters, by name, that have this number or a higher one."""
-    asked = "SELECT name, number, entry, checksum FROM adapters WHERE number >= ?"
-    found = db.execute(asked, (number,))
+    """The rows of adapters with this number or a higher one, by name."""
+    query = "SELECT name, number, entry, checksum FROM adapters WHERE number >= ?"
+    found = db.execute(query, (number,))
     return {name: _row_of(directory, state, columns) for name, *columns in found}
 
 
 def rows_named(
-    directory: Path, db: sqlite3.Connection, state: State, *, names: Iterable[str]
+    directory: Path, db: sqlite3.Connection, state: BankState, *, names: Iterable[str]
 ) -> dict[str, BankRow]:
-    """The rows of some adapters by name, of which BASE_NAME may be one.
+    """The rows of some adapters by name; BASE_NAME may be among the names.
 
     Raises:
-        UnknownAdapterError: there is no adapter of one of the names.
+        UnknownAdapterError: the bank has no adapter of one of the names.
     """
-    asked = "SELECT number, entry, checksum FROM adapters WHERE name = ?"
+    query = "SELECT number, entry, checksum FROM adapters WHERE name = ?"
     found, missing = {}, []
     for name in dict.fromkeys(names):
         if name == BASE_NAME:
             found[name] = base_row(state)
-        elif is_fit_name(name) and (columns := db.execute(asked, (name,)).fetchone()):
+        elif is_fit_name(name) and (columns := db.execute(query, (name,)).fetchone()):
             found[name] = _row_of(directory, state, columns)
         else:
             missing.append(name)
@@ -201,32 +201,33 @@ def rows_named(
     return found
 
 
-def _row_of(directory: Path, state: State, columns: Sequence[Any]) -> BankRow:
+def _row_of(directory: Path, state: BankState, columns: Sequence[Any]) -> BankRow:
     number, entry, checksum = columns
     try:
         read = AdapterEntry(**json.loads(entry))
         labels = None if read.labels is None else tuple(read.labels)
     except (TypeError, ValueError) as error:
         raise ArtifactError(
-            f"{directory / REGISTRY_FILE}: cannot tell of whom row {number} is ({error})",
+            f"{directory / REGISTRY_FILE}: the record of the adapter in row {number} is damaged "
+            f"({error})",
             remedy=COPY_AGAIN,
         ) from error
     return BankRow(number, replace(read, labels=labels), checksum, state.file)
 
 
 def has_name(db: sqlite3.Connection, name: str) -> bool:
-    """Whether there is an adapter of that name."""
-    asked = "SELECT 1 FROM adapters WHERE name = ?"
-    return is_fit_name(name) and db.execute(asked, (name,)).fetchone() is not None
+    """Whether the bank has an adapter of that name."""
+    query = "SELECT 1 FROM adapters WHERE name = ?"
+    return is_fit_name(name) and db.execute(query, (name,)).fetchone() is not None
 
 
 def count_names(db: sqlite3.Connection) -> int:
-    """How many adapters there are."""
+    """The number of adapters."""
     return int(db.execute("SELECT count(*) FROM adapters").fetchone()[0])
 
 
 def known_names(db: sqlite3.Connection) -> list[str]:
-    """The names of all adapters, in order."""
+    """The names of all adapters, sorted."""
     return [name for (name,) in db.execute("SELECT name FROM adapters ORDER BY name")]
 
 
@@ -236,7 +237,7 @@ def numbers_in_use(db: sqlite3.Connection) -> list[int]:
 
 
 def put_row(db: sqlite3.Connection, name: str, row: BankRow) -> None:
-    """Give an adapter a row, whether or not it has one."""
+    """Record an adapter's row; it replaces an earlier one of that name."""
     db.execute(
         "REPLACE INTO adapters (name, number, entry, checksum) VALUES (?, ?, ?, ?)",
         (name, row.number, json.dumps(asdict(row.entry)), row.checksum),
@@ -244,11 +245,11 @@ def put_row(db: sqlite3.Connection, name: str, row: BankRow) -> None:
 
 
 def drop_row(db: sqlite3.Connection, name: str) -> None:
-    """Forget an adapter."""
+    """Delete the record of an adapter's row."""
     db.execute("DELETE FROM adapters WHERE name = ?", (name,))
 
 
 def renumber(db: sqlite3.Connection, kept: list[int]) -> None:
-    """Number the rows anew: what was `kept`, ascending, is 1, 2 and so on."""
-    # In this order each new number is free: the row that had it has moved or is gone.
+    """Renumber the rows in use, `kept` in ascending order, as 1, 2 and so on."""
+    # In this order each new number is free: its row has been renumbered or removed.
     db.executemany("UPDATE adapters SET number = ? WHERE number = ?", enumerate(kept, 1))

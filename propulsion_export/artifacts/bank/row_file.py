@@ -1,4 +1,4 @@
-"""The rows on disk: appended, copied, mapped into memory, compared with their checksums."""
+"""Append, copy, map and verify the rows of a bank file."""
 
 import hashlib
 import os
@@ -11,7 +11,7 @@ from propulsion_export.adapters.scales import Array
 from propulsion_export.artifacts.bank.registry import (
     COPY_AGAIN,
     BankRow,
-    State,
+    BankState,
     has_rows,
 )
 from propulsion_export.artifacts.file_names import ADAPTERS
@@ -19,11 +19,11 @@ from propulsion_export.artifacts.rounding import numpy_dtype
 from propulsion_export.errors import ArtifactError, UsageError
 
 
-def check_length(directory: Path, state: State) -> int:
-    """The bank file's length in bytes, if all rows that count are in it.
+def check_length(directory: Path, state: BankState) -> int:
+    """The bank file's length in bytes.
 
     Raises:
-        ArtifactError: it is missing or shorter.
+        ArtifactError: the file is missing, or too short for the rows that the registry counts.
     """
     file = directory / state.file
     if not file.is_file():
@@ -36,11 +36,11 @@ def check_length(directory: Path, state: State) -> int:
     return length
 
 
-def tidy(directory: Path, state: State) -> None:
-    """Remove what killed or failed changes left; nobody else may be changing anything.
+def tidy(directory: Path, state: BankState) -> None:
+    """Remove what killed or failed changes left behind. No other change may be in progress.
 
     Raises:
-        ArtifactError: the bank file is missing or lacks rows that count.
+        ArtifactError: the bank file is missing or too short.
     """
     for path in (directory / ADAPTERS).iterdir():
         name = f"{ADAPTERS}/{path.name}"
@@ -50,28 +50,28 @@ def tidy(directory: Path, state: State) -> None:
         os.truncate(directory / state.file, state.length)
 
 
-def map_rows(directory: Path, state: State) -> Array:
-    """All rows that count, [next_row, D] of the bank's dtype: a read-only memory map.
+def map_rows(directory: Path, state: BankState) -> Array:
+    """All rows, [next_row, D] of the bank's dtype, as a read-only memory map.
 
     Raises:
-        ArtifactError: the bank file is missing or lacks rows that count.
+        ArtifactError: the bank file is missing or too short.
     """
     check_length(directory, state)
     dtype, shape = numpy_dtype(state.dtype), (state.next_row, state.width)
     return np.memmap(directory / state.file, dtype, mode="r", shape=shape)
 
 
-def identity_of(directory: Path, state: State) -> tuple[int, int]:
-    """What tells the bank file from any other while it is mapped, even from one of its name."""
+def identity_of(directory: Path, state: BankState) -> tuple[int, int]:
+    """Device and inode of the bank file, which another file of the same name does not have."""
     stat = (directory / state.file).stat()
     return stat.st_dev, stat.st_ino
 
 
 def check_row(row: BankRow, values: Array) -> None:
-    """Compare a row of a memory map of the bank with its checksum.
+    """Compare a row in a memory map of the bank with its checksum.
 
     Raises:
-        ArtifactError: its bytes are others.
+        ArtifactError: they differ.
     """
     if (found := checksum_of(bytes_of(values[row.number]))) != row.checksum:
         raise ArtifactError(
@@ -81,27 +81,27 @@ def check_row(row: BankRow, values: Array) -> None:
         )
 
 
-def row_bytes(directory: Path, state: State, values: Array) -> bytes:
-    """The bytes of a row of this bank.
+def row_bytes(directory: Path, state: BankState, values: Array) -> bytes:
+    """The bytes to write for one row.
 
     Raises:
-        UsageError: `values` is none, which is [D] of the bank's dtype.
+        UsageError: `values` is not [D] of the bank's dtype.
     """
     if values.shape != (state.width,) or values.dtype.name != state.dtype:
         raise UsageError(
-            f"{directory}: an adapter feeds {describe_array(values)}, expected [{state.width}] of "
-            f"{state.dtype}"
+            f"{directory}: the adapter's row is {describe_array(values)}, expected "
+            f"[{state.width}] of {state.dtype}"
         )
     return bytes_of(values)
 
 
 def bytes_of(values: Array) -> bytes:
-    """Values as they lie in the file, in this machine's order of bytes."""
+    """Values as the bytes in the file, in this machine's byte order."""
     return np.ascontiguousarray(values, numpy_dtype(values.dtype.name)).tobytes()
 
 
-def append_row(directory: Path, state: State, data: bytes) -> None:
-    """Write a row behind those that count; it is on the disk when this returns."""
+def append_row(directory: Path, state: BankState, data: bytes) -> None:
+    """Write a row after the last one and flush it to the disk."""
     descriptor = os.open(directory / state.file, os.O_WRONLY)
     try:
         _write_at(descriptor, data, state.length)
@@ -110,8 +110,8 @@ def append_row(directory: Path, state: State, data: bytes) -> None:
         os.close(descriptor)
 
 
-def copy_rows(directory: Path, state: State, numbers: Iterable[int], *, to: Path) -> None:
-    """Write rows of the bank file, in the order of `numbers`, as a new file that a crash spares."""
+def copy_rows(directory: Path, state: BankState, numbers: Iterable[int], *, to: Path) -> None:
+    """Write rows of the bank file, in the order of `numbers`, to a new file, and flush it."""
     with (directory / state.file).open("rb") as old, to.open("xb") as new:
         os.fchmod(new.fileno(), os.fstat(old.fileno()).st_mode & 0o777)
         for number, kept in enumerate(numbers):

@@ -1,4 +1,4 @@
-"""Looks at a bank and changes of it, each one transaction of the registry, and errors in words."""
+"""Read and change a bank in transactions of its registry, with errors a user can act on."""
 
 import errno
 import sqlite3
@@ -9,7 +9,7 @@ from pathlib import Path
 from propulsion_export.artifacts.bank.registry import (
     COPY_AGAIN,
     REGISTRY_FILE,
-    State,
+    BankState,
     create_tables,
     read_state,
 )
@@ -18,7 +18,7 @@ from propulsion_export.artifacts.file_names import ADAPTERS
 from propulsion_export.artifacts.staging import FULL, disk_errors_in_words
 from propulsion_export.errors import ArtifactError, UsageError
 
-_PATIENCE = 60.0  # seconds to wait for other processes' changes, each of which takes milliseconds
+_PATIENCE = 60.0  # seconds to wait for other processes' changes, which take milliseconds
 _MAKE_ROOM = "Make room there, then try again."
 _CHANGE_A_COPY = "Change a copy of it."
 _ON_LOCAL_DISK = "Use a copy of it on a local disk."
@@ -28,7 +28,7 @@ _FORBIDDEN = {
     errno.EACCES: "no permission to write here",
     errno.EPERM: "no permission to write here",
 }
-# By SQLite's result code, the extended one first: whose fault it is, what was found, the way out.
+# The error, the finding and the remedy by SQLite's result code; extended codes are tried first.
 _SQLITE_REASONS: dict[int, tuple[type[ArtifactError | UsageError], str, str]] = {
     sqlite3.SQLITE_FULL: (
         UsageError,
@@ -37,7 +37,7 @@ _SQLITE_REASONS: dict[int, tuple[type[ArtifactError | UsageError], str, str]] = 
     ),
     sqlite3.SQLITE_READONLY_ROLLBACK: (
         ArtifactError,
-        "a killed process left it half changed, and here it cannot be restored",
+        "a killed process left it half changed, and it cannot be restored where it is read-only",
         "List its adapters once where it can be written to.",
     ),
     sqlite3.SQLITE_READONLY: (
@@ -47,7 +47,7 @@ _SQLITE_REASONS: dict[int, tuple[type[ArtifactError | UsageError], str, str]] = 
     ),
     sqlite3.SQLITE_CANTOPEN: (
         UsageError,
-        "cannot be opened, or no journal be made beside it; nothing was changed",
+        "cannot be opened, or its journal cannot be created; nothing was changed",
         "Check the permissions of its directory.",
     ),
     sqlite3.SQLITE_BUSY: (
@@ -58,15 +58,15 @@ _SQLITE_REASONS: dict[int, tuple[type[ArtifactError | UsageError], str, str]] = 
     sqlite3.SQLITE_IOERR: (ArtifactError, "cannot be read, written or locked", _ON_LOCAL_DISK),
     sqlite3.SQLITE_PROTOCOL: (ArtifactError, "cannot be locked", _ON_LOCAL_DISK),
 }
-_NO_REGISTRY = (ArtifactError, "is no registry of a bank", COPY_AGAIN)
+_NO_REGISTRY = (ArtifactError, "is not the registry of a bank", COPY_AGAIN)
 
 
 @contextmanager
-def reading(directory: Path) -> Iterator[tuple[sqlite3.Connection, State]]:
-    """One look at the registry. No change ends within it, so the file it names is there.
+def reading(directory: Path) -> Iterator[tuple[sqlite3.Connection, BankState]]:
+    """Read the registry. No change is committed meanwhile, so the bank file it names exists.
 
     Raises:
-        ArtifactError: it is damaged, or another process keeps it locked.
+        ArtifactError: the registry is damaged, or another process keeps it locked.
     """
     with _in_words(directory):
         db, state = _begin(directory, write=False)
@@ -75,22 +75,22 @@ def reading(directory: Path) -> Iterator[tuple[sqlite3.Connection, State]]:
 
 
 @contextmanager
-def changing(directory: Path) -> Iterator[tuple[sqlite3.Connection, State]]:
-    """A change of the registry, one after the other; it is as if it had not begun on any error.
+def changing(directory: Path) -> Iterator[tuple[sqlite3.Connection, BankState]]:
+    """Change the registry; one change at a time, and on any error none of it takes effect.
 
     Raises:
         UsageError: the disk is full or read-only.
-        ArtifactError: it is damaged, or another process keeps it locked.
+        ArtifactError: the registry is damaged, or another process keeps it locked.
     """
     with _in_words(directory):
         db, state = _begin(directory, write=True)
         try:
-            with closing(db):  # which takes back what is not committed
+            with closing(db):  # closing rolls back what is not committed
                 tidy(directory, state)
                 yield db, state
                 db.execute("COMMIT")
         except (OSError, sqlite3.Error):
-            # Space is what may be lacking. The error in hand says more than another one would.
+            # The disk may be full: free what was appended. Another error would hide the first.
             with suppress(OSError, sqlite3.Error, ArtifactError):
                 db, state = _begin(directory, write=True)
                 with closing(db):
@@ -98,8 +98,8 @@ def changing(directory: Path) -> Iterator[tuple[sqlite3.Connection, State]]:
             raise
 
 
-def create_registry(directory: Path, state: State) -> None:
-    """Make the registry of a bank without adapters.
+def create_registry(directory: Path, state: BankState) -> None:
+    """Create the registry of a bank without adapters.
 
     Raises:
         UsageError: the disk is full or read-only.
@@ -111,7 +111,7 @@ def create_registry(directory: Path, state: State) -> None:
 
 
 def back_up(db: sqlite3.Connection, directory: Path) -> None:
-    """Write the registry that `db` reads as that of another directory.
+    """Copy the registry that `db` has open into another artifact's directory.
 
     Raises:
         UsageError: the disk is full or read-only.
@@ -120,17 +120,17 @@ def back_up(db: sqlite3.Connection, directory: Path) -> None:
         db.backup(other)
 
 
-def _begin(directory: Path, *, write: bool) -> tuple[sqlite3.Connection, State]:
+def _begin(directory: Path, *, write: bool) -> tuple[sqlite3.Connection, BankState]:
     try:
         return _begin_as(directory, "rw" if write else "ro", write=write)
     except sqlite3.OperationalError as error:
         if _code(error) != sqlite3.SQLITE_READONLY_ROLLBACK:
             raise
-    # A process was killed while it committed: only who may write can take back what it had begun.
+    # A process was killed during its commit; rolling that back needs write access.
     return _begin_as(directory, "rw", write=write)
 
 
-def _begin_as(directory: Path, mode: str, *, write: bool) -> tuple[sqlite3.Connection, State]:
+def _begin_as(directory: Path, mode: str, *, write: bool) -> tuple[sqlite3.Connection, BankState]:
     db = _connect(directory, mode)
     try:
         # Without EXTRA, a loss of power could bring back a registry that names an older bank file.
@@ -167,5 +167,5 @@ def _in_words(directory: Path) -> Iterator[None]:
 
 
 def _code(error: sqlite3.Error) -> int:
-    """SQLite's extended result code; what Python refuses of a database's content has none."""
+    """SQLite's extended result code; errors that Python raises about the content have none."""
     return getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT)

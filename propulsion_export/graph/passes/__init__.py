@@ -1,1 +1,1 @@
-"""Passes on a traced graph, each with its precondition."""
+"""Passes over a traced graph, each of which checks its precondition."""

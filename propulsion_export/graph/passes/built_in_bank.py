@@ -12,14 +12,14 @@ BANK_FILE = "propulsion_bank.bin"
 
 
 class BuildInBank(ir.passes.InPlacePass):
-    """Make the input `propulsion_bank` [adapters, D] an initializer that lies in BANK_FILE.
+    """Make the input `propulsion_bank` [adapters, D] an initializer stored in BANK_FILE.
 
-    An id that nobody has gives its own row NaN: it must neither be another client's adapter, which
-    it would be below zero, nor fail the batch that other clients' rows are in.
+    An unknown id gives its row NaN: it must neither choose another client's adapter, as a negative
+    index would, nor fail the batch with other clients' rows.
 
     Args:
-        directory: where the graph and the file are.
-        rows: how many adapters the file has, the base model counted, before a last row of NaN.
+        directory: the directory of the graph and the file.
+        rows: the number of adapters in the file, the base model included; a row of NaN follows.
     """
 
     def __init__(self, directory: Path, rows: int) -> None:
@@ -55,7 +55,7 @@ class BuildInBank(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, modified=True)
 
     def _guard_(self, graph: ir.Graph) -> None:
-        """Let every id that nobody has choose the last row."""
+        """Make every unknown id choose the last row."""
         ids = next(value for value in graph.inputs if value.name == IDS_INPUT)
         uses = list(ids.uses())
         zero, last = (

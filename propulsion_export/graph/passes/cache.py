@@ -1,4 +1,4 @@
-"""Name what a generative model reads and keeps as optimum and onnxruntime-genai do."""
+"""Name the cache and inputs of a generative model as optimum and onnxruntime-genai do."""
 
 import re
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from propulsion_export.artifacts.tensor_names import PAST, PRESENT
 
-# What the exporter calls the tensors of a cache, going in and coming out.
+# The exporter's names for the input and output tensors of a cache.
 _TRACED = re.compile(
     r"(?:input\.|output\.)?cache\.(?:(self|cross)_attention_cache\.)?layers\.(\d+)\.(key|value)s"
 )
@@ -30,9 +30,9 @@ _FIRST = (
 class NameCache(ir.passes.InPlacePass):
     """Call cache inputs `past_key_values.N.key` and outputs `present.N.key`, `value` likewise.
 
-    In an encoder-decoder's decoder they are `past_key_values.N.decoder.key` and, of the encoder's
-    output, `past_key_values.N.encoder.key`; what goes in there does not come out again. What is no
-    cache goes first; then, as optimum counts on, layer by layer the decoder's before the encoder's.
+    In an encoder-decoder's decoder they are `past_key_values.N.decoder.key` and, for the encoder's
+    output, `past_key_values.N.encoder.key`; the latter are not returned. Other tensors come first;
+    then, in the order optimum expects, layer by layer the decoder's before the encoder's.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -72,7 +72,7 @@ def _rename(value: ir.Value, prefix: str) -> None:
 
 
 def _drop_returned_inputs(model: ir.Model) -> None:
-    """Take out what an encoder-decoder returns as it got it, and what it then never reads."""
+    """Remove outputs that an encoder-decoder returns unchanged, and inputs it then never reads."""
     graph = model.graph
     given = set(_names(graph.inputs))
     for value in list(graph.outputs):
@@ -91,7 +91,7 @@ def _names(values: Sequence[ir.Value]) -> list[str]:
 
 
 def _rank(value: ir.Value) -> tuple[int, int, bool]:
-    """Sorting is stable: a key stays before its value, and what is unknown where it was."""
+    """Sort key; sorting is stable, so keys stay before values and unknown names in place."""
     name = str(value.name)
     prefix, _, rest = name.partition(".")
     if prefix in (PAST, PRESENT):

@@ -1,4 +1,4 @@
-"""Give graph inputs their defaults."""
+"""Give graph inputs default values."""
 
 import onnx_ir as ir
 

@@ -1,4 +1,4 @@
-"""Give the dynamic dimensions names that mean something, the same for every input."""
+"""Give dynamic dimensions meaningful names, the same in every input."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -16,8 +16,8 @@ _SYMBOL = re.compile(r"\bs\d+\b")
 class NameDimensions(ir.passes.InPlacePass):
     """Call the dynamic dimensions of the inputs `batch` and `sequence` everywhere.
 
-    With a cache there are `past_sequence`, its length, and `total_sequence`, with the new tokens;
-    `encoder_sequence` is what a decoder attends to besides.
+    With a cache there are `past_sequence`, its length, and `total_sequence`, that with the new
+    tokens; `encoder_sequence` is the length of the encoder's output that a decoder reads.
     The exporter gives each input symbols of its own (`s18`, `s43`), so that a reader, and an
     engine's profile, cannot know that they are equal; fixed sizes that it writes as symbols (`"2"`)
     become numbers.
@@ -43,7 +43,7 @@ class NameDimensions(ir.passes.InPlacePass):
 
 
 def _axes(name: str, cached: bool) -> Iterator[tuple[int, str]]:
-    """Axis and dimension of an input or output; a graph is `cached` that reads a cache."""
+    """Axis and dimension name of an input or output; `cached`: the graph reads a cache."""
     yield 0, BATCH
     in_cache = name.startswith((f"{PAST}.", f"{PRESENT}."))
     if name.startswith("encoder_") or (in_cache and ".encoder." in name):
@@ -57,7 +57,7 @@ def _axes(name: str, cached: bool) -> Iterator[tuple[int, str]]:
 
 
 def _with(shape: ir.Shape, names: Mapping[int, str]) -> ir.Shape:
-    """A shape whose dimensions are named; a number stays, or the graph would lie about its size."""
+    """A shape with named dimensions; a number stays, since the size is fixed there."""
     return ir.Shape(
         [
             dimension if isinstance(dimension, int) else names.get(axis, dimension)

@@ -1,4 +1,4 @@
-"""Make the rows that a graph computes with a choice from a bank of them."""
+"""Gather the rows that a graph computes with from a bank."""
 
 import onnx_ir as ir
 
@@ -9,7 +9,7 @@ from propulsion_export.graph.passes.dimensions import BATCH
 class GatherRows(ir.passes.InPlacePass):
     """Replace the input `name` [batch, D] by rows of `propulsion_bank` [adapters, D].
 
-    Which of them each row of the batch has is said by `adapter_ids`, int64 [batch].
+    `adapter_ids`, int64 [batch], chooses the bank's row for each row of the batch.
     """
 
     def __init__(self, name: str) -> None:

@@ -1,4 +1,4 @@
-"""Make many initializers one flat graph input, cut into parts at the top of the graph."""
+"""Pack many initializers into one flat graph input, split at the top of the graph."""
 
 from collections.abc import Mapping
 
@@ -13,10 +13,10 @@ class PackInitializers(ir.passes.InPlacePass):
     """Replace initializers by slices of one graph input, `name` of shape [D].
 
     Attributes:
-        name: of the new input, appended after those there are.
-        parts: slot by initializer name, in the order of their offsets, without gaps.
-        partial: whether the graph may be without some of them, which are in another graph. A graph
-            without any gets no input.
+        name: the name of the new input, appended after the existing ones.
+        parts: slots by initializer name, in the order of their offsets, without gaps.
+        partial: whether some initializers may be missing, because they are in another graph. A
+            graph without any gets no input.
 
     The input has no default yet: an optimiser would take that for a constant and fold it away.
     """

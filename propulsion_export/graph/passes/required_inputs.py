@@ -1,4 +1,4 @@
-"""Make a graph one that TensorRT keeps whole: every input is required."""
+"""Make every input of a graph required, since TensorRT drops optional ones."""
 
 from collections.abc import Sequence
 
@@ -9,9 +9,9 @@ from propulsion_export.artifacts.tensor_names import BANK_INPUT, PACKED_INPUTS
 
 
 def require_inputs_(model: ir.Model, *, constant: Sequence[str] = ()) -> None:
-    """Take the defaults of inputs out, in place: the parser drops inputs that have one.
+    """Remove the defaults of inputs, in place: TensorRT's parser drops inputs that have one.
 
-    Inputs named in `constant` go the other way: they keep their default and are inputs no more.
+    Inputs named in `constant` become weights: they keep their default and are no longer inputs.
     Fixed dimensions that were exported as symbols of digits become numbers.
     """
     graph = model.graph
@@ -29,13 +29,13 @@ def require_inputs_(model: ir.Model, *, constant: Sequence[str] = ()) -> None:
 
 
 def adapter_inputs(model: ir.Model) -> tuple[str, ...]:
-    """Those of the graph's inputs that carry adapters."""
+    """The names of the graph's inputs that carry adapters."""
     names = {value.name for value in model.graph.inputs}
     return tuple(name for name in (*PACKED_INPUTS, BANK_INPUT) if name in names)
 
 
 def give_default_(model: ir.Model, name: str, values: Array) -> None:
-    """Let an input have a default, in place."""
+    """Give an input a default value, in place."""
     value = next(value for value in model.graph.inputs if value.name == name)
     value.shape = ir.Shape(values.shape)
     value.const_value = ir.tensor(values, name=name)

@@ -1,4 +1,4 @@
-"""The verdict as one page for people, with pictures, that needs nothing beside it."""
+"""The verdict as one self-contained HTML page with pictures."""
 
 import math
 from html import escape

@@ -10,7 +10,7 @@ _FORBIDDEN = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff
 
 
 def to_junit(report: ParityReport) -> str:
-    """One test case per check, and one that is skipped for all that could not run.
+    """One test case per check, and a skipped one for each entry that could not run.
 
     Characters that XML cannot hold become U+FFFD.
     """

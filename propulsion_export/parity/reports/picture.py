@@ -24,7 +24,7 @@ _VARIABLES = {
     _REFERENCE: "var(--reference)",
     _FAILED: "var(--failed)",
 }
-# What a page has no use for: the header, the date, rules for all of the page, comments, fonts.
+# Parts to remove: the header, the date, style rules for the whole page, comments, fonts.
 _USELESS = re.compile(
     r"^.*?<svg[^>]*>|<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->"
     r"|font-family: [^;\"]*;? ?",

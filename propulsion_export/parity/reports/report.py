@@ -1,9 +1,9 @@
 """The verdict of a parity run, and its JSON form."""
 
-import json
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from propulsion_export.environment.json_text import to_json
 from propulsion_export.parity.comparison import DECADES, FACTOR, OutputErrors
 
 SCHEMA_VERSION = 1
@@ -52,7 +52,7 @@ class NotRun:
 
 @dataclass(frozen=True)
 class ParityReport:
-    """What was compared and what came of it.
+    """The comparisons of an artifact and their results.
 
     Attributes:
         artifact: the directory that was judged.
@@ -60,10 +60,10 @@ class ParityReport:
         dtype: precision of the artifact, at which PyTorch's own error was measured.
         runner: what ran it, such as `onnxruntime CPUExecutionProvider`.
         inputs: how many inputs (rows) the errors are pooled over.
-        seed: of the inputs made; None for inputs given.
-        checks: all that ran.
-        not_run: all that could not.
-        tools: versions.
+        seed: the seed of random inputs; None for given inputs.
+        checks: the checks that ran.
+        not_run: the checks that could not run.
+        tools: versions by tool.
     """
 
     artifact: str
@@ -78,14 +78,14 @@ class ParityReport:
 
     @property
     def verdict(self) -> Verdict:
-        """With nothing run there is no pass."""
+        """`not run` if no check ran, which is no pass."""
         if not self.checks:
             return "not run"
         return "passed" if all(check.passed for check in self.checks) else "failed"
 
     @property
     def passed(self) -> bool:
-        """Whether something ran and all of it holds."""
+        """Whether at least one check ran and all passed."""
         return self.verdict == "passed"
 
     @property
@@ -107,15 +107,4 @@ class ParityReport:
         for check, written in zip(self.checks, value["checks"], strict=True):
             for errors, output in zip(check.outputs, written["outputs"], strict=True):
                 output |= {"passed": errors.passed, "margin": errors.margin}
-        return json.dumps(_finite(value), indent=2, allow_nan=False) + "\n"
-
-
-def _finite(value: Any) -> Any:
-    """JSON knows no NaN."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    if isinstance(value, float) and value - value != 0:
-        return str(value)
-    return value
+        return to_json(value, non_finite=str, indent=2) + "\n"

@@ -1,4 +1,6 @@
 """Multiply an adapter into the weights of its base model.
 
-`model` folds into a loaded model, `checkpoint` into one on disk, which `shards` writes.
+`model` folds into a loaded model, `checkpoint` into a checkpoint on disk: `source` reads it,
+`stored` maps its tensors to the model's parameters, `shards` writes the result. Both refuse or undo
+`ties`.
 """

@@ -1,9 +1,9 @@
 """Fold an adapter into a checkpoint on disk, tensor by tensor.
 
-The model is built without its weights to learn names, module kinds and ties. Tensors are then read,
-folded and written one module at a time, experts that are stored one by one each by itself, so that
-memory is bounded by the largest module whatever the size of the checkpoint. What transformers
-converts on loading is written as it was stored.
+The model is built without weights, for its names, module classes and ties. Tensors are then read,
+folded and written one module at a time (experts that are stored one by one, one at a time), so that
+memory is bounded by the largest module and not by the checkpoint. Tensors that transformers
+converts on loading are written as they were stored.
 """
 
 from collections.abc import Iterable, Mapping
@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from propulsion_export.adapters.adapter import Adapter
@@ -20,14 +19,15 @@ from propulsion_export.base_model.model_fingerprint import base_weights, inner_b
 from propulsion_export.errors import AdapterError, BaseModelError
 from propulsion_export.scaling.fold.model import check_finite, folded_module
 from propulsion_export.scaling.fold.shards import ShardWriter, plan_shards
-from propulsion_export.scaling.fold.source import Checkpoint, StoredTensor
+from propulsion_export.scaling.fold.source import Checkpoint
 from propulsion_export.scaling.fold.stored import Part, StoredParts
+from propulsion_export.scaling.fold.ties import replace_parameters_
 from propulsion_export.scaling.layer_rules import narrowed
 
 
 @dataclass(frozen=True)
 class Job:
-    """One tensor to write: the stored `part` of a parameter, or (None) what the adapter brings."""
+    """One tensor to write, and the `part` it is stored in; None if it comes from the adapter."""
 
     name: str
     parameter: str
@@ -35,32 +35,33 @@ class Job:
 
 
 def fold_checkpoint(
-    checkpoint: Checkpoint,
-    model: PreTrainedModel,
+    parts: StoredParts,
     adapter: Adapter,
     directory: Path,
     *,
     dtype: torch.dtype | None = None,
     max_shard_size: int = 5 * 10**9,
 ) -> torch.dtype:
-    """Write the folded weights of `checkpoint` into `directory`, in shards with an index.
+    """Write the folded weights of a checkpoint into `directory`, in shards with an index.
 
     Args:
-        checkpoint: of the base model.
-        model: the model for the task on the meta device; ties that shall be undone are undone.
-        adapter: what to fold in.
-        directory: exists; gets `model.safetensors`, or shards of at most `max_shard_size` bytes.
-        dtype: of all floating-point tensors written; None keeps each as stored.
-        max_shard_size: in bytes.
+        parts: the base model's checkpoint, and the model for the task on the meta device with the
+            ties undone that `untie_as_stored_` and `check_untied` undo.
+        adapter: the adapter to fold in.
+        directory: an existing directory; it gets `model.safetensors`, or shards of at most
+            `max_shard_size` bytes.
+        dtype: the dtype of all floating-point tensors written; None keeps each as stored.
+        max_shard_size: the largest size of a shard, in bytes.
 
     Returns:
-        The floating-point type of the weights written, the coarsest if there are several.
+        The floating-point dtype of the weights written, the coarsest if there are several.
 
     Raises:
         BaseModelError: a parameter is neither in the checkpoint nor in the adapter.
         AdapterError: not one weight changes.
     """
-    jobs = _plan(checkpoint, model, adapter)
+    checkpoint = parts.checkpoint
+    jobs = _plan(parts, adapter)
     dtypes = _dtypes_to_write(checkpoint, jobs, dtype)
     shapes = {job.name: _meta(checkpoint, adapter, job) for job in jobs}
     writer = ShardWriter(directory, shapes, dtypes, plan_shards(shapes, dtypes, max_shard_size))
@@ -68,7 +69,7 @@ def fold_checkpoint(
     with writer:
         for group in _by_module(jobs, adapter):
             stored = {job: _stored(checkpoint, adapter, job) for job in group}
-            for job, value in _fold(model, stored, adapter, dtype).items():
+            for job, value in _fold(parts.model, stored, adapter, dtype).items():
                 written = value.to(dtypes[job.name])
                 changed |= job.parameter not in adapter.modules and not torch.equal(
                     written, stored[job].to(written.dtype)
@@ -83,28 +84,27 @@ def fold_checkpoint(
 
 
 def coarsest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
-    """The floating-point type that limits the precision of a model with all of them."""
+    """The floating-point dtype of the lowest precision."""
     floating = [dtype for dtype in dtypes if dtype.is_floating_point]
     return min(floating, key=lambda dtype: dtype.itemsize, default=torch.float32)
 
 
-def fingerprint_of_checkpoint(checkpoint: Checkpoint, model: PreTrainedModel) -> Fingerprint:
-    """The fingerprint of a checkpoint's base, reading single entries only.
+def fingerprint_of_checkpoint(parts: StoredParts) -> Fingerprint:
+    """The fingerprint of a checkpoint's base model; only single entries are read.
 
-    `model` is the empty model for any task; it tells which weights are the base's.
+    The model of `parts` may be for any task, with or without a head.
     """
-    parts = StoredParts(checkpoint, model)
-    weights = {}
+    model, weights = parts.model, {}
     for name in base_weights(model):
         found = parts.of(name) or parts.of(f"{model.base_model_prefix}.{name}")
         if len(found) == 1 and found[0].convertible and found[0].expert is None:
-            weights[name] = _on_disk(checkpoint, found[0].key)
+            weights[name] = parts.checkpoint.tensors[found[0].key]
     return Fingerprint.of(weights)
 
 
-def _plan(checkpoint: Checkpoint, model: PreTrainedModel, adapter: Adapter) -> list[Job]:
-    """What to write, in the model's order: every persistent tensor once, of tied ones the first."""
-    parts = StoredParts(checkpoint, model)
+def _plan(parts: StoredParts, adapter: Adapter) -> list[Job]:
+    """The tensors to write, in the model's order; of tied parameters only the first."""
+    checkpoint, model = parts.checkpoint, parts.model
     jobs: dict[str, Job] = {}
     missing, seen = [], set()
     for parameter, tensor in model.state_dict(keep_vars=True).items():
@@ -120,7 +120,7 @@ def _plan(checkpoint: Checkpoint, model: PreTrainedModel, adapter: Adapter) -> l
                 f"{checkpoint.source}: {parameter} is neither in the checkpoint nor in the adapter"
             )
         _check_parts(checkpoint, found, tensor, scaled=_is_scaled(parameter, adapter))
-        # A tensor that becomes several parameters is written once.
+        # A stored tensor that holds several parameters is written once.
         jobs |= {part.name: Job(part.name, parameter, part) for part in found}
     if missing:
         raise BaseModelError(
@@ -130,7 +130,7 @@ def _plan(checkpoint: Checkpoint, model: PreTrainedModel, adapter: Adapter) -> l
 
 
 def _is_absent_pooler(parameter: str, model: PreTrainedModel, adapter: Adapter) -> bool:
-    """Whether the checkpoint of a model without a head may lack it: a pooling layer."""
+    """Whether it belongs to a pooling layer, which a checkpoint without a head may lack."""
     bare = inner_base_model(model) is model
     return bare and parameter.startswith("pooler.") and not _is_scaled(parameter, adapter)
 
@@ -142,15 +142,15 @@ def _is_scaled(parameter: str, adapter: Adapter) -> bool:
 def _check_parts(
     checkpoint: Checkpoint, parts: list[Part], parameter: torch.Tensor, *, scaled: bool
 ) -> None:
-    """Refuse what is not the whole parameter, or does not say where in it the scale acts."""
+    """Refuse parts that do not make the whole parameter, or that a scale cannot be folded into."""
     if not parts:
         return
     key, name = parts[0].key, parts[0].parameter
     if not parts[0].convertible:
         if scaled:
             raise BaseModelError(
-                f"{checkpoint.source}: {name} is made from {key} in a way this tool cannot fold on "
-                "disk",
+                f"{checkpoint.source}: {name} is converted from {key} in a way that cannot be "
+                "folded on disk",
                 remedy="Save the base model with save_pretrained(…, save_original_format=False).",
             )
         return
@@ -163,12 +163,12 @@ def _check_parts(
 
 
 def _whole_shapes(checkpoint: Checkpoint, parts: list[Part]) -> list[tuple[int, ...]]:
-    """The shape of what the parts make together; by expert, who may differ if one is damaged."""
+    """The shape that the parts make together; several if experts differ, in a damaged file."""
     if parts[0].expert is None:
-        return [_on_disk(checkpoint, parts[0].key).shape]
+        return [checkpoint.tensors[parts[0].key].shape]
     matrices: dict[int | None, list[tuple[int, ...]]] = {}
     for part in parts:
-        shape = _on_disk(checkpoint, part.key).shape
+        shape = checkpoint.tensors[part.key].shape
         matrices.setdefault(part.expert, []).append(shape)
     return [
         (len(matrices), sum(shape[0] for shape in shapes), *inputs)
@@ -180,8 +180,8 @@ def _whole_shapes(checkpoint: Checkpoint, parts: list[Part]) -> list[tuple[int, 
 def _dtypes_to_write(
     checkpoint: Checkpoint, jobs: list[Job], wanted: torch.dtype | None
 ) -> dict[str, torch.dtype]:
-    """By name. What the adapter brings takes the base's type, not the one it was trained in."""
-    stored = {job.name: _on_disk(checkpoint, job.part.key).dtype for job in jobs if job.part}
+    """The dtype of each tensor; the adapter's own parameters get the base model's."""
+    stored = {job.name: checkpoint.tensors[job.part.key].dtype for job in jobs if job.part}
     dtypes = {job.name: stored.get(job.name, coarsest(stored.values())) for job in jobs}
     return {
         name: wanted if wanted is not None and dtype.is_floating_point else dtype
@@ -190,24 +190,20 @@ def _dtypes_to_write(
 
 
 def _meta(checkpoint: Checkpoint, adapter: Adapter, job: Job) -> torch.Tensor:
-    """The shape of what is to be written, as a tensor without values."""
+    """A tensor without values, of the shape that is to be written."""
     part = job.part
-    shape = _on_disk(checkpoint, part.key).shape if part else adapter.modules[job.parameter].shape
+    shape = checkpoint.tensors[part.key].shape if part else adapter.modules[job.parameter].shape
     return torch.empty(shape, device="meta")
-
-
-def _on_disk(checkpoint: Checkpoint, key: str) -> StoredTensor:
-    return StoredTensor(checkpoint.files[key], key)
 
 
 def _stored(checkpoint: Checkpoint, adapter: Adapter, job: Job) -> torch.Tensor:
     if job.part is None:
         return torch.from_numpy(adapter.modules[job.parameter])
-    return checkpoint.read(job.part.key)
+    return checkpoint.tensors[job.part.key].read()
 
 
 def _by_module(jobs: list[Job], adapter: Adapter) -> list[list[Job]]:
-    """Jobs to be done together: the parameters of a scaled module; every other is by itself."""
+    """The jobs in groups: the parameters of a scaled module together, each other job alone."""
     groups: dict[str, list[Job]] = {}
     for job in jobs:
         path = job.parameter.rpartition(".")[0]
@@ -221,7 +217,7 @@ def _fold(
     adapter: Adapter,
     dtype: torch.dtype | None,
 ) -> dict[Job, torch.Tensor]:
-    """What becomes of the stored tensors of one group."""
+    """The folded tensors of one group of jobs; unscaled ones are returned as they are."""
     job = next(iter(stored))
     path, scaled = job.parameter.rpartition(".")[0], job.parameter in adapter.scales
     if scaled and job.part is not None and job.part.expert is not None:
@@ -230,12 +226,10 @@ def _fold(
         return dict(stored)
     module = model.get_submodule(path)
     names = {job.parameter.rpartition(".")[2]: job for job in stored}
-    for name, job in names.items():
-        setattr(module, name, nn.Parameter(stored[job], requires_grad=False))
+    replace_parameters_(module, {name: stored[job] for name, job in names.items()})
     folded = folded_module(module, job.parameter if scaled else path, adapter, dtype)
-    for name, job in names.items():  # give the memory back
-        empty = nn.Parameter(stored[job].to("meta"), requires_grad=False)
-        setattr(module, name, empty)
+    # Free the memory.
+    replace_parameters_(module, {name: stored[job].to("meta") for name, job in names.items()})
     return {job: folded.get(name, stored[job]) for name, job in names.items()}
 
 

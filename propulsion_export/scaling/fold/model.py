@@ -8,17 +8,22 @@ from propulsion_export.adapters.scales import Scale
 from propulsion_export.errors import AdapterError
 from propulsion_export.scaling.attach import check_fits
 from propulsion_export.scaling.expert_rules import folded_expert_weight
-from propulsion_export.scaling.fold.ties import _refuse, _replace_, _shared, _untie_
+from propulsion_export.scaling.fold.ties import (
+    find_shared,
+    refuse_shared,
+    replace_parameters_,
+    untie_,
+)
 from propulsion_export.scaling.layer_rules import folded_parameters
 
 
 def fold_(
     model: nn.Module, adapter: Adapter, *, dtype: torch.dtype | None = None, untie: bool = False
 ) -> None:
-    """Change the weights of `model`, in place, to what `adapter` makes of its outputs.
+    """Multiply the adapter's scales into the weights of `model`, in place.
 
     Folded weights are computed in float64 and rounded once to `dtype` (None: each to its own);
-    all others are cast. Nothing is changed when anything does not fit.
+    all others are cast. Nothing changes if anything does not fit.
 
     Raises:
         AdapterError: the adapter does not fit, or would change nothing.
@@ -26,27 +31,22 @@ def fold_(
             and `untie` is off.
     """
     check_fits(model, adapter)
-    shared = _shared(model, adapter)
-    _refuse(shared, untie=untie)
+    shared = find_shared(model, adapter)
+    refuse_shared(shared, untie=untie)
     folded = {
-        path: folded_module(model.get_submodule(_owner(path, scale)), path, adapter, dtype)
+        path: folded_module(_owner(model, path, scale), path, adapter, dtype)
         for path, scale in adapter.scales.items()
     }
-    changed = _changes(model, adapter, folded) or bool(adapter.modules)
-    if not changed:
+    if not adapter.modules and not _changes(model, adapter, folded):
         raise AdapterError(
             f"adapter {adapter.name}: changes no weight of the model, expected an effect",
             remedy="Is this the trained adapter?",
         )
     if shared:
-        _untie_(model)
+        untie_(model)
     for path, parameters in folded.items():
-        _replace_(model.get_submodule(_owner(path, adapter.scales[path])), parameters)
-    for name, values in adapter.modules.items():
-        owner, _, attribute = name.rpartition(".")
-        old = model.get_parameter(name)
-        value = torch.from_numpy(values).to(old.device, dtype or old.dtype, copy=True)
-        _replace_(model.get_submodule(owner), {attribute: value})
+        replace_parameters_(_owner(model, path, adapter.scales[path]), parameters)
+    _replace_saved_modules_(model, adapter, dtype)
     if dtype is not None:
         model.to(dtype)
 
@@ -54,16 +54,17 @@ def fold_(
 def folded_module(
     module: nn.Module, path: str, adapter: Adapter, dtype: torch.dtype | None
 ) -> dict[str, torch.Tensor]:
-    """New values for what one scale changes in its module, by parameter name, rounded to `dtype`.
+    """The new values of the parameters that one scale changes, by name, rounded to `dtype`.
 
     Args:
-        module: the one at `path`; for expert weights, whose path is a parameter's, its owner.
-        path: of a scale of the adapter.
-        adapter: has the scale, and perhaps a trained bias.
-        dtype: None: each parameter's own.
+        module: the module at `path`; for expert weights, whose path is a parameter's, the module
+            that has the parameter.
+        path: the path of one of the adapter's scales.
+        adapter: the adapter, which may also have a trained bias for the module.
+        dtype: the dtype of the new values; None keeps each parameter's own.
 
     Raises:
-        AdapterError: one of them is beyond what `dtype` can hold.
+        AdapterError: a new value is too large for `dtype`.
     """
     scale, bias = adapter.scales[path], adapter.biases.get(path)
     values = torch.from_numpy(scale.values)
@@ -78,31 +79,41 @@ def folded_module(
 
 
 def check_finite(path: str, folded: dict[str, torch.Tensor]) -> None:
-    """Refuse folded values that their dtype has no number for."""
+    """Refuse folded values that are not finite.
+
+    Raises:
+        AdapterError: naming the parameters of the module at `path`.
+    """
     beyond = [name for name, value in folded.items() if not value.isfinite().all()]
     if beyond:
         raise AdapterError(
-            f"{path}: folded, its {' and '.join(beyond)} would hold values that "
-            f"{str(folded[beyond[0]].dtype).removeprefix('torch.')} has no number for",
+            f"{path}: folded, its {' and '.join(beyond)} would hold values too "
+            f"large for {str(folded[beyond[0]].dtype).removeprefix('torch.')}",
             remedy="Write float32 or bfloat16 with --dtype.",
         )
 
 
-def _owner(path: str, scale: Scale) -> str:
-    """The module a scale belongs to; that of experts has the path of a parameter."""
-    return path.rpartition(".")[0] if scale.values.ndim > 1 else path
+def _owner(model: nn.Module, path: str, scale: Scale) -> nn.Module:
+    """The module whose parameters a scale changes; an expert scale's path is a parameter's."""
+    return model.get_submodule(path.rpartition(".")[0] if scale.values.ndim > 1 else path)
+
+
+def _replace_saved_modules_(model: nn.Module, adapter: Adapter, dtype: torch.dtype | None) -> None:
+    """Replace the parameters of the modules that the adapter brings whole."""
+    for name, values in adapter.modules.items():
+        owner, _, attribute = name.rpartition(".")
+        old = model.get_parameter(name)
+        value = torch.from_numpy(values).to(old.device, dtype or old.dtype, copy=True)
+        replace_parameters_(model.get_submodule(owner), {attribute: value})
 
 
 def _changes(
     model: nn.Module, adapter: Adapter, folded: dict[str, dict[str, torch.Tensor]]
 ) -> bool:
-    return any(
-        not torch.equal(
-            value,
-            model.get_submodule(_owner(path, adapter.scales[path]))
-            .get_parameter(name)
-            .to(value.dtype),
-        )
-        for path, parameters in folded.items()
-        for name, value in parameters.items()
-    )
+    """Whether any folded value differs from the parameter it replaces."""
+    for path, parameters in folded.items():
+        module = _owner(model, path, adapter.scales[path])
+        for name, value in parameters.items():
+            if not torch.equal(value, module.get_parameter(name).to(value.dtype)):
+                return True
+    return False

@@ -1,4 +1,4 @@
-"""Write safetensors in shards whose tensors need never be in memory together."""
+"""Write safetensors in shards, one tensor at a time: they need not be in memory together."""
 
 import json
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-# What the format calls torch's dtypes.
+# The safetensors format's names of torch's dtypes.
 DTYPE_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -16,6 +16,7 @@ DTYPE_NAMES = {
     torch.bfloat16: "BF16",
     torch.int64: "I64",
     torch.int32: "I32",
+    torch.int16: "I16",
     torch.int8: "I8",
     torch.uint8: "U8",
     torch.bool: "BOOL",
@@ -29,7 +30,7 @@ def _size(tensor: torch.Tensor, dtype: torch.dtype) -> int:
 def plan_shards(
     names: Mapping[str, torch.Tensor], dtypes: Mapping[str, torch.dtype], limit: int
 ) -> list[list[str]]:
-    """Names by shard, in order, each shard at most `limit` bytes or one tensor."""
+    """Names for each shard, in order; a shard has at most `limit` bytes or a single tensor."""
     shards: list[list[str]] = [[]]
     room = limit
     for name, tensor in names.items():
@@ -43,7 +44,7 @@ def plan_shards(
 
 
 class ShardWriter:
-    """Writes safetensors files whose headers are known before their tensors are.
+    """Write safetensors files, the headers first and then each tensor as it is computed.
 
     The format: 8 bytes, little endian, the header's length; the header, JSON; the tensors' bytes.
     """
@@ -104,7 +105,7 @@ class ShardWriter:
         return self
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Write one tensor at its place."""
+        """Write one tensor at the offset that its file's header gives."""
         file, start = self._places[name]
         self._open[file].seek(start)
         self._open[file].write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)

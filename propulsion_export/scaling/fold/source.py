@@ -1,10 +1,12 @@
 """Read the safetensors of a checkpoint, tensor by tensor or entry by entry."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
@@ -13,27 +15,60 @@ from propulsion_export.base_model.hub import locate
 from propulsion_export.errors import BaseModelError
 from propulsion_export.scaling.fold.shards import DTYPE_NAMES
 
+_TORCH_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor in a safetensors file, which starts at byte `offset`; not in memory."""
+
+    file: Path
+    offset: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def read(self) -> torch.Tensor:
+        """The whole tensor, in memory of its own."""
+        # Not by safe_open, which parses the file's header and maps all of the file each time.
+        size = math.prod(self.shape) * self.dtype.itemsize
+        data = np.fromfile(self.file, np.uint8, size, offset=self.offset)
+        return torch.from_numpy(data).view(self.dtype).reshape(self.shape)
+
+    def __getitem__(self, place: tuple[int, int]) -> float:
+        """One entry of a matrix."""
+        row, column = place
+        size = self.dtype.itemsize
+        start = self.offset + (row * self.shape[1] + column) * size
+        data = np.fromfile(self.file, np.uint8, size, offset=start)
+        return float(torch.from_numpy(data).view(self.dtype).item())
+
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The safetensors of a checkpoint: which file holds which tensor."""
+    """The weights of a checkpoint on disk.
+
+    Attributes:
+        source: the checkpoint's directory or name.
+        tensors: where each tensor is stored, by its name in the checkpoint.
+    """
 
     source: str
-    files: Mapping[str, Path]
+    tensors: Mapping[str, StoredTensor]
 
     @classmethod
     def find(cls, source: str) -> "Checkpoint":
-        """Locate a checkpoint's weight files by directory or name.
+        """Locate a checkpoint's weight files by directory or name, and read their headers.
 
         Raises:
-            BaseModelError: it has none, or one is missing, truncated or damaged.
+            BaseModelError: it has none; one is missing, truncated or damaged, or holds a tensor of
+                a type that cannot be folded.
         """
-        # As transformers does: the single file goes before the index.
+        # transformers also prefers the single file to the index.
         index = None
         if locate(source, SAFE_WEIGHTS_NAME) is None:
             index = locate(source, SAFE_WEIGHTS_INDEX_NAME)
         names = {SAFE_WEIGHTS_NAME} if index is None else _names_in_index(index)
-        files: dict[str, Path] = {}
+        tensors: dict[str, StoredTensor] = {}
         for name in sorted(names):
             file = locate(source, name)
             if file is None:
@@ -41,30 +76,8 @@ class Checkpoint:
                     f"{source}: has no {name}, expected weights in safetensors",
                     remedy="Save it with save_pretrained, or copy it again.",
                 )
-            files |= dict.fromkeys(_keys(file), file)
-        return cls(source, files)
-
-    def read(self, key: str) -> torch.Tensor:
-        """One tensor."""
-        with safe_open(self.files[key], framework="pt") as content:
-            return content.get_tensor(key)  # type: ignore[no-any-return]
-
-
-class StoredTensor:
-    """A matrix on disk that can tell its shape and single entries."""
-
-    def __init__(self, file: Path, key: str) -> None:
-        with safe_open(file, framework="pt") as content:
-            part = content.get_slice(key)
-            self.shape = tuple(part.get_shape())
-            self.dtype = _torch_dtype(part.get_dtype())
-        self._file, self._key = file, key
-
-    def __getitem__(self, place: tuple[int, int]) -> float:
-        row, column = place
-        with safe_open(self._file, framework="pt") as content:
-            part = content.get_slice(self._key)[row : row + 1, column : column + 1]
-            return float(part.item())
+            tensors |= _tensors_in(file)
+        return cls(source, tensors)
 
 
 def _names_in_index(index: Path) -> set[str]:
@@ -79,21 +92,31 @@ def _names_in_index(index: Path) -> set[str]:
     return names
 
 
-def _keys(file: Path) -> list[str]:
+def _tensors_in(file: Path) -> dict[str, StoredTensor]:
+    """Every tensor of a file, from its header."""
     try:
         with safe_open(file, framework="pt") as content:
-            return list(content.keys())
+            slices = {name: content.get_slice(name) for name in content.offset_keys()}
+            headers = {name: (s.get_shape(), s.get_dtype()) for name, s in slices.items()}
     except (SafetensorError, OSError) as error:
         raise BaseModelError(
             f"{file}: is truncated or damaged ({error})", remedy="Copy it again."
         ) from error
+    sizes = {name: _size(file, name, *header) for name, header in headers.items()}
+    # The format leaves no gaps: the tensors, in the order of their offsets, end the file.
+    offset = file.stat().st_size - sum(sizes.values())
+    tensors = {}
+    for name, (shape, dtype) in headers.items():
+        tensors[name] = StoredTensor(file, offset, tuple(shape), _TORCH_DTYPES[dtype])
+        offset += sizes[name]
+    return tensors
 
 
-def _torch_dtype(name: str) -> torch.dtype:
-    known = {text: dtype for dtype, text in DTYPE_NAMES.items()}
-    if name not in known:
+def _size(file: Path, name: str, shape: list[int], dtype: str) -> int:
+    """Bytes of a tensor."""
+    if dtype not in _TORCH_DTYPES:
         raise BaseModelError(
-            f"a tensor of the checkpoint is of the type {name}, expected one of {', '.join(known)}",
+            f"{file}: {name} is of the type {dtype}, expected one of {', '.join(_TORCH_DTYPES)}",
             remedy="Save the base model without quantisation.",
         )
-    return known[name]
+    return math.prod(shape) * _TORCH_DTYPES[dtype].itemsize

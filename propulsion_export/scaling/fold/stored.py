@@ -1,8 +1,8 @@
-"""Which stored tensors a model's parameters are made of, by transformers' own conversion rules.
+"""Map stored tensors to a model's parameters, by transformers' own conversion rules.
 
-transformers renames tensors on loading, and makes one parameter of the experts of a mixture, which
-are stored one by one. A fold that goes tensor by tensor has to know what each of them holds, and
-writes it under the name it was stored by, which other versions and tools read too.
+transformers renames tensors on loading, and stacks the experts of a mixture, which are stored one
+by one, into one parameter. Folding tensor by tensor has to know what each tensor holds. It writes
+each under its stored name, which other versions of transformers and other tools can load too.
 """
 
 from collections.abc import Iterator
@@ -24,21 +24,22 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from propulsion_export.scaling.fold.source import Checkpoint, StoredTensor
+from propulsion_export.scaling.fold.source import Checkpoint
+from propulsion_export.scaling.fold.ties import replace_parameters_
 
 
 @dataclass(frozen=True)
 class Part:
-    """What one stored tensor holds of a parameter.
+    """The part of a parameter that one stored tensor holds.
 
     Attributes:
-        key: in the checkpoint.
-        parameter: of the model.
-        name: what to write the tensor as.
-        expert: which slice of the parameter's first axis it is; None for the whole parameter.
-        first: where it begins on the second axis then, an output channel.
-        convertible: whether the above is all there is to it; otherwise only transformers knows how
-            the parameter comes about, and the tensor can be copied but not folded.
+        key: the tensor's name in the checkpoint.
+        parameter: the parameter's name in the model.
+        name: the name to write the tensor under.
+        expert: the index on the parameter's first axis; None if the tensor is the whole parameter.
+        first: the tensor's first output channel in an expert's matrix.
+        convertible: whether the parameter is these parts put together; if not, only transformers
+            knows how it is computed from them, and the tensor can be copied but not folded.
     """
 
     key: str
@@ -50,35 +51,35 @@ class Part:
 
 
 class StoredParts:
-    """A checkpoint as seen from the parameters of a model.
+    """The stored tensors that each parameter of a model is loaded from.
 
     Args:
-        checkpoint: any that transformers loads the model from.
-        model: may be on the meta device.
+        checkpoint: a checkpoint that transformers can load the model from.
+        model: the model; it may be on the meta device.
     """
 
     def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel) -> None:
-        self._checkpoint = checkpoint
+        self.checkpoint, self.model = checkpoint, model
         self._prefix = str(model.base_model_prefix)
         self._state = dict(model.state_dict(keep_vars=True))
         self._ties = _tied_groups(model)
         transforms = get_model_conversion_mapping(model, add_legacy=False)
-        # transformers reads the names of old versions too; nobody has to write them again.
+        # Names of old versions, which transformers reads too; they are written as the new names.
         self._legacy = get_checkpoint_conversion_mapping("legacy")
         self._converters = [t for t in transforms if isinstance(t, WeightConverter)]
         self._renamings = [t for t in transforms if not isinstance(t, WeightConverter)]
         found: dict[str, dict[str | None, list[Part]]] = {}
-        for key in sorted(checkpoint.files, key=dot_natural_key):
+        for key in sorted(checkpoint.tensors, key=dot_natural_key):
             for part, pattern in self._read(key):
                 found.setdefault(part.parameter, {}).setdefault(pattern, []).append(part)
         self._parts = {name: self._placed(parts) for name, parts in found.items()}
 
     def own(self, parameter: str) -> list[Part]:
-        """What is stored for this very parameter; empty when nothing is."""
+        """The parts stored under the parameter's own name; empty if there are none."""
         return self._parts.get(parameter, [])
 
     def of(self, parameter: str) -> list[Part]:
-        """What is stored for this parameter, or else for one that transformers ties it to."""
+        """The parts stored for a parameter, or else for one that transformers ties it to."""
         for name in (parameter, *self._ties.get(parameter, ())):
             if name == parameter and self.own(name):
                 return self.own(name)
@@ -87,9 +88,10 @@ class StoredParts:
         return []
 
     def _read(self, key: str) -> Iterator[tuple[Part, str | None]]:
-        """The parts a stored tensor is, and the pattern of the converter it goes through."""
+        """The parts that a stored tensor holds, and the pattern of the converter that applies."""
         modern = apply_renamings(key, self._legacy)
-        # A name may be the model's own although a rule matches it; transformers tries both, too.
+        # A rule may match a name that is already the model's own, so both are tried, as
+        # transformers does.
         for renamings, converters in ((self._renamings, self._converters), ([], [])):
             plain, pattern = rename_source_key(modern, renamings, converters)
             parameter, _ = rename_source_key(plain, [], [], self._prefix, self._state)
@@ -100,13 +102,13 @@ class StoredParts:
                 return
 
     def _prefixed(self, key: str, plain: str, parameter: str) -> str:
-        """The stored name, with the model's prefix exactly where the parameter has it."""
+        """The stored name, with the model's prefix if and only if the parameter has it."""
         if parameter == f"{self._prefix}.{plain}":
             return f"{self._prefix}.{key}"
         return key if parameter == plain else key.removeprefix(f"{self._prefix}.")
 
     def _targets(self, parameter: str, pattern: str | None) -> list[str]:
-        """Every parameter that the tensor becomes; the key was renamed to the first."""
+        """All parameters that a tensor is converted to; `parameter` is the first of them."""
         if pattern is None:
             return [parameter]
         first, *others = self._converter(pattern).target_patterns
@@ -116,7 +118,7 @@ class StoredParts:
         return next(c for c in self._converters if pattern in c.source_patterns)
 
     def _placed(self, found: dict[str | None, list[Part]]) -> list[Part]:
-        """The parts of one parameter, by the pattern that led to it, each at its place."""
+        """The parts of one parameter, given by converter pattern, with `expert` and `first` set."""
         if None in found:
             return found[None][:1]
         converter = self._converter(str(next(iter(found))))
@@ -126,37 +128,34 @@ class StoredParts:
         for pattern in converter.source_patterns:
             parts = found.get(pattern, [])
             placed += [replace(p, expert=index, first=first) for index, p in enumerate(parts)]
-            first += self._shape(parts[0])[0] if parts else 0
+            first += self.checkpoint.tensors[parts[0].key].shape[0] if parts else 0
         return placed
 
-    def _shape(self, part: Part) -> tuple[int, ...]:
-        return StoredTensor(self._checkpoint.files[part.key], part.key).shape
 
+def untie_as_stored_(parts: StoredParts) -> None:
+    """Untie the model's weights that the checkpoint stores separately and with different values.
 
-def untie_as_stored_(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
-    """Give weights their own parameters that the checkpoint holds apart, with different values.
-
-    transformers does not tie those on loading, whatever the configuration says. A model on the
-    meta device, made from the configuration alone, cannot know.
+    transformers does not tie such weights on loading, whatever the configuration says; a model on
+    the meta device, built from the configuration alone, has them tied.
     """
-    parts = StoredParts(checkpoint, model)
+    model = parts.model
     for target, source in _ties(model).items():
         stored = [parts.own(name)[:1] for name in (target, source)]
         if all(stored):
-            ours, theirs = (checkpoint.read(part.key) for (part,) in stored)
+            ours, theirs = (parts.checkpoint.tensors[part.key].read() for (part,) in stored)
             if not torch.equal(ours, theirs):
                 owner, _, attribute = target.rpartition(".")
                 weight = model.get_parameter(target).detach().clone()
-                setattr(model.get_submodule(owner), attribute, torch.nn.Parameter(weight))
+                replace_parameters_(model.get_submodule(owner), {attribute: weight})
 
 
 def _ties(model: PreTrainedModel) -> dict[str, str]:
-    """Where the value of each tied parameter comes from, while it is tied."""
+    """The parameter that each tied parameter gets its value from."""
     return dict(getattr(model, "all_tied_weights_keys", None) or {})
 
 
 def _tied_groups(model: PreTrainedModel) -> dict[str, list[str]]:
-    """By parameter: the others that have its value."""
+    """For each parameter that is tied, the other parameters tied to it."""
     groups: dict[str, list[str]] = {}
     for target, source in _ties(model).items():
         groups.setdefault(source, [source]).append(target)
@@ -168,6 +167,6 @@ def _tied_groups(model: PreTrainedModel) -> dict[str, list[str]]:
 
 
 def _stacks_experts(converter: Any) -> bool:
-    """Whether it stacks matrices to experts and, where there are several, joins their outputs."""
+    """Whether a converter only stacks the experts' matrices, and joins those of one expert."""
     steps = [(type(step), getattr(step, "dim", None)) for step in converter.operations]
     return steps in ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)])

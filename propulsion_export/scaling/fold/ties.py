@@ -1,4 +1,4 @@
-"""Parameters that two modules share: found, refused, untied."""
+"""Find parameters that several modules share, refuse to fold into them, or untie them."""
 
 from typing import Any
 
@@ -11,36 +11,27 @@ from propulsion_export.errors import BaseModelError
 
 
 def check_untied(model: nn.Module, adapter: Adapter, *, untie: bool) -> None:
-    """Refuse to fold into parameters that two modules share, or untie them when that is allowed.
+    """Refuse to fold into parameters that several modules share, or untie them if `untie` is on.
 
-    Untied, every parameter of `model` is its own, also one on the meta device, and the model's
-    configuration says so.
+    After untying, no two modules of `model` (which may be on the meta device) share a parameter,
+    and its configuration says so.
 
     Raises:
-        BaseModelError: naming the pair and what untying costs.
+        BaseModelError: naming the modules that share a parameter, and what untying costs.
     """
-    shared = _shared(model, adapter)
-    _refuse(shared, untie=untie)
+    shared = find_shared(model, adapter)
+    refuse_shared(shared, untie=untie)
     if shared:
-        _untie_(model)
+        untie_(model)
 
 
-def _refuse(shared: list[str], *, untie: bool) -> None:
-    if shared and not untie:
-        raise BaseModelError(
-            *shared,
-            remedy="Accept that with --untie, or export with --mode switchable, which keeps the "
-            "scale as a multiply of its own.",
-        )
-
-
-def _shared(model: nn.Module, adapter: Adapter) -> list[str]:
+def find_shared(model: nn.Module, adapter: Adapter) -> list[str]:
     """A finding for each parameter that the adapter changes and another module must keep."""
     owners: dict[int, list[str]] = {}
-    for name, parameter in _own_parameters(model):
+    for name, parameter in _parameters_by_module(model):
         owners.setdefault(id(parameter), []).append(name)
     findings = []
-    for name, parameter in _own_parameters(model):
+    for name, parameter in _parameters_by_module(model):
         scaled = name in adapter.scales or name.rpartition(".")[0] in adapter.scales
         sharing = owners[id(parameter)]
         others = [other for other in sharing if other != name and not _same(adapter, name, other)]
@@ -55,8 +46,45 @@ def _shared(model: nn.Module, adapter: Adapter) -> list[str]:
     return findings
 
 
-def _own_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Every parameter of every module, tied ones once for each module."""
+def refuse_shared(shared: list[str], *, untie: bool) -> None:
+    """Refuse what `find_shared` found, unless `untie` is on.
+
+    Raises:
+        BaseModelError: something was found.
+    """
+    if shared and not untie:
+        raise BaseModelError(
+            *shared,
+            remedy="Accept that with --untie, or export with --mode switchable, which keeps the "
+            "scale as a multiply of its own.",
+        )
+
+
+def untie_(model: nn.Module) -> None:
+    """Give each parameter that several modules share a copy in all but the first of them."""
+    seen: set[int] = set()
+    for name, parameter in _parameters_by_module(model):
+        if id(parameter) in seen:
+            owner, _, attribute = name.rpartition(".")
+            copy = parameter.detach().clone()
+            replace_parameters_(model.get_submodule(owner), {attribute: copy})
+        seen.add(id(parameter))
+    for config in _configs(model):
+        if not _always_ties(config):
+            config.tie_word_embeddings = False
+
+
+def replace_parameters_(module: nn.Module, values: dict[str, torch.Tensor]) -> None:
+    """Give a module new parameters by name, without writing into the old ones.
+
+    A parameter that another module shares stays as it was there.
+    """
+    for name, value in values.items():
+        setattr(module, name, nn.Parameter(value, requires_grad=False))
+
+
+def _parameters_by_module(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Every parameter of every module; a shared one once for each module that has it."""
     return [
         (f"{path}.{name}" if path else name, parameter)
         for path, module in model.named_modules()
@@ -66,26 +94,13 @@ def _own_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 def _same(adapter: Adapter, one: str, other: str) -> bool:
-    """Whether the adapter gives both tied parameters one value, so that the tie may stay."""
+    """Whether the adapter gives both shared parameters the same value, so that they stay shared."""
     values, others = adapter.modules.get(one), adapter.modules.get(other)
     return values is not None and others is not None and np.array_equal(values, others)
 
 
-def _untie_(model: nn.Module) -> None:
-    """Give every parameter that is tied to an earlier one a copy of its own."""
-    seen: set[int] = set()
-    for name, parameter in _own_parameters(model):
-        if id(parameter) in seen:
-            owner, _, attribute = name.rpartition(".")
-            _replace_(model.get_submodule(owner), {attribute: parameter.detach().clone()})
-        seen.add(id(parameter))
-    for config in _configs(model):
-        if not _always_ties(config):
-            config.tie_word_embeddings = False
-
-
 def _configs(model: nn.Module) -> list[Any]:
-    """The configuration, and that of its text part, which some classes ask too."""
+    """The model's configuration, and its text part's, which some model classes read instead."""
     config = getattr(model, "config", None)
     if config is None:
         return []
@@ -94,17 +109,11 @@ def _configs(model: nn.Module) -> list[Any]:
 
 
 def _always_ties(config: Any) -> bool:
-    """Whether the class says that weights are tied whatever it is told, as T5's does.
+    """Whether the configuration's class ignores `tie_word_embeddings` and always ties, as T5's.
 
-    T5 of the first version scales the decoder's output because weights are tied, so saying that
-    they are not would change what it computes. transformers does not tie weights that a checkpoint
-    holds apart, with different values, whatever the configuration says.
+    The original T5 scales the decoder's output because weights are tied, so a configuration
+    without the tie would change what it computes. It is not needed either: transformers does not
+    tie weights that a checkpoint stores separately and with different values.
     """
-    told = config.to_dict() | {"tie_word_embeddings": False}
-    return bool(type(config).from_dict(told).tie_word_embeddings)
-
-
-def _replace_(module: nn.Module, parameters: dict[str, torch.Tensor]) -> None:
-    for name, value in parameters.items():
-        # A new parameter, not a write into the old one: a tied weight stays as it was elsewhere.
-        setattr(module, name, nn.Parameter(value, requires_grad=False))
+    untied = config.to_dict() | {"tie_word_embeddings": False}
+    return bool(type(config).from_dict(untied).tie_word_embeddings)

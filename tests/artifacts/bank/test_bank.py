@@ -294,7 +294,7 @@ class Changes(RuleBasedStateMachine):
     @rule()
     def compact(self):
         self.bank.compact()
-        assert self.bank.file.stat().st_size == STRIDE * (1 + len(self.model))
+        assert self.bank.find_file().stat().st_size == STRIDE * (1 + len(self.model))
 
     @rule()
     def reopen(self):

@@ -59,14 +59,14 @@ def test_a_registry_that_is_none_is_refused(bank, directory, content):
     [
         ("PRAGMA user_version = 2", r"schema version is 2, expected 1\. Upgrade"),
         ("PRAGMA user_version = 0", r"schema version is 0, expected 1\. Copy"),
-        ("DROP TABLE adapters", "is no registry of a bank"),
-        ("DELETE FROM bank", r"says \[\] of the bank"),
-        ("INSERT INTO bank SELECT * FROM bank", "of the bank, expected"),
-        ("UPDATE bank SET file = '../secret.bin'", "of the bank, expected"),
+        ("DROP TABLE adapters", "is not the registry of a bank"),
+        ("DELETE FROM bank", r"describes the bank as \[\]"),
+        ("INSERT INTO bank SELECT * FROM bank", "expected its file, dtype"),
+        ("UPDATE bank SET file = '../secret.bin'", "expected its file, dtype"),
         ("UPDATE bank SET file = 'adapters/bank-7.bin'", r"bank-7\.bin: is missing"),
-        ("UPDATE bank SET dtype = 'float64'", "of the bank, expected"),
-        ("UPDATE bank SET width = 'five'", "of the bank, expected"),
-        ("UPDATE bank SET width = 0", "of the bank, expected"),
+        ("UPDATE bank SET dtype = 'float64'", "expected its file, dtype"),
+        ("UPDATE bank SET width = 'five'", "expected its file, dtype"),
+        ("UPDATE bank SET width = 0", "expected its file, dtype"),
         ("UPDATE bank SET next_row = 4", "names rows 1 to 4, expected rows from 1 to 3"),
         ("UPDATE adapters SET number = 0 WHERE name = 'b'", "names rows 0 to 4"),
         ("UPDATE bank SET next_row = 6", "expected 6 rows of 20 bytes"),
@@ -83,7 +83,7 @@ def test_a_registry_that_cannot_be_is_refused(bank, directory, damage, message):
 def test_an_entry_that_cannot_be_read_is_told_by_its_row(bank, directory, text):
     with registry(directory) as db:
         db.execute("UPDATE adapters SET entry = ? WHERE name = 'b'", (text,))
-    with pytest.raises(ArtifactError, match="cannot tell of whom row 3 is"):
+    with pytest.raises(ArtifactError, match="the record of the adapter in row 3 is damaged"):
         bank.rows()
     assert row_of(bank, "a").entry == entry(1)
 

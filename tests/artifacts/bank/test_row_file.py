@@ -12,7 +12,7 @@ from . import HELD, STRIDE, WIDTH, check, content_of, entry, numbers, put, seeds
 
 def test_the_file_is_nothing_but_rows(bank):
     expected = b"".join(numbers(seed).tobytes() for seed in range(5))
-    assert bank.file.read_bytes() == expected
+    assert bank.find_file().read_bytes() == expected
 
 
 def test_values_are_the_file_itself_and_cannot_be_written(bank):
@@ -21,7 +21,7 @@ def test_values_are_the_file_itself_and_cannot_be_written(bank):
     assert values.shape == (5, WIDTH)
     assert not values.flags.writeable
 
-    with bank.file.open("r+b") as file:
+    with bank.find_file().open("r+b") as file:
         file.write(numbers(77).tobytes())
 
     np.testing.assert_array_equal(values[0], numbers(77))
@@ -60,15 +60,16 @@ def test_values_in_another_order_of_bytes_are_the_same_numbers(bank):
 def test_compact_gives_back_the_rows_that_nobody_has(bank, directory):
     bank.compact()
 
-    assert bank.file == directory / "adapters/bank-1.bin"
-    assert bank.file.read_bytes() == b"".join(numbers(n).tobytes() for n in (0, 1, 3, 4))
+    assert bank.find_file() == directory / "adapters/bank-1.bin"
+    assert bank.find_file().read_bytes() == b"".join(numbers(n).tobytes() for n in (0, 1, 3, 4))
     assert not (directory / BANK_FILE).exists()
     assert seeds_of(Bank.open(directory)) == HELD
 
     bank.remove("a")
     bank.compact()
-    assert bank.file == directory / "adapters/bank-2.bin"
-    assert {path.name for path in bank.file.parent.iterdir()} == {"bank-2.bin", "registry.sqlite"}
+    assert bank.find_file() == directory / "adapters/bank-2.bin"
+    names = {path.name for path in (directory / "adapters").iterdir()}
+    assert names == {"bank-2.bin", "registry.sqlite"}
 
 
 def test_compact_does_nothing_when_there_is_nothing_to_give_back(bank, directory):
@@ -81,18 +82,18 @@ def test_compact_does_nothing_when_there_is_nothing_to_give_back(bank, directory
 
 
 def test_compact_keeps_the_rights_of_the_file(bank):
-    bank.file.chmod(0o640)
+    bank.find_file().chmod(0o640)
     bank.compact()
-    assert bank.file.stat().st_mode & 0o777 == 0o640
+    assert bank.find_file().stat().st_mode & 0o777 == 0o640
 
 
 # Damage
 
 
 def test_a_flipped_byte_is_found_in_its_row_alone(bank):
-    content = bytearray(bank.file.read_bytes())
+    content = bytearray(bank.find_file().read_bytes())
     content[3 * STRIDE + 2] ^= 1
-    bank.file.write_bytes(content)
+    bank.find_file().write_bytes(content)
 
     with pytest.raises(ArtifactError, match=r"bank\.bin: row 3 is sha256:.*, expected sha256:"):
         check(bank, "b")
@@ -104,7 +105,7 @@ def test_a_flipped_byte_is_found_in_its_row_alone(bank):
     "use", [Bank.values, Bank.snapshot, lambda bank: put(bank, "d", 9), Bank.compact]
 )
 def test_a_bank_file_that_lacks_a_byte_is_refused(bank, directory, use):
-    os.truncate(bank.file, 5 * STRIDE - 1)
+    os.truncate(bank.find_file(), 5 * STRIDE - 1)
     short = r"bank\.bin: has 99 bytes, expected 5 rows of 20 bytes"
 
     with pytest.raises(ArtifactError, match=short):

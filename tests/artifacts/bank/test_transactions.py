@@ -93,7 +93,7 @@ def test_a_file_that_the_system_lets_not_grow_leaves_the_bank_as_it_was(bank, di
 
 
 def test_what_a_killed_process_left_is_removed_by_the_next_change(bank, directory):
-    with bank.file.open("ab") as file:
+    with bank.find_file().open("ab") as file:
         file.write(b"half a row")
     stray = directory / "adapters/bank-1.bin"
     stray.write_bytes(b"half a bank")
@@ -103,7 +103,7 @@ def test_what_a_killed_process_left_is_removed_by_the_next_change(bank, director
 
     bank.remove("a")
 
-    assert bank.file.stat().st_size == 5 * STRIDE
+    assert bank.find_file().stat().st_size == 5 * STRIDE
     assert not stray.exists()
     assert other.exists()
 

@@ -29,7 +29,7 @@ from propulsion_export.errors import AdapterError, BaseModelError
 from propulsion_export.scaling.attach import attached
 from propulsion_export.scaling.fold.checkpoint import fingerprint_of_checkpoint, fold_checkpoint
 from propulsion_export.scaling.fold.source import Checkpoint
-from propulsion_export.scaling.fold.stored import untie_as_stored_
+from propulsion_export.scaling.fold.stored import StoredParts, untie_as_stored_
 from propulsion_export.scaling.fold.ties import check_untied
 
 KINDS = ["bert", "roberta", "distilbert", "electra", "deberta-v2", "albert", "mpnet"]
@@ -55,10 +55,10 @@ def fold(source, task, adapter, out, *, untie=False, **options):
     empty = base.load_empty(
         read_config(str(source)), task, head=adapter.modules, labels=adapter.labels
     )
-    checkpoint = Checkpoint.find(str(source))
-    untie_as_stored_(empty, checkpoint)
+    parts = StoredParts(Checkpoint.find(str(source)), empty)
+    untie_as_stored_(parts)
     check_untied(empty, adapter, untie=untie)
-    dtype = fold_checkpoint(checkpoint, empty, adapter, out, **options)
+    dtype = fold_checkpoint(parts, adapter, out, **options)
     save_config(empty, out, str(dtype).removeprefix("torch."))
     return dtype
 
@@ -201,16 +201,16 @@ def test_single_file_goes_before_an_index_as_in_transformers(tiny_checkpoint, tm
     source = copied(tiny_checkpoint(), tmp_path)
     (source / "model.safetensors.index.json").write_text('{"weight_map": {"x": "gone"}}')
 
-    files = Checkpoint.find(str(source)).files
+    tensors = Checkpoint.find(str(source)).tensors
 
-    assert {file.name for file in files.values()} == {"model.safetensors"}
+    assert {tensor.file.name for tensor in tensors.values()} == {"model.safetensors"}
 
 
 def test_base_stored_without_the_head_models_prefix_is_found(
     tiny_checkpoint, tiny_bert, random_adapter, tmp_path
 ):
     source = tiny_checkpoint("bert", "feature-extraction")
-    assert "embeddings.word_embeddings.weight" in Checkpoint.find(str(source)).files
+    assert "embeddings.word_embeddings.weight" in Checkpoint.find(str(source)).tensors
     adapter = random_adapter(tiny_bert(), head=True, labels=("no", "yes", "maybe"))
 
     fold(source, "text-classification", adapter, tmp_path / "out")
@@ -403,7 +403,7 @@ def test_fingerprint_on_disk_is_that_of_the_loaded_model(kind, tiny_checkpoint, 
         labels=random_adapter(loaded).labels,
     )
 
-    found = fingerprint_of_checkpoint(Checkpoint.find(str(source)), empty)
+    found = fingerprint_of_checkpoint(StoredParts(Checkpoint.find(str(source)), empty))
 
     assert found == fingerprint_of_model(loaded)
 
@@ -418,7 +418,7 @@ def test_fingerprint_of_another_checkpoint_differs(tiny_bert, tiny_checkpoint, r
         labels=random_adapter(other).labels,
     )
 
-    found = fingerprint_of_checkpoint(Checkpoint.find(str(source)), empty)
+    found = fingerprint_of_checkpoint(StoredParts(Checkpoint.find(str(source)), empty))
 
     assert found.difference(fingerprint_of_model(other))
 
@@ -432,12 +432,13 @@ FOLD_IN_A_PROCESS = """
     import re, sys
     from pathlib import Path
     import numpy as np, torch
-    from propulsion_export.base_model.config import read_config, save_config
-from propulsion_export.base_model import loading as base
+    from propulsion_export.base_model import loading as base
+    from propulsion_export.base_model.config import read_config
     from propulsion_export.adapters.adapter import Adapter
     from propulsion_export.adapters.scales import Scale
     from propulsion_export.scaling.fold.checkpoint import fold_checkpoint
     from propulsion_export.scaling.fold.source import Checkpoint
+    from propulsion_export.scaling.fold.stored import StoredParts
 
     source, out = sys.argv[1], Path(sys.argv[2])
     empty = base.load_empty(read_config(source), "feature-extraction", head={}, labels=None)
@@ -453,9 +454,9 @@ from propulsion_export.base_model import loading as base
 
     before = peak()
 
-    fold_checkpoint(checkpoint, empty, Adapter("a", scales), out)
+    fold_checkpoint(StoredParts(checkpoint, empty), Adapter("a", scales), out)
     print(peak() - before)
-    everything = [checkpoint.read(key).clone() for key in checkpoint.files]
+    everything = [tensor.read() for tensor in checkpoint.tensors.values()]
     print(peak() - before)
 """
 

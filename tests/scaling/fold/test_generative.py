@@ -24,7 +24,7 @@ from propulsion_export.scaling.fold import stored
 from propulsion_export.scaling.fold.checkpoint import fingerprint_of_checkpoint, fold_checkpoint
 from propulsion_export.scaling.fold.model import fold_
 from propulsion_export.scaling.fold.source import Checkpoint
-from propulsion_export.scaling.fold.stored import untie_as_stored_
+from propulsion_export.scaling.fold.stored import StoredParts, untie_as_stored_
 from propulsion_export.scaling.fold.ties import check_untied
 
 MIXTURES = ("mixtral", "qwen3-moe")
@@ -77,13 +77,13 @@ def one_channel_changed(adapter, path=None):
 def fold(source, adapter, out, kind, *, untie=False, **options):
     """As `merge` does."""
     out.mkdir()
-    checkpoint = Checkpoint.find(str(source))
     empty = base.load_empty(
         read_config(str(source)), task_of(kind), head=adapter.modules, labels=adapter.labels
     )
-    untie_as_stored_(empty, checkpoint)
+    parts = StoredParts(Checkpoint.find(str(source)), empty)
+    untie_as_stored_(parts)
     check_untied(empty, adapter, untie=untie)
-    dtype = fold_checkpoint(checkpoint, empty, adapter, out, **options)
+    dtype = fold_checkpoint(parts, adapter, out, **options)
     save_config(empty, out, str(dtype).removeprefix("torch."))
 
 
@@ -151,7 +151,7 @@ def test_fingerprint_on_disk_is_that_of_the_loaded_model(kind, tiny_checkpoint, 
     source = tiny_checkpoint(kind)
     empty = base.load_empty(read_config(str(source)), task_of(kind), head={}, labels=None)
 
-    found = fingerprint_of_checkpoint(Checkpoint.find(str(source)), empty)
+    found = fingerprint_of_checkpoint(StoredParts(Checkpoint.find(str(source)), empty))
 
     assert found == fingerprint_of_model(load(source, kind))
     assert found.difference(fingerprint_of_model(tiny_model(kind, seed=3)))
@@ -208,7 +208,7 @@ def test_an_expert_that_is_not_stored_is_refused(
 ):
     checkpoint = Checkpoint.find(str(tiny_checkpoint("mixtral")))
     lost = f"model.layers.0.block_sparse_moe.experts.{expert}.w1.weight"
-    files = {key: file for key, file in checkpoint.files.items() if key != lost}
+    tensors = {key: tensor for key, tensor in checkpoint.tensors.items() if key != lost}
     model = tiny_model("mixtral")
     adapter, width = random_adapter(model), inner_width(model)
     config = read_config(str(tiny_checkpoint("mixtral")))
@@ -216,7 +216,7 @@ def test_an_expert_that_is_not_stored_is_refused(
 
     message = rf"has shape \[4, {width}, 32\], expected \[4, {2 * width}, 32\]"
     with pytest.raises(BaseModelError, match=message):
-        fold_checkpoint(Checkpoint("base", files), empty, adapter, tmp_path)
+        fold_checkpoint(StoredParts(Checkpoint("base", tensors), empty), adapter, tmp_path)
 
 
 def test_experts_stored_in_a_way_that_is_not_known_are_refused(
@@ -225,7 +225,7 @@ def test_experts_stored_in_a_way_that_is_not_known_are_refused(
     monkeypatch.setattr(stored, "_stacks_experts", lambda converter: False)
     model = tiny_model("mixtral")
 
-    with pytest.raises(BaseModelError, match=r"in a way this tool cannot.*save_original_format"):
+    with pytest.raises(BaseModelError, match=r"cannot be folded on disk.*save_original_format"):
         fold(tiny_checkpoint("mixtral"), random_adapter(model), tmp_path / "refused", "mixtral")
     unscaled = random_adapter(model, only="self_attn")
     fold(tiny_checkpoint("mixtral"), unscaled, tmp_path / "out", "mixtral")
