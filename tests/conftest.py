@@ -7,10 +7,10 @@ pytest_plugins = ["shared", "tiny_models", "worlds"]
 
 
 def pytest_collection_finish():
-    """Trace models faster: with less garbage collection, and without torch's log of the trace.
+    """Collect garbage less often, and keep torch's trace log out of the reports of failures.
 
-    A trace makes millions of objects, hardly one of them in a cycle. pytest 9 attaches its handlers
-    to loggers that do not propagate, and torch formats megabytes for a trace logger with a handler.
+    A trace makes millions of objects, hardly one of them in a cycle. pytest attaches its handlers
+    to every logger that does not propagate, and torch writes that log once it has a handler.
     """
     gc.freeze()
     gc.set_threshold(100_000, 20, 50)

@@ -23,8 +23,6 @@ import pytest
 
 from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.adapters.scales import Scale
-from propulsion_export.scaling.expert_rules import expert_weights, scale_shape
-from propulsion_export.scaling.layer_rules import layer_kind, output_width
 
 KINDS = ("bert", "roberta", "distilbert", "electra", "deberta-v2", "albert", "mpnet")
 TASKS = (
@@ -168,9 +166,8 @@ _CLASS_ENDINGS = {
 
 def make_model(kind, task="text-classification", seed=0, **config):
     """A seeded random model in evaluation mode; heads of classifiers have the 3 LABELS."""
-    import torch
-    import transformers
-
+    torch = pytest.importorskip("torch", reason="a model is made")
+    transformers = pytest.importorskip("transformers", reason="a model is made")
     config_class, model_class, settings = _classes_and_settings(kind, task)
     torch.manual_seed(seed)
     model = getattr(transformers, model_class)(
@@ -226,6 +223,9 @@ def make_random_adapter(
         only: a text that a module path must contain.
         tied: scale embeddings that are tied to another module's too.
     """
+    from propulsion_export.scaling.expert_rules import expert_weights, scale_shape
+    from propulsion_export.scaling.layer_rules import layer_kind
+
     chooser = np.random.default_rng(seed)
     kinds = ("linear", "conv1d", "embedding") if embeddings else ("linear", "conv1d")
     skipped = set() if tied else _tied_modules(model)
@@ -279,6 +279,8 @@ def _tied_modules(model):
 
 
 def _random_scale(chooser, module):
+    from propulsion_export.scaling.layer_rules import output_width
+
     width = output_width(module)
     values = chooser.uniform(0.5, 1.5, width)
     values[chooser.permutation(width)[: width // 8]] *= -1
@@ -295,7 +297,7 @@ def save_tokenizer(directory, *, generative=False):
 
     A generative one puts [CLS] before a text and nothing behind it, as Llama's does.
     """
-    import transformers
+    transformers = pytest.importorskip("transformers", reason="a tokenizer is made")
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]

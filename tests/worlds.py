@@ -6,7 +6,7 @@ Two adapters of different label counts, one with trained biases; nothing is the 
 import json
 import shutil
 from dataclasses import replace
-from functools import cache
+from functools import cache, cached_property, partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,10 +18,16 @@ from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.adapters.scales import Scale
 from propulsion_export.artifacts.artifact import Artifact
 from propulsion_export.artifacts.layout import pack
-from propulsion_export.base_model.model_fingerprint import fingerprint_of_model
-from propulsion_export.pipeline.onnx import export_onnx
 
 DEGREE = 15
+
+
+class World(SimpleNamespace):
+    """A base model and its adapters on disk; the model itself is made when it is first used."""
+
+    @cached_property
+    def model(self):
+        return self.make_model()
 
 
 @pytest.fixture(scope="session")
@@ -70,7 +76,7 @@ def world(shared, tiny_model, tiny_checkpoint, positive_adapter, write_adapter):
                 model, seed, name, head=True, biases=name == "three", labels=names,
                 task="text-classification",
             )  # fmt: skip
-            fingerprint = fingerprint_of_model(_load(base))
+            fingerprint = _fingerprint(_load(base))
             write_adapter(replace(made, base=str(base), fingerprint=fingerprint), root / name)
 
     root = shared("world", fill)
@@ -86,7 +92,7 @@ def export_world(world, shared):
         adapters = [world.three] if mode == "folded" else [world.three, world.five]
 
         def fill(directory):
-            export_onnx(adapters, directory / mode, mode=mode, dtype=dtype)
+            _export(adapters, directory / mode, mode=mode, dtype=dtype)
 
         return shared(f"world-{mode}-{dtype}", fill) / mode
 
@@ -123,7 +129,7 @@ def make_world(shared, tiny_model, tiny_checkpoint, positive_adapter, write_adap
     def make(kind, task=None, *, experts=True):
         if kind in GENERATIVE:
             task = "text2text-generation" if kind in ENCODER_DECODERS else "text-generation"
-        model = tiny_model(kind, *(() if kind in GENERATIVE else (task,)))
+        make_model = partial(tiny_model, kind, *(() if kind in GENERATIVE else (task,)))
         base = tiny_checkpoint(kind, task)
         options = {
             "biases": kind not in ("deberta-v2", *GENERATIVE),
@@ -133,14 +139,20 @@ def make_world(shared, tiny_model, tiny_checkpoint, positive_adapter, write_adap
         }
 
         def fill(root):
-            fingerprint = fingerprint_of_model(model)
+            model = make_model()
+            fingerprint = _fingerprint(model)
             for seed, name in ((1, "one"), (2, "two")):
                 made = positive_adapter(model, seed, name, task=task, **options)
                 write_adapter(replace(made, base=str(base), fingerprint=fingerprint), root / name)
 
         root = shared(f"adapters-{kind}-{task}" + ("" if experts else "-attention"), fill)
-        return SimpleNamespace(
-            base=base, model=model, root=root, one=root / "one", two=root / "two", task=task
+        return World(
+            base=base,
+            make_model=make_model,
+            root=root,
+            one=root / "one",
+            two=root / "two",
+            task=task,
         )
 
     return make
@@ -160,7 +172,7 @@ def exported(make_world, shared):
 
         def fill(directory):
             untie = mode == "folded" and task == "fill-mask"  # whose head shares the embedding
-            export_onnx(adapters, directory / mode, mode=mode, dtype=dtype, untie=untie)
+            _export(adapters, directory / mode, mode=mode, dtype=dtype, untie=untie)
 
         return shared(f"export-{kind}-{world.task}-{mode}-{dtype}", fill) / mode
 
@@ -200,3 +212,15 @@ def _load(directory):
     from transformers import AutoModel
 
     return AutoModel.from_pretrained(directory)
+
+
+def _fingerprint(model):
+    from propulsion_export.base_model.model_fingerprint import fingerprint_of_model
+
+    return fingerprint_of_model(model)
+
+
+def _export(adapters, directory, **options):
+    from propulsion_export.pipeline.onnx import export_onnx
+
+    export_onnx(adapters, directory, **options)

@@ -26,7 +26,7 @@ VECTOR_SUFFIX = ".propulsion_z"
 BIAS_SUFFIX = ".propulsion_bias"
 IA3_SUFFIX = ".ia3_l"
 
-# Far above any degree whose power of two different numbers neither overflows nor vanishes.
+# Far above every usable degree: a power this large overflows or vanishes.
 _LARGEST_DEGREE = 2**53
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from propulsion_export.artifacts.layout import width_of
-from propulsion_export.artifacts.manifest import Manifest
+from propulsion_export.artifacts.manifest import Manifest, TensorSpec
 from propulsion_export.artifacts.tensor_names import BANK_INPUT, PACKED_INPUTS, PAST
 from propulsion_export.base_model.tasks import TASKS
 from propulsion_export.errors import ArtifactError
@@ -33,10 +33,25 @@ def inconsistent(directory: Path, findings: Sequence[str]) -> ArtifactError:
     )
 
 
+def differences(
+    what: str, declared: Sequence[TensorSpec], found: Sequence[TensorSpec]
+) -> Iterator[str]:
+    """One text for each input or output of a graph that the manifest declares otherwise."""
+    by_name = {spec.name: spec for spec in declared}
+    for spec in found:
+        if by_name.get(spec.name) != spec:
+            record = _shown(by_name[spec.name]) if spec.name in by_name else "no such one"
+            yield f"the graph has the {what} {_shown(spec)}, the manifest {record}"
+    for name in by_name.keys() - {spec.name for spec in found}:
+        yield f"the manifest has the {what} {name!r}, the graph no such one"
+    if len(by_name) != len(declared):
+        yield f"the manifest names an {what} twice"
+
+
 def _misfit_task(manifest: Manifest) -> Iterator[str]:
     """The outputs and the cache that the manifest's task needs, but the graph does not have."""
     if not manifest.outputs:
-        return  # a merged checkpoint, or several graphs, whose names are their task's
+        return  # a merged checkpoint, or several graphs, whose file names depend on the task
     cached = any(spec.name.startswith(f"{PAST}.") for spec in manifest.inputs)
     task = TASKS[manifest.task]
     if cached != (task.architecture == "decoder"):
@@ -86,3 +101,8 @@ def _lengths(manifest: Manifest) -> dict[str, int]:
     if manifest.mode == "bank":
         return {BANK_INPUT: width_of(manifest.layout)}
     return {packed: sum(slot.length for slot in slots) for packed, slots in manifest.layout.items()}
+
+
+def _shown(spec: TensorSpec) -> str:
+    kind = "optional " if spec.optional else ""
+    return f"{spec.name!r} ({kind}{spec.dtype} {list(spec.shape)})"

@@ -14,12 +14,10 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 
-# Where transformers 4 (and optimum-onnx) looks for rotary settings. Version 5 saves them elsewhere,
-# in rope_parameters, and an older reader would compute with its defaults without a word.
+# Where transformers 4 (and optimum-onnx) looks for rotary settings. Version 5 saves them in
+# rope_parameters, and an older reader would silently use its defaults.
 _ROTARY_SETTINGS = ("rope_", "rotary_", "partial_rotary_", "global_rope_", "local_rope_")
-
-
-# How texts are generated, and how a chat becomes one text: read by name beside the tokenizer.
+# How a chat becomes one text; tokenizers load it by this name.
 _CHAT_TEMPLATE = "chat_template.jinja"
 
 
@@ -35,10 +33,10 @@ def read_config(source: str, *, trust_remote_code: bool = False) -> "PretrainedC
     if directory.is_dir() and not (directory / "config.json").is_file():
         raise BaseModelError(f"{source}: has no config.json, expected a transformers checkpoint")
     if not directory.exists() and (source.startswith(("/", ".", "~")) or source.count("/") > 1):
-        # No name on a hub looks so; asking there takes long where there is no network.
+        # This is no name on a hub, and without a network a look-up there takes long.
         raise BaseModelError(
             f"{source}: does not exist, expected a directory with a transformers checkpoint",
-            remedy="Say where the base model lies with -m.",
+            remedy="Give the base model's directory with -m.",
         )
     try:
         with quiet():
@@ -51,14 +49,14 @@ def read_config(source: str, *, trust_remote_code: bool = False) -> "PretrainedC
 
 
 def class_names(config: "PretrainedConfig") -> tuple[str, ...]:
-    """Names of the classes that the checkpoint's head tells apart."""
+    """The names of the checkpoint's classes, in the order of the logits."""
     return tuple(config.id2label[index] for index in sorted(config.id2label))
 
 
 def save_config(model: "PreTrainedModel", directory: Path, dtype: str) -> None:
     """Write `config.json` as the model class would, without the path it was loaded from.
 
-    Rotary settings stay, besides, where the base model's own file has them.
+    Rotary settings are also kept under the names that the base model's own file has.
     """
     config = model.config
     config.dtype = dtype
@@ -81,10 +79,9 @@ def set_labels(config: "PretrainedConfig", labels: Sequence[str] | int) -> None:
 
 
 def save_generation_settings(source: str, task: str, directory: Path) -> None:
-    """Write how a generative base model writes by default, as its checkpoint says.
+    """Write the default generation settings of a generative base model.
 
-    Older checkpoints say so in config.json, from where transformers reads it but to where it writes
-    it no more.
+    Older checkpoints have them in config.json, which transformers still reads but no longer writes.
     """
     from transformers import GenerationConfig
     from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
@@ -102,7 +99,7 @@ def save_generation_settings(source: str, task: str, directory: Path) -> None:
 
 
 def _rotary_settings(config: "PretrainedConfig") -> dict[str, Any]:
-    """What the file that a configuration was read from says of rotary embeddings, verbatim."""
+    """The rotary settings in the file that a configuration was read from, verbatim."""
     from transformers import PretrainedConfig
 
     if not config._name_or_path:
@@ -113,7 +110,7 @@ def _rotary_settings(config: "PretrainedConfig") -> dict[str, Any]:
 
 
 def read_settings(directory: Path) -> dict[str, Any]:
-    """The model's config.json; empty where there is none.
+    """The settings in a model's config.json; empty where there is no such file.
 
     Raises:
         ArtifactError: it is damaged.

@@ -1,4 +1,4 @@
-"""Find and copy single files of a model, in a directory or by a hub's name."""
+"""Find and copy single files of a model, in a directory or on a hub."""
 
 import shutil
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from propulsion_export.environment.quiet import quiet
 
 
 def locate(source: str, name: str) -> Path | None:
-    """The file's path, downloaded if need be; None if the model does not have it."""
+    """The path of a model's file, downloaded if necessary; None if the model does not have it."""
     from transformers.utils import cached_file
 
     try:
@@ -26,7 +26,7 @@ def locate(source: str, name: str) -> Path | None:
 
 
 def copy_files(names: Sequence[str], source: str, directory: Path) -> None:
-    """Copy those of the named files that the model has, unchanged."""
+    """Copy the named files unchanged, as far as the model has them."""
     for name in names:
         file = locate(source, name)
         if file is not None:

@@ -1,5 +1,7 @@
 """How many tokens a model can be given at once."""
 
+from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 _UNKNOWN = 512  # where a configuration does not say
@@ -30,29 +32,55 @@ BEHIND_PADDING = frozenset(
         "xmod",
     }
 )
+# Model types whose config.json has the size of the position table under another name than
+# max_position_embeddings, and transformers 5.24 has it under both.
+OTHER_NAMES = {
+    "bailing_hybrid": "model_max_length",
+    "codegen": "n_positions",
+    "ctrl": "n_positions",
+    "dbrx": "max_seq_len",
+    "decision_transformer": "n_positions",
+    "gpt-sw3": "n_positions",
+    "gpt2": "n_positions",
+    "gpt_bigcode": "n_positions",
+    "gptj": "n_positions",
+    "imagegpt": "n_positions",
+    "kimi_linear": "model_max_length",
+    "openai-gpt": "n_positions",
+    "rwkv": "context_length",
+}
 # MPNet's model has this padding index whatever its configuration says.
 _FIXED_PADDING = {"mpnet": 1}
+
+
+def as_config(settings: Mapping[str, Any]) -> SimpleNamespace:
+    """The settings of a config.json as attributes, positions as transformers names them."""
+    config = SimpleNamespace(**settings)
+    other = OTHER_NAMES.get(settings.get("model_type", ""))
+    if other is not None and other in settings and not hasattr(config, "max_position_embeddings"):
+        config.max_position_embeddings = settings[other]
+    return config
 
 
 def longest_input(config: Any, tokenizer: Any | None = None) -> int:
     """The most tokens, special ones included, that a model takes: as many as it has positions.
 
-    At most what the tokenizer says, too; 512 where neither says anything.
+    The tokenizer may set a lower limit; 512 where neither sets one.
 
     Args:
-        config: of the model.
-        tokenizer: of the model; None when texts play no part.
+        config: the model's configuration, or what `as_config` returns.
+        tokenizer: the model's tokenizer; None for inputs that are no texts.
     """
     positions = known_positions(config) or _UNKNOWN
-    # A tokenizer that was told no limit has 1e30.
+    # A tokenizer without a limit has 1e30.
     limit = int(getattr(tokenizer, "model_max_length", None) or positions)
     return min(positions, limit)
 
 
 def known_positions(config: Any) -> int | None:
-    """For how many tokens the model has positions, as its configuration says; None: it does not."""
-    told = (getattr(config, name, None) for name in _LIMITS)
-    rows = next((value for value in told if isinstance(value, int) and value > 0), None)
+    """How many tokens the model has positions for; None where its configuration does not say."""
+    sizes = (getattr(config, name, None) for name in _LIMITS)
+    rows = next((value for value in sizes if isinstance(value, int) and value > 0), None)
     if rows is None:
         return None
     kind = getattr(config, "model_type", "")

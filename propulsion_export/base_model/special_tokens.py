@@ -1,4 +1,4 @@
-"""Which tokens begin, end and pad a text, as a model's own files say."""
+"""The tokens that begin, end and pad a text, read from a model's files."""
 
 import json
 from dataclasses import dataclass
@@ -7,18 +7,18 @@ from typing import Any
 
 from propulsion_export.errors import ArtifactError
 
-# The first that says something of a token is right, as in transformers' generate().
+# The first file that names a token counts, as in transformers' generate().
 _FILES = ("generation_config.json", "config.json")
 
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """Token numbers; None, or no number at all, where the model has no such token.
+    """Token numbers; None, or empty, where the model has no such token.
 
     Attributes:
-        begin: put before a text.
-        end: each of them ends a text that is generated.
-        pad: fills up the shorter rows of a batch.
+        begin: the token put before a text.
+        end: the tokens that each end a generated text.
+        pad: the token that fills up the shorter rows of a batch.
     """
 
     begin: int | None = None
@@ -27,10 +27,10 @@ class SpecialTokens:
 
     @classmethod
     def read(cls, directory: Path) -> "SpecialTokens":
-        """Those of a checkpoint or an artifact.
+        """Read the special tokens of a checkpoint or an artifact.
 
         Raises:
-            ArtifactError: a file is no JSON object, or a token in it no number.
+            ArtifactError: a file is no JSON object, or a token in it is no number.
         """
         files = [_content(directory / name) for name in _FILES if (directory / name).is_file()]
         return cls(
@@ -51,9 +51,9 @@ def _content(file: Path) -> dict[str, Any]:
 
 
 def _numbers(files: list[dict[str, Any]], key: str, directory: Path) -> tuple[int, ...]:
-    told: Any = next((content[key] for content in files if content.get(key) is not None), [])
-    numbers = told if isinstance(told, list) else [told]
+    found: Any = next((content[key] for content in files if content.get(key) is not None), [])
+    numbers = found if isinstance(found, list) else [found]
     if wrong := [number for number in numbers if type(number) is not int]:
         raise ArtifactError(f"{directory}: {key} is {wrong[0]!r}, expected a token's number")
-    # Some configurations say -1 for a token that there is not.
+    # Some configurations have -1 for a token that does not exist.
     return tuple(number for number in numbers if number >= 0)

@@ -6,8 +6,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from propulsion_export.base_model.fast_tokenizer import read_fast_tokenizer
 from propulsion_export.base_model.hub import copy_files
 from propulsion_export.environment.quiet import quiet
+from propulsion_export.errors import UnavailableError
 
 Array = npt.NDArray[Any]
 
@@ -15,7 +17,7 @@ Array = npt.NDArray[Any]
 def text_inputs(
     names: tuple[str, ...], tokenizer: Any, texts: list[str], limit: int
 ) -> dict[str, Array]:
-    """Tokenized texts as one padded int64 batch [len(texts), longest], cut at `limit` tokens."""
+    """Texts as one padded batch of tokens, int64 [len(texts), longest], cut at `limit` tokens."""
     return tensors_of(names, encode_texts(names, tokenizer, texts, limit=limit))
 
 
@@ -32,14 +34,14 @@ def encode_texts(
     limit: int,
     contexts: list[str] | None = None,
 ) -> Any:
-    """What the tokenizer makes of texts, as transformers' BatchEncoding of one padded batch.
+    """Encode texts as one padded batch: arrays by name, and `encodings` of a fast tokenizer.
 
     Args:
-        names: of the arrays wanted.
-        tokenizer: of the model.
-        texts: one a row.
-        limit: in tokens; the longer of text and context is cut.
-        contexts: a second text for each row, where the answer to the first is looked for.
+        names: the arrays that the model reads.
+        tokenizer: the model's tokenizer.
+        texts: one text per row.
+        limit: most tokens of a row; the longer of text and context is cut.
+        contexts: a second text for each row, which holds the answer to the first.
     """
     return tokenizer(
         texts,
@@ -47,14 +49,14 @@ def encode_texts(
         truncation=True,
         max_length=limit,
         padding=True,
-        # Not every tokenizer makes them by itself, and a graph requires what its model reads.
+        # Not every tokenizer returns them by default, and a graph requires all its inputs.
         return_token_type_ids="token_type_ids" in names,
         return_attention_mask=True,
         return_tensors="np",
     )
 
 
-# Copied verbatim, so that any version of transformers reads what its own made.
+# Copied verbatim, so that the version of transformers that wrote them can read them too.
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -76,13 +78,36 @@ def copy_tokenizer(source: str, directory: Path) -> None:
 
 def read_tokenizer(source: str | Path) -> Any | None:
     """The tokenizer of a checkpoint or artifact, or None when it has none."""
-    from transformers import AutoTokenizer
-
     directory = Path(source)
     if directory.is_dir() and not any((directory / name).is_file() for name in TOKENIZER_FILES):
         return None
+    from transformers import AutoTokenizer
+
     try:
         with quiet():
             return AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError):
         return None
+
+
+def read_serving_tokenizer(directory: Path) -> Any | None:
+    """The tokenizer of an artifact, without transformers where its files allow that.
+
+    Returns:
+        A `FastTokenizer`, else transformers' tokenizer; None without a tokenizer.
+
+    Raises:
+        UnavailableError: only transformers can load it, and is not installed.
+    """
+    fast = read_fast_tokenizer(directory)
+    if fast is not None:
+        return fast
+    try:
+        return read_tokenizer(directory)
+    except ModuleNotFoundError as error:
+        if error.name != "transformers":
+            raise
+        raise UnavailableError(
+            f"{directory}: only transformers loads its tokenizer, which is not installed",
+            remedy="Run: pip install transformers.",
+        ) from error

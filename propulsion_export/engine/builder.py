@@ -21,7 +21,7 @@ from propulsion_export.engine.operators import check_operators
 from propulsion_export.engine.options import BuildOptions, check_options
 from propulsion_export.engine.profiles import Profile, choose_profiles, longest_sequence
 from propulsion_export.engine.targets import (
-    Runtime,
+    EngineRuntime,
     choose_runtime,
     choose_targets,
     compute_capability,
@@ -45,7 +45,7 @@ class _Job:
     """A checked build: TensorRT's module, the GPUs, the shapes and the options."""
 
     trt: Any
-    runtime: Runtime
+    runtime: EngineRuntime
     targets: tuple[str, ...]
     profiles: tuple[Profile, ...]
     options: BuildOptions
@@ -159,7 +159,7 @@ def _check_one_graph(artifact: Artifact) -> None:
             f"{_model_name(artifact)}: is exported as {len(artifact.manifest.graphs)} graphs "
             f"({', '.join(artifact.manifest.graphs)}), expected one: no engine is built of an "
             "encoder-decoder yet",
-            remedy="Run its ONNX export in ONNX Runtime.",
+            remedy="Run its ONNX export in ONNX EngineRuntime.",
         )
 
 

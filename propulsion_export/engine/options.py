@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from propulsion_export.artifacts.manifest import Mode
 from propulsion_export.engine.profiles import Shapes
-from propulsion_export.engine.targets import AUTO, Runtime
+from propulsion_export.engine.targets import AUTO, EngineRuntime
 from propulsion_export.environment.machine import cuda_devices, cuda_reason
 from propulsion_export.errors import UnavailableError, UsageError
 
@@ -64,7 +64,7 @@ class BuildOptions:
         }
 
 
-def check_options(options: BuildOptions, runtime: Runtime, mode: Mode) -> None:
+def check_options(options: BuildOptions, runtime: EngineRuntime, mode: Mode) -> None:
     """Refuse before the build what it could not do.
 
     Raises:

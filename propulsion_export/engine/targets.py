@@ -14,17 +14,17 @@ from propulsion_export.environment.machine import (
 )
 from propulsion_export.errors import UnavailableError, UsageError
 
-Runtime = Literal["tensorrt", "tensorrt-rtx"]
+EngineRuntime = Literal["tensorrt", "tensorrt-rtx"]
 
 AUTO = "auto"
 # GeForce RTX 30, 40 and 50: what an engine built ahead of time will most likely meet.
 RTX_DEFAULT = ("sm_86", "sm_89", "sm_120")
-_EXTRAS: dict[Runtime, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "rtx"}
+_EXTRAS: dict[EngineRuntime, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "rtx"}
 _OLDEST = 75  # TensorRT 10 dropped everything before Turing
 _OLDEST_BFLOAT16 = 80
 
 
-def choose_runtime(requested: str) -> Runtime:
+def choose_runtime(requested: str) -> EngineRuntime:
     """Choose what builds: `auto` is tensorrt where it and a GPU are, else tensorrt-rtx.
 
     Raises:
@@ -48,12 +48,14 @@ def choose_runtime(requested: str) -> Runtime:
     return "tensorrt"
 
 
-def load(runtime: Runtime) -> Any:
+def load(runtime: EngineRuntime) -> Any:
     """The Python module of a runtime; both have the same builder API."""
     return import_module(runtime.replace("-", "_"))
 
 
-def choose_targets(requested: Sequence[str], runtime: Runtime, dtype: Dtype) -> tuple[str, ...]:
+def choose_targets(
+    requested: Sequence[str], runtime: EngineRuntime, dtype: Dtype
+) -> tuple[str, ...]:
     """The compute capabilities to build for, in the order requested, each once.
 
     `auto` is the first GPU of this machine; without one, tensorrt-rtx builds for `RTX_DEFAULT`:
@@ -97,12 +99,12 @@ def compute_capability(target: str) -> int:
     return int(found[1])
 
 
-def _rtx() -> Runtime:
+def _rtx() -> EngineRuntime:
     _check_installed("tensorrt-rtx")
     return "tensorrt-rtx"
 
 
-def _check_installed(runtime: Runtime) -> None:
+def _check_installed(runtime: EngineRuntime) -> None:
     if not has_module(runtime.replace("-", "_")):
         raise UnavailableError(
             f"{runtime}: is not installed",
@@ -118,7 +120,7 @@ def _expand(target: str) -> tuple[str, ...]:
     return (devices[0].capability,) if devices else RTX_DEFAULT
 
 
-def _supported(runtime: Runtime) -> tuple[str, ...]:
+def _supported(runtime: EngineRuntime) -> tuple[str, ...]:
     if runtime == "tensorrt-rtx":
         return rtx_targets()
     here = [device.capability for device in cuda_devices()[:1]]

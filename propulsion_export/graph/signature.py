@@ -1,13 +1,13 @@
 """Compare a manifest with the graph that it describes."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import get_args
 
 import onnx_ir as ir
 
 from propulsion_export.artifacts.artifact import Artifact
-from propulsion_export.artifacts.consistency import contradictions, inconsistent
+from propulsion_export.artifacts.consistency import contradictions, differences, inconsistent
 from propulsion_export.artifacts.file_names import GRAPH_FILE
 from propulsion_export.artifacts.manifest import (
     Dtype,
@@ -48,28 +48,9 @@ def signature(model: ir.Model) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec
 def _misfit_graph(directory: Path, name: str, entry: GraphEntry, dtype: Dtype) -> Iterator[str]:
     model = read_graph(directory, name)
     inputs, outputs = signature(model)
-    yield from _differences("input", entry.inputs, inputs)
-    yield from _differences("output", entry.outputs, outputs)
+    yield from differences("input", entry.inputs, inputs)
+    yield from differences("output", entry.outputs, outputs)
     yield from _other_dtype(dtype, model)
-
-
-def _differences(
-    what: str, declared: Sequence[TensorSpec], found: Sequence[TensorSpec]
-) -> Iterator[str]:
-    by_name = {spec.name: spec for spec in declared}
-    for spec in found:
-        if by_name.get(spec.name) != spec:
-            record = _shown(by_name[spec.name]) if spec.name in by_name else "no such one"
-            yield f"the graph has the {what} {_shown(spec)}, the manifest {record}"
-    for name in by_name.keys() - {spec.name for spec in found}:
-        yield f"the manifest has the {what} {name!r}, the graph no such one"
-    if len(by_name) != len(declared):
-        yield f"the manifest names an {what} twice"
-
-
-def _shown(spec: TensorSpec) -> str:
-    kind = "optional " if spec.optional else ""
-    return f"{spec.name!r} ({kind}{spec.dtype} {list(spec.shape)})"
 
 
 def _other_dtype(dtype: Dtype, graph: ir.Model) -> Iterator[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from propulsion_export.artifacts.artifact import Artifact
 
 
-def copy_files(artifact: Artifact, names: Iterable[str], directory: Path) -> None:
+def copy_artifact_files(artifact: Artifact, names: Iterable[str], directory: Path) -> None:
     """Copy the named files of an artifact to the same paths below `directory`."""
     for name in names:
         (directory / name).parent.mkdir(exist_ok=True)

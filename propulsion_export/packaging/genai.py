@@ -14,7 +14,7 @@ from propulsion_export.base_model.config import read_config
 from propulsion_export.base_model.special_tokens import SpecialTokens
 from propulsion_export.base_model.tasks import TASKS
 from propulsion_export.errors import UsageError
-from propulsion_export.packaging.copying import copy_files
+from propulsion_export.packaging.copying import copy_artifact_files
 from propulsion_export.packaging.layouts import PackageOptions, WritePackage
 from propulsion_export.packaging.onnx_adapter import write_adapter_files
 
@@ -36,7 +36,7 @@ def plan(artifact: Artifact, options: PackageOptions) -> WritePackage:
     _check_fits(artifact)
 
     def write(directory: Path) -> Iterable[str]:
-        copy_files(artifact, artifact.manifest.files, directory)
+        copy_artifact_files(artifact, artifact.manifest.files, directory)
         config = read_config(str(directory))
         longest = getattr(config, "max_position_embeddings", None) or _UNLIMITED
         special = SpecialTokens.read(directory)

@@ -9,7 +9,7 @@ from pathlib import Path
 from propulsion_export.artifacts.artifact import Artifact, Tensors
 from propulsion_export.artifacts.file_names import ADAPTERS, ONNX_ADAPTER_SUFFIX
 from propulsion_export.errors import UnavailableError, UsageError
-from propulsion_export.packaging.copying import copy_files
+from propulsion_export.packaging.copying import copy_artifact_files
 from propulsion_export.packaging.layouts import PackageOptions, WritePackage
 
 _VERSION_DIGITS = 7  # hexadecimal: what surely fits a positive int32
@@ -25,7 +25,7 @@ def plan(artifact: Artifact, options: PackageOptions) -> WritePackage:
     check_has_adapter_files(artifact)
 
     def write(directory: Path) -> Iterable[str]:
-        copy_files(artifact, artifact.manifest.files, directory)
+        copy_artifact_files(artifact, artifact.manifest.files, directory)
         return write_adapter_files(artifact, directory)
 
     return write

@@ -21,7 +21,7 @@ from propulsion_export.artifacts.file_names import (
 from propulsion_export.artifacts.manifest import AdapterEntry, BaseEntry
 from propulsion_export.graph.files import read_graph
 from propulsion_export.graph.passes.built_in_bank import BANK_FILE, BuildInBank
-from propulsion_export.packaging.copying import copy_files
+from propulsion_export.packaging.copying import copy_artifact_files
 from propulsion_export.packaging.layouts import PackageOptions, WritePackage
 from propulsion_export.packaging.triton_config import config_text, plan_model
 
@@ -47,7 +47,7 @@ def plan(artifact: Artifact, options: PackageOptions) -> WritePackage:
         version = place / VERSION
         version.mkdir(parents=True)
         (place / CONFIG_FILE).write_text(config, encoding="utf-8")
-        copy_files(artifact, filter(_is_of_client, artifact.manifest.files), place)
+        copy_artifact_files(artifact, filter(_is_of_client, artifact.manifest.files), place)
         ids, entries = _write_model(artifact, version / model.file)
         text = adapters_text(ids, entries, artifact.manifest.base)
         (place / ADAPTERS_FILE).write_text(text, encoding="utf-8")
@@ -143,7 +143,7 @@ def _write_graph_with_bank(
 
 
 def _copy_weights(artifact: Artifact, directory: Path) -> None:
-    copy_files(artifact, artifact.manifest.files.keys() & {WEIGHTS_FILE}, directory)
+    copy_artifact_files(artifact, artifact.manifest.files.keys() & {WEIGHTS_FILE}, directory)
 
 
 def _record(artifact: Artifact, directory: Path) -> None:

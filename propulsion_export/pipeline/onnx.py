@@ -117,9 +117,9 @@ def export_onnx(
     with staged_directory(output, marker=MANIFEST_FILE, force=force, inputs=inputs) as directory:
         entries = _entries(adapters, adapter, graphs, recorded)
         _write(graphs, base, directory, name, entries)
-        Artifact.write(directory, _manifest(graphs, base, recorded, entries, name))
+        written = Artifact.write(directory, _manifest(graphs, base, recorded, entries, name))
     progress(1.0, f"wrote {output}")
-    return Artifact.read(output)
+    return written.at(output)
 
 
 def _check_ranges(adapters: Sequence[Adapter], dtype: Dtype) -> None:

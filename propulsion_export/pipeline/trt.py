@@ -41,6 +41,6 @@ def build_engine(
     check_signature(read)
     with staged_directory(output, marker=MANIFEST_FILE, force=force) as directory:
         manifest = write_engine(read, directory, options, lambda m: progress(0.5, m))
-        Artifact.write(directory, manifest)
+        written = Artifact.write(directory, manifest)
     progress(1.0, f"wrote {output}")
-    return Artifact.read(output)
+    return written.at(output)

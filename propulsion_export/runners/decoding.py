@@ -23,7 +23,7 @@ Choose = Callable[[Array], Array]
 
 
 @dataclass(frozen=True)
-class State:
+class DecoderState:
     """What a decoder has read so far.
 
     Attributes:
@@ -49,16 +49,18 @@ class Decoder:
     inputs: Sequence[TensorSpec] = ()
     feeds: Tensors = field(default_factory=dict)
 
-    def start(self, batch: int) -> State:
+    def start(self, batch: int) -> DecoderState:
         """The state before the first token of `batch` rows."""
         cache = {
             spec.name: np.zeros(_empty(batch, spec), numpy_dtype(spec.dtype))
             for spec in self.inputs
             if spec.name.startswith(f"{PAST}.")
         }
-        return State(np.zeros((batch, 0), np.int64), cache)
+        return DecoderState(np.zeros((batch, 0), np.int64), cache)
 
-    def step(self, state: State, tokens: Array, mask: Array | None = None) -> tuple[Array, State]:
+    def step(
+        self, state: DecoderState, tokens: Array, mask: Array | None = None
+    ) -> tuple[Array, DecoderState]:
         """Read more tokens.
 
         Args:
@@ -85,7 +87,7 @@ class Decoder:
             for name, values in outputs.items()
             if name.startswith(f"{PRESENT}.")
         }
-        return outputs[LOGITS], State(whole, {**state.cache, **longer})
+        return outputs[LOGITS], DecoderState(whole, {**state.cache, **longer})
 
 
 @dataclass(frozen=True)

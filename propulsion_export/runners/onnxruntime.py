@@ -10,9 +10,12 @@ import numpy as np
 
 from propulsion_export.adapters.scales import Array
 from propulsion_export.artifacts.artifact import Artifact, Runner, Tensors
+from propulsion_export.artifacts.consistency import differences, inconsistent
+from propulsion_export.artifacts.manifest import GraphEntry, TensorSpec
 from propulsion_export.errors import ToolError, UnavailableError, first_line
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_DTYPES = {"float": "float32", "double": "float64"}  # the others have the manifest's names
 _BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16
 _NO_BFLOAT16 = "ONNX Runtime has no bfloat16 kernels for this provider"
 
@@ -30,9 +33,14 @@ class _Placed:
 
 
 def open_graph(path: Path, artifact: Artifact, device: str) -> Runner:
-    """Run a graph of an artifact on `cpu` or `cuda`; see `onnxruntime_runner`."""
-    del artifact
-    return onnxruntime_runner(path, _PROVIDERS[device])
+    """Run a graph of an artifact on `cpu` or `cuda`; see `onnxruntime_runner`.
+
+    Raises:
+        ArtifactError: the graph has other inputs or outputs than the manifest declares.
+    """
+    session = _open_session(path, _PROVIDERS[device])
+    _check_signature(session, path.name, artifact)
+    return _runner(session, path)
 
 
 def onnxruntime_runner(path: Path, provider: str = "CPUExecutionProvider") -> Runner:
@@ -44,7 +52,10 @@ def onnxruntime_runner(path: Path, provider: str = "CPUExecutionProvider") -> Ru
         UnavailableError: onnxruntime is missing, or has no kernel for a node of the graph.
         ToolError: ONNX Runtime cannot load the model; the runner raises it when the model fails.
     """
-    session = _open_session(path, provider)
+    return _runner(_open_session(path, provider), path)
+
+
+def _runner(session: Any, path: Path) -> Runner:
     known = {value.name for value in session.get_inputs()}
     known |= {value.name for value in session.get_overridable_initializers()}
     names = [output.name for output in session.get_outputs()]
@@ -103,6 +114,32 @@ def _open_session(path: Path, provider: str) -> Any:
         if "NOT_IMPLEMENTED" in reason:
             raise UnavailableError(f"{path}: {_NO_BFLOAT16} ({reason})") from error
         raise ToolError(f"{path}: ONNX Runtime cannot load it ({reason})") from error
+
+
+def _check_signature(session: Any, name: str, artifact: Artifact) -> None:
+    """Refuse a graph whose inputs or outputs the manifest declares otherwise.
+
+    `graph.signature` checks more, before ONNX Runtime loads the graph, but takes long to import.
+    """
+    manifest = artifact.manifest
+    entry = manifest.graphs.get(name) or GraphEntry(manifest.inputs, manifest.outputs)
+    optional = [_spec(value, True) for value in session.get_overridable_initializers()]
+    inputs = [*(_spec(value) for value in session.get_inputs()), *optional]
+    outputs = [_spec(value) for value in session.get_outputs()]
+    findings = [
+        *differences("input", entry.inputs, inputs),
+        *differences("output", entry.outputs, outputs),
+    ]
+    if findings:
+        where = f"{name}: " if manifest.graphs else ""
+        raise inconsistent(artifact.directory, [f"{where}{finding}" for finding in findings])
+
+
+def _spec(value: Any, optional: bool = False) -> TensorSpec:
+    """A tensor as in the manifest; ONNX Runtime's type is such as `tensor(float)`."""
+    dtype = value.type.removeprefix("tensor(").removesuffix(")")
+    shape = tuple(size if isinstance(size, int) else str(size) for size in value.shape)
+    return TensorSpec(value.name, _DTYPES.get(dtype, dtype), shape, optional)
 
 
 def _threads() -> int:

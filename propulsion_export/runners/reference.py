@@ -11,8 +11,15 @@ from propulsion_export.errors import UnavailableError
 
 
 def open_graph(path: Path, artifact: Artifact, device: str) -> Runner:
-    """Run a graph of an artifact; see `reference_runner`."""
-    del artifact, device
+    """Run a graph of an artifact; see `reference_runner`.
+
+    Raises:
+        ArtifactError: the graphs of the artifact are not what its manifest declares.
+    """
+    from propulsion_export.graph.signature import check_signature
+
+    del device
+    check_signature(artifact)
     return reference_runner(path)
 
 

@@ -1,4 +1,4 @@
-"""The part of `run` that generates text: prompts in, tokens and text out, as they come."""
+"""Generate text with a loaded artifact: prompts in, tokens and text out as they are generated."""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -9,11 +9,11 @@ import numpy as np
 
 from propulsion_export.adapters.scales import Array
 from propulsion_export.artifacts.artifact import Artifact, Tensors
-from propulsion_export.base_model.config import read_config
-from propulsion_export.base_model.positions import longest_input
+from propulsion_export.base_model.config import read_settings
+from propulsion_export.base_model.positions import as_config, longest_input
 from propulsion_export.base_model.special_tokens import SpecialTokens
 from propulsion_export.base_model.tasks import TASKS
-from propulsion_export.base_model.tokenizer import read_tokenizer
+from propulsion_export.base_model.tokenizer import read_serving_tokenizer
 from propulsion_export.errors import UsageError
 from propulsion_export.runners.decoding import (
     Choose,
@@ -25,7 +25,7 @@ from propulsion_export.serving.text_stream import TextStream
 from propulsion_export.serving.token_sampling import Sampling, sampler
 
 DEFAULT_NEW_TOKENS = 128
-# Told the number of a text, from 0, and the next piece of what is generated for it.
+# Called with the number of a text, from 0, and the next piece of text generated for it.
 OnText = Callable[[int, str], None]
 
 
@@ -34,13 +34,13 @@ class Settings:
     """How to generate.
 
     Attributes:
-        new_tokens: for each text, at most.
-        sampling: what tokens are drawn from; None: each is the likeliest one.
-        seed: of the drawing; None: another text every time.
-        on_text: told of every piece of text.
+        new_tokens: most tokens to generate for each text.
+        sampling: how to sample tokens; None always takes the likeliest one.
+        seed: seed for sampling; None gives a different text every time.
+        on_text: called with every piece of text.
 
     Raises:
-        UsageError: a number is out of its range, or there is a seed and nothing to draw.
+        UsageError: a number is out of its range, or a seed is given without sampling.
     """
 
     new_tokens: int = DEFAULT_NEW_TOKENS
@@ -55,37 +55,38 @@ class Settings:
             raise UsageError(f"--seed: {self.seed}, expected at least 0")
         if self.seed is not None and self.sampling is None:
             raise UsageError(
-                "--seed: nothing is drawn, every token is the likeliest one",
-                remedy="Give --temperature, --top-k or --top-p besides.",
+                "--seed: does nothing without --temperature, --top-k or --top-p",
+                remedy="Add one of them, or leave it out.",
             )
 
     def choose(self, numbers: Sequence[int]) -> Choose:
-        """How to choose tokens for the texts of these numbers.
+        """The function that chooses tokens for the texts with these numbers.
 
-        What is drawn for a text depends on the seed and its number, not on the others beside it.
+        The tokens sampled for a text depend on the seed and its number, not on the rest of the
+        batch.
         """
         if self.sampling is None:
             return greedy
         seeds = [None if self.seed is None else (self.seed, number) for number in numbers]
         return sampler(self.sampling, [np.random.default_rng(seed) for seed in seeds])
 
-    def tell(self, number: int, piece: str) -> None:
-        """Tell who listens of a piece of the text of this number."""
+    def report(self, number: int, piece: str) -> None:
+        """Call `on_text` with a piece of the text with this number."""
         if piece and self.on_text is not None:
             self.on_text(number, piece)
 
 
 @dataclass(frozen=True)
 class Writer:
-    """An artifact that generates, ready for any batch.
+    """A generative artifact, ready for any batch.
 
     Attributes:
         generator: the model.
-        tokenizer: of the artifact.
+        tokenizer: the artifact's tokenizer.
         special: its special tokens.
-        positions: how many tokens of prompt and answer the model has room for; None: any number.
-        longest: a prompt of an encoder is cut at so many tokens; None: the decoder reads it.
-        one_at_a_time: as of `answering.Reader`.
+        positions: most tokens of prompt and answer together; None for no limit.
+        longest: most tokens of a prompt that an encoder reads; None where the decoder reads it.
+        one_at_a_time: see `texts.Reader`.
     """
 
     generator: Generator
@@ -96,14 +97,14 @@ class Writer:
     one_at_a_time: threading.Lock = field(default_factory=threading.Lock)
 
     def encode(self, text: str, number: int) -> list[int]:
-        """The tokens of the text of this number, as a prompt.
+        """The tokens of a text as a prompt; `number` names the text in messages.
 
         Raises:
-            UsageError: it has none, or leaves no position for an answer.
+            UsageError: it has no tokens, or leaves no position for an answer.
         """
         cut = {} if self.longest is None else {"truncation": True, "max_length": self.longest}
         with self.one_at_a_time:
-            # Of a text that is too long we tell ourselves: not verbose.
+            # Not verbose: a text that is too long is reported below.
             tokens: list[int] = self.tokenizer(text, verbose=False, **cut)["input_ids"]
         if not tokens and self.special.begin is not None:
             tokens = [self.special.begin]
@@ -124,11 +125,17 @@ class Writer:
         feeds: Tensors,
         settings: Settings,
     ) -> list[dict[str, Any]]:
-        """Generate behind the prompts of the texts of these numbers, with what adapters feed.
+        """Generate after the prompts.
+
+        Args:
+            prompts: the tokens of each prompt.
+            numbers: the numbers of the texts.
+            feeds: the adapters' inputs.
+            settings: how to generate.
 
         Returns:
-            For each text `generated`, `tokens` (without the one that ends it) and `stopped`:
-            `end` or `length`.
+            For each text `generated`, `tokens` (without the end token) and `stopped`: `end` or
+            `length`.
         """
         opening = self.generator.open({**self._batch(prompts), **feeds})
         rows = [
@@ -140,7 +147,7 @@ class Writer:
         choose = settings.choose(numbers)
         for tokens in go_on(opening, choose, lambda: np.array([bool(r.stopped) for r in rows])):
             for row, number, token in zip(rows, numbers, tokens, strict=True):
-                settings.tell(number, row.take(int(token)))
+                settings.report(number, row.take(int(token)))
         return [row.outcome() for row in rows]
 
     def _batch(self, prompts: Sequence[Sequence[int]]) -> Tensors:
@@ -152,7 +159,7 @@ class Writer:
         return prompt if self.longest is None else ()
 
     def _room(self, read: Array, settings: Settings) -> list[int]:
-        """New tokens that each row may have, given how many its decoder has read."""
+        """Most new tokens of each row, given how many its decoder has read."""
         most = settings.new_tokens
         if self.positions is None:
             return [most] * len(read)
@@ -160,35 +167,36 @@ class Writer:
 
 
 def open_writer(artifact: Artifact, generator: Generator) -> Writer:
-    """The artifact as something that writes.
+    """Prepare an artifact to generate text.
 
     Raises:
         UsageError: it has no tokenizer.
+        UnavailableError: its tokenizer needs transformers, which is not installed.
     """
-    tokenizer = read_tokenizer(artifact.directory)
+    tokenizer = read_serving_tokenizer(artifact.directory)
     if tokenizer is None:
         raise UsageError(f"{artifact.directory}: has no tokenizer to read texts with")
-    config = read_config(str(artifact.directory))
+    config = as_config(read_settings(artifact.directory))
     encoded = TASKS[artifact.manifest.task].architecture == "encoder-decoder"
     return Writer(
         generator,
         tokenizer,
         SpecialTokens.read(artifact.directory),
-        # Models that have none (ALiBi, T5's relative positions) have no such limit.
+        # Models without a table of positions (ALiBi, T5's relative positions) have no limit.
         positions=getattr(config, "max_position_embeddings", None),
         longest=longest_input(config, tokenizer) if encoded else None,
     )
 
 
 class _TextInProgress:
-    """One text of a batch: what it has become, and whether it goes on."""
+    """One text of a batch while it is generated."""
 
     def __init__(self, stream: TextStream, ends: Sequence[int], room: int) -> None:
         self.stream, self.ends, self.room = stream, ends, room
         self.stopped: str | None = None
 
     def take(self, token: int) -> str:
-        """The text that a token makes readable; none of a row that has stopped."""
+        """Add a token; returns the text that it completes, empty once the row has stopped."""
         if self.stopped is not None:
             return ""
         if token in self.ends:

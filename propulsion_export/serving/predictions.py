@@ -1,4 +1,4 @@
-"""What a person wants to know of a model's outputs, by task."""
+"""Turn a model's outputs into predictions, by task."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,17 +12,16 @@ from propulsion_export.base_model.tasks import TASKS
 
 @dataclass(frozen=True)
 class Outcome:
-    """One row of a batch: what went in, and what came out.
+    """One row of a batch: its inputs and outputs.
 
     Attributes:
-        source: the text that the tokens' character offsets count in: for question answering the
+        source: the text that the tokens' character offsets refer to: for question answering the
             context.
-        tokens: what a fast tokenizer knows of the row's tokens (`tokenizers.Encoding`); None of
-            another tokenizer.
-        ids: of the tokens, int64 [length].
+        tokens: the row as `tokenizers.Encoding`; None from a tokenizer that is not a fast one.
+        ids: token numbers, int64 [length].
         mask: bool [length], False for padding.
-        outputs: by name, without the axis of the batch.
-        labels: class names; None when nobody named them.
+        outputs: the row's outputs by name, without the batch axis.
+        labels: class names; None if there are none.
     """
 
     source: str
@@ -72,7 +71,7 @@ def _words(outcome: Outcome) -> list[dict[str, Any]]:
     ends: dict[int, int] = {}
     offsets = outcome.tokens.offsets
     for token, word in enumerate(outcome.tokens.word_ids):
-        if word is not None:  # special tokens and padding are of no word
+        if word is not None:  # special tokens and padding belong to no word
             firsts.setdefault(word, token)
             ends[word] = offsets[token][1]
     return [

@@ -1,4 +1,4 @@
-"""What is asked of a session: how many rows, and what goes with each of them."""
+"""Check the inputs of a request and bring them into the form that a model takes."""
 
 from collections.abc import Mapping, Sequence
 
@@ -10,15 +10,15 @@ from propulsion_export.base_model.tasks import TASKS
 from propulsion_export.errors import UsageError
 
 Inputs = str | Sequence[str] | Tensors
-# What has a number for every token of the text, [batch, sequence].
+# Inputs with a number for every token of the text, [batch, sequence].
 _OF_TOKENS = {"input_ids", "attention_mask", "token_type_ids"}
 
 
 def count_rows(inputs: Inputs) -> int:
-    """How many rows there are: a text is one.
+    """How many rows the inputs have; a text is one row.
 
     Raises:
-        UsageError: there are none, or arrays of different numbers.
+        UsageError: there are none, or arrays have different numbers of rows.
     """
     if isinstance(inputs, str):
         return 1
@@ -26,8 +26,8 @@ def count_rows(inputs: Inputs) -> int:
         shapes = {name: _as_array(name, values).shape for name, values in inputs.items()}
         counts = {shape[0] if shape else 0 for shape in shapes.values()} or {0}
         if len(counts) > 1:
-            told = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
-            raise UsageError(f"the inputs are {told}, expected as many rows each")
+            shown = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
+            raise UsageError(f"the inputs are {shown}, expected as many rows each")
     else:
         counts = {len(inputs)}
     if counts == {0}:
@@ -36,7 +36,7 @@ def count_rows(inputs: Inputs) -> int:
 
 
 def check_texts(texts: Sequence[str]) -> None:
-    """Refuse what no tokenizer reads.
+    """Refuse texts that no tokenizer can read.
 
     Raises:
         UsageError: naming every row that is no text, or holds half a character.
@@ -52,10 +52,15 @@ def check_texts(texts: Sequence[str]) -> None:
 
 
 def one_each(what: str, given: str | Sequence[str], count: int) -> Sequence[str]:
-    """What is given for each of `count` rows; one is for all.
+    """One value for each of `count` rows; a single value is repeated.
+
+    Args:
+        what: the name of the values in the message.
+        given: one value, or one for each row.
+        count: the number of rows.
 
     Raises:
-        UsageError: it is another number.
+        UsageError: the number of values is neither 1 nor `count`.
     """
     if isinstance(given, str):
         return [given] * count
@@ -65,10 +70,10 @@ def one_each(what: str, given: str | Sequence[str], count: int) -> Sequence[str]
 
 
 def contexts_for(task: str, given: str | Sequence[str], rows: int) -> Sequence[str]:
-    """Where the answers to questions stand, for each row; none for another task.
+    """The text with the answer for each row; empty for tasks other than question answering.
 
     Raises:
-        UsageError: there is none for a question, or one for another task.
+        UsageError: a question has no context, or another task has one.
     """
     if TASKS[task].prediction == "span":
         if not given:
@@ -83,10 +88,10 @@ def contexts_for(task: str, given: str | Sequence[str], rows: int) -> Sequence[s
 
 
 def as_given(inputs: Tensors, needed: set[str], optional: set[str]) -> dict[str, Array]:
-    """The tensors as a model takes them: numbers of tokens in int64, of one kind unless told.
+    """The tensors as the model takes them: int64, with zeros for missing `token_type_ids`.
 
     Raises:
-        UsageError: naming those that are missing, that the model does not know, or that have other
+        UsageError: naming the inputs that are missing, unknown to the model, or of other
             dimensions or types.
     """
     given = {name: _as_array(name, values) for name, values in inputs.items()}

@@ -1,6 +1,6 @@
-"""Which adapters an artifact has at a moment, and what to feed for the rows of a batch.
+"""The adapters of an artifact at one moment, and the inputs to feed for the rows of a batch.
 
-A roster never changes: who has one computes with the adapters of that moment, whatever is added,
+A roster never changes: a request computes with the adapters of its roster, whatever is added,
 replaced or removed meanwhile.
 """
 
@@ -14,13 +14,19 @@ from propulsion_export.adapters.names import BASE_NAME
 from propulsion_export.adapters.scales import Array
 from propulsion_export.artifacts.artifact import Artifact, Tensors
 from propulsion_export.artifacts.bank import BankRow, Snapshot, check_row
-from propulsion_export.artifacts.file_names import ADAPTERS, BASE_FEEDS, ENGINE_FILE, GRAPH_FILE, MANIFEST_FILE
+from propulsion_export.artifacts.file_names import (
+    ADAPTERS,
+    BASE_FEEDS,
+    ENGINE_FILE,
+    GRAPH_FILE,
+    MANIFEST_FILE,
+)
 from propulsion_export.artifacts.locking import shared_lock
 from propulsion_export.artifacts.manifest import ADD_ONE, Manifest, read_manifest
 from propulsion_export.artifacts.tensor_names import BANK_INPUT, IDS_INPUT
 from propulsion_export.errors import ArtifactError, unknown_adapters
 
-# Puts an array where a runtime computes, so that it is not sent there with every request.
+# Puts an array into a runtime's memory once, so that it is not sent there with every request.
 Place = Callable[[Array], Any]
 
 
@@ -30,8 +36,8 @@ class Choice:
 
     Attributes:
         adapter: its name, `base` for none.
-        version: digest of the adapter, another for each content that one name ever had.
-        labels: its class names; None when nobody named them.
+        version: digest of the adapter; replacing an adapter changes it.
+        labels: its class names; None if there are none.
     """
 
     adapter: str
@@ -41,7 +47,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Group:
-    """Rows that are computed together: their numbers, what to feed besides, each one's adapter."""
+    """Rows that are computed together: their numbers, the adapters' inputs, each row's adapter."""
 
     rows: Sequence[int]
     feeds: Mapping[str, Any]
@@ -53,32 +59,36 @@ class Roster(Protocol):
 
     @property
     def artifact(self) -> Artifact:
-        """As it was read."""
+        """The artifact as it was read."""
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the adapters, sorted."""
+        """The adapters' names, sorted."""
 
     @property
     def default(self) -> str:
-        """Who is meant when nobody is named."""
+        """The adapter used when a request names none."""
 
     def groups(self, adapters: Sequence[str], most: int) -> list[Group]:
-        """The rows that go together, at most `most` of them; `adapters` has a name for each.
+        """Divide rows into groups of at most `most`, which are computed together.
+
+        Args:
+            adapters: the name of each row's adapter.
+            most: most rows of a group.
 
         Raises:
-            UnknownAdapterError: it has no adapter of a name.
-            ArtifactError: it has one that cannot be read.
+            UnknownAdapterError: there is no adapter of a name.
+            ArtifactError: an adapter cannot be read.
         """
 
 
 @dataclass(frozen=True)
 class PackedRoster:
-    """One adapter for all rows of a batch: of a folded or switchable artifact.
+    """The adapters of a folded or switchable artifact: one adapter for all rows of a batch.
 
     Attributes:
-        artifact: as it was read.
-        feeds: of every adapter by name, because its file may be gone later.
+        artifact: the artifact as it was read.
+        feeds: each adapter's inputs by its name; loaded now, because its file may be gone later.
     """
 
     artifact: Artifact
@@ -86,16 +96,16 @@ class PackedRoster:
 
     @classmethod
     def read(cls, artifact: Artifact, before: Self | None = None) -> Self:
-        """The adapters of now.
+        """The adapters as they are on disk now.
 
         Args:
-            artifact: as it was read last; not again, if it is the same still.
-            before: the roster that this one follows.
+            artifact: the artifact as it was read last; it is read again only if it has changed.
+            before: the roster that this one replaces; returned if nothing has changed.
 
         Raises:
-            ArtifactError: it is damaged, or another model than that of `before`.
+            ArtifactError: it is damaged, or holds another model than `before`.
         """
-        # First without the lock, which others have for as long as it takes to add an adapter.
+        # First without the lock, which others hold for as long as it takes to add an adapter.
         if before is not None and _manifest_of(artifact) == before.artifact.manifest:
             return before
         with shared_lock(artifact.directory):
@@ -135,13 +145,13 @@ class PackedRoster:
 
 @dataclass(frozen=True)
 class BankRoster:
-    """An adapter for each row: of a bank.
+    """The adapters of a bank: each row of a batch has its own.
 
     Attributes:
-        artifact: as it was read.
-        snapshot: of the bank.
-        placed: its rows, where the runtime computes.
-        checked: rows by name, whose bytes are known to be the recorded ones; grows.
+        artifact: the artifact as it was read.
+        snapshot: the bank at this moment.
+        placed: the bank's rows in the runtime's memory.
+        checked: the rows, by name, whose checksums were found right; grows with requests.
     """
 
     artifact: Artifact
@@ -151,14 +161,14 @@ class BankRoster:
 
     @classmethod
     def read(cls, artifact: Artifact, place: Place, before: Self | None = None) -> Self:
-        """The bank of now; see `PackedRoster.read`."""
+        """The bank as it is on disk now; see `PackedRoster.read`."""
         now = _read_again(artifact, before)
         bank = now.open_bank()
         if before is not None and bank.is_at(before.snapshot):
             return before
         snapshot = bank.snapshot(None if before is None else before.snapshot)
-        # What was removed is forgotten, so that a bank in change does not fill the memory. Copied
-        # before it is walked through, because requests go on adding to it.
+        # Removed rows are forgotten, so that a changing bank does not fill the memory. Copied
+        # first, because requests add to it meanwhile.
         checked = {} if before is None else before.checked.copy()
         still = {name: row for name, row in checked.items() if snapshot.rows.get(name) is row}
         return cls(now, snapshot, place(snapshot.values), still)
@@ -204,10 +214,10 @@ class BankRoster:
 
 
 def _read_again(artifact: Artifact, before: Roster | None) -> Artifact:
-    """The artifact as it is now, which is read only if it has changed since `artifact`.
+    """The artifact as it is on disk now, read only if it has changed since `artifact`.
 
     Raises:
-        ArtifactError: it is damaged, or another model by now.
+        ArtifactError: it is damaged, or holds another model now.
     """
     manifest = _manifest_of(artifact)
     loaded = artifact if before is None else before.artifact
@@ -221,12 +231,12 @@ def _read_again(artifact: Artifact, before: Roster | None) -> Artifact:
 
 
 def _manifest_of(artifact: Artifact) -> Manifest:
-    """That of now."""
+    """The manifest as it is on disk now."""
     return read_manifest(artifact.directory / MANIFEST_FILE)
 
 
 def _model_of(manifest: Manifest) -> Manifest:
-    """What stays of a manifest when adapters change."""
+    """The part of a manifest that does not change with the adapters."""
     others = {
         file: digest
         for file, digest in manifest.files.items()

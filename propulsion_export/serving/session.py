@@ -1,4 +1,4 @@
-"""`Session`: an artifact that is loaded once and predicts for many, each with its adapter."""
+"""`Session`: an artifact loaded once that answers many requests, each row with its adapter."""
 
 import os
 import threading
@@ -11,11 +11,11 @@ import numpy as np
 
 from propulsion_export.artifacts.artifact import Artifact, Tensors
 from propulsion_export.artifacts.changing import add_adapter, remove_adapter
+from propulsion_export.artifacts.consistency import check_consistent
 from propulsion_export.artifacts.locking import shared_lock
 from propulsion_export.artifacts.tensor_names import BANK_INPUT, IDS_INPUT, PACKED_INPUTS
 from propulsion_export.base_model.tasks import TASKS
 from propulsion_export.errors import UnknownAdapterError, UsageError
-from propulsion_export.graph.signature import check_signature
 from propulsion_export.runners.decoding import recomputing
 from propulsion_export.runners.opening import choose_runner, open_candidate, place_for
 from propulsion_export.serving.generation import Settings, Writer, open_writer
@@ -36,19 +36,19 @@ from propulsion_export.serving.roster import (
 )
 from propulsion_export.serving.texts import Reader, open_reader
 
-_ROWS = 32  # in a batch, at most: what an engine takes by default
+_ROWS = 32  # most rows of a batch: what an engine takes by default
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What an artifact says of one row.
+    """The outputs and the prediction for one row.
 
     Attributes:
-        adapter: whose it is, `base` for none.
-        version: digest of the adapter that was computed with; a name can have had others.
-        labels: class names, as many as there are logits; None when nobody named them.
-        outputs: of the row, by name, without the axis of the batch; empty of text generation.
-        prediction: of a text, as `run` tells it; None of tensors.
+        adapter: the name of the row's adapter; `base` for none.
+        version: digest of the adapter that was used; replacing an adapter changes it.
+        labels: class names, as many as there are logits; None if there are none.
+        outputs: the row's outputs by name, without the batch axis; empty for generated text.
+        prediction: the prediction for a text, as `run` prints it; None for tensors.
     """
 
     adapter: str
@@ -59,33 +59,35 @@ class Reply:
 
     @property
     def has_nan(self) -> bool:
-        """Whether an output is no number, so that the prediction means nothing."""
+        """Whether an output holds NaN, so that the prediction is meaningless."""
         return any(np.isnan(values).any() for values in self.outputs.values())
 
 
 class Session:
     """A loaded artifact; any number of threads may call it at the same time.
 
-    A request computes with the adapters that there are when it begins, whatever is added, replaced
-    or removed meanwhile. What this session changes is seen by the next request. Of what others
-    change, a new name is seen when it is asked for, all else after `refresh`.
+    A request uses the adapters that there are when it begins, whatever is added, replaced or
+    removed meanwhile. The next request sees what this session changed. A new name that another
+    process added is found when a request names it; all other changes by others are seen after
+    `refresh`.
 
-    It belongs to the process that opened it, because a fork has no threads of a runtime. A pickled
-    one opens the same artifact again.
+    A session belongs to the process that opened it, because a fork has none of a runtime's
+    threads. Unpickling a session opens the same artifact again.
 
     Args:
         artifact: a merged checkpoint, an ONNX export or an engine, or its directory.
-        runner: what runs it; `auto`: what fits its kind and dtype.
+        runner: the runtime; `auto`: the default for its kind and dtype.
 
     Raises:
-        ArtifactError: it is damaged, or of a newer schema.
+        ArtifactError: it is damaged, of a newer schema, or its manifest contradicts itself or
+            the graph.
         UnavailableError: this machine cannot run it.
     """
 
     def __init__(self, artifact: Path | str | Artifact, *, runner: str = "auto") -> None:
         read = artifact if isinstance(artifact, Artifact) else _read(Path(artifact).expanduser())
         read = replace(read, directory=read.directory.absolute())  # wherever the process goes
-        check_signature(read)
+        check_consistent(read.directory, read.manifest)
         self._artifact = read
         self._runner = choose_runner(read, runner)
         self._candidate = open_candidate(read, self._runner)
@@ -118,20 +120,21 @@ class Session:
         context: str | Sequence[str] = (),
         settings: Settings | None = None,
     ) -> list[Reply]:
-        """Predict; one reply a row.
+        """Predict; returns one reply per row.
 
         Args:
-            inputs: texts; or the model's own inputs, [batch, …] each.
-            adapter: names, one for all rows or one for each, `base` for none; default: the only
-                adapter of an artifact that is no bank, or the base model.
-            context: where the answers to questions stand, one for all or one for each.
+            inputs: texts, or the model's own inputs, each [batch, …].
+            adapter: names, one for all rows or one for each; `base` for none; default: the only
+                adapter of an artifact that is not a bank, else the base model.
+            context: for question answering, the text with the answer: one for all or one for each.
             settings: how to generate text.
 
         Raises:
             UnknownAdapterError: there is no adapter of a name.
-            UsageError: another number of adapters or contexts than rows; no rows; texts without a
-                tokenizer; an input that the model needs is missing; `context` or `settings` for
+            UsageError: the numbers of adapters or contexts and of rows differ; no rows; texts for
+                an artifact without a tokenizer; a missing input; `context` or `settings` for
                 another task; the process is a fork of the one that opened the session.
+            UnavailableError: the tokenizer needs transformers, which is not installed.
         """
         if os.getpid() != self._process:
             raise UsageError(
@@ -152,39 +155,40 @@ class Session:
             answers = self._of_texts(texts, contexts, groups, settings or Settings())
         replies = {
             row: reply
-            for group, told in zip(groups, answers, strict=True)
-            for row, reply in zip(group.rows, told, strict=True)
+            for group, answered in zip(groups, answers, strict=True)
+            for row, reply in zip(group.rows, answered, strict=True)
         }
         return [replies[row] for row in range(rows)]
 
     def add(self, adapter: str | Path, *, allow_range: bool = False, force: bool = False) -> None:
-        """Add an adapter, `NAME=DIR` or a directory, to the artifact; requests see it at once.
+        """Add an adapter, `NAME=DIR` or a directory, to the artifact; the next request sees it.
 
         Raises:
-            PropulsionExportError: as `add_adapter` says; nothing has changed then.
+            PropulsionExportError: see `add_adapter`; nothing is changed then.
         """
         directory = self._artifact.directory
         self._follow(add_adapter(directory, adapter, allow_range=allow_range, force=force))
 
     def remove(self, name: str) -> None:
-        """Take an adapter out of the artifact; requests that began with it still have it.
+        """Remove an adapter from the artifact; requests that began before still use it.
 
         Raises:
-            PropulsionExportError: as `remove_adapter` says; nothing has changed then.
+            PropulsionExportError: see `remove_adapter`; nothing is changed then.
         """
         self._follow(remove_adapter(self._artifact.directory, name))
 
     def refresh(self) -> None:
-        """See what others have added, replaced and removed.
+        """Read what other processes have added, replaced and removed.
 
         Raises:
-            ArtifactError: it is damaged, or another model by now; the session stays as it was.
+            ArtifactError: the artifact is damaged, or holds another model now; the session stays
+                as it was.
         """
         self._follow(self._roster.artifact)
 
     def _follow(self, artifact: Artifact) -> None:
-        """Go on with the adapters of now; `artifact` is as it was read last."""
-        with self._following:  # of two looks at it the later counts
+        """Use the adapters as they are on disk now; `artifact` is as it was read last."""
+        with self._following:  # so that an older roster never replaces a newer one
             self._roster = self._read_roster(artifact, self._roster)
 
     def _read_roster(self, artifact: Artifact, before: Roster | None) -> Roster:
@@ -195,8 +199,8 @@ class Session:
         return PackedRoster.read(artifact, before)
 
     def _groups(self, adapter: str | Sequence[str] | None, rows: int, most: int) -> Sequence[Group]:
-        """The rows that go together; a name that is new is looked for where it may come from."""
-        roster = self._roster  # once: the next look may find another
+        """The groups of rows; an unknown name is looked up on disk before it is refused."""
+        roster = self._roster  # read once: another thread may replace it
         try:
             return roster.groups(_names(adapter, rows, roster), most)
         except UnknownAdapterError:
@@ -211,18 +215,18 @@ class Session:
     ) -> Tensors:
         if context or settings is not None:
             raise UsageError("context and settings go with texts, the inputs are tensors")
-        told = self._artifact.manifest.inputs
+        specs = self._artifact.manifest.inputs
         if not callable(self._candidate):  # a generator makes the others itself
             return as_given(inputs, {"input_ids", "attention_mask"}, {"decoder_input_ids"})
-        if not told:  # a merged checkpoint
+        if not specs:  # a merged checkpoint
             return as_given(inputs, {"input_ids"}, {"attention_mask", "token_type_ids"})
-        names = {spec.name for spec in told} - {*PACKED_INPUTS, BANK_INPUT, IDS_INPUT}
+        names = {spec.name for spec in specs} - {*PACKED_INPUTS, BANK_INPUT, IDS_INPUT}
         return as_given(inputs, names, set())
 
     def _check_settings(self, settings: Settings | None) -> None:
         if settings is not None and callable(self._candidate):
             task = self._artifact.manifest.task
-            raise UsageError(f"settings: are of generating text, the artifact is for {task}")
+            raise UsageError(f"settings: are for generating text, the artifact is for {task}")
 
     def _of_tensors(self, inputs: Tensors, group: Group) -> list[Reply]:
         run = self._candidate if callable(self._candidate) else recomputing(self._candidate)
@@ -244,7 +248,7 @@ class Session:
         text = self._open_text()
         if isinstance(text, Reader):
             return [self._read(text, texts, contexts, group) for group in groups]
-        # One that cannot be a prompt is told now, not behind what was generated for others.
+        # All are encoded first: one that cannot be a prompt is refused before any is answered.
         prompts = [text.encode(one, row) for row, one in enumerate(texts)]
         return [self._write(text, prompts, group, settings) for group in groups]
 
@@ -255,7 +259,7 @@ class Session:
         labels = [choice.labels for choice in group.choices]
         answers = reader.read([texts[row] for row in group.rows], beside, group.feeds, labels)
         return [
-            self._reply(choice, answer.outputs, answer.described)
+            self._reply(choice, answer.outputs, answer.prediction)
             for choice, answer in zip(group.choices, answers, strict=True)
         ]
 
@@ -265,12 +269,12 @@ class Session:
         own = [prompts[row] for row in group.rows]
         written = writer.write(own, group.rows, group.feeds, settings)
         return [
-            Reply(choice.adapter, choice.version, prediction=told)
-            for choice, told in zip(group.choices, written, strict=True)
+            Reply(choice.adapter, choice.version, prediction=prediction)
+            for choice, prediction in zip(group.choices, written, strict=True)
         ]
 
     def _open_text(self) -> Reader | Writer:
-        """What reads texts; only tensors need no tokenizer."""
+        """The reader or writer, opened when the first text comes: tensors need no tokenizer."""
         with self._opening:
             if self._text is None:
                 model = self._candidate
@@ -285,7 +289,7 @@ class Session:
     def _reply(
         self, choice: Choice, outputs: Tensors, prediction: Mapping[str, Any] | None = None
     ) -> Reply:
-        """With logits cut to the labels of the row's adapter: the rest is room for others'."""
+        """A reply whose logits are cut to the labels of the row's adapter; others may have more."""
         name = TASKS[self._artifact.manifest.task].labelled_output
         if name is not None and name in outputs and choice.labels:
             outputs = {**outputs, name: outputs[name][..., : len(choice.labels)]}

@@ -9,10 +9,10 @@ from propulsion_export.errors import (
 
 
 def read_texts(file: Path) -> list[str]:
-    """Texts of a file, a line each, or the `text` of each line of a `.jsonl`.
+    """The texts of a file: one per line, or the `text` of each line of a `.jsonl`.
 
     Raises:
-        DataError: the file is missing, empty, or a line of it has no text.
+        DataError: the file is missing or empty, or a line has no text.
     """
     try:
         # Not splitlines(): it also cuts at U+2028, which JSON allows inside a text.
@@ -21,7 +21,7 @@ def read_texts(file: Path) -> list[str]:
         raise DataError(f"{file}: cannot be read as text ({error})") from error
     lines = [line for line in lines if line.strip()]
     if not lines:
-        raise DataError(f"{file}: is empty, expected a text a line")
+        raise DataError(f"{file}: is empty, expected a text on each line")
     if file.suffix != ".jsonl":
         return lines
     texts = []

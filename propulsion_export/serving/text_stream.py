@@ -1,18 +1,18 @@
-"""Tokens become text one by one: no half characters, no lost spaces."""
+"""Decode tokens one by one: no half characters, no lost spaces."""
 
 from collections.abc import Sequence
 from typing import Any
 
 
 class TextStream:
-    """The text behind a prompt, while its tokens come.
+    """The text after a prompt, while its tokens are generated.
 
-    A piece is given out as soon as the tokens so far spell it: a character of several tokens when
-    its last has come. A tokenizer that is not a fast one gives the whole text at the end.
+    A piece is returned as soon as its tokens are complete: a character of several tokens with its
+    last one. A tokenizer that is not a fast one returns the whole text at the end.
     """
 
     def __init__(self, tokenizer: Any, prompt: Sequence[int]) -> None:
-        """Begin behind the tokens `prompt`, which decide whether a word needs a space before it."""
+        """Start after the tokens `prompt`, which decide whether a word needs a space before it."""
         self.text = ""
         self.tokens: list[int] = []
         self._tokenizer = tokenizer
@@ -24,7 +24,7 @@ class TextStream:
             self._stream = DecodeStream(ids=self._prompt, skip_special_tokens=True)
 
     def push(self, token: int) -> str:
-        """Take a token; returns the text that has become readable, often none."""
+        """Add a token; returns the text that it completes, often none."""
         self.tokens.append(token)
         if self._fast is None:
             return ""
@@ -33,7 +33,7 @@ class TextStream:
         return piece
 
     def finish(self) -> str:
-        """The rest of the text: of a character that was cut in two, the sign for such."""
+        """The rest of the text; a character that was cut in two becomes U+FFFD."""
         known = self._decode(self._prompt) + self.text
         whole = self._decode([*self._prompt, *self.tokens])
         rest = whole[len(known) :] if whole.startswith(known) else ""

@@ -1,4 +1,4 @@
-"""What a model that generates nothing says of texts: tokens in, a prediction a text out."""
+"""Answer texts with a model that does not generate: one prediction per text."""
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -6,20 +6,24 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from propulsion_export.artifacts.artifact import Artifact, Runner, Tensors
-from propulsion_export.base_model.config import read_config
-from propulsion_export.base_model.positions import longest_input
+from propulsion_export.base_model.config import read_settings
+from propulsion_export.base_model.positions import as_config, longest_input
 from propulsion_export.base_model.tasks import TASKS
-from propulsion_export.base_model.tokenizer import encode_texts, read_tokenizer, tensors_of
+from propulsion_export.base_model.tokenizer import (
+    encode_texts,
+    read_serving_tokenizer,
+    tensors_of,
+)
 from propulsion_export.errors import UsageError
 from propulsion_export.serving.predictions import Outcome, predict_row
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What came of one text: the model's outputs for it without padding, and what they mean."""
+    """The model's outputs for one text, without padding, and the prediction."""
 
     outputs: Tensors
-    described: dict[str, Any]
+    prediction: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -28,12 +32,12 @@ class Reader:
 
     Attributes:
         run: the model.
-        tokenizer: of the artifact.
-        names: of the inputs it reads.
-        limit: in tokens; a text that is longer is cut.
-        task: what its outputs are for.
-        one_at_a_time: transformers sets how the tokenizer cuts and pads within a call, and
-            tokenizers of some versions raise "Already borrowed" while another thread encodes.
+        tokenizer: the artifact's tokenizer.
+        names: the inputs that the model reads.
+        limit: most tokens of a text; longer texts are cut.
+        task: the task that the model was exported for.
+        one_at_a_time: held while encoding: a call sets how the tokenizer cuts and pads, and some
+            versions of tokenizers raise "Already borrowed" if another thread encodes meanwhile.
     """
 
     run: Runner
@@ -53,10 +57,10 @@ class Reader:
         """Answer texts in one batch.
 
         Args:
-            texts: a row each.
-            contexts: where the answers to questions stand, one for each, or none.
-            feeds: what the rows' adapters feed.
-            labels: class names, for each row.
+            texts: one text per row.
+            contexts: the text with the answer for each question; empty for other tasks.
+            feeds: the adapters' inputs.
+            labels: the class names for each row.
         """
         with self.one_at_a_time:
             encoding = encode_texts(
@@ -79,7 +83,7 @@ class Reader:
             yield Answer(self._own(outcome), predict_row(self.task, outcome, self.tokenizer))
 
     def _own(self, outcome: Outcome) -> Tensors:
-        """A row's outputs without those of padding, which depend on the texts beside it."""
+        """A row's outputs without those for padding, which depend on the rest of the batch."""
         padded = TASKS[self.task].token_outputs
         return {
             name: values[outcome.mask] if name in padded else values
@@ -88,24 +92,25 @@ class Reader:
 
 
 def open_reader(artifact: Artifact, run: Runner) -> Reader:
-    """The artifact as something that reads texts.
+    """Prepare an artifact to answer texts.
 
     Raises:
-        UsageError: it has no tokenizer, or one that cannot find tokens again in a text.
+        UsageError: it has no tokenizer, or one that does not say where in a text a token stands.
+        UnavailableError: its tokenizer needs transformers, which is not installed.
     """
-    tokenizer = read_tokenizer(artifact.directory)
+    tokenizer = read_serving_tokenizer(artifact.directory)
     if tokenizer is None:
         raise UsageError(f"{artifact.directory}: has no tokenizer to read texts with")
     if TASKS[artifact.manifest.task].needs_offsets and not tokenizer.is_fast:
         raise UsageError(
-            f"{artifact.directory}: has a tokenizer that cannot tell where in a text a token "
+            f"{artifact.directory}: has a tokenizer that does not say where in a text a token "
             "stands, expected a fast tokenizer (tokenizer.json)"
         )
-    config = read_config(str(artifact.directory))
+    config = as_config(read_settings(artifact.directory))
     names: tuple[str, ...] = ("input_ids", "attention_mask", "token_type_ids")
     known = {spec.name for spec in artifact.manifest.inputs} or set(names)
     if getattr(config, "type_vocab_size", 0) <= 1:
-        known -= {"token_type_ids"}  # a second text would be of a type that the model has not
+        known -= {"token_type_ids"}  # the model has no type for a second text
     names = tuple(name for name in names if name in known)
     limit = longest_input(config, tokenizer)
     return Reader(run, tokenizer, names, limit, artifact.manifest.task)

@@ -1,4 +1,4 @@
-"""Draw the next token from a model's logits: temperature, top-k and top-p."""
+"""Sample the next token from a model's logits: temperature, top-k and top-p."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,12 +11,12 @@ from propulsion_export.errors import UsageError
 
 @dataclass(frozen=True)
 class Sampling:
-    """What is drawn from; the names and the order are those of transformers' generate().
+    """How to sample; names and order are those of transformers' generate().
 
     Attributes:
         temperature: logits are divided by it: below 1 the likely tokens become likelier.
-        top_k: only so many of the likeliest tokens, and what is as likely as the last of them.
-        top_p: only the likeliest tokens that together have at least this probability.
+        top_k: sample from this many of the likeliest tokens, and those as likely as the last.
+        top_p: sample from the likeliest tokens that together have at least this probability.
 
     Raises:
         UsageError: one of them is out of its range.
@@ -39,7 +39,7 @@ class Sampling:
 
 
 def probabilities(logits: Array, sampling: Sampling) -> Array:
-    """What tokens are drawn with, float64 [batch, vocabulary], of logits of that shape."""
+    """The probability of each token, float64 [batch, vocabulary], from logits of that shape."""
     scaled = logits.astype(np.float64) / sampling.temperature
     if sampling.top_k is not None and sampling.top_k < scaled.shape[-1]:
         least = np.partition(scaled, -sampling.top_k, axis=-1)[:, -sampling.top_k, None]
@@ -53,7 +53,7 @@ def probabilities(logits: Array, sampling: Sampling) -> Array:
 def sampler(
     sampling: Sampling, choosers: Sequence[np.random.Generator]
 ) -> Callable[[Array], Array]:
-    """Draws tokens, int64 [batch], from logits [batch, vocabulary]; each row has its chooser."""
+    """A function that samples tokens, int64 [batch], from logits; each row has its chooser."""
 
     def choose(logits: Array) -> Array:
         ends = probabilities(logits, sampling).cumsum(-1)
@@ -76,7 +76,7 @@ def _whole(shares: Array) -> Array:
 
 
 def _nucleus(shares: Array, least: float) -> Array:
-    """Whether a token is among the fewest that have the probability `least`; bool."""
+    """Whether a token is among the fewest that together have the probability `least`; bool."""
     order = np.argsort(shares, axis=-1, kind="stable")
     before = np.take_along_axis(shares, order, -1).cumsum(-1)
     kept = before > 1 - least

@@ -17,7 +17,7 @@ from propulsion_export.training.losses import (
 )
 from propulsion_export.training.metrics import perplexity_of, token_scores
 from propulsion_export.training.options import TrainOptions
-from propulsion_export.training.packing import BlockCollator, block_of, pack
+from propulsion_export.training.packing import BlockCollator, block_of, pack_rows
 from propulsion_export.training.passages import Passage, check_same_form, read_passages
 from propulsion_export.training.run import Data, Objective, TrainingRun
 from propulsion_export.training.sequences import Sequences, encode_pairs, encode_passages
@@ -101,7 +101,7 @@ class DecoderRun(_GeneratorRun):
     def collated(self, training: Sequences, validation: Sequences) -> Rows:
         if not self.options.packing:
             return super().collated(training, validation)
-        blocks = pack(training.rows, self.longest)
+        blocks = pack_rows(training.rows, self.longest)
         filled = sum(len(block["input_ids"]) for block in blocks) / (len(blocks) * self.longest)
         self.notes.append(
             f"{len(training.rows)} training rows are in {len(blocks)} blocks of {self.longest} "

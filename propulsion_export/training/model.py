@@ -77,7 +77,7 @@ def load_trainable(
     return TrainableBase(name, loaded, tokenizer, heads, tuple(absent))
 
 
-def add_adapter(base: TrainableBase, classes: Sequence[str], options: TrainOptions) -> Any:
+def attach_adapter(base: TrainableBase, classes: Sequence[str], options: TrainOptions) -> Any:
     """Freeze the base model and put vectors on it; heads and absent modules train in float32.
 
     Returns a `PeftModel`; `base.model` is changed in place.

@@ -13,7 +13,7 @@ import torch
 from propulsion_export.training.encode import IGNORED, Batch, EncodedRow
 
 
-def pack(rows: Sequence[EncodedRow], length: int) -> list[EncodedRow]:
+def pack_rows(rows: Sequence[EncodedRow], length: int) -> list[EncodedRow]:
     """Pack rows into blocks of at most `length` tokens, the longest first, each where it fits best.
 
     Args:

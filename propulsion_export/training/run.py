@@ -30,7 +30,7 @@ from propulsion_export.training.metrics import (
     trainable_parameters,
     versions,
 )
-from propulsion_export.training.model import TrainableBase, add_adapter, longest_text
+from propulsion_export.training.model import TrainableBase, attach_adapter, longest_text
 from propulsion_export.training.options import TrainOptions
 
 
@@ -108,7 +108,7 @@ class TrainingRun(ABC, Generic[Item]):
             self.notes.append("There was no checkpoint to resume, so the training started afresh.")
         arguments = training_arguments(directory, self.options, len(self.rows.training))
         self.report(PREPARED, self.before_adapter(arguments.device))
-        self.model = add_adapter(self.base, self.data.classes, self.options)
+        self.model = attach_adapter(self.base, self.data.classes, self.options)
         self.trained = trainable_parameters(self.model)
         self.trainer = AdapterTrainer(
             self.model,

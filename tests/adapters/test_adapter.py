@@ -608,6 +608,14 @@ def test_the_digest_changes_with_whatever_changes_the_outputs(changes):
     assert an_adapter(**changes).digest != an_adapter().digest
 
 
+def test_the_digest_is_computed_once(monkeypatch):
+    adapter = an_adapter()
+    first = adapter.digest
+    monkeypatch.setattr(hashlib, "sha256", None)
+
+    assert adapter.digest == first
+
+
 def test_the_digest_is_the_one_recorded_before():
     """Artifacts in the field hold digests: how they are made must not change."""
     content = (

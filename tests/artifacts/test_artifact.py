@@ -849,5 +849,5 @@ def test_a_package_for_triton_is_told_from_a_damaged_manifest(switchable):
     value = json.loads((switchable / MANIFEST).read_text()) | {"kind": "triton"}
     (switchable / MANIFEST).write_text(json.dumps(value))
 
-    with pytest.raises(ArtifactError, match="is a package for Triton, which has its adapters ins"):
+    with pytest.raises(ArtifactError, match="is a package for Triton, expected an artifact"):
         Artifact.read(switchable)

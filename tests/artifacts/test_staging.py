@@ -279,7 +279,7 @@ def test_where_nothing_can_be_made_is_told_in_words(place):
         pytest.skip("no /proc here")
 
     with (
-        pytest.raises(UsageError, match=r"nothing (can be made|was written)|no permission"),
+        pytest.raises(UsageError, match=r"nothing (can be created|was written)|no permission"),
         staged_directory(Path(place), marker=ADAPTER),
     ):
         pass

@@ -7,70 +7,14 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from transformers import BertConfig
 
 from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.base_model import config as config_file
 from propulsion_export.base_model import loading as base
 from propulsion_export.base_model.tokenizer import copy_tokenizer, read_tokenizer
-from propulsion_export.errors import BaseModelError, UsageError
+from propulsion_export.errors import BaseModelError
 
 LABELS = ("no", "yes", "maybe")
-
-
-def adapter_for(task, name="a"):
-    return Adapter(name, {}, task=task)
-
-
-def config_of(architecture=None):
-    return BertConfig(architectures=[architecture] if architecture else None)
-
-
-@pytest.mark.parametrize(
-    ("architecture", "task"),
-    [
-        ("BertForSequenceClassification", "text-classification"),
-        ("RobertaForTokenClassification", "token-classification"),
-        ("BertForQuestionAnswering", "question-answering"),
-        ("DistilBertForMaskedLM", "fill-mask"),
-        ("BertModel", "feature-extraction"),
-        (None, "feature-extraction"),
-    ],
-)
-def test_task_comes_from_the_architecture_when_no_adapter_tells(architecture, task):
-    assert base.resolve_task("auto", config_of(architecture), [adapter_for(None)]) == task
-
-
-def test_adapters_task_goes_before_the_architectures():
-    adapters = [adapter_for("token-classification"), adapter_for(None)]
-    config = config_of("BertForMaskedLM")
-
-    assert base.resolve_task("auto", config, adapters) == "token-classification"
-    assert base.resolve_task("fill-mask", config, adapters) == "fill-mask"
-
-
-def test_adapters_of_two_tasks_are_refused_with_both():
-    adapters = [adapter_for("token-classification"), adapter_for("text-classification")]
-
-    with pytest.raises(UsageError, match="text-classification, token-classification"):
-        base.resolve_task("auto", config_of(), adapters)
-
-
-@pytest.mark.parametrize(
-    ("architecture", "task"),
-    [
-        ("LlamaForCausalLM", "text-generation"),
-        ("GPT2LMHeadModel", "text-generation"),
-        ("T5ForConditionalGeneration", "text2text-generation"),
-    ],
-)
-def test_generative_architecture_has_its_task(architecture, task):
-    assert base.resolve_task("auto", config_of(architecture)) == task
-
-
-def test_unknown_task_is_refused():
-    with pytest.raises(UsageError, match="'image-classification' is not supported"):
-        base.resolve_task("image-classification", config_of())
 
 
 def test_loaded_model_is_frozen_in_evaluation_mode_and_complete(tiny_checkpoint):

@@ -9,7 +9,13 @@ import torch
 from transformers import AutoConfig, BertConfig, GPT2Config, MPNetConfig, RobertaConfig, T5Config
 from transformers.models.auto import configuration_auto, modeling_auto
 
-from propulsion_export.base_model.positions import BEHIND_PADDING, longest_input
+from propulsion_export.base_model.config import read_settings, save_config
+from propulsion_export.base_model.positions import (
+    BEHIND_PADDING,
+    OTHER_NAMES,
+    as_config,
+    longest_input,
+)
 
 
 class Tokenizer:
@@ -48,6 +54,42 @@ def test_a_model_takes_the_longest_input_and_with_fewer_positions_would_not(kind
     assert model(tokens[:, :-1]).last_hidden_state.shape[1] == longest
     with pytest.raises((IndexError, RuntimeError)):
         model(tokens)
+
+
+@pytest.mark.parametrize(
+    ("kind", "positions"), [("gpt2", 160), ("gptj", 160), ("t5", None), ("bloom", None)]
+)
+def test_a_saved_configuration_has_the_positions_of_transformers_own(
+    kind, positions, tiny_model, tmp_path
+):
+    model = tiny_model(kind)
+    save_config(model, tmp_path, "float32")
+
+    read = as_config(read_settings(tmp_path))
+
+    assert getattr(read, "max_position_embeddings", None) == positions
+    assert getattr(model.config, "max_position_embeddings", None) == positions
+    assert longest_input(read) == longest_input(model.config)
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "mpnet", "deberta-v2", "electra", "albert"])
+def test_a_saved_encoder_has_the_longest_input_of_transformers_own(kind, tiny_model, tmp_path):
+    model = tiny_model(kind, "feature-extraction")
+    save_config(model, tmp_path, "float32")
+
+    read = as_config(read_settings(tmp_path))
+
+    assert longest_input(read) == longest_input(model.config)
+    assert getattr(read, "type_vocab_size", 0) == getattr(model.config, "type_vocab_size", 0)
+
+
+def test_every_other_name_of_positions_is_known():
+    mapping = configuration_auto.CONFIG_MAPPING
+    maps = {kind: getattr(mapping[kind], "attribute_map", {}) for kind in mapping}
+    name = "max_position_embeddings"
+
+    assert {kind: names[name] for kind, names in maps.items() if name in names} == OTHER_NAMES
+    assert not any("type_vocab_size" in names for names in maps.values())
 
 
 def test_every_type_that_counts_from_behind_the_padding_is_known():

@@ -8,6 +8,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from propulsion_export.artifacts.artifact import Artifact
+from propulsion_export.artifacts.consistency import check_consistent
 from propulsion_export.artifacts.file_names import ENCODER_DECODER_FILES
 from propulsion_export.artifacts.manifest import (
     AdapterEntry,
@@ -141,7 +142,7 @@ def test_packed_input_of_every_graph_has_the_whole_layout(file, artifact):
     wrong = edited(artifact, file, inputs=lambda specs: (specs[0], replace(specs[1], shape=(2,))))
 
     with pytest.raises(ArtifactError, match=r"the layout has 3 elements, the input's shape is .2."):
-        check_signature(wrong, graph=False)
+        check_consistent(wrong.directory, wrong.manifest)
 
 
 def test_packed_input_that_only_one_graph_has_is_enough(artifact):
@@ -149,10 +150,10 @@ def test_packed_input_that_only_one_graph_has_is_enough(artifact):
     for file in (ENCODER, FIRST):
         without = edited(without, file, inputs=lambda specs: specs[:1])
 
-    check_signature(without, graph=False)
+    check_consistent(without.directory, without.manifest)
     nowhere = edited(without, LATER, inputs=lambda specs: specs[:1])
     with pytest.raises(ArtifactError, match="has 3 elements, the input's shape is none"):
-        check_signature(nowhere, graph=False)
+        check_consistent(nowhere.directory, nowhere.manifest)
 
 
 @pytest.mark.parametrize("file", ENCODER_DECODER_FILES)

