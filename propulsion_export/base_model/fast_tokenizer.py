@@ -13,20 +13,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from propulsion_export.base_model.tokenizer_classes import NAMED, PARTS, fits
 from propulsion_export.errors import ArtifactError, UsageError
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken, Encoding, Tokenizer
 
-_NAMED = (
-    "bos_token",
-    "eos_token",
-    "unk_token",
-    "sep_token",
-    "pad_token",
-    "cls_token",
-    "mask_token",
-)
 # transformers loads tokenizer.json as it is for these classes; it builds all others anew.
 _LOADED_AS_IS = ("PreTrainedTokenizerFast", "TokenizersBackend")
 # Model types for which transformers 5.24 builds a class of its own, whichever the files name.
@@ -245,11 +237,11 @@ def _special_tokens(
     padding = backend.padding
     if padding is not None:
         settings.setdefault("pad_token", padding["pad_token"])
-    named = {name: _content(settings[name]) for name in _NAMED if settings.get(name) is not None}
+    named = {name: _content(settings[name]) for name in NAMED if settings.get(name) is not None}
     others += [
         _content(token)
         for name, token in settings.items()
-        if name.endswith("_token") and name not in _NAMED and isinstance(token, str | dict)
+        if name.endswith("_token") and name not in NAMED and isinstance(token, str | dict)
     ]
     for name in ("extra_special_tokens", "additional_special_tokens"):
         more = settings.get(name) or ()
@@ -283,7 +275,7 @@ def _is_as_built(
 
             backend.post_processor = TemplateProcessing(single="$A:0", pair="$A:0 $B:1")
         return True
-    parts = {"BertTokenizer": _bert, "RobertaTokenizer": _roberta}.get(name.removesuffix("Fast"))
+    parts = PARTS.get(name.removesuffix("Fast"))
     content = _read(file)
     vocabulary = content["model"]["vocab"]
     listed = {token["content"] for token in (config.get("added_tokens_decoder") or {}).values()}
@@ -292,102 +284,8 @@ def _is_as_built(
         return False
     expected = parts(config, named, backend)
     return expected is not None and all(
-        _fits(content.get(part), expected[part]) for part in expected
+        fits(content.get(part), expected[part]) for part in expected
     )
-
-
-def _fits(found: Any, expected: Any) -> bool:
-    """Whether a part of tokenizer.json has these settings; of several possible ones, any."""
-    if isinstance(expected, tuple):
-        return any(_fits(found, one) for one in expected)
-    if not isinstance(expected, dict) or not isinstance(found, dict):
-        return bool(found == expected)
-    return all(_fits(found.get(name), value) for name, value in expected.items())
-
-
-def _bert(
-    config: Mapping[str, Any], named: Mapping[str, str], backend: "Tokenizer"
-) -> dict[str, Any] | None:
-    """The parts that transformers' BertTokenizer builds."""
-    if not {"unk_token", "sep_token", "pad_token", "cls_token", "mask_token"} <= named.keys():
-        return None
-    cls, sep = named["cls_token"], named["sep_token"]
-    return {
-        "model": {
-            "type": "WordPiece",
-            "unk_token": named["unk_token"],
-            "continuing_subword_prefix": "##",
-            "max_input_chars_per_word": 100,
-        },
-        "normalizer": {
-            "type": "BertNormalizer",
-            "clean_text": True,
-            "handle_chinese_chars": config.get("tokenize_chinese_chars", True),
-            "strip_accents": config.get("strip_accents"),
-            "lowercase": config.get("do_lower_case", True),
-        },
-        "pre_tokenizer": {"type": "BertPreTokenizer"},
-        "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True},
-        "post_processor": (
-            {
-                "type": "BertProcessing",
-                "cls": [cls, backend.token_to_id(cls)],
-                "sep": [sep, backend.token_to_id(sep)],
-            },
-            {
-                "type": "TemplateProcessing",
-                "single": [_token(cls, 0), _text("A", 0), _token(sep, 0)],
-                "pair": [
-                    *(_token(cls, 0), _text("A", 0), _token(sep, 0)),
-                    *(_text("B", 1), _token(sep, 1)),
-                ],
-            },
-        ),
-    }
-
-
-def _roberta(
-    config: Mapping[str, Any], named: Mapping[str, str], backend: "Tokenizer"
-) -> dict[str, Any] | None:
-    """The parts that transformers' RobertaTokenizer builds."""
-    if not set(_NAMED) <= named.keys():
-        return None
-    cls, sep = named["cls_token"], named["sep_token"]
-    spaced = config.get("add_prefix_space", False)
-    return {
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": ("", None),
-            "end_of_word_suffix": ("", None),
-            "fuse_unk": False,
-            "byte_fallback": (False, None),  # older files lack this and the next
-            "ignore_merges": (False, None),
-        },
-        "normalizer": None,
-        "pre_tokenizer": {
-            "type": "ByteLevel",
-            "add_prefix_space": spaced,
-            "use_regex": (True, None),
-        },
-        "decoder": {"type": "ByteLevel"},
-        "post_processor": {
-            "type": "RobertaProcessing",
-            "cls": [cls, backend.token_to_id(cls)],
-            "sep": [sep, backend.token_to_id(sep)],
-            "trim_offsets": config.get("trim_offsets", True),
-            "add_prefix_space": spaced,
-        },
-    }
-
-
-def _token(name: str, kind: int) -> dict[str, Any]:
-    return {"SpecialToken": {"id": name, "type_id": kind}}
-
-
-def _text(name: str, kind: int) -> dict[str, Any]:
-    return {"Sequence": {"id": name, "type_id": kind}}
 
 
 def _content(token: Any) -> str:

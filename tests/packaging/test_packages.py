@@ -234,7 +234,7 @@ def test_nothing_is_left_when_it_fails_on_the_way(served, tmp_path, monkeypatch)
     def fail(*arguments, **options):
         raise RuntimeError("on the way")
 
-    monkeypatch.setattr("propulsion_export.pipeline.package.write_onnx_adapter", fail)
+    monkeypatch.setattr("propulsion_export.packaging.onnx_adapter.write_onnx_adapter", fail)
 
     with pytest.raises(RuntimeError, match="on the way"):
         package(served("llama").onnx, tmp_path / "served", layout="genai")

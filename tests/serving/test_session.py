@@ -27,6 +27,7 @@ from propulsion_export.artifacts.bank import REGISTRY_FILE
 from propulsion_export.artifacts.changing import add_adapter, remove_adapter
 from propulsion_export.artifacts.manifest import EngineEntry
 from propulsion_export.errors import (
+    ArtifactError,
     ToolError,
     UnavailableError,
     UnknownAdapterError,
@@ -55,10 +56,9 @@ def merged(world, shared):
 
 
 @pytest.fixture(scope="session")
-def opened(switchable, banked, folded, merged):
+def opened(request):
     """`opened(kind)`: a session of it that all tests share; none changes its adapters."""
-    places = {"switchable": switchable, "banked": banked, "folded": folded, "merged": merged}
-    return cache(lambda kind: Session(places[kind]))
+    return cache(lambda kind: Session(request.getfixturevalue(kind)))
 
 
 @pytest.fixture
@@ -446,6 +446,25 @@ def test_contexts_are_one_for_all_or_one_each(make_task):
         session(TEXTS[:3])
     one, each = (session(TEXTS[:3], context=c) for c in ("ba be", ["ba be"] * 3))
     assert [r.prediction for r in one] == [r.prediction for r in each]
+
+
+@pytest.mark.parametrize(
+    ("field", "change", "message"),
+    [
+        ("inputs", {"dtype": "int32"}, r"the graph has the input 'input_ids' \(int64 .* \(int32"),
+        ("inputs", {"name": "ids"}, "the manifest has the input 'ids', the graph no such one"),
+        ("outputs", {"dtype": "float16"}, r"the output 'logits' \(float32 .* \(float16"),
+    ],
+    ids=["input-type", "input-name", "output-type"],
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_manifest_that_differs_from_its_graph_is_refused(kind, field, change, message, copied):
+    artifact = Artifact.read(copied(kind))
+    first, *others = getattr(artifact.manifest, field)
+    changed = replace(artifact.manifest, **{field: (replace(first, **change), *others)})
+
+    with pytest.raises(ArtifactError, match=message):
+        Session(artifact.with_manifest(changed).directory)
 
 
 def test_an_artifact_without_a_tokenizer_takes_tensors_alone(copied):

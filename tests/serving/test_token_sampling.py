@@ -1,13 +1,7 @@
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import (
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
 from propulsion_export.errors import UsageError
 from propulsion_export.serving.token_sampling import Sampling, probabilities, sampler
@@ -21,6 +15,9 @@ LOGITS = st.lists(st.integers(-400, 400), min_size=2, max_size=30).map(
 
 def transformers_probabilities(logits, sampling):
     """What transformers' own processors leave of the logits, in the order that it applies them."""
+    torch = pytest.importorskip("torch", reason="transformers computes with it")
+    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
     scores = TemperatureLogitsWarper(sampling.temperature)(None, torch.from_numpy(logits))
     if sampling.top_k is not None:
         scores = TopKLogitsWarper(sampling.top_k)(None, scores)
