@@ -8,6 +8,7 @@ import numpy.typing as npt
 
 from propulsion_export.base_model.fast_tokenizer import read_fast_tokenizer
 from propulsion_export.base_model.hub import copy_files
+from propulsion_export.base_model.recorded_tokenizer import read_recorded_tokenizer
 from propulsion_export.environment.quiet import quiet
 from propulsion_export.errors import UnavailableError
 
@@ -94,12 +95,13 @@ def read_serving_tokenizer(directory: Path) -> Any | None:
     """The tokenizer of an artifact, without transformers where its files allow that.
 
     Returns:
-        A `FastTokenizer`, else transformers' tokenizer; None without a tokenizer.
+        A `FastTokenizer`, from the record of the export or from the tokenizer's own files, else
+        transformers' tokenizer; None without a tokenizer.
 
     Raises:
         UnavailableError: only transformers can load it, and is not installed.
     """
-    fast = read_fast_tokenizer(directory)
+    fast = read_recorded_tokenizer(directory) or read_fast_tokenizer(directory)
     if fast is not None:
         return fast
     try:

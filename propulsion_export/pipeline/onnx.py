@@ -27,8 +27,9 @@ from propulsion_export.artifacts.staging import check_replaceable, staged_direct
 from propulsion_export.base_model.config import read_config, save_config, save_generation_settings
 from propulsion_export.base_model.loading import BaseModel, load_base
 from propulsion_export.base_model.model_fingerprint import fingerprint_of_model
+from propulsion_export.base_model.recorded_tokenizer import record_tokenizer
 from propulsion_export.base_model.tasks import TaskName, resolve_task
-from propulsion_export.base_model.tokenizer import copy_tokenizer
+from propulsion_export.base_model.tokenizer import copy_tokenizer, read_tokenizer
 from propulsion_export.environment.machine import tool_versions
 from propulsion_export.environment.progress import Progress, silent
 from propulsion_export.errors import UsageError
@@ -264,6 +265,7 @@ def _write(
     write_graphs(graphs.programs, directory)
     save_config(base.model, directory, dtype)
     copy_tokenizer(base.source, directory)
+    record_tokenizer(read_tokenizer(base.source), directory)
     save_generation_settings(base.source, base.task, directory)
     if graphs.mode == "bank":
         _write_bank(graphs, directory, entries)
