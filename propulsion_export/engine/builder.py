@@ -159,7 +159,7 @@ def _check_one_graph(artifact: Artifact) -> None:
             f"{_model_name(artifact)}: is exported as {len(artifact.manifest.graphs)} graphs "
             f"({', '.join(artifact.manifest.graphs)}), expected one: no engine is built of an "
             "encoder-decoder yet",
-            remedy="Run its ONNX export in ONNX EngineRuntime.",
+            remedy="Run its ONNX export in ONNX Runtime.",
         )
 
 

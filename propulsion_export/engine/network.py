@@ -29,7 +29,7 @@ _FOLLOW_UP = "cudaError 35"
 # Only a warning in TensorRT, although no input can then have its maximum shape.
 _CONTRADICTION = "not self-consistent"
 _REMEDY = (
-    "Export again with this version, with --opset 20, and not optimised for ONNX EngineRuntime."
+    "Export again with this version, with --opset 20, and not optimised for ONNX Runtime."
 )
 
 
