@@ -1,7 +1,8 @@
 """A tokenizer as transformers loads it, recorded when an artifact is made.
 
-transformers builds the tokenizers of many classes anew (GPT-2's, Llama's, Qwen2's), so that what it
-computes cannot be told from tokenizer.json alone. Serving loads this record without transformers.
+transformers builds the tokenizers of many classes anew (GPT-2's, Llama's, Qwen2's), so that
+tokenizer.json alone does not determine what they compute. Serving loads this record without
+transformers.
 """
 
 import json

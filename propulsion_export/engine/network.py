@@ -28,9 +28,7 @@ _DTYPES = {
 _FOLLOW_UP = "cudaError 35"
 # Only a warning in TensorRT, although no input can then have its maximum shape.
 _CONTRADICTION = "not self-consistent"
-_REMEDY = (
-    "Export again with this version, with --opset 20, and not optimised for ONNX Runtime."
-)
+_REMEDY = "Export again with this version, with --opset 20, and not optimised for ONNX Runtime."
 
 
 @dataclass(frozen=True)

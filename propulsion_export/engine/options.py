@@ -52,7 +52,7 @@ class BuildOptions:
     workspace: int | None = None
 
     def recorded(self) -> Mapping[str, Any]:
-        """What of it the manifest keeps: all that shapes the engine and is not recorded apart."""
+        """The options that the manifest records; shapes and targets have their own fields."""
         return {
             "refit": self.refit,
             "bank": self.bank or "input",

@@ -1,4 +1,4 @@
-"""The finished graph of an export: an adapter folded into it, several to switch between, a bank."""
+"""Build the finished graphs of an export: folded, switchable or a bank."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -54,9 +54,9 @@ class ExportedGraphs:
     """Finished graphs by file name.
 
     Attributes:
-        mode: what they are.
+        mode: how they hold the adapters.
         programs: the graphs.
-        layout: of what an adapter feeds; empty when folded.
+        layout: of the packed inputs; empty when folded.
         feeds: the packed inputs of every adapter and of the base model; empty when folded.
     """
 
@@ -162,7 +162,7 @@ def _feeds(adapters: Sequence[Adapter], layout: Layout, defaults: Tensors) -> di
 def _trace(
     base: BaseModel, opset: int, extra: Mapping[str, torch.Tensor] | None = None
 ) -> dict[str, ir.Model]:
-    """The graphs of a task, by file name, with the inputs and dimensions they are known by.
+    """Trace the graphs of a task, by file name, their inputs and dimensions named.
 
     `extra` are inputs that the model takes besides those of its task.
     """
@@ -198,7 +198,7 @@ def _name_cache(base: BaseModel, program: ir.Model) -> None:
 
 
 def _pack(programs: dict[str, ir.Model], layout: Layout) -> None:
-    """Pack each graph's part of the layout; every slot has to be in one of them."""
+    """Pack each graph's part of the layout; every slot must be in at least one graph."""
     several = len(programs) > 1
     for packed, slots in layout.items():
         parts = {_initializer(packed, slot): slot for slot in slots}
@@ -216,7 +216,7 @@ def _pack(programs: dict[str, ir.Model], layout: Layout) -> None:
 def _defaults(
     base: BaseModel, first: Adapter, layout: Layout, dtype: np.dtype[Any]
 ) -> dict[str, Any]:
-    """What the packed inputs hold when nobody feeds them: the base model.
+    """The default values of the packed inputs, which are the base model.
 
     A head that the base model's checkpoint does not have is the first adapter's.
     """
@@ -244,7 +244,7 @@ def default_labels(
 
 
 def _initializer(packed: str, slot: Slot) -> str:
-    """What a slot's tensor is called in the traced graph."""
+    """The name of a slot's tensor in the traced graph."""
     if packed == SCALES_INPUT:
         return initializer_name(slot.path, slot.side, len(slot.shape))
     return f"{slot.path}.bias" if packed == BIASES_INPUT else slot.path

@@ -3,7 +3,8 @@
 The oracle is the PyTorch base model with the adapter in float64. `e_ref` is the largest error that
 PyTorch itself makes at the artifact's precision on the same inputs, against the oracle, over all of
 them. A candidate may err by at most FACTOR times e_ref, and e_ref counts as no less than the unit
-roundoff of the precision times the size of the output, so that a lucky zero condemns nobody.
+roundoff of the precision times the size of the output, so that a lucky zero does not condemn a
+good artifact.
 """
 
 from collections.abc import Sequence
