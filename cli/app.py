@@ -28,6 +28,8 @@ COMMANDS = {
 }
 # The extra that installs a module; other modules come with the package itself.
 _EXTRAS = {"onnxruntime": "cpu", "tensorrt": "tensorrt", "tensorrt_rtx": "rtx", "polygraphy": "rtx"}
+# Come with the plain install; an environment that only serves lacks them.
+_PLAIN = {"torch", "transformers", "peft", "onnx", "onnx_ir", "onnxscript", "datasets"}
 # Errors caused by a path, a disk or a limit, not by this tool.
 _FILE_ERRORS = {errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EIO, *FULL}
 _BUG = 70  # EX_SOFTWARE of sysexits.h
@@ -93,8 +95,9 @@ def _explain(error: BaseException, arguments: Sequence[str]) -> int:
     if isinstance(error, click.UsageError):
         path = error.ctx.command_path if error.ctx else "propulsion-export"
         return _fail(f"{error.format_message()} See {path} --help.", 2, arguments)
-    if isinstance(error, ModuleNotFoundError) and error.name in _EXTRAS:
-        remedy = f"Run: pip install 'propulsion-export[{_EXTRAS[error.name]}]'."
+    if isinstance(error, ModuleNotFoundError) and error.name in {*_EXTRAS, *_PLAIN}:
+        extra = f"[{_EXTRAS[error.name]}]" if error.name in _EXTRAS else ""
+        remedy = f"Run: pip install 'propulsion-export{extra}'."
         error = UnavailableError(f"{error.name} is not installed", remedy=remedy)
     if isinstance(error, PropulsionExportError):
         if "-v" in arguments or "--verbose" in arguments:

@@ -185,7 +185,8 @@ class Artifact:
                 remedy="Export with --mode switchable to choose adapters at run time.",
             )
         if unknown:
-            raise unknown_adapters(self.directory, unknown, known, remedy=ADD_ONE)
+            remedy = "" if self.manifest.mode == "folded" else ADD_ONE
+            raise unknown_adapters(self.directory, unknown, known, remedy=remedy)
 
     def with_manifest(self, manifest: Manifest) -> Self:
         """Replace the manifest on disk, atomically; no file is hashed again."""

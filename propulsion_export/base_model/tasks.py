@@ -63,6 +63,7 @@ class Task:
         prediction: what `run` makes of the outputs.
         outputs: that every model of the task has.
         training: how adapters are trained for it; None if they are not.
+        peft_heads: modules that PEFT trains with an adapter, besides those that it is told.
     """
 
     name: TaskName
@@ -73,6 +74,7 @@ class Task:
     prediction: Prediction
     outputs: tuple[Output, ...]
     training: Training | None = None
+    peft_heads: tuple[str, ...] = ()
 
     @property
     def generates(self) -> bool:
@@ -130,6 +132,7 @@ TASKS: dict[str, Task] = {
             prediction="word classes",
             outputs=(Output("logits", 3, counts_tokens=True, counts_labels=True),),
             training=_WORD_CLASSES,
+            peft_heads=("classifier", "score"),
         ),
         Task(
             name=TaskName("question-answering"),
@@ -142,6 +145,7 @@ TASKS: dict[str, Task] = {
                 Output("start_logits", 2, counts_tokens=True),
                 Output("end_logits", 2, counts_tokens=True),
             ),
+            peft_heads=("qa_outputs",),
         ),
         Task(
             name=TaskName("fill-mask"),

@@ -73,6 +73,10 @@ def slots_for(base: BaseModel, options: SlotOptions) -> Adapter:
         for path, module in plain.items()
         if options.train_bias and getattr(module, "bias", None) is not None
     }
+    if options.train_bias and not biases:
+        raise UsageError(
+            "--train-bias: no module of the placement has a bias", remedy="Leave it out."
+        )
     return Adapter(
         name="slots",
         scales=scales,

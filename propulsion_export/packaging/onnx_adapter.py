@@ -33,8 +33,8 @@ def plan(artifact: Artifact, options: PackageOptions) -> WritePackage:
 
 def next_command(directory: Path, adapters: Sequence[str]) -> str:
     """The command that uses the package."""
-    adapter = shlex.quote(adapters[0])
-    return f"propulsion-export run {shlex.quote(str(directory))} --adapter {adapter} --text ..."
+    chosen = f" --adapter {shlex.quote(adapters[0])}" if adapters else ""
+    return f"propulsion-export run {shlex.quote(str(directory))}{chosen} --text ..."
 
 
 def write_adapter_files(artifact: Artifact, directory: Path) -> Iterable[str]:

@@ -1,5 +1,8 @@
 """Draw a random adapter for the parity of an artifact that has slots and no adapter yet."""
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import numpy as np
 
 from propulsion_export.adapters.adapter import Adapter
@@ -10,25 +13,29 @@ from propulsion_export.artifacts.random_adapter import random_adapter
 from propulsion_export.artifacts.tensor_names import BANK_INPUT, IDS_INPUT, PACKED_INPUTS
 
 RANDOM_NAME = "random"
+# The base model with a random head, where it has none of its own: with zeros nothing would show.
+IDENTITY_NAME = "identity"
 
 
-def draw_adapter(artifact: Artifact, seed: int) -> Adapter | None:
-    """A random adapter for the slots of an artifact; None if it has no inputs for adapters."""
+def draw_adapters(artifact: Artifact, seed: int) -> list[Adapter]:
+    """Random adapters for the slots of an artifact; none if it has no inputs for adapters."""
     manifest = artifact.manifest
     inputs = [*manifest.inputs, *(i for graph in manifest.graphs.values() for i in graph.inputs)]
     if not {spec.name for spec in inputs} & {*PACKED_INPUTS, BANK_INPUT}:
-        return None
-    return random_adapter(manifest.layout, RANDOM_NAME, seed=seed)
+        return []
+    drawn = random_adapter(manifest.layout, RANDOM_NAME, seed=seed)
+    if manifest.base.own_head:
+        return [drawn]
+    ones = {path: scale._replace(values=scale.values**0) for path, scale in drawn.scales.items()}
+    return [drawn, replace(drawn, name=IDENTITY_NAME, scales=ones, biases={})]
 
 
-def feeds_for_drawn(artifact: Artifact, drawn: Adapter) -> dict[str, Tensors]:
-    """Inputs of the drawn adapter, and in a bank of the base model too, by name."""
+def feeds_for_drawn(artifact: Artifact, drawn: Sequence[Adapter]) -> dict[str, Tensors]:
+    """Inputs of the drawn adapters, and in a bank of the base model too, by name."""
     layout, base = artifact.manifest.layout, packed_inputs(artifact, BASE_NAME)
-    packed = pack(drawn, layout, base)
+    packed = {adapter.name: pack(adapter, layout, base) for adapter in drawn}
     if artifact.manifest.mode != "bank":
-        return {drawn.name: packed}
-    bank = np.stack([to_row(base, layout), to_row(packed, layout)])
-    return {
-        name: {BANK_INPUT: bank, IDS_INPUT: np.array([row])}
-        for row, name in enumerate((BASE_NAME, drawn.name))
-    }
+        return dict(packed)
+    rows = {BASE_NAME: base, **packed}
+    bank = np.stack([to_row(feeds, layout) for feeds in rows.values()])
+    return {name: {BANK_INPUT: bank, IDS_INPUT: np.array([row])} for row, name in enumerate(rows)}

@@ -76,7 +76,10 @@ def compute_oracle(
 
 def _states(artifact: Artifact, base: BaseModel, adapters: Sequence[Adapter]) -> list[_State]:
     roomy = [with_room(adapter, base.room, base.label_parameters) for adapter in adapters]
-    states = [_State(adapter.name, adapter, without_scales(adapter)) for adapter in roomy]
+    states = [
+        _State(adapter.name, adapter, None if adapter.is_identity() else without_scales(adapter))
+        for adapter in roomy
+    ]
     if artifact.manifest.mode != "folded" or not adapters:
         states.append(_State(BASE_NAME, _default_head(artifact, base), None))
     return states

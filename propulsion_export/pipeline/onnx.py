@@ -248,9 +248,19 @@ def _make_room_for_slots_(base: BaseModel, mode: Mode, slots: SlotOptions) -> No
     """Make the head as wide as adapters to come may need; without slots it must be complete."""
     if mode == "folded" or not base.label_parameters:
         base.check_complete(())
+        if slots.max_labels is not None:
+            raise UsageError(
+                f"--max-labels: {base.task} has no head that counts labels",
+                remedy="Leave it out, or give another --task.",
+            )
         return
     base.check_complete(head_parameters(base))
     own = base.own_labels if base.own_head else ()
+    if slots.max_labels is not None and slots.max_labels < len(own):
+        raise UsageError(
+            f"--max-labels: {slots.max_labels}, expected at least the {len(own)} labels of the "
+            "base model's own head"
+        )
     base.make_room_(max(slots.max_labels or DEFAULT_MAX_LABELS, len(own)), own)
 
 

@@ -18,7 +18,7 @@ from propulsion_export.environment.progress import Progress, silent
 from propulsion_export.errors import AdapterError, UnavailableError, UsageError, unknown_adapters
 from propulsion_export.graph.signature import check_signature
 from propulsion_export.parity.cases import judge
-from propulsion_export.parity.drawn import draw_adapter, feeds_for_drawn
+from propulsion_export.parity.drawn import draw_adapters, feeds_for_drawn
 from propulsion_export.parity.generation import judge_generation
 from propulsion_export.parity.inputs import load_recorded_base, make_batches
 from propulsion_export.parity.mixing import judge_mixed
@@ -86,13 +86,13 @@ def check_parity(
         dtype=read.manifest.dtype,
         runner=name,
         inputs=0,
-        seed=None if inputs else seed,
+        seed=None if inputs and not _is_random(read) else seed,
         tools=tool_versions(),
     )
     try:
         candidate = open_candidate(read, name, trust_remote_code=trust_remote_code)
-        drawn = None if adapters else draw_adapter(read, seed)
-        judged = [drawn] if drawn else adapters
+        drawn = [] if adapters or read.manifest.mode == "folded" else draw_adapters(read, seed)
+        judged = drawn or adapters
         base = load_recorded_base(read, judged, model, trust_remote_code=trust_remote_code)
         batches = make_batches(base, inputs, seed, short=name == "reference")
         subjects = _subjects(read, base, judged, drawn, batches, name, progress)
@@ -113,11 +113,15 @@ def check_parity(
 
 def _effective_seed(artifact: Artifact, seed: int | None, inputs: Path | None) -> int:
     """The seed, by default 0; refused where inputs are given and no adapter is random."""
-    count = len(artifact.list_adapters())
-    is_random = count > MOST_ADAPTERS or (not count and artifact.manifest.mode != "folded")
-    if seed is not None and inputs is not None and not is_random:
+    if seed is not None and inputs is not None and not _is_random(artifact):
         raise UsageError("--seed: does nothing with --inputs", remedy="Leave it out.")
     return seed or 0
+
+
+def _is_random(artifact: Artifact) -> bool:
+    """Whether the seed chooses or draws the adapters that are judged."""
+    count = len(artifact.list_adapters())
+    return count > MOST_ADAPTERS or (not count and artifact.manifest.mode != "folded")
 
 
 def _recorded_sources(artifact: Artifact) -> list[str]:
@@ -136,7 +140,7 @@ def _subjects(
     artifact: Artifact,
     base: BaseModel,
     adapters: Sequence[Adapter],
-    drawn: Adapter | None,
+    drawn: Sequence[Adapter],
     batches: Sequence[Tensors],
     runner: str,
     progress: Progress,

@@ -15,7 +15,7 @@ from propulsion_export.artifacts.tensor_names import IDS_INPUT, PAST
 from propulsion_export.base_model.config import read_settings
 from propulsion_export.base_model.tasks import TASKS
 from propulsion_export.environment.machine import cuda_devices
-from propulsion_export.errors import ArtifactError, UsageError
+from propulsion_export.errors import ArtifactError, UnavailableError, UsageError
 from propulsion_export.runners.decoding import Candidate, CausalModel, EncoderDecoder
 from propulsion_export.runners.table import RUNTIMES, runtimes_of
 
@@ -35,7 +35,7 @@ def choose_runner(artifact: Artifact, runner: str) -> str:
     if runner != "auto":
         if runner not in possible:
             raise UsageError(
-                f"--runner {runner}: cannot run a {manifest.kind} artifact, expected "
+                f"--runner {runner}: cannot run {manifest.kind} artifacts, expected "
                 f"{' or '.join(possible)}"
             )
         return runner
@@ -44,7 +44,7 @@ def choose_runner(artifact: Artifact, runner: str) -> str:
     if cuda_devices():
         return "onnxruntime-cuda"
     size = sum(file.stat().st_size for file in artifact.directory.glob("*.onnx*"))
-    return "reference" if size <= _REFERENCE_BYTES else "onnxruntime"
+    return "reference" if size <= _REFERENCE_BYTES else possible[0]
 
 
 def open_candidate(artifact: Artifact, name: str, *, trust_remote_code: bool = False) -> Candidate:
@@ -77,7 +77,18 @@ def place_for(name: str) -> Callable[[Array], Any]:
 
 
 def _module(name: str) -> Any:
-    return importlib.import_module(f"{__package__}.{RUNTIMES[name].module}")
+    """The module of a runtime.
+
+    Raises:
+        UnavailableError: a package that it needs is not installed.
+    """
+    try:
+        return importlib.import_module(f"{__package__}.{RUNTIMES[name].module}")
+    except ModuleNotFoundError as error:
+        raise UnavailableError(
+            f"--runner {name}: needs {error.name}, which is not installed",
+            remedy="Run: pip install propulsion-export.",
+        ) from error
 
 
 def _open(artifact: Artifact, name: str, path: Path) -> Runner:

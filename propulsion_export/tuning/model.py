@@ -14,15 +14,13 @@ from propulsion_export.base_model.model_fingerprint import (
     fingerprint_of_model,
     has_readable_weights,
 )
+from propulsion_export.base_model.tasks import TASKS, task_of_peft
 from propulsion_export.errors import BaseModelError, UsageError
 from propulsion_export.scaling.expert_rules import expert_weights, is_experts
 from propulsion_export.tuning.config import PropulsionConfig
 from propulsion_export.tuning.experts import PropulsionExperts
 from propulsion_export.tuning.layer import PropulsionLayer
 from propulsion_export.tuning.placement import is_excluded, resolve_targets
-
-# The heads that PEFT trains for a task, by its own names.
-_HEADS = {"TOKEN_CLS": ["classifier", "score"], "QUESTION_ANS": ["qa_outputs"]}
 
 
 class PropulsionModel(BaseTuner):  # type: ignore[misc]
@@ -41,7 +39,9 @@ class PropulsionModel(BaseTuner):  # type: ignore[misc]
         self.peft_config[adapter_name] = config
         if config.modules_to_save is None:
             # For these tasks PEFT sets it later, but only in the caller's configuration.
-            config.modules_to_save = _HEADS.get(config.task_type)
+            task = task_of_peft(str(config.task_type))
+            heads = TASKS[task].peft_heads if task else ()
+            config.modules_to_save = list(heads) or None
         super().inject_adapter(model, adapter_name, **options)
 
     def _prepare_adapter_config(

@@ -27,6 +27,7 @@ def test_module_of_a_layout_plans_and_says_what_to_type_next(name, tmp_path):
 
     assert callable(module.plan)
     assert str(tmp_path) in module.next_command(tmp_path, ["a"])
+    assert str(tmp_path) in module.next_command(tmp_path, [])
 
 
 def test_options_are_those_of_the_layouts():

@@ -35,13 +35,15 @@ def test_slots_are_judged_with_the_base_model_and_a_random_adapter(empty, mode):
     assert report.passed
     cases = {(check.case, check.adapter) for check in report.checks}
     assert {("parity", "base"), ("parity", "random"), ("effect", "random")} <= cases
+    # A base model without a head of its own has zeros there, which show nothing.
+    assert ("parity", "identity") in cases
     assert ("mixed", "all") in cases or mode == "switchable"
 
 
 @pytest.mark.parametrize("mode", ["switchable", "bank"])
 def test_the_random_adapter_catches_slots_that_do_not_act(empty, mode, monkeypatch):
-    def without_effect(artifact, adapter):
-        return drawn_feeds(artifact, replace(adapter, scales={}, biases={}))
+    def without_effect(artifact, adapters):
+        return drawn_feeds(artifact, [replace(a, scales={}, biases={}) for a in adapters])
 
     drawn_feeds = drawn.feeds_for_drawn
     monkeypatch.setattr("propulsion_export.pipeline.parity.feeds_for_drawn", without_effect)
@@ -55,7 +57,7 @@ def test_the_random_adapter_catches_slots_that_do_not_act(empty, mode, monkeypat
 def test_another_seed_draws_another_adapter(empty):
     artifact = Artifact.read(empty / "bank")
 
-    first, same, other = (drawn.draw_adapter(artifact, seed) for seed in (0, 0, 1))
+    first, same, other = (drawn.draw_adapters(artifact, seed)[0] for seed in (0, 0, 1))
 
     assert first.digest == same.digest != other.digest
 
@@ -169,6 +171,7 @@ def test_generative_slots_pass_and_take_an_adapter(kind, make_world, tmp_path):
         ({"mode": "folded", "max_labels": 3}, "--max-labels"),
         ({"mode": "folded", "train_bias": True}, "--train-bias"),
         ({"mode": "bank", "max_labels": 0}, "--max-labels: 0"),
+        ({"mode": "bank", "max_labels": 3, "task": "feature-extraction"}, "no head that counts"),
     ],
 )
 def test_slot_options_that_do_nothing_are_refused_by_name(options, found, world, tmp_path):
@@ -192,3 +195,36 @@ def test_the_fingerprint_of_slots_is_the_base_models(empty, tiny_model):
     assert (
         recorded.difference(fingerprint_of_model(tiny_model("bert", "feature-extraction"))) is None
     )
+
+
+def test_fewer_labels_than_the_base_models_own_head_are_refused(tiny_checkpoint, tmp_path):
+    checkpoint = tiny_checkpoint("bert", "text-classification")
+
+    with pytest.raises(UsageError, match="at least the 3 labels"):
+        export_onnx([], tmp_path / "out", model=str(checkpoint), mode="bank", max_labels=2)
+
+
+def test_slots_for_biases_that_no_module_has_are_refused(tiny_checkpoint, tmp_path):
+    checkpoint = tiny_checkpoint("llama", "text-generation")
+
+    with pytest.raises(UsageError, match="--train-bias: no module"):
+        export_onnx([], tmp_path / "out", model=str(checkpoint), mode="bank", train_bias=True)
+
+
+def test_the_seed_of_a_random_adapter_is_in_the_report_beside_inputs(empty, tmp_path):
+    texts = tmp_path / "texts.txt"
+    texts.write_text("ba be\n" * 16)
+
+    report = check_parity(empty / "switchable", inputs=texts, seed=5)
+
+    assert report.passed
+    assert report.seed == 5
+
+
+def test_a_package_without_adapters_says_how_to_run_it(empty, tmp_path):
+    from propulsion_export.pipeline.package import package
+
+    made = package(empty / "switchable", tmp_path / "package", layout="onnx-adapter")
+
+    assert made.adapters == ()
+    assert "--adapter" not in made.next_command

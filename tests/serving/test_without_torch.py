@@ -3,11 +3,14 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
 
 import pytest
+
+from propulsion_export.artifacts.artifact import digest_of
 
 HEAVY = {"torch", "transformers", "peft", "onnx", "onnx_ir", "onnxscript", "datasets"}
 PROBE = """
@@ -66,6 +69,40 @@ def test_the_command_answers_a_text_without_torch(mode, export_world):
     """
 
     assert loaded_by(statements) == []
+
+
+@pytest.mark.parametrize("kind", ["merged", "reference"])
+def test_what_needs_more_packages_says_so_where_they_are_missing(kind, export_world, tmp_path):
+    """A merged checkpoint needs torch, the reference evaluator onnx_ir; both are hidden here."""
+    directory = shutil.copytree(export_world("folded"), tmp_path / "artifact")
+    if kind == "merged":
+        make_merged(directory)
+    runner = "reference" if kind == "reference" else "auto"
+    statements = f"""
+        sys.modules |= {{"torch": None, "onnx_ir": None}}
+        from propulsion_export.errors import UnavailableError
+        try:
+            Session({str(directory)!r}, runner={runner!r})
+        except UnavailableError as error:
+            assert "is not installed" in str(error), error
+        else:
+            raise AssertionError("opened")
+        del sys.modules["torch"], sys.modules["onnx_ir"]
+    """
+
+    loaded_by(statements)
+
+
+def make_merged(directory):
+    """Make an ONNX artifact one that claims to be a merged checkpoint."""
+    for file in directory.glob("model.onnx*"):
+        file.unlink()
+    (directory / "model.safetensors").write_bytes(b"")
+    files = {file.name: digest_of(file) for file in directory.iterdir() if file.is_file()}
+    del files["propulsion.json"]
+    manifest = json.loads((directory / "propulsion.json").read_text())
+    manifest |= {"kind": "merged", "inputs": [], "outputs": [], "files": files}
+    (directory / "propulsion.json").write_text(json.dumps(manifest))
 
 
 def test_the_probe_sees_torch():
