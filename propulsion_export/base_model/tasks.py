@@ -63,7 +63,7 @@ class Task:
         prediction: what `run` makes of the outputs.
         outputs: that every model of the task has.
         training: how adapters are trained for it; None if they are not.
-        peft_heads: modules that PEFT trains with an adapter, besides those that it is told.
+        peft_heads: modules that PEFT trains with an adapter by default.
     """
 
     name: TaskName

@@ -164,7 +164,7 @@ def _trace(
 ) -> dict[str, ir.Model]:
     """Trace the graphs of a task, by file name, their inputs and dimensions named.
 
-    `extra` are inputs that the model takes besides those of its task.
+    `extra`: further inputs of the model, by name.
     """
     config, more = base.model.config, extra or {}
     names = input_names(type(base.model), config)
@@ -187,7 +187,6 @@ def _trace(
 
 
 def _name_cache(base: BaseModel, program: ir.Model) -> None:
-
     try:
         NameCache()(program)
     except ir.passes.PostconditionError as error:

@@ -48,7 +48,7 @@ def trace(
         ToolError: the exporter refused the model.
         UnavailableError: the installed transformers has another exporter interface.
     """
-    # A decoder under another head would return its cache besides.
+    # A decoder under another head would also return its cache.
     return _export(model, {**_tensors(inputs), **extra, "use_cache": False}, None, opset)
 
 

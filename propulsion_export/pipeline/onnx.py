@@ -177,7 +177,6 @@ def _manifest(
     entries: dict[str, AdapterEntry],
     dtype: Dtype,
 ) -> Manifest:
-
     graphs = {name: GraphEntry(*signature(program)) for name, program in exported.programs.items()}
     only = graphs.pop(GRAPH_FILE, GraphEntry((), ()))
     return Manifest(

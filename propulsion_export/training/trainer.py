@@ -33,7 +33,7 @@ class TrainResult:
         directory: the adapter as PEFT saves it, with `metrics.json`, `loss-curve.png` and a model
             card.
         metrics: the content of `metrics.json`.
-        notes: what the caller should know besides, such as cut texts; one sentence each.
+        notes: what else the caller should know, such as cut texts; one sentence each.
     """
 
     directory: Path
