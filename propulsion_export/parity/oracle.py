@@ -1,6 +1,6 @@
 """Compute the oracle in PyTorch: every state of the model, with each adapter and with none."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -61,7 +61,7 @@ def compute_oracle(
     the artifact does not have; they take precedence over its own.
     """
     progress(0.2, "computing the oracle in float64")
-    states = _states(artifact, base, adapters)
+    states = _states(artifact, base, adapters, feeds or {})
     if base.model._can_set_experts_implementation():
         base.model.set_experts_implementation("eager")  # the others have no float64
     base.model.double()
@@ -74,11 +74,15 @@ def compute_oracle(
     ]
 
 
-def _states(artifact: Artifact, base: BaseModel, adapters: Sequence[Adapter]) -> list[_State]:
+def _states(
+    artifact: Artifact, base: BaseModel, adapters: Sequence[Adapter], drawn: Collection[str]
+) -> list[_State]:
+    """Every adapter, and the base model unless it is folded; a drawn identity has no effect."""
     roomy = [with_room(adapter, base.room, base.label_parameters) for adapter in adapters]
     states = [
-        _State(adapter.name, adapter, None if adapter.is_identity() else without_scales(adapter))
-        for adapter in roomy
+        _State(each.name, each, None if idle else without_scales(each))
+        for each in roomy
+        for idle in [each.name in drawn and each.is_identity()]
     ]
     if artifact.manifest.mode != "folded" or not adapters:
         states.append(_State(BASE_NAME, _default_head(artifact, base), None))

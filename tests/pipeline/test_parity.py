@@ -137,7 +137,7 @@ def test_a_base_model_in_half_precision_is_recognised(world, folded, tmp_path, t
 
 
 def test_a_runner_of_another_kind_is_refused(folded):
-    with pytest.raises(UsageError, match="cannot run a onnx artifact, expected onnxruntime"):
+    with pytest.raises(UsageError, match="cannot run onnx artifacts, expected onnxruntime"):
         check_parity(folded, runner="torch")
 
 

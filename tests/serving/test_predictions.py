@@ -112,7 +112,7 @@ def test_texts_come_from_a_file_too(switchable, tmp_path):
             UnknownAdapterError,
             "expected one of base, five, three",
         ),
-        ({"text": ["ba"], "runner": "torch"}, UsageError, "cannot run a onnx artifact"),
+        ({"text": ["ba"], "runner": "torch"}, UsageError, "cannot run onnx artifacts"),
         (
             {"text": ["ba"], "context": ["be"]},
             UsageError,
