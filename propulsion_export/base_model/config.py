@@ -115,7 +115,15 @@ def read_settings(directory: Path) -> dict[str, Any]:
     Raises:
         ArtifactError: it is damaged.
     """
-    file = directory / "config.json"
+    return read_settings_file(directory / "config.json")
+
+
+def read_settings_file(file: Path) -> dict[str, Any]:
+    """The settings in a JSON file; empty where there is no such file.
+
+    Raises:
+        ArtifactError: it is no JSON object.
+    """
     if not file.is_file():
         return {}
     try:

@@ -3,7 +3,6 @@
 transformers imports torch wherever torch is installed, which takes seconds; serving needs neither.
 """
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from propulsion_export.base_model.config import read_settings_file
 from propulsion_export.base_model.tokenizer_classes import NAMED, PARTS, fits
-from propulsion_export.errors import ArtifactError, UsageError
+from propulsion_export.errors import UsageError
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken, Encoding, Tokenizer
@@ -185,8 +185,8 @@ def read_fast_tokenizer(directory: Path) -> FastTokenizer | None:
         ArtifactError: one of its files is no JSON object.
     """
     file = directory / "tokenizer.json"
-    config = _read(directory / "tokenizer_config.json")
-    kind = _read(directory / "config.json").get("model_type")
+    config = read_settings_file(directory / "tokenizer_config.json")
+    kind = read_settings_file(directory / "config.json").get("model_type")
     if not file.is_file() or any(config.get(name) for name in _UNKNOWN_SETTINGS):
         return None
     if kind in OWN_CLASS:
@@ -232,8 +232,8 @@ def _special_tokens(
     settings = dict(config)
     others: list[str] = []
     if "added_tokens_decoder" not in config:
-        settings |= _read(directory / "special_tokens_map.json")
-        others += _read(directory / "added_tokens.json")
+        settings |= read_settings_file(directory / "special_tokens_map.json")
+        others += read_settings_file(directory / "added_tokens.json")
     padding = backend.padding
     if padding is not None:
         settings.setdefault("pad_token", padding["pad_token"])
@@ -276,7 +276,7 @@ def _is_as_built(
             backend.post_processor = TemplateProcessing(single="$A:0", pair="$A:0 $B:1")
         return True
     parts = PARTS.get(name.removesuffix("Fast"))
-    content = _read(file)
+    content = read_settings_file(file)
     vocabulary = content["model"]["vocab"]
     listed = {token["content"] for token in (config.get("added_tokens_decoder") or {}).values()}
     contents = {token["content"] for token in content["added_tokens"]}
@@ -300,16 +300,3 @@ def _numbers(encoding: "Encoding", name: str) -> list[int]:
             return encoding.attention_mask
         case _:
             return encoding.ids
-
-
-def _read(file: Path) -> dict[str, Any]:
-    """A JSON file; empty where there is none."""
-    if not file.is_file():
-        return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ArtifactError(f"{file}: is no JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ArtifactError(f"{file}: is a {type(content).__name__}, expected settings by name")
-    return content
