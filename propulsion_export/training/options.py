@@ -144,6 +144,11 @@ class TrainOptions:
                 f"none for --task {self.task}: it trains no head",
                 lambda value: not generates or value == _HEAD_LEARNING_RATE,
             ),
+            (
+                "head_only",
+                f"no value for --task {self.task}: it trains no head",
+                lambda value: not generates or value,
+            ),
         )
 
     def _is_decoder(self) -> bool:

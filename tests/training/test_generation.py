@@ -16,7 +16,7 @@ import propulsion_export.training.loop as loop_module
 from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.cli import main
 from propulsion_export.errors import BaseModelError, DataError, UsageError
-from propulsion_export.training import train
+from propulsion_export.training import TrainOptions, train
 from propulsion_export.training.generating import DecoderRun
 
 KINDS = ("gpt2", "llama")
@@ -468,3 +468,8 @@ def test_the_command_trains_and_prints_the_base_models_loss(
     assert re.search(r"held-out loss \d\.\d{4}, perplexity .* \(base model \d\.\d{4}, ", printed)
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert metrics["options"]["gradient_accumulation_steps"] == 2
+
+
+def test_a_comparison_with_the_head_alone_is_refused_where_there_is_no_head():
+    with pytest.raises(UsageError, match="--head-only is False, expected no value for --task text"):
+        TrainOptions(task="text-generation", head_only=False)
