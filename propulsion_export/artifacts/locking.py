@@ -1,7 +1,8 @@
 """Lock an artifact's directory: shared to read its adapters, exclusive to change them.
 
 The lock is on the directory itself, so that no lock file is left behind, and the system releases it
-when a process is killed.
+when a process is killed. A forked process inherits the descriptor, and with it the lock: it closes
+the descriptor at once, and the lock is released explicitly, so that no fork keeps it.
 """
 
 import fcntl
@@ -15,6 +16,8 @@ from propulsion_export.errors import ArtifactError
 
 _PATIENCE = 60.0  # seconds to wait for other processes
 _PAUSE = 0.01  # seconds between attempts
+# Descriptors that this process holds a lock with.
+_held: set[int] = set()
 
 
 @contextmanager
@@ -41,7 +44,7 @@ def exclusive_lock(artifact: Path | str) -> Iterator[None]:
             ) from error
         yield
     finally:
-        os.close(descriptor)
+        _release(descriptor)
 
 
 @contextmanager
@@ -62,11 +65,31 @@ def shared_lock(artifact: Path) -> Iterator[None]:
         yield
     finally:
         if descriptor is not None:
-            os.close(descriptor)
+            _release(descriptor)
 
 
 def _open(directory: Path) -> int:
-    return os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    _held.add(descriptor)
+    return descriptor
+
+
+def _release(descriptor: int) -> None:
+    if descriptor not in _held:  # this process is a fork, which closed it
+        return
+    _held.remove(descriptor)
+    with suppress(OSError):  # a file system without locks
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+    os.close(descriptor)
+
+
+def _close_inherited() -> None:
+    for descriptor in _held:
+        os.close(descriptor)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_close_inherited)
 
 
 def _lock(descriptor: int, kind: int, artifact: Path | str) -> None:

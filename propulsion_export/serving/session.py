@@ -85,8 +85,8 @@ class Session:
     """
 
     def __init__(self, artifact: Path | str | Artifact, *, runner: str = "auto") -> None:
-        read = artifact if isinstance(artifact, Artifact) else _read(Path(artifact).expanduser())
-        read = replace(read, directory=read.directory.absolute())  # wherever the process goes
+        read = artifact if isinstance(artifact, Artifact) else _read(_bound(artifact))
+        read = replace(read, directory=_bound(read.directory))
         check_consistent(read.directory, read.manifest)
         self._artifact = read
         self._runner = choose_runner(read, runner)
@@ -136,11 +136,7 @@ class Session:
                 another task; the process is a fork of the one that opened the session.
             UnavailableError: the tokenizer needs transformers, which is not installed.
         """
-        if os.getpid() != self._process:
-            raise UsageError(
-                "the session was opened before this process was forked, expected one of its own",
-                remedy="Open a session in each process.",
-            )
+        self._check_process()
         rows = count_rows(inputs)
         if isinstance(inputs, Mapping):
             tensors = self._tensors(inputs, context, settings)
@@ -166,6 +162,7 @@ class Session:
         Raises:
             PropulsionExportError: see `add_adapter`; nothing is changed then.
         """
+        self._check_process()
         directory = self._artifact.directory
         self._follow(add_adapter(directory, adapter, allow_range=allow_range, force=force))
 
@@ -175,6 +172,7 @@ class Session:
         Raises:
             PropulsionExportError: see `remove_adapter`; nothing is changed then.
         """
+        self._check_process()
         self._follow(remove_adapter(self._artifact.directory, name))
 
     def refresh(self) -> None:
@@ -184,7 +182,16 @@ class Session:
             ArtifactError: the artifact is damaged, or holds another model now; the session stays
                 as it was.
         """
+        self._check_process()
         self._follow(self._roster.artifact)
+
+    def _check_process(self) -> None:
+        """Refuse a fork, which has none of the runtime's threads, and perhaps a lock for ever."""
+        if os.getpid() != self._process:
+            raise UsageError(
+                "the session was opened before this process was forked, expected one of its own",
+                remedy="Open a session in each process.",
+            )
 
     def _follow(self, artifact: Artifact) -> None:
         """Use the adapters as they are on disk now; `artifact` is as it was read last."""
@@ -298,6 +305,11 @@ class Session:
 
 def _open(directory: Path, runner: str) -> Session:
     return Session(directory, runner=runner)
+
+
+def _bound(directory: Path | str) -> Path:
+    """The directory that a path leads to now, wherever the process goes or a link leads later."""
+    return Path(os.path.realpath(Path(directory).expanduser()))
 
 
 def _read(directory: Path) -> Artifact:
