@@ -82,7 +82,6 @@ def _clean_up(model: ir.Model) -> None:
     """Leave one initializer of equal constants, one node of equal nodes, and unique names."""
     for step in (
         common.RemoveUnusedNodesPass(),
-        common.RemoveUnusedFunctionsPass(),
         common.RemoveUnusedOpsetsPass(),
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         common.LiftSubgraphInitializersToMainGraphPass(),

@@ -172,9 +172,9 @@ def test_the_check_finds_the_tolerant_rules_of_onnxscript():
     assert any(TOLERANT.search(source_of(rule)) for rule in fuse_hardswish_rules().rules)
 
 
-# Rules of onnxscript's own list that do not run here: one that rounds differently, one that compares
-# numbers within a tolerance, those that fold
-# weights in float32 or lose the bounds of a clip, one that compares all pairs of nodes, convolutions.
+# Rules of onnxscript's own list that do not run: one that rounds differently, one that compares
+# numbers within a tolerance, those that fold weights in float32 or lose the bounds of a clip, one
+# that compares all pairs of nodes, and those of convolutions.
 LEFT_OUT = (
     "CastCast",
     "ScatterAllDynamic",
