@@ -30,8 +30,8 @@ from propulsion_export.artifacts.tensor_names import (
 )
 from propulsion_export.base_model.loading import BaseModel
 from propulsion_export.base_model.tasks import TASKS
-from propulsion_export.environment.quiet import quiet
 from propulsion_export.errors import ToolError
+from propulsion_export.graph.optimise import optimise
 from propulsion_export.graph.passes.cache import NameCache
 from propulsion_export.graph.passes.defaults import SetDefaults
 from propulsion_export.graph.passes.dimensions import NameDimensions
@@ -131,14 +131,6 @@ def build_bank(
         GatherRows(ROWS_INPUT)(program)
         programs[name] = optimise(program)
     return ExportedGraphs("bank", programs, layout, _feeds(adapters, layout, defaults))
-
-
-def optimise(model: ir.Model) -> ir.Model:
-    """Fold constants and remove dead or doubled nodes, with onnxscript's optimiser."""
-    with quiet():
-        import onnxscript.optimizer
-
-        return onnxscript.optimizer.optimize(model)  # type: ignore[no-any-return]
 
 
 def _plan(base: BaseModel, slots: Sequence[Adapter], dtype: torch.dtype) -> tuple[Layout, Tensors]:

@@ -11,6 +11,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from propulsion_export.artifacts.file_names import GRAPH_FILE, WEIGHTS_FILE
 from propulsion_export.errors import ArtifactError
+from propulsion_export.graph.ir_version import lower_ir_version_
 
 # Shapes and split lengths must be inside the graph: runtimes read them while inferring shapes.
 _INLINE_BYTES = 64 * 1024
@@ -25,7 +26,8 @@ def write_graph(model: ir.Model, directory: Path) -> Path:
 def write_graphs(models: Mapping[str, ir.Model], directory: Path) -> None:
     """Write graphs by file name, and the weights of all as `model.onnx.data`.
 
-    A weight used by several graphs, or twice in one, is written once; small ones stay inside.
+    A weight used by several graphs, or twice in one, is written once; small ones stay inside. The
+    IR version is the lowest that the graph's opset and types allow.
     """
     digests: dict[int, bytes] = {}
     unique: dict[bytes, Any] = {}
@@ -52,6 +54,7 @@ def write_graphs(models: Mapping[str, ir.Model], directory: Path) -> None:
         )
     for name, model in models.items():
         model.producer_name = "propulsion-export"
+        lower_ir_version_(model)
         ir.save(model, directory / name)
 
 

@@ -20,6 +20,7 @@ from propulsion_export.artifacts.file_names import (
 )
 from propulsion_export.artifacts.manifest import AdapterEntry, BaseEntry
 from propulsion_export.graph.files import read_graph
+from propulsion_export.graph.ir_version import lower_ir_version_
 from propulsion_export.graph.passes.built_in_bank import BANK_FILE, BuildInBank
 from propulsion_export.packaging.copying import copy_artifact_files
 from propulsion_export.packaging.layouts import PackageOptions, WritePackage
@@ -139,6 +140,7 @@ def _write_graph_with_bank(
     write_bank(snapshot, rows, file.parent)
     graph = read_graph(artifact.directory)
     BuildInBank(file.parent, len(rows))(graph)
+    lower_ir_version_(graph)  # of an artifact that an earlier version exported
     ir.save(graph, file)
 
 

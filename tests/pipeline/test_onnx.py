@@ -14,7 +14,7 @@ from propulsion_export.adapters.scales import Scale
 from propulsion_export.artifacts.artifact import Artifact
 from propulsion_export.base_model.model_fingerprint import fingerprint_of_model
 from propulsion_export.errors import AdapterError, BaseModelError, UsageError
-from propulsion_export.graph.build import optimise
+from propulsion_export.graph.optimise import optimise
 from propulsion_export.graph.passes.dimensions import NameDimensions
 from propulsion_export.graph.sample_inputs import input_names, trace_inputs
 from propulsion_export.graph.trace import trace

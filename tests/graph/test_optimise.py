@@ -3,7 +3,7 @@
 import numpy as np
 import onnx_ir as ir
 
-from propulsion_export.graph.build import optimise
+from propulsion_export.graph.optimise import optimise
 from propulsion_export.graph.passes.defaults import SetDefaults
 from propulsion_export.runners.onnxruntime import onnxruntime_runner
 
