@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,14 +33,9 @@ def describe_run(
     return {"model": model, "data": digest.hexdigest()} | described
 
 
-def is_main_process() -> bool:
-    """Whether this process writes files; `accelerate launch` and `torchrun` set its rank."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 @contextmanager
 def checkpoints(
-    output: Path, run: RunDescription, *, resume: bool
+    output: Path, run: RunDescription, *, resume: bool, is_main: bool
 ) -> Iterator[tuple[Path, Path | None]]:
     """Yield the directory for checkpoints and the checkpoint to resume, None for a fresh start.
 
@@ -55,7 +49,7 @@ def checkpoints(
     latest = _latest(directory) if resume else None
     if latest:
         _check_same_run(directory, run)
-    elif is_main_process():
+    elif is_main:
         shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir(parents=True)
         (directory / _RUN_FILE).write_text(json.dumps(run), encoding="utf-8")
@@ -64,7 +58,7 @@ def checkpoints(
         yield directory, latest
         finished = True
     finally:
-        if is_main_process() and (finished or not _latest(directory)):
+        if is_main and (finished or not _latest(directory)):
             shutil.rmtree(directory, ignore_errors=True)
 
 

@@ -32,6 +32,7 @@ from propulsion_export.training.metrics import (
 )
 from propulsion_export.training.model import TrainableBase, attach_adapter, longest_text
 from propulsion_export.training.options import TrainOptions
+from propulsion_export.training.processes import Processes
 
 
 @dataclass(frozen=True)
@@ -102,11 +103,14 @@ class TrainingRun(ABC, Generic[Item]):
     def after_training(self) -> None:
         """Measure the base model for the comparison, with `trainer`."""
 
-    def fit(self, directory: Path, latest: Path | None) -> None:
+    def fit(self, directory: Path, latest: Path | None, processes: Processes) -> None:
         """Train, from the checkpoint `latest` if there is one; write checkpoints to `directory`."""
         if self.options.resume and not latest:
             self.notes.append("There was no checkpoint to resume, so the training started afresh.")
-        arguments = training_arguments(directory, self.options, len(self.rows.training))
+        if processes.note:
+            self.notes.append(processes.note)
+        rows = len(self.rows.training)
+        arguments = training_arguments(directory, self.options, rows, processes)
         self.report(PREPARED, self.before_adapter(arguments.device))
         self.model = attach_adapter(self.base, self.data.classes, self.options)
         self.trained = trainable_parameters(self.model)
