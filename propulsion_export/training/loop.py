@@ -10,6 +10,7 @@ import transformers
 
 from propulsion_export.environment.progress import Progress
 from propulsion_export.errors import UsageError
+from propulsion_export.training.checkpoint_digests import check_best
 from propulsion_export.training.metrics import history_of, kind_of
 from propulsion_export.training.options import TrainOptions
 from propulsion_export.training.processes import Processes, check_joined
@@ -61,7 +62,7 @@ def training_arguments(
         logging_nan_inf_filter=False,
         eval_strategy="epoch",
         save_strategy="epoch",
-        save_total_limit=1,
+        save_total_limit=None,  # `DigestEach` removes older ones
         activation_checkpointing=options.gradient_checkpointing,
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
@@ -119,6 +120,11 @@ class AdapterTrainer(transformers.Trainer):  # type: ignore[misc]
         elif self.args.should_save:
             directory = output_dir or self.args.output_dir
             self.model.save_pretrained(directory, save_embedding_layers=False)
+
+    def _load_best_model(self) -> None:
+        # The Trainer's method goes on with the last epoch's weights if the file is not there.
+        check_best(Path(self.state.best_model_checkpoint))
+        super()._load_best_model()
 
 
 class Watch(transformers.TrainerCallback):  # type: ignore[misc]

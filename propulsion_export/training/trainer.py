@@ -54,8 +54,9 @@ def train(
 
     The data are checked before the model is loaded. One seed gives the same adapter, bit for bit,
     on one machine's CPU. Under `accelerate launch` or `torchrun` every process calls this and the
-    first one writes. An interrupted run leaves its last finished epoch for `resume` in a hidden
-    directory `.NAME.checkpoints` beside the output. `progress` may raise to interrupt the run.
+    first one writes. An interrupted run leaves its last two finished epochs for `resume`
+    in a hidden directory `.NAME.checkpoints` beside the output. `progress` may raise to interrupt
+    the run.
 
     Raises:
         UsageError: the options do not fit, the output may not be replaced, the checkpoint to
@@ -63,7 +64,9 @@ def train(
             for several processes contradict each other.
         UnavailableError: processes that were launched together do not find each other.
         DataError: the data cannot be used; nothing was written.
-        BaseModelError: the base model cannot be used.
+        BaseModelError: the base model cannot be used, or is not the one that the run to resume
+            began with.
+        AdapterError: every checkpoint to resume is damaged, or the best epoch's is.
     """
     options = options or TrainOptions()
     processes = started_processes()
@@ -97,13 +100,11 @@ def _train(
     report(0.02, f"read {len(read.training)} training rows")
     with quiet_while_training():
         base = load_trainable(model, read.classes, options)
-        description = describe_run(base.name, read.training, read.validation, options)
-        with checkpoints(output, description, resume=options.resume, is_main=processes.is_main) as (
-            directory,
-            latest,
-        ):
+        description = describe_run(base, read.training, read.validation, options)
+        kept = checkpoints(output, description, resume=options.resume, is_main=processes.is_main)
+        with kept as saved:
             run = run_class(base, read, options, report)
-            run.fit(directory, latest, processes)
+            run.fit(saved, processes)
             metrics = run.metrics()
             if processes.is_main:
                 run.write(output, metrics)
