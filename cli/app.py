@@ -90,6 +90,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _explain(error: BaseException, arguments: Sequence[str]) -> int:
     """Print what went wrong, in one line unless it is a bug; return the exit code."""
+    if isinstance(error, click.exceptions.Abort) and isinstance(error.__cause__, EOFError):
+        error = error.__cause__  # click takes the end of any file for the end of a prompt
     if isinstance(error, KeyboardInterrupt | click.exceptions.Abort):
         return _fail("interrupted", 130, arguments)
     if isinstance(error, click.UsageError):

@@ -1,6 +1,5 @@
 """`propulsion-export train`: train an adapter on labelled text, or on text to generate."""
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack
@@ -157,8 +156,9 @@ def command(
     launch` several processes train together.
     """
     from propulsion_export.training import TrainOptions, train
+    from propulsion_export.training.processes import started_processes
 
-    if os.environ.get("RANK", "0") != "0":  # of several processes, only the first prints
+    if not started_processes().is_main:  # of several processes, only the first prints
         console = Console(json=False, quiet=True)
     _check_head_options(options["task"], head_learning_rate, no_head_only=no_head_only)
     chosen = TrainOptions(

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, get_args
 
+from propulsion_export.artifacts.replacing import aside, replace_directory, sweep, sync
 from propulsion_export.errors import UsageError
 
 # The file that marks a directory as an artifact, an adapter or a report. With `force` an output
@@ -54,14 +55,16 @@ def staged_directory(
     with disk_errors_in_words(destination, FULL | _FORBIDDEN):
         check_replaceable(destination, marker=marker, force=force, inputs=inputs)
         destination.parent.mkdir(parents=True, exist_ok=True)
-        partial = _aside(destination, "partial")
+        partial = aside(destination, "partial")
         partial.mkdir()
     try:
         with disk_errors_in_words(destination):
             yield partial
             _open_to_readers(partial)
-            _sync(partial)
-            _move_into_place(partial, destination, marker, force=force)
+            sync(partial)
+            # Checked again: another process may have written there meanwhile.
+            _refuse_to_lose(destination, marker, force=force)
+            replace_directory(partial, destination)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -81,7 +84,7 @@ def check_replaceable(
     """
     destination = destination.expanduser().resolve()
     with disk_errors_in_words(destination, _FORBIDDEN):
-        _sweep(destination)
+        sweep(destination)
         _refuse_inputs(destination, inputs)
         _refuse_to_lose(destination, marker, force=force)
 
@@ -111,11 +114,7 @@ def _refuse_to_lose(destination: Path, marker: Marker, *, force: bool) -> None:
         return
     if not destination.is_dir():
         raise UsageError(f"{destination}: is a file, expected a directory to write to")
-    if destination.is_mount():
-        raise UsageError(
-            f"{destination}: is a mount point, expected a directory that can be moved",
-            remedy="Choose a directory inside it.",
-        )
+    _refuse_mounts(destination)
     if not any(destination.iterdir()):
         return
     if not force:
@@ -133,6 +132,33 @@ def _refuse_to_lose(destination: Path, marker: Marker, *, force: bool) -> None:
         )
     if Path.cwd().is_relative_to(destination):
         raise UsageError(f"{destination}: the current directory lies inside, it is not replaced")
+
+
+def _refuse_mounts(destination: Path) -> None:
+    if destination.is_mount() or destination in (mounts := _mounts()):
+        raise UsageError(
+            f"{destination}: is a mount point, expected a directory that can be moved",
+            remedy="Choose a directory inside it.",
+        )
+    if inside := next((path for path in mounts if path.is_relative_to(destination)), None):
+        raise UsageError(
+            f"{destination}: holds the mount point {inside}, it is not replaced",
+            remedy="Choose another directory.",
+        )
+
+
+def _mounts() -> list[Path]:
+    """All mount points, those too that Path.is_mount cannot tell: bind mounts of one disk."""
+    try:
+        lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
+    except OSError:
+        return []
+    escaped = [line.split()[4] for line in lines]
+    return [Path(os.fsdecode(re.sub(rb"\\([0-7]{3})", _character, path))) for path in escaped]
+
+
+def _character(octal: re.Match[bytes]) -> bytes:
+    return bytes([int(octal[1], 8)])
 
 
 def _refuse_unwritable(destination: Path) -> None:
@@ -170,18 +196,18 @@ def replace_file(path: Path, content: bytes) -> None:
     """
     with disk_errors_in_words(path, FULL | _FORBIDDEN):
         path.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(path)
+        sweep(path)
         # Two threads may replace the same file, so each has a temporary name of its own.
-        partial = _aside(path, "partial")
-        aside = partial.with_name(f"{partial.name}-{secrets.token_hex(4)}")
+        partial = aside(path, "partial")
+        partial = partial.with_name(f"{partial.name}-{secrets.token_hex(4)}")
         try:
-            with aside.open("xb") as file:  # not tempfile: its files are 0600 whatever the umask
+            with partial.open("xb") as file:  # not tempfile: its files are 0600 whatever the umask
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            aside.replace(path)
+            partial.replace(path)
         finally:
-            aside.unlink(missing_ok=True)
+            partial.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -210,74 +236,12 @@ def disk_errors_in_words(
         raise
 
 
-def _aside(destination: Path, what: str) -> Path:
-    return destination.with_name(f".{destination.name}.{what}-{os.getpid()}")
-
-
-def _move_into_place(partial: Path, destination: Path, marker: Marker, *, force: bool) -> None:
-    # Checked again: another process may have written there meanwhile.
-    _refuse_to_lose(destination, marker, force=force)
-    replaced = _aside(destination, "replaced")
-    try:
-        if destination.exists():
-            destination.rename(replaced)
-        partial.rename(destination)
-    except BaseException:
-        if replaced.exists() and not destination.exists():
-            replaced.rename(destination)
-        raise
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _sweep(destination: Path) -> None:
-    """Remove what killed processes left behind; restore an output that one was replacing."""
-    if not destination.parent.is_dir():
-        return
-    pattern = re.compile(
-        re.escape(f".{destination.name}.") + r"(partial|replaced)-([1-9]\d{0,8})(-[0-9a-f]{8})?"
-    )
-    for left in destination.parent.iterdir():
-        match = pattern.fullmatch(left.name)
-        if not match or _alive(int(match[2]), may_be_ours=match[3] is not None):
-            continue
-        if match[1] == "replaced" and not destination.exists():
-            left.rename(destination)
-        elif left.is_dir():
-            shutil.rmtree(left, ignore_errors=True)
-        else:
-            left.unlink(missing_ok=True)
-
-
-def _alive(process: int, *, may_be_ours: bool) -> bool:
-    if process == os.getpid():
-        return may_be_ours  # if not, an earlier call in this process left it
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
 def _open_to_readers(directory: Path) -> None:
     """Give every file the directory's permissions; safetensors creates files with 0600."""
     rights = directory.stat().st_mode & 0o666
     for path in directory.rglob("*"):
         if path.is_file() and not path.is_symlink():
             path.chmod(rights)
-
-
-def _sync(directory: Path) -> None:
-    """Flush all files to the disk before the rename, so that a crash cannot lose their content."""
-    for path in (*directory.rglob("*"), directory):
-        if path.is_symlink() or not (path.is_file() or path.is_dir()):
-            continue
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 _FORBIDDEN = {

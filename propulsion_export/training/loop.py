@@ -1,7 +1,6 @@
 """transformers' Trainer, set up for an adapter: rates, checkpoints, reports."""
 
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,11 @@ import torch
 import transformers
 
 from propulsion_export.environment.progress import Progress
-from propulsion_export.errors import UnavailableError, UsageError
+from propulsion_export.errors import UsageError
+from propulsion_export.training.checkpoint_digests import check_best
 from propulsion_export.training.metrics import history_of, kind_of
 from propulsion_export.training.options import TrainOptions
+from propulsion_export.training.processes import Processes, check_joined
 
 PREPARED = 0.1  # the share of the work before the adapter's training starts
 TRAINED = 0.98  # the share when it ends
@@ -20,13 +21,13 @@ _CURVE_POINTS = 20  # training losses per epoch in the picture
 _MUST_BE_FINITE = {"loss": "loss", "eval_perplexity": "validation perplexity"}
 
 
-def micro_batch(options: TrainOptions) -> int:
-    """How many examples each process takes at a time.
+def micro_batch(options: TrainOptions, processes: int) -> int:
+    """How many examples each of so many processes takes at a time.
 
     Raises:
         UsageError: the processes and the accumulated steps cannot share a batch evenly.
     """
-    processes, steps = _processes(), options.gradient_accumulation_steps
+    steps = options.gradient_accumulation_steps
     if options.batch_size % (processes * steps):
         shares = f"{processes} processes that share a batch"
         if steps > 1:
@@ -37,7 +38,9 @@ def micro_batch(options: TrainOptions) -> int:
     return options.batch_size // (processes * steps)
 
 
-def training_arguments(directory: Path, options: TrainOptions, rows: int) -> Any:
+def training_arguments(
+    directory: Path, options: TrainOptions, rows: int, processes: Processes
+) -> Any:
     """The Trainer's settings; it writes a checkpoint to `directory` after each epoch.
 
     Raises:
@@ -45,12 +48,13 @@ def training_arguments(directory: Path, options: TrainOptions, rows: int) -> Any
         UnavailableError: processes that were launched together do not find each other.
     """
     steps = math.ceil(rows / options.batch_size)
+    share = micro_batch(options, processes.count)
     arguments = transformers.TrainingArguments(
         output_dir=str(directory),
         num_train_epochs=options.epochs,
-        per_device_train_batch_size=micro_batch(options),
+        per_device_train_batch_size=share,
         gradient_accumulation_steps=options.gradient_accumulation_steps,
-        per_device_eval_batch_size=micro_batch(options),
+        per_device_eval_batch_size=share,
         learning_rate=options.learning_rate,
         lr_scheduler_type="linear",
         seed=options.seed,
@@ -58,7 +62,7 @@ def training_arguments(directory: Path, options: TrainOptions, rows: int) -> Any
         logging_nan_inf_filter=False,
         eval_strategy="epoch",
         save_strategy="epoch",
-        save_total_limit=1,
+        save_total_limit=None,  # `DigestEach` removes older ones
         activation_checkpointing=options.gradient_checkpointing,
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
@@ -69,7 +73,7 @@ def training_arguments(directory: Path, options: TrainOptions, rows: int) -> Any
         use_cpu=not torch.accelerator.is_available(),
         **(_early_stopping(options) if options.early_stopping else {}),
     )
-    _check_processes(arguments)
+    check_joined(arguments, processes)
     # One process uses one GPU: DataParallel would multiply the batch by the number of GPUs.
     arguments._n_gpu = min(1, arguments.n_gpu)
     return arguments
@@ -83,18 +87,6 @@ def _early_stopping(options: TrainOptions) -> dict[str, Any]:
         "greater_is_better": measure == "accuracy",
         "restore_callback_states_from_checkpoint": True,
     }
-
-
-def _check_processes(arguments: Any) -> None:
-    if arguments.world_size != _processes():
-        raise UnavailableError(
-            f"distributed training: {_processes()} processes were started, {arguments.world_size} "
-            "found each other"
-        )
-
-
-def _processes() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 class AdapterTrainer(transformers.Trainer):  # type: ignore[misc]
@@ -128,6 +120,11 @@ class AdapterTrainer(transformers.Trainer):  # type: ignore[misc]
         elif self.args.should_save:
             directory = output_dir or self.args.output_dir
             self.model.save_pretrained(directory, save_embedding_layers=False)
+
+    def _load_best_model(self) -> None:
+        # The Trainer's method goes on with the last epoch's weights if the file is not there.
+        check_best(Path(self.state.best_model_checkpoint))
+        super()._load_best_model()
 
 
 class Watch(transformers.TrainerCallback):  # type: ignore[misc]

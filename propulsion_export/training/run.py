@@ -14,6 +14,8 @@ import transformers
 from propulsion_export.artifacts.staging import staged_directory
 from propulsion_export.environment.progress import Progress
 from propulsion_export.training.card import model_card, write_loss_curve
+from propulsion_export.training.checkpoint_digests import DigestEach
+from propulsion_export.training.checkpoints import Checkpoints
 from propulsion_export.training.data import Item
 from propulsion_export.training.encode import Rows
 from propulsion_export.training.loop import (
@@ -32,6 +34,7 @@ from propulsion_export.training.metrics import (
 )
 from propulsion_export.training.model import TrainableBase, attach_adapter, longest_text
 from propulsion_export.training.options import TrainOptions
+from propulsion_export.training.processes import Processes
 
 
 @dataclass(frozen=True)
@@ -102,11 +105,14 @@ class TrainingRun(ABC, Generic[Item]):
     def after_training(self) -> None:
         """Measure the base model for the comparison, with `trainer`."""
 
-    def fit(self, directory: Path, latest: Path | None) -> None:
-        """Train, from the checkpoint `latest` if there is one; write checkpoints to `directory`."""
-        if self.options.resume and not latest:
-            self.notes.append("There was no checkpoint to resume, so the training started afresh.")
-        arguments = training_arguments(directory, self.options, len(self.rows.training))
+    def fit(self, saved: Checkpoints, processes: Processes) -> None:
+        """Train, from the latest checkpoint if there is one, and write new ones beside it."""
+        afresh = "There was no checkpoint to resume, so the training started afresh."
+        missing = self.options.resume and not saved.latest
+        self.notes += filter(None, (afresh if missing else saved.note, processes.note))
+        arguments = training_arguments(
+            saved.directory, self.options, len(self.rows.training), processes
+        )
         self.report(PREPARED, self.before_adapter(arguments.device))
         self.model = attach_adapter(self.base, self.data.classes, self.options)
         self.trained = trainable_parameters(self.model)
@@ -124,7 +130,7 @@ class TrainingRun(ABC, Generic[Item]):
         self.trainer.head_learning_rate = self.options.head_learning_rate
         # PrinterCallback would print every entry of the log.
         self.trainer.remove_callback(transformers.PrinterCallback)
-        self.trainer.train(resume_from_checkpoint=str(latest) if latest else None)
+        self.trainer.train(resume_from_checkpoint=str(saved.latest) if saved.latest else None)
         self.after_training()
         self.gathered = self._gathered()
 
@@ -188,7 +194,7 @@ class TrainingRun(ABC, Generic[Item]):
         }
 
     def _callbacks(self) -> list[Any]:
-        callbacks: list[Any] = [Watch(self.options, self.report)]
+        callbacks: list[Any] = [DigestEach(), Watch(self.options, self.report)]
         if self.options.early_stopping:
             callbacks.append(transformers.EarlyStoppingCallback(self.options.early_stopping))
         return callbacks

@@ -9,12 +9,13 @@ from propulsion_export.artifacts.staging import check_replaceable
 from propulsion_export.base_model.tasks import Architecture, Prediction
 from propulsion_export.environment.progress import Progress, silent
 from propulsion_export.environment.quiet import quiet_while_training
-from propulsion_export.training.checkpoints import checkpoints, describe_run, is_main_process
+from propulsion_export.training.checkpoints import checkpoints, describe_run
 from propulsion_export.training.classifying import ClassifierRun
 from propulsion_export.training.generating import DecoderRun, EncoderDecoderRun
 from propulsion_export.training.loop import micro_batch
 from propulsion_export.training.model import load_trainable
 from propulsion_export.training.options import TrainOptions
+from propulsion_export.training.processes import Processes, joined, started_processes
 from propulsion_export.training.run import TrainingRun
 
 _RUNS: dict[tuple[Prediction, Architecture], type[TrainingRun[Any]]] = {
@@ -53,18 +54,23 @@ def train(
 
     The data are checked before the model is loaded. One seed gives the same adapter, bit for bit,
     on one machine's CPU. Under `accelerate launch` or `torchrun` every process calls this and the
-    first one writes. An interrupted run leaves its last finished epoch for `resume` in a hidden
-    directory `.NAME.checkpoints` beside the output. `progress` may raise to interrupt the run.
+    first one writes. An interrupted run leaves its last two finished epochs for `resume`
+    in a hidden directory `.NAME.checkpoints` beside the output. `progress` may raise to interrupt
+    the run.
 
     Raises:
         UsageError: the options do not fit, the output may not be replaced, the checkpoint to
-            resume belongs to another run, or the training diverged.
+            resume belongs to another run, the training diverged, or the environment's variables
+            for several processes contradict each other.
         UnavailableError: processes that were launched together do not find each other.
         DataError: the data cannot be used; nothing was written.
-        BaseModelError: the base model cannot be used.
+        BaseModelError: the base model cannot be used, or is not the one that the run to resume
+            began with.
+        AdapterError: every checkpoint to resume is damaged, or the best epoch's is.
     """
     options = options or TrainOptions()
-    report = progress if progress and is_main_process() else silent
+    processes = started_processes()
+    report = progress if progress and processes.is_main else silent
     output = Path(output).expanduser().resolve()
     check_replaceable(
         output,
@@ -72,19 +78,34 @@ def train(
         force=options.force,
         inputs=[path for path in (model, data, options.validation) if path],
     )
-    micro_batch(options)
+    micro_batch(options, processes.count)
+    with joined(processes):
+        metrics = _train(model, Path(data).expanduser(), output, options, processes, report)
+    report(1.0, f"wrote {output}")
+    return TrainResult(output, metrics, tuple(metrics["notes"]))
+
+
+def _train(
+    model: str | Path,
+    data: Path,
+    output: Path,
+    options: TrainOptions,
+    processes: Processes,
+    report: Progress,
+) -> dict[str, Any]:
+    """Train and, in the main process, write the adapter; returns the content of `metrics.json`."""
     task = options.task_entry
     run_class = _RUNS[task.prediction, task.architecture]
-    read = run_class.read(Path(data).expanduser(), options)
+    read = run_class.read(data, options)
     report(0.02, f"read {len(read.training)} training rows")
     with quiet_while_training():
         base = load_trainable(model, read.classes, options)
-        description = describe_run(base.name, read.training, read.validation, options)
-        with checkpoints(output, description, resume=options.resume) as (directory, latest):
+        description = describe_run(base, read.training, read.validation, options)
+        kept = checkpoints(output, description, resume=options.resume, is_main=processes.is_main)
+        with kept as saved:
             run = run_class(base, read, options, report)
-            run.fit(directory, latest)
+            run.fit(saved, processes)
             metrics = run.metrics()
-            if is_main_process():
+            if processes.is_main:
                 run.write(output, metrics)
-    report(1.0, f"wrote {output}")
-    return TrainResult(output, metrics, tuple(metrics["notes"]))
+    return metrics

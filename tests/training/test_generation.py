@@ -446,7 +446,9 @@ def test_a_model_that_lets_packed_passages_leak_is_refused(
 def test_a_batch_that_accumulated_steps_cannot_share_is_refused(
     tiny_checkpoint, passages, generation, tmp_path, monkeypatch
 ):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    launched = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost"}
+    for name, value in launched.items():
+        monkeypatch.setenv(name, str(value))
     options = replace(generation, gradient_accumulation_steps=3)
 
     with pytest.raises(UsageError, match="multiple of the 2 processes x 3 accumulated steps"):

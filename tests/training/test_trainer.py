@@ -507,7 +507,9 @@ def test_options_that_cannot_be_are_refused(changes, message):
 def test_a_batch_that_processes_cannot_share_is_refused(
     tiny_base, texts, options, tmp_path, monkeypatch
 ):
-    monkeypatch.setenv("WORLD_SIZE", "3")
+    launched = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 3, "MASTER_ADDR": "localhost"}
+    for name, value in launched.items():
+        monkeypatch.setenv(name, str(value))
 
     with pytest.raises(UsageError, match="--batch-size is 16, expected a multiple of the 3"):
         train(tiny_base, texts, tmp_path / "out", options=options)
