@@ -19,6 +19,8 @@ def command(console: Console, path: Path) -> None:
     from propulsion_export.adapters.peft_directory import PEFT_CONFIG
     from propulsion_export.artifacts.artifact import Artifact
     from propulsion_export.artifacts.file_names import MANIFEST_FILE
+    from propulsion_export.base_model.generation_settings import GenerationSettings
+    from propulsion_export.base_model.tasks import TASKS
     from propulsion_export.errors import ArtifactError
 
     if not path.is_dir():
@@ -27,6 +29,12 @@ def command(console: Console, path: Path) -> None:
         artifact = Artifact.read(path)
         value = json.loads(artifact.manifest.to_json())
         del value["base"]["fingerprint"], value["files"]
+        if TASKS[artifact.manifest.task].generates:
+            settings = GenerationSettings.read(path)
+            value["generation"] = {
+                "applied": settings.applied(),
+                "not_applied": settings.not_applied(),
+            }
         if artifact.manifest.mode == "bank":
             bank = artifact.open_bank()
             file = bank.find_file().name

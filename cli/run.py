@@ -80,6 +80,7 @@ def command(
         top_p=top_p,
         seed=seed,
         on_text=on_text,
+        on_note=console.note,
     )
     console.result({"predictions": predictions}, _text(predictions, streamed=alone))
     for number in _out_of_positions(predictions, max_new_tokens):

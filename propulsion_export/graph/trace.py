@@ -13,7 +13,7 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from propulsion_export.artifacts.artifact import Tensors
@@ -123,7 +123,10 @@ def trace_encoder_decoder(
 def _decoding_steps(
     model: PreTrainedModel, prompt: dict[str, torch.Tensor], cache: Cache | None = None
 ) -> list[dict[str, Any]]:
-    """What generate() gives the model's forward: for the prompt, and for two tokens behind it."""
+    """What generate() gives the model's forward: for the prompt, and for two tokens behind it.
+
+    The model is a copy, whose generation settings are replaced.
+    """
     if model._is_stateful:
         raise ToolError(
             f"{type(model).__name__}: keeps a state that is no cache of keys and values, expected "
@@ -132,14 +135,23 @@ def _decoding_steps(
     decompose = _exporter_module("utils").decompose_for_generation
     given = prompt if cache is None else {**prompt, "cache": cache}
     with _refusals(model), quiet_while_tracing():
-        greedy = copy.deepcopy(model.generation_config)
-        # It must not stop before the steps that are captured.
-        greedy.update(do_sample=False, num_beams=1, cache_implementation=None, min_new_tokens=3)
-        stages = decompose(model, given, generation_config=greedy, multi_token_decode=True)
+        # generate() takes what is not set from the model's own settings, which may ask for another
+        # search. It must not stop before the steps that are captured.
+        model.generation_config = _greedy(model.generation_config)
+        stages = decompose(
+            model, given, generation_config=model.generation_config, multi_token_decode=True
+        )
     return [
         {name: value for name, value in stages[stage][1].items() if name not in _FLAGS}
         for stage in ("prefill", "decode")
     ]
+
+
+def _greedy(settings: GenerationConfig) -> GenerationConfig:
+    """Settings for plain greedy generation with the special tokens of other settings."""
+    tokens = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+    named = {name: getattr(settings, name) for name in tokens}
+    return GenerationConfig(do_sample=False, num_beams=1, min_new_tokens=3, **named)
 
 
 def _varying(arguments: Mapping[str, Any], extra: Mapping[str, torch.Tensor]) -> dict[str, Any]:

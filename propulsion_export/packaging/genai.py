@@ -11,6 +11,7 @@ from propulsion_export.artifacts.file_names import GENAI_CONFIG_FILE, GRAPH_FILE
 from propulsion_export.artifacts.manifest import TensorSpec
 from propulsion_export.artifacts.tensor_names import LOGITS, PAST, PRESENT
 from propulsion_export.base_model.config import read_config
+from propulsion_export.base_model.generation_settings import GenerationSettings
 from propulsion_export.base_model.special_tokens import SpecialTokens
 from propulsion_export.base_model.tasks import TASKS
 from propulsion_export.errors import UsageError
@@ -23,6 +24,8 @@ _UNLIMITED = 32768
 # Its name for any graph of the inputs and outputs below. For the architectures whose names it
 # knows (`llama`, `phi3`) it does nothing else; for others (`gptj`, `bloom`) it has no name.
 _TYPE = "decoder"
+# Settings for choosing tokens that it applies as transformers does (0.18).
+_SEARCH = ("repetition_penalty", "no_repeat_ngram_size", "min_length")
 _READ = ("input_ids", "attention_mask", "position_ids")
 
 
@@ -41,6 +44,7 @@ def plan(artifact: Artifact, options: PackageOptions) -> WritePackage:
         longest = getattr(config, "max_position_embeddings", None) or _UNLIMITED
         special = SpecialTokens.read(directory)
         content = genai_config(artifact.manifest.inputs, config, special, longest=longest)
+        content["search"] |= _search(GenerationSettings.read(directory))
         text = json.dumps(content, indent=2) + "\n"
         (directory / GENAI_CONFIG_FILE).write_text(text, encoding="utf-8")
         return write_adapter_files(artifact, directory)
@@ -93,6 +97,12 @@ def genai_config(
         # Each step returns a longer cache; the other way is for graphs that write into a fixed one.
         "search": {"do_sample": False, "max_length": longest, "past_present_share_buffer": False},
     }
+
+
+def _search(settings: GenerationSettings) -> dict[str, float]:
+    """The generation settings of the model that the runtime applies as well, as numbers."""
+    values = {name: settings.number(name) for name in _SEARCH}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _check_fits(artifact: Artifact) -> None:

@@ -1,10 +1,11 @@
 """`run`: predict with an artifact."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from propulsion_export.artifacts.artifact import Artifact
+from propulsion_export.base_model.generation_settings import GenerationSettings
 from propulsion_export.base_model.tasks import TASKS
 from propulsion_export.errors import ArtifactError, UsageError
 from propulsion_export.serving.generation import DEFAULT_NEW_TOKENS, OnText, Settings
@@ -30,6 +31,7 @@ def predict(
     top_p: float | None = None,
     seed: int | None = None,
     on_text: OnText | None = None,
+    on_note: Callable[[str], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Predict for texts; returns one JSON object per text.
 
@@ -55,12 +57,14 @@ def predict(
         top_p: sample from the likeliest tokens that together have this probability.
         seed: for sampling; default: a different text every time.
         on_text: called with the number of a text, from 0, and the next piece generated for it.
+        on_note: called with what to know about the predictions: generation settings of the model
+            that are not applied.
 
     Raises:
         UsageError: there is no text; the numbers of adapters or contexts and of texts differ; an
             option for generating text, for another task.
         UnknownAdapterError: the artifact has no adapter of that name.
-        ArtifactError: an output is NaN.
+        ArtifactError: an output is NaN or overflows, also the logits of a token to generate.
         UnavailableError: this machine cannot run it.
     """
     read = Artifact.read(artifact)
@@ -77,6 +81,8 @@ def predict(
         "seed": seed,
     }
     settings = _settings(read, options, on_text)
+    if settings is not None and on_note is not None:
+        _note_settings(read, settings, on_note)
     session = Session(read, runner=runner)
     replies = session(texts, names, context=contexts, settings=settings)
     _check_numbers(read, replies)
@@ -86,14 +92,31 @@ def predict(
     ]
 
 
+def _note_settings(artifact: Artifact, settings: Settings, on_note: Callable[[str], None]) -> None:
+    """Say which generation settings of the model change its text and are not applied."""
+    read = GenerationSettings.read(artifact.directory)
+    if ignored := read.not_applied(sampling=settings.sampling is not None):
+        shown = ", ".join(f"{name} {value}" for name, value in ignored.items())
+        on_note(f"{read.file}: not applied: {shown}")
+
+
 def _check_numbers(artifact: Artifact, replies: Sequence[Reply]) -> None:
     """Refuse predictions computed from NaN; a session leaves that decision to its caller."""
-    lost = {reply.adapter for reply in replies if reply.has_nan}
+    lost = [(number, reply) for number, reply in enumerate(replies, 1) if reply.has_nan]
     if lost:
         raise ArtifactError(
-            *(f"{artifact.directory}: computes NaN with {name!r}" for name in sorted(lost)),
+            *(
+                f"{artifact.directory}: computes NaN with {reply.adapter!r} for text {number}"
+                f"{_lost_at(reply)}"
+                for number, reply in lost
+            ),
             remedy="`propulsion-export parity` shows which check fails.",
         )
+
+
+def _lost_at(reply: Reply) -> str:
+    tokens = (reply.prediction or {}).get("tokens") if not reply.outputs else None
+    return "" if tokens is None else f", at generated token {len(tokens) + 1}"
 
 
 def _settings(

@@ -12,10 +12,10 @@ from propulsion_export.adapters.scales import Array
 from propulsion_export.artifacts.artifact import Artifact, Runner, Tensors
 from propulsion_export.artifacts.file_names import ENCODER_DECODER_FILES
 from propulsion_export.artifacts.tensor_names import IDS_INPUT, PAST
-from propulsion_export.base_model.config import read_settings
+from propulsion_export.base_model.generation_settings import first_decoder_token
 from propulsion_export.base_model.tasks import TASKS
 from propulsion_export.environment.machine import cuda_devices
-from propulsion_export.errors import ArtifactError, UnavailableError, UsageError
+from propulsion_export.errors import UnavailableError, UsageError
 from propulsion_export.runners.decoding import Candidate, CausalModel, EncoderDecoder
 from propulsion_export.runners.table import RUNTIMES, runtimes_of
 
@@ -65,7 +65,8 @@ def open_candidate(artifact: Artifact, name: str, *, trust_remote_code: bool = F
         encode, first, later = (
             _open(artifact, name, artifact.directory / file) for file in ENCODER_DECODER_FILES
         )
-        return EncoderDecoder(encode, _by_cache(first, later), _first_token(artifact.directory))
+        start = first_decoder_token(artifact.directory)
+        return EncoderDecoder(encode, _by_cache(first, later), start)
     return _open(artifact, name, artifact.path)
 
 
@@ -115,13 +116,3 @@ def _by_cache(first: Runner, later: Runner) -> Runner:
         return later(feeds) if cached else first(feeds)
 
     return decode
-
-
-def _first_token(directory: Path) -> int:
-    token = read_settings(directory).get("decoder_start_token_id")
-    if not isinstance(token, int):
-        raise ArtifactError(
-            f"{directory / 'config.json'}: decoder_start_token_id is {token!r}, expected a token "
-            "number"
-        )
-    return token

@@ -40,9 +40,21 @@ def torch_candidate(model: Any, task: str) -> Candidate:
         return EncoderDecoder(
             torch_encoder_runner(model),
             torch_cross_decoder_runner(model),
-            model.config.decoder_start_token_id,
+            _first_token(model),
         )
     return torch_runner(model)
+
+
+def _first_token(model: Any) -> int:
+    """The token that the decoder begins with; see `generation_settings.first_decoder_token`."""
+    settings = model.generation_config
+    named = (
+        settings.decoder_start_token_id,
+        getattr(model.config, "decoder_start_token_id", None),
+        settings.bos_token_id,
+    )
+    token = next(token for token in named if token is not None)
+    return int(token[0] if isinstance(token, list) else token)
 
 
 def torch_runner(model: Any) -> Runner:

@@ -10,6 +10,7 @@ import numpy as np
 from propulsion_export.adapters.scales import Array
 from propulsion_export.artifacts.artifact import Artifact, Tensors
 from propulsion_export.base_model.config import read_settings
+from propulsion_export.base_model.generation_settings import GenerationSettings
 from propulsion_export.base_model.positions import as_config, longest_input
 from propulsion_export.base_model.special_tokens import SpecialTokens
 from propulsion_export.base_model.tasks import TASKS
@@ -18,10 +19,13 @@ from propulsion_export.errors import UsageError
 from propulsion_export.runners.decoding import (
     Choose,
     Generator,
+    Opening,
     go_on,
     greedy,
 )
 from propulsion_export.serving.text_stream import TextStream
+from propulsion_export.serving.token_choice import TokenChooser
+from propulsion_export.serving.token_rules import Row, rules_of
 from propulsion_export.serving.token_sampling import Sampling, sampler
 
 DEFAULT_NEW_TOKENS = 128
@@ -84,6 +88,7 @@ class Writer:
         generator: the model.
         tokenizer: the artifact's tokenizer.
         special: its special tokens.
+        defaults: its generation settings.
         positions: most tokens of prompt and answer together; None for no limit.
         longest: most tokens of a prompt that an encoder reads; None where the decoder reads it.
         one_at_a_time: see `texts.Reader`.
@@ -92,6 +97,7 @@ class Writer:
     generator: Generator
     tokenizer: Any
     special: SpecialTokens
+    defaults: GenerationSettings
     positions: int | None
     longest: int | None
     one_at_a_time: threading.Lock = field(default_factory=threading.Lock)
@@ -134,21 +140,44 @@ class Writer:
             settings: how to generate.
 
         Returns:
-            For each text `generated`, `tokens` (without the end token) and `stopped`: `end` or
-            `length`.
+            For each text `generated`, `tokens` (without the end token) and `stopped`: `end`,
+            `length`, or `nan` where the next logits are NaN or infinite.
+
+        Raises:
+            ArtifactError: a generation setting of the model has a value that cannot be used.
         """
         opening = self.generator.open({**self._batch(prompts), **feeds})
+        rooms = self._room(opening.mask.sum(1), settings)
         rows = [
             _TextInProgress(
                 TextStream(self.tokenizer, self._read_before(prompt)), self.special.end, room
             )
-            for prompt, room in zip(prompts, self._room(opening.mask.sum(1), settings), strict=True)
+            for prompt, room in zip(prompts, rooms, strict=True)
         ]
-        choose = settings.choose(numbers)
+        choose = self._chooser(opening, prompts, rooms, settings.choose(numbers))
         for tokens in go_on(opening, choose, lambda: np.array([bool(r.stopped) for r in rows])):
-            for row, number, token in zip(rows, numbers, tokens, strict=True):
-                settings.report(number, row.take(int(token)))
+            for row, number, token, lost in zip(rows, numbers, tokens, choose.lost, strict=True):
+                settings.report(number, row.lose() if lost else row.take(int(token)))
         return [row.outcome() for row in rows]
+
+    def _chooser(
+        self,
+        opening: Opening,
+        prompts: Sequence[Sequence[int]],
+        rooms: Sequence[int],
+        pick: Choose,
+    ) -> TokenChooser:
+        """What chooses the tokens of a batch, by the generation settings of the model."""
+        pairs = zip(opening.tokens, opening.mask, strict=True)
+        starts = [tokens[real == 1] for tokens, real in pairs]
+        rules = [
+            rules_of(
+                self.defaults,
+                Row(np.array(prompt, np.int64), len(start), room, self.special.end),
+            )
+            for prompt, start, room in zip(prompts, starts, rooms, strict=True)
+        ]
+        return TokenChooser(starts, rules, pick)
 
     def _batch(self, prompts: Sequence[Sequence[int]]) -> Tensors:
         padding = self.special.pad or 0
@@ -182,6 +211,7 @@ def open_writer(artifact: Artifact, generator: Generator) -> Writer:
         generator,
         tokenizer,
         SpecialTokens.read(artifact.directory),
+        GenerationSettings.read(artifact.directory),
         # Models without a table of positions (ALiBi, T5's relative positions) have no limit.
         positions=getattr(config, "max_position_embeddings", None),
         longest=longest_input(config, tokenizer) if encoded else None,
@@ -207,6 +237,13 @@ class _TextInProgress:
             self.stopped = "length"
             piece += self.stream.finish()
         return piece
+
+    def lose(self) -> str:
+        """Stop because the logits are no numbers; returns the rest of the text before them."""
+        if self.stopped is not None:
+            return ""
+        self.stopped = "nan"
+        return self.stream.finish()
 
     def outcome(self) -> dict[str, Any]:
         return {

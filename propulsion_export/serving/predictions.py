@@ -111,7 +111,8 @@ def _filled(outcome: Outcome, tokenizer: Any) -> list[str]:
 
 
 def _shares(logits: Any) -> Any:
-    """Softmax over the last axis, in float64."""
+    """Softmax over the last axis, in float64; NaN where a logit is NaN or overflows."""
     wide = np.asarray(logits, dtype=np.float64)
-    shares = np.exp(wide - wide.max())
-    return shares / shares.sum()
+    with np.errstate(invalid="ignore"):  # infinity minus infinity
+        shares = np.exp(wide - wide.max())
+        return shares / shares.sum()

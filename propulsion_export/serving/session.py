@@ -14,6 +14,7 @@ from propulsion_export.artifacts.changing import add_adapter, remove_adapter
 from propulsion_export.artifacts.consistency import check_consistent
 from propulsion_export.artifacts.locking import shared_lock
 from propulsion_export.artifacts.tensor_names import BANK_INPUT, IDS_INPUT, PACKED_INPUTS
+from propulsion_export.base_model.generation_settings import GenerationSettings
 from propulsion_export.base_model.tasks import TASKS
 from propulsion_export.errors import UnknownAdapterError, UsageError
 from propulsion_export.runners.decoding import recomputing
@@ -59,8 +60,12 @@ class Reply:
 
     @property
     def has_nan(self) -> bool:
-        """Whether an output holds NaN, so that the prediction is meaningless."""
-        return any(np.isnan(values).any() for values in self.outputs.values())
+        """Whether an output is NaN or overflows to infinity: the prediction is meaningless.
+
+        Generated text stops there, and `prediction["stopped"]` is `nan`.
+        """
+        lost = self.prediction is not None and self.prediction.get("stopped") == "nan"
+        return lost or any(_is_lost(values) for values in self.outputs.values())
 
 
 class Session:
@@ -111,6 +116,20 @@ class Session:
     def adapters(self) -> tuple[str, ...]:
         """Names of the adapters there are now, sorted, without `base`."""
         return self._roster.names
+
+    @property
+    def settings_not_applied(self) -> dict[str, Any]:
+        """Settings for generating text in the artifact's files that would change it, by name.
+
+        Those of other searches than token by token, and where `do_sample` is on those of sampling:
+        pass `Settings(sampling=...)` to sample. Empty for other tasks.
+
+        Raises:
+            ArtifactError: the settings are damaged.
+        """
+        if callable(self._candidate):
+            return {}
+        return GenerationSettings.read(self._artifact.directory).not_applied()
 
     def __call__(
         self,
@@ -301,6 +320,11 @@ class Session:
         if name is not None and name in outputs and choice.labels:
             outputs = {**outputs, name: outputs[name][..., : len(choice.labels)]}
         return Reply(choice.adapter, choice.version, choice.labels, outputs, prediction)
+
+
+def _is_lost(values: Any) -> bool:
+    """Whether numbers are NaN, or infinite above; masks are infinite below."""
+    return bool((np.isnan(values) | np.isposinf(values)).any())
 
 
 def _open(directory: Path, runner: str) -> Session:
