@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from propulsion_export.base_model.hub import copy_files
+from propulsion_export.base_model.hub import copy_files, locate
 from propulsion_export.base_model.tasks import TASKS
 from propulsion_export.environment.quiet import quiet
 from propulsion_export.errors import ArtifactError, BaseModelError, first_line
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 _ROTARY_SETTINGS = ("rope_", "rotary_", "partial_rotary_", "global_rope_", "local_rope_")
 # How a chat becomes one text; tokenizers load it by this name.
 _CHAT_TEMPLATE = "chat_template.jinja"
+# What PEFT writes with every adapter.
+_ADAPTER_CONFIG = "adapter_config.json"
 
 
 def read_config(source: str, *, trust_remote_code: bool = False) -> "PretrainedConfig":
@@ -31,6 +33,7 @@ def read_config(source: str, *, trust_remote_code: bool = False) -> "PretrainedC
 
     directory = Path(source).expanduser()
     if directory.is_dir() and not (directory / "config.json").is_file():
+        _refuse_adapter(source)
         raise BaseModelError(f"{source}: has no config.json, expected a transformers checkpoint")
     if not directory.exists() and (source.startswith(("/", ".", "~")) or source.count("/") > 1):
         # This is no name on a hub, and without a network a look-up there takes long.
@@ -42,10 +45,29 @@ def read_config(source: str, *, trust_remote_code: bool = False) -> "PretrainedC
         with quiet():
             return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
+        if locate(source, "config.json") is None:
+            _refuse_adapter(source)
         raise BaseModelError(
             f"{source}: no transformers checkpoint can be loaded from there ({first_line(error)})",
             remedy="Give its directory with -m.",
         ) from error
+
+
+def _refuse_adapter(source: str) -> None:
+    """Say so if what was given as a base model is an adapter.
+
+    Raises:
+        BaseModelError: it is one; names the base model that it records.
+    """
+    file = locate(source, _ADAPTER_CONFIG)
+    if file is None:
+        return
+    base = read_settings_file(file).get("base_model_name_or_path")
+    raise BaseModelError(
+        f"{source}: is an adapter (it has {_ADAPTER_CONFIG} and no config.json), expected a base "
+        "model",
+        remedy=f"Give the base model with -m{f', such as {base}' if base else ''}.",
+    )
 
 
 def class_names(config: "PretrainedConfig") -> tuple[str, ...]:
