@@ -135,6 +135,8 @@ def _decoding_steps(
         greedy = copy.deepcopy(model.generation_config)
         # It must not stop before the steps that are captured.
         greedy.update(do_sample=False, num_beams=1, cache_implementation=None, min_new_tokens=3)
+        # generate() takes what `greedy` leaves open, such as the kind of cache, from the model's.
+        model.generation_config = greedy
         stages = decompose(model, given, generation_config=greedy, multi_token_decode=True)
     return [
         {name: value for name, value in stages[stage][1].items() if name not in _FLAGS}
