@@ -25,6 +25,7 @@ FULL = {
     errno.EROFS: "the file system is read-only",
 }
 
+_MODEL_WEIGHTS = r"(model|pytorch_model)[-.].*(safetensors|bin)"
 _ELSEWHERE = "Choose another place for the output."
 
 
@@ -130,6 +131,12 @@ def _refuse_to_lose(destination: Path, marker: Marker, *, force: bool) -> None:
             "replace it",
             remedy="Choose another directory.",
         )
+    if weights := _weights_beside_an_adapter(destination, marker):
+        raise UsageError(
+            f"{destination}: holds the base model's weights too ({weights}), so --force does not "
+            "replace it",
+            remedy="Choose another directory.",
+        )
     if Path.cwd().is_relative_to(destination):
         raise UsageError(f"{destination}: the current directory lies inside, it is not replaced")
 
@@ -159,6 +166,14 @@ def _mounts() -> list[Path]:
 
 def _character(octal: re.Match[bytes]) -> bytes:
     return bytes([int(octal[1], 8)])
+
+
+def _weights_beside_an_adapter(destination: Path, marker: Marker) -> str | None:
+    """A file of model weights in an adapter's directory; no command of ours writes one there."""
+    if marker != "adapter_config.json":
+        return None
+    names = sorted(path.name for path in destination.iterdir())
+    return next((name for name in names if re.match(_MODEL_WEIGHTS, name)), None)
 
 
 def _refuse_unwritable(destination: Path) -> None:

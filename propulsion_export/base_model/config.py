@@ -1,11 +1,16 @@
 """The base model's `config.json`: read, resolved to a task, written for an artifact."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from propulsion_export.base_model.hub import copy_files
+from propulsion_export.base_model.config_switches import (
+    ON_LOADING,
+    keep_switches_,
+    reset_switches_,
+)
+from propulsion_export.base_model.hub import copy_files, locate
 from propulsion_export.base_model.tasks import TASKS
 from propulsion_export.environment.quiet import quiet
 from propulsion_export.errors import ArtifactError, BaseModelError, first_line
@@ -19,18 +24,22 @@ if TYPE_CHECKING:
 _ROTARY_SETTINGS = ("rope_", "rotary_", "partial_rotary_", "global_rope_", "local_rope_")
 # How a chat becomes one text; tokenizers load it by this name.
 _CHAT_TEMPLATE = "chat_template.jinja"
+# What PEFT writes with every adapter.
+_ADAPTER_CONFIG = "adapter_config.json"
 
 
 def read_config(source: str, *, trust_remote_code: bool = False) -> "PretrainedConfig":
-    """The configuration of a checkpoint, by path or name.
+    """The configuration of a checkpoint, by path or name, with outputs in their usual form.
 
     Raises:
         BaseModelError: there is none, or it cannot be read.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     directory = Path(source).expanduser()
     if directory.is_dir() and not (directory / "config.json").is_file():
+        _refuse_adapter(source)
         raise BaseModelError(f"{source}: has no config.json, expected a transformers checkpoint")
     if not directory.exists() and (source.startswith(("/", ".", "~")) or source.count("/") > 1):
         # This is no name on a hub, and without a network a look-up there takes long.
@@ -40,12 +49,35 @@ def read_config(source: str, *, trust_remote_code: bool = False) -> "PretrainedC
         )
     try:
         with quiet():
-            return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+            config = AutoConfig.from_pretrained(
+                source, trust_remote_code=trust_remote_code, **ON_LOADING
+            )
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+        if locate(source, "config.json") is None:
+            _refuse_adapter(source)
         raise BaseModelError(
             f"{source}: no transformers checkpoint can be loaded from there ({first_line(error)})",
             remedy="Give its directory with -m.",
         ) from error
+    reset_switches_(config)
+    return config
+
+
+def _refuse_adapter(source: str) -> None:
+    """Say so if what was given as a base model is an adapter.
+
+    Raises:
+        BaseModelError: it is one; names the base model that it records.
+    """
+    file = locate(source, _ADAPTER_CONFIG)
+    if file is None:
+        return
+    base = read_settings_file(file).get("base_model_name_or_path")
+    raise BaseModelError(
+        f"{source}: is an adapter (it has {_ADAPTER_CONFIG} and no config.json), expected a base "
+        "model",
+        remedy=f"Give the base model with -m{f', such as {base}' if base else ''}.",
+    )
 
 
 def class_names(config: "PretrainedConfig") -> tuple[str, ...]:
@@ -53,10 +85,13 @@ def class_names(config: "PretrainedConfig") -> tuple[str, ...]:
     return tuple(config.id2label[index] for index in sorted(config.id2label))
 
 
-def save_config(model: "PreTrainedModel", directory: Path, dtype: str) -> None:
+def save_config(
+    model: "PreTrainedModel", directory: Path, dtype: str, *, for_graph: bool = False
+) -> None:
     """Write `config.json` as the model class would, without the path it was loaded from.
 
-    Rotary settings are also kept under the names that the base model's own file has.
+    Rotary settings are also kept under the names that the base model's own file has. For a graph,
+    what only a PyTorch model reads is left out: switches of the form of its outputs.
     """
     config = model.config
     config.dtype = dtype
@@ -66,7 +101,10 @@ def save_config(model: "PreTrainedModel", directory: Path, dtype: str) -> None:
     file = directory / "config.json"
     content = json.loads(file.read_text(encoding="utf-8"))
     content.pop("_name_or_path", None)
-    content = _rotary_settings(config) | content
+    written = _written_settings(config)
+    content = _rotary_settings(written) | content
+    if not for_graph:
+        keep_switches_(content, written)
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
@@ -98,14 +136,18 @@ def save_generation_settings(source: str, task: str, directory: Path) -> None:
         file.write_text(settings.to_json_string(), encoding="utf-8")
 
 
-def _rotary_settings(config: "PretrainedConfig") -> dict[str, Any]:
-    """The rotary settings in the file that a configuration was read from, verbatim."""
+def _written_settings(config: "PretrainedConfig") -> dict[str, Any]:
+    """The settings in the file that a configuration was read from, verbatim."""
     from transformers import PretrainedConfig
 
     if not config._name_or_path:
         return {}
     with quiet():
         written, _ = PretrainedConfig.get_config_dict(config._name_or_path)
+    return dict(written)
+
+
+def _rotary_settings(written: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in written.items() if name.startswith(_ROTARY_SETTINGS)}
 
 

@@ -19,6 +19,10 @@ from propulsion_export.base_model.tasks import TASKS
 from propulsion_export.environment.quiet import quiet
 from propulsion_export.errors import BaseModelError, first_line
 
+# transformers also loads an adapter that it finds beside the weights, onto the model. Told to look
+# in a folder that no model has, it finds none. Remove when from_pretrained can be told not to look.
+_NO_ADAPTER = {"subfolder": "propulsion-export-loads-no-adapter"}
+
 
 @dataclass(frozen=True)
 class BaseModel:
@@ -103,12 +107,19 @@ def load_base(
     """
     config = read_config(source, trust_remote_code=trust_remote_code)
     model_class = model_class_of(task)
-    model, missing = _load(model_class, source, config, dtype, trust_remote_code)
+    model, missing = load_model(
+        model_class, source, config, dtype=dtype, trust_remote_code=trust_remote_code
+    )
     poolerless = {name for name in missing if ".pooler." in f".{name}"}
     if TASKS[task].prediction == "embedding" and poolerless and _may_drop_pooler(model):
         # The checkpoint has no pooling layer: leave it out rather than export a random one.
-        model, missing = _load(
-            model_class, source, config, dtype, trust_remote_code, add_pooling_layer=False
+        model, missing = load_model(
+            model_class,
+            source,
+            config,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            add_pooling_layer=False,
         )
     return BaseModel(
         model=model.eval().requires_grad_(False),
@@ -170,14 +181,32 @@ def model_class_of(task: str) -> Any:
     return getattr(transformers, TASKS[task].auto_class)
 
 
-def _load(
+def load_model(
     model_class: Any,
     source: str,
     config: PretrainedConfig,
+    *,
     dtype: torch.dtype | None,
     trust_remote_code: bool,
     **constructor: bool,
 ) -> tuple[PreTrainedModel, set[str]]:
+    """A checkpoint's safetensors in a model, without an adapter that lies beside them.
+
+    Args:
+        model_class: one of transformers' auto classes.
+        source: directory or name.
+        config: the model's configuration.
+        dtype: the floating-point dtype of the weights; None: the checkpoint's own.
+        trust_remote_code: run code that the checkpoint brings.
+        constructor: arguments of the model's class.
+
+    Returns:
+        The model, and the names of parameters that the checkpoint lacks or has in another shape;
+        their values are random.
+
+    Raises:
+        BaseModelError: the checkpoint cannot be loaded.
+    """
     try:
         with quiet():
             model, info = model_class.from_pretrained(
@@ -188,6 +217,7 @@ def _load(
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
                 trust_remote_code=trust_remote_code,
+                adapter_kwargs=_NO_ADAPTER,
                 **constructor,
             )
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
@@ -195,7 +225,6 @@ def _load(
             f"{source}: cannot be loaded ({first_line(error)})",
             remedy="Expected a complete transformers checkpoint in safetensors.",
         ) from error
-    # A head of another size is missing too: transformers initialises it at random.
     mismatched = {entry[0] for entry in info["mismatched_keys"]}
     return model, set(info["missing_keys"]) | mismatched
 

@@ -272,7 +272,7 @@ def _write(
 ) -> None:
     """Everything in an artifact's directory but its manifest."""
     write_graphs(graphs.programs, directory)
-    save_config(base.model, directory, dtype)
+    save_config(base.model, directory, dtype, for_graph=True)
     copy_tokenizer(base.source, directory)
     record_tokenizer(read_tokenizer(base.source), directory)
     save_generation_settings(base.source, base.task, directory)

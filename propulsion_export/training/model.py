@@ -13,6 +13,8 @@ from peft import get_peft_model
 from safetensors import SafetensorError
 from torch import nn
 
+from propulsion_export.base_model.config import read_config, set_labels
+from propulsion_export.base_model.loading import load_model, model_class_of
 from propulsion_export.base_model.positions import longest_input
 from propulsion_export.errors import BaseModelError, first_line
 from propulsion_export.training.options import TrainOptions
@@ -54,19 +56,17 @@ def load_trainable(
     name = _resolved(model)
     transformers.set_seed(options.seed)
     with _load_errors_as_ours(name):
+        config = read_config(name, trust_remote_code=options.trust_remote_code)
         tokenizer = _tokenizer(name, options)
-        config = _config(name, tokenizer, classes, options)
-        loaded, report = getattr(transformers, options.task_entry.auto_class).from_pretrained(
-            name,
-            config=config,
-            dtype=getattr(torch, options.dtype),
-            # A checkpoint may bring a head for other classes.
-            ignore_mismatched_sizes=not options.task_entry.generates,
-            use_safetensors=True,
-            trust_remote_code=options.trust_remote_code,
-            output_loading_info=True,
-        )
-    missing = sorted(report["missing_keys"])
+        _set_up_(config, tokenizer, classes, options)
+    loaded, lacking = load_model(
+        model_class_of(options.task),
+        name,
+        config,
+        dtype=getattr(torch, options.dtype),
+        trust_remote_code=options.trust_remote_code,
+    )
+    missing = sorted(lacking)
     if options.task_entry.generates:
         _check_language_model(name, loaded, tokenizer, missing)
         _check_passages_apart(name, loaded, options)
@@ -146,21 +146,16 @@ def _tokenizer(name: str, options: TrainOptions) -> Any:
     return tokenizer
 
 
-def _config(name: str, tokenizer: Any, classes: Sequence[str], options: TrainOptions) -> Any:
-    settings: dict[str, Any] = {"use_cache": False}
+def _set_up_(config: Any, tokenizer: Any, classes: Sequence[str], options: TrainOptions) -> None:
+    """Change a base model's configuration to what is trained."""
     if classes:
-        settings = {
-            "id2label": dict(enumerate(classes)),
-            "label2id": {label: index for index, label in enumerate(classes)},
-        }
-    config = transformers.AutoConfig.from_pretrained(
-        name, trust_remote_code=options.trust_remote_code, **settings
-    )
+        set_labels(config, classes)
+    else:
+        config.use_cache = False
     if options.task_entry.prediction == "class":
         config.problem_type = "single_label_classification"
     if getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = tokenizer.pad_token_id
-    return config
 
 
 def _check_language_model(name: str, model: Any, tokenizer: Any, missing: Sequence[str]) -> None:

@@ -407,7 +407,7 @@ def test_a_validation_label_that_training_lacks_is_refused(
 
 @pytest.mark.parametrize(
     ("name", "reason"),
-    [("absent", "does not exist"), ("empty", "cannot be loaded")],
+    [("absent", "does not exist"), ("empty", "has no config.json, expected")],
 )
 def test_a_base_model_that_cannot_be_loaded_is_one_line(name, reason, texts, options, tmp_path):
     (tmp_path / "empty").mkdir()
