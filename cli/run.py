@@ -83,6 +83,8 @@ def command(
         on_note=console.note,
     )
     console.result({"predictions": predictions}, _text(predictions, streamed=alone))
+    for note in dict.fromkeys(item["note"] for item in predictions if "note" in item):
+        console.note(note)
     for number in _out_of_positions(predictions, max_new_tokens):
         console.note(f"text {number}: stopped, the model has no more positions")
 
@@ -102,7 +104,7 @@ def shown(prediction: Mapping[str, Any]) -> str:
         return ", ".join(prediction["filled"])
     numbers = prediction["embedding"]
     first = " ".join(f"{number:g}" for number in numbers[:_SHOWN])
-    return f"{first} ... ({len(numbers)} numbers, --json has them all)"
+    return f"{first} ... ({len(numbers)} numbers, {prediction['pooling']}, --json has them all)"
 
 
 def _text(predictions: Sequence[Mapping[str, Any]], *, streamed: bool) -> str:

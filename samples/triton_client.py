@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,16 @@ def encode(directory, texts, adapters):
     known = json.loads((directory / "adapters.json").read_text(encoding="utf-8"))
     if unknown := set(adapters) - known.keys():
         raise SystemExit(f"{directory}: has no adapter {min(unknown)!r}, only {', '.join(known)}")
+    pipeline = sentences(directory, tokenizer)
+    if pipeline:
+        texts = pipeline.with_prompt(texts)
     tokens = tokenizer(
-        texts, padding=True, pad_to_multiple_of=BUCKET, truncation=True, return_tensors="np"
+        texts,
+        padding=True,
+        pad_to_multiple_of=BUCKET,
+        truncation=True,
+        max_length=pipeline.limit if pipeline else None,
+        return_tensors="np",
     )
     # An id of no adapter gives NaN, and an engine does not check ids at all.
     ids = [known[name]["id"] for name in adapters]
@@ -28,6 +37,25 @@ def encode(directory, texts, adapters):
     # Some models need token_type_ids although their tokenizer does not return them.
     types = {"token_type_ids": np.zeros_like(tokens["input_ids"])}
     return {**types, **tokens, **id_feeds}, tokens["attention_mask"], labels
+
+
+def sentences(directory, tokenizer):
+    """How sentence-transformers embeds texts with this model; None where it does not say."""
+    if not (directory / "modules.json").exists():
+        return None
+    from propulsion_export.base_model.sentence_texts import open_sentence_texts  # loads no torch
+
+    return open_sentence_texts(directory, tokenizer)
+
+
+def embed(directory, hidden, mask):
+    """The embedding of each row's token vectors."""
+    texts = sentences(directory, AutoTokenizer.from_pretrained(directory))
+    if texts is None:
+        print("the base has no sentence pipeline: mean over the tokens", file=sys.stderr)
+    pool = texts.embed if texts else lambda own: own.mean(axis=0)
+    rows = zip(hidden, mask, strict=True)
+    return [pool(row[own == 1]).round(6).tolist() for row, own in rows]
 
 
 def infer(client, name, tensors):
@@ -43,9 +71,11 @@ def infer(client, name, tensors):
 
 
 def predict(client, directory, texts, adapters):
-    """For each text its label, or a label for each token; for other tasks the outputs' shapes."""
+    """For each text its label, a label for each token or its embedding; else outputs' shapes."""
     tensors, mask, labels = encode(directory, texts, adapters)
     outputs = infer(client, directory.name, tensors)
+    if "last_hidden_state" in outputs:
+        return embed(directory, outputs["last_hidden_state"], mask)
     if "logits" not in outputs or None in labels:
         return [
             {name: values[row].shape for name, values in outputs.items()}

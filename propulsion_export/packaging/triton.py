@@ -19,6 +19,7 @@ from propulsion_export.artifacts.file_names import (
     WEIGHTS_FILE,
 )
 from propulsion_export.artifacts.manifest import AdapterEntry, BaseEntry
+from propulsion_export.base_model.sentence_modules import copy_sentence_pipeline
 from propulsion_export.graph.files import read_graph
 from propulsion_export.graph.ir_version import lower_ir_version_
 from propulsion_export.graph.passes.built_in_bank import BANK_FILE, BuildInBank
@@ -49,6 +50,7 @@ def plan(artifact: Artifact, options: PackageOptions) -> WritePackage:
         version.mkdir(parents=True)
         (place / CONFIG_FILE).write_text(config, encoding="utf-8")
         copy_artifact_files(artifact, filter(_is_of_client, artifact.manifest.files), place)
+        copy_sentence_pipeline(artifact.directory, place)
         ids, entries = _write_model(artifact, version / model.file)
         text = adapters_text(ids, entries, artifact.manifest.base)
         (place / ADAPTERS_FILE).write_text(text, encoding="utf-8")

@@ -10,6 +10,8 @@ from propulsion_export.artifacts.artifact import Artifact
 from propulsion_export.artifacts.file_names import MANIFEST_FILE
 from propulsion_export.artifacts.manifest import EngineEntry, TensorSpec
 from propulsion_export.artifacts.tensor_names import BANK_INPUT
+from propulsion_export.base_model.sentence_files import read_sentence_pipeline
+from propulsion_export.base_model.sentence_pipeline import MEAN
 from propulsion_export.base_model.tasks import TASKS, Architecture
 from propulsion_export.errors import UsageError
 
@@ -44,6 +46,7 @@ class ServedModel:
         inputs: the inputs of a request, [batch, …] each.
         outputs: the outputs, [batch, …] each.
         max_batch_size: the largest number of rows of a batch.
+        pooling: how clients make embeddings of the tokens' vectors; None for other tasks.
     """
 
     name: str
@@ -52,6 +55,7 @@ class ServedModel:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     max_batch_size: int
+    pooling: str | None = None
 
 
 def plan_model(artifact: Artifact, name: str, max_batch_size: int | None) -> ServedModel:
@@ -82,7 +86,8 @@ def plan_model(artifact: Artifact, name: str, max_batch_size: int | None) -> Ser
         raise UsageError(f"--max-batch-size: found {rows}, expected 1 or more")
     # The bank of an ONNX export is built in; an engine that has it as an input was refused.
     inputs = tuple(spec for spec in manifest.inputs if spec.name != BANK_INPUT)
-    return ServedModel(name, *_BACKENDS[manifest.kind], inputs, manifest.outputs, rows)
+    backend = _BACKENDS[manifest.kind]
+    return ServedModel(name, *backend, inputs, manifest.outputs, rows, _pooling(artifact))
 
 
 def config_text(model: ServedModel) -> str:
@@ -104,6 +109,27 @@ output [
 ]
 dynamic_batching {{
   max_queue_delay_microseconds: {_QUEUE_MICROSECONDS}
+}}
+{_parameters(model.pooling)}"""
+
+
+def _pooling(artifact: Artifact) -> str | None:
+    """The sentence pipeline's name; `mean` where there is none."""
+    if TASKS[artifact.manifest.task].prediction != "embedding":
+        return None
+    return (read_sentence_pipeline(artifact.directory) or MEAN).label
+
+
+def _parameters(pooling: str | None) -> str:
+    """What clients have to do themselves, as a parameter that they can read from the server."""
+    if pooling is None:
+        return ""
+    return f"""\
+# The outputs are one vector for each token. A client makes the text's embedding of them, by this
+# pooling of sentence-transformers (modules.json, where the base model has one).
+parameters {{
+  key: "pooling"
+  value: {{ string_value: {json.dumps(pooling)} }}
 }}
 """
 

@@ -7,6 +7,7 @@ import torch
 
 from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.adapters.provenance import adapter_tasks, base_source, check_base
+from propulsion_export.adapters.sentence_source import sentence_source
 from propulsion_export.adapters.specification import check_identity, read_adapters, source_of
 from propulsion_export.artifacts.artifact import Artifact
 from propulsion_export.artifacts.file_names import MANIFEST_FILE
@@ -20,6 +21,7 @@ from propulsion_export.base_model.config import (
     save_generation_settings,
 )
 from propulsion_export.base_model.loading import load_empty
+from propulsion_export.base_model.sentence_modules import copy_sentence_pipeline
 from propulsion_export.base_model.tasks import TASKS, TaskName, resolve_task
 from propulsion_export.base_model.tokenizer import copy_tokenizer
 from propulsion_export.environment.machine import tool_versions
@@ -72,6 +74,7 @@ def merge(
     check_identity(read)
     config = read_config(source, trust_remote_code=trust_remote_code)
     resolved = resolve_task(task, config.architectures or (), adapter_tasks([read]))
+    sentence = sentence_source(source, resolved, [source_of(adapter)])
     empty = load_empty(
         config, resolved, head=read.modules, labels=read.labels, trust_remote_code=trust_remote_code
     )
@@ -88,6 +91,8 @@ def merge(
         name = str(written).removeprefix("torch.")
         save_config(empty, directory, name)
         copy_tokenizer(source, directory)
+        if sentence is not None:
+            copy_sentence_pipeline(sentence, directory)
         save_generation_settings(source, resolved, directory)
         labelled = TASKS[resolved].labelled_output is not None
         own = class_names(config) if labelled and not read.modules else None

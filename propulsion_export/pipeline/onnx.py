@@ -9,6 +9,7 @@ from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.adapters.head_room import labels_of
 from propulsion_export.adapters.names import BASE_NAME
 from propulsion_export.adapters.provenance import adapter_tasks, base_source, check_base
+from propulsion_export.adapters.sentence_source import sentence_source
 from propulsion_export.adapters.specification import check_identity, read_adapters, source_of
 from propulsion_export.artifacts.artifact import Artifact
 from propulsion_export.artifacts.bank import Bank
@@ -28,6 +29,7 @@ from propulsion_export.base_model.config import read_config, save_config, save_g
 from propulsion_export.base_model.loading import BaseModel, load_base
 from propulsion_export.base_model.model_fingerprint import fingerprint_of_model
 from propulsion_export.base_model.recorded_tokenizer import record_tokenizer
+from propulsion_export.base_model.sentence_modules import copy_sentence_pipeline
 from propulsion_export.base_model.tasks import TaskName, resolve_task
 from propulsion_export.base_model.tokenizer import copy_tokenizer, read_tokenizer
 from propulsion_export.environment.machine import tool_versions
@@ -103,6 +105,7 @@ def export_onnx(
     check_replaceable(output, marker=MANIFEST_FILE, force=force, inputs=inputs)
     progress(0.05, f"loading {source}")
     base = _load(source, task, adapters, mode, slots, trust_remote_code=trust_remote_code)
+    sentence = sentence_source(source, base.task, list(map(source_of, adapter)))
     fingerprint = fingerprint_of_model(base.model)
     check_base(fingerprint, source, adapters)
     wanted = base.model.dtype if dtype == "keep" else getattr(torch, dtype)
@@ -118,6 +121,8 @@ def export_onnx(
     with staged_directory(output, marker=MANIFEST_FILE, force=force, inputs=inputs) as directory:
         entries = _entries(adapters, adapter, graphs, recorded)
         _write(graphs, base, directory, name, entries)
+        if sentence is not None:
+            copy_sentence_pipeline(sentence, directory)
         written = Artifact.write(directory, _manifest(graphs, base, recorded, entries, name))
     progress(1.0, f"wrote {output}")
     return written.at(output)

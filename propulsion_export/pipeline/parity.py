@@ -7,18 +7,22 @@ from pathlib import Path
 from typing import Literal
 
 from propulsion_export.adapters.adapter import Adapter
+from propulsion_export.adapters.sentence_source import sentence_source
 from propulsion_export.adapters.specification import read_adapters, source_of
 from propulsion_export.artifacts.artifact import Artifact, Tensors
 from propulsion_export.artifacts.layout import labels_in
 from propulsion_export.artifacts.staging import check_replaceable, staged_directory
 from propulsion_export.artifacts.tensor_names import LOGITS
 from propulsion_export.base_model.loading import BaseModel
+from propulsion_export.base_model.sentence_files import read_sentence_pipeline
+from propulsion_export.base_model.tasks import TASKS
 from propulsion_export.environment.machine import tool_versions
 from propulsion_export.environment.progress import Progress, silent
 from propulsion_export.errors import AdapterError, UnavailableError, UsageError, unknown_adapters
 from propulsion_export.graph.signature import check_signature
 from propulsion_export.parity.cases import judge
 from propulsion_export.parity.drawn import draw_adapters, feeds_for_drawn
+from propulsion_export.parity.embeddings import check_pooling, embedding, with_embeddings
 from propulsion_export.parity.generation import judge_generation
 from propulsion_export.parity.inputs import load_recorded_base, make_batches
 from propulsion_export.parity.mixing import judge_mixed
@@ -97,8 +101,12 @@ def check_parity(
         batches = make_batches(base, inputs, seed, short=name == "reference")
         subjects = _subjects(read, base, judged, drawn, batches, name, progress)
         progress(0.7, f"running {name}")
+        pooling, subjects, candidate = _with_embeddings(
+            read, base, adapter, subjects, batches, candidate
+        )
         checks = (
             *_about_adapters(read, adapters, seed),
+            *pooling,
             *_judge(read, subjects, batches, candidate),
         )
         rows = sum(len(next(iter(batch.values()))) for batch in batches)
@@ -149,6 +157,33 @@ def _subjects(
     steps = REFERENCE_LENGTH if runner == "reference" else GREEDY_STEPS
     feeds = feeds_for_drawn(artifact, drawn) if drawn else None
     return compute_oracle(artifact, base, adapters, batches, progress, steps=steps, feeds=feeds)
+
+
+def _with_embeddings(
+    artifact: Artifact,
+    base: BaseModel,
+    given: Sequence[str | Path],
+    subjects: list[Subject],
+    batches: Sequence[Tensors],
+    candidate: Candidate,
+) -> tuple[list[Check], list[Subject], Candidate]:
+    """Let sentence embeddings be judged too, where the artifact and its base model agree on them.
+
+    Returns:
+        The check of that, and the subjects and the candidate with embeddings.
+    """
+    if TASKS[base.task].prediction != "embedding" or not callable(candidate):
+        return [], subjects, candidate
+    recorded = [Path(entry.source) for entry in artifact.list_adapters().values()]
+    directories = list(map(source_of, given)) or [str(d) for d in recorded if d.is_dir()]
+    source = sentence_source(base.source, base.task, directories[:MOST_ADAPTERS])
+    expected = None if source is None else read_sentence_pipeline(source)
+    found = read_sentence_pipeline(artifact.directory)
+    check = check_pooling(expected, found)
+    if check.passed and expected is not None and found is not None:
+        subjects = with_embeddings(subjects, batches, expected)
+        candidate = embedding(candidate, found)
+    return [check], subjects, candidate
 
 
 def _judge(

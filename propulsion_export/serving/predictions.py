@@ -7,7 +7,11 @@ from typing import Any
 import numpy as np
 
 from propulsion_export.artifacts.artifact import Tensors
+from propulsion_export.base_model.sentence_pipeline import MEAN
+from propulsion_export.base_model.sentence_texts import SentenceTexts
 from propulsion_export.base_model.tasks import TASKS
+
+NO_PIPELINE = "the base has no sentence pipeline: mean over the tokens"
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,8 @@ class Outcome:
         mask: bool [length], False for padding.
         outputs: the row's outputs by name, without the batch axis.
         labels: class names; None if there are none.
+        sentence: how an embedding is made of the tokens' vectors; None where the base has no
+            sentence pipeline.
     """
 
     source: str
@@ -30,6 +36,7 @@ class Outcome:
     mask: Any
     outputs: Tensors
     labels: Sequence[str] | None
+    sentence: SentenceTexts | None = None
 
 
 def predict_row(task: str, outcome: Outcome, tokenizer: Any) -> dict[str, Any]:
@@ -44,15 +51,20 @@ def predict_row(task: str, outcome: Outcome, tokenizer: Any) -> dict[str, Any]:
         case "filled masks":
             return {"filled": _filled(outcome, tokenizer)}
         case "embedding":
-            return {"embedding": _embedding(outcome)}
+            return _embedding(outcome)
         case "text":
             raise AssertionError("text is generated, see `generation`")
 
 
-def _embedding(outcome: Outcome) -> list[float]:
-    """The mean of the last hidden state over the row's tokens."""
-    hidden = outcome.outputs["last_hidden_state"][outcome.mask].astype(np.float64)
-    return [round(float(value), 6) for value in hidden.mean(axis=0)]
+def _embedding(outcome: Outcome) -> dict[str, Any]:
+    """The text's embedding, computed in float64, and by which pooling."""
+    hidden = outcome.outputs["last_hidden_state"][outcome.mask]
+    if outcome.sentence is None:
+        values, pooling = MEAN.embed(hidden), {"pooling": MEAN.label, "note": NO_PIPELINE}
+    else:
+        values = outcome.sentence.embed(hidden)
+        pooling = {"pooling": outcome.sentence.pipeline.label}
+    return {"embedding": [round(float(value), 6) for value in values], **pooling}
 
 
 def _best(logits: Any, labels: Sequence[str] | None) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 from propulsion_export.artifacts.artifact import Artifact, Runner, Tensors
 from propulsion_export.base_model.config import read_settings
 from propulsion_export.base_model.positions import as_config, longest_input
+from propulsion_export.base_model.sentence_texts import SentenceTexts, open_sentence_texts
 from propulsion_export.base_model.tasks import TASKS
 from propulsion_export.base_model.tokenizer import (
     encode_texts,
@@ -36,6 +37,7 @@ class Reader:
         names: the inputs that the model reads.
         limit: most tokens of a text; longer texts are cut.
         task: the task that the model was exported for.
+        sentence: how embeddings are made; None for other tasks, and without a pipeline.
         one_at_a_time: held while encoding: a call sets how the tokenizer cuts and pads, and some
             versions of tokenizers raise "Already borrowed" if another thread encodes meanwhile.
     """
@@ -45,6 +47,7 @@ class Reader:
     names: tuple[str, ...]
     limit: int
     task: str
+    sentence: SentenceTexts | None = None
     one_at_a_time: threading.Lock = field(default_factory=threading.Lock)
 
     def read(
@@ -66,7 +69,7 @@ class Reader:
             encoding = encode_texts(
                 self.names,
                 self.tokenizer,
-                list(texts),
+                self.sentence.with_prompt(texts) if self.sentence else list(texts),
                 limit=self.limit,
                 contexts=list(contexts) or None,
             )
@@ -79,6 +82,7 @@ class Reader:
                 mask=encoding["attention_mask"][row].astype(bool),
                 outputs={name: values[row] for name, values in outputs.items()},
                 labels=labels[row],
+                sentence=self.sentence,
             )
             yield Answer(self._own(outcome), predict_row(self.task, outcome, self.tokenizer))
 
@@ -113,4 +117,9 @@ def open_reader(artifact: Artifact, run: Runner) -> Reader:
         known -= {"token_type_ids"}  # the model has no type for a second text
     names = tuple(name for name in names if name in known)
     limit = longest_input(config, tokenizer)
-    return Reader(run, tokenizer, names, limit, artifact.manifest.task)
+    task = artifact.manifest.task
+    sentence = None
+    if TASKS[task].prediction == "embedding":
+        sentence = open_sentence_texts(artifact.directory, tokenizer)
+    limit = limit if sentence is None else sentence.limit
+    return Reader(run, tokenizer, names, limit, task, sentence)

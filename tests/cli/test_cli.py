@@ -654,8 +654,8 @@ def test_quiet_has_no_progress_not_even_on_a_terminal(monkeypatch, capsys):
         ({"filled": ["a", "b"]}, "a, b"),
         ({"generated": "a\nb", "tokens": [1, 2, 3], "stopped": "end"}, "a\\nb"),
         (
-            {"embedding": [0.25, -1.0, 0.5, 2.0, 3.0]},
-            "0.25 -1 0.5 2 ... (5 numbers, --json has them all)",
+            {"embedding": [0.25, -1.0, 0.5, 2.0, 3.0], "pooling": "cls+normalize"},
+            "0.25 -1 0.5 2 ... (5 numbers, cls+normalize, --json has them all)",
         ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

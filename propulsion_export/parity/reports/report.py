@@ -20,6 +20,7 @@ Case = Literal[
     "greedy",
     "mixed",
     "sample",
+    "pooling",
 ]
 
 
