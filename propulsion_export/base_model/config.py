@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from propulsion_export.base_model.hub import copy_files
 from propulsion_export.base_model.tasks import TASKS
+from propulsion_export.environment.paths import user_path
 from propulsion_export.environment.quiet import quiet
 from propulsion_export.errors import ArtifactError, BaseModelError, first_line
 
@@ -29,7 +30,7 @@ def read_config(source: str, *, trust_remote_code: bool = False) -> "PretrainedC
     """
     from transformers import AutoConfig
 
-    directory = Path(source).expanduser()
+    directory = user_path(source)
     if directory.is_dir() and not (directory / "config.json").is_file():
         raise BaseModelError(f"{source}: has no config.json, expected a transformers checkpoint")
     if not directory.exists() and (source.startswith(("/", ".", "~")) or source.count("/") > 1):

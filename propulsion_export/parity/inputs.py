@@ -17,10 +17,11 @@ from propulsion_export.base_model.model_fingerprint import fingerprint_of_model
 from propulsion_export.base_model.positions import longest_input
 from propulsion_export.base_model.tasks import TASKS
 from propulsion_export.base_model.tokenizer import read_tokenizer, text_inputs
+from propulsion_export.base_model.words import joined
+from propulsion_export.data.texts import read_texts
 from propulsion_export.errors import BaseModelError, DataError, UsageError
 from propulsion_export.graph.sample_inputs import input_names, padded_left, random_batch
 from propulsion_export.runners.opening import REFERENCE_LENGTH
-from propulsion_export.serving.text_files import read_texts
 
 FEWEST_INPUTS = 16
 _LONGEST = 48
@@ -137,7 +138,7 @@ def _of_texts(base: BaseModel, inputs: Path, names: tuple[str, ...]) -> tuple[Te
     tokenizer = read_tokenizer(base.source)
     if tokenizer is None:
         raise UsageError(f"--inputs: {base.source} has no tokenizer to read texts with")
-    texts = read_texts(inputs)
+    texts = [joined(text) for text in read_texts(inputs, base.task)]
     if len(texts) < FEWEST_INPUTS:
         raise DataError(
             f"{inputs}: has {len(texts)} texts, expected at least {FEWEST_INPUTS}: errors are "

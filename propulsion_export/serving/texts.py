@@ -14,6 +14,7 @@ from propulsion_export.base_model.tokenizer import (
     read_serving_tokenizer,
     tensors_of,
 )
+from propulsion_export.base_model.words import joined
 from propulsion_export.errors import UsageError
 from propulsion_export.serving.predictions import Outcome, predict_row
 
@@ -49,7 +50,7 @@ class Reader:
 
     def read(
         self,
-        texts: Sequence[str],
+        texts: Sequence[str | Sequence[str]],
         contexts: Sequence[str],
         feeds: Mapping[str, Any],
         labels: Sequence[Sequence[str] | None],
@@ -57,7 +58,7 @@ class Reader:
         """Answer texts in one batch.
 
         Args:
-            texts: one text per row.
+            texts: one text per row, or the words of one.
             contexts: the text with the answer for each question; empty for other tasks.
             feeds: the adapters' inputs.
             labels: the class names for each row.
@@ -66,19 +67,20 @@ class Reader:
             encoding = encode_texts(
                 self.names,
                 self.tokenizer,
-                list(texts),
+                [joined(text) for text in texts],
                 limit=self.limit,
                 contexts=list(contexts) or None,
             )
         outputs = self.run({**tensors_of(self.names, encoding), **feeds})
         for row, source in enumerate(contexts or texts):
             outcome = Outcome(
-                source=source,
+                source=joined(source),
                 tokens=encoding.encodings[row] if encoding.encodings else None,
                 ids=encoding["input_ids"][row],
                 mask=encoding["attention_mask"][row].astype(bool),
                 outputs={name: values[row] for name, values in outputs.items()},
                 labels=labels[row],
+                words=None if isinstance(source, str) else source,
             )
             yield Answer(self._own(outcome), predict_row(self.task, outcome, self.tokenizer))
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from propulsion_export.artifacts.staging import check_replaceable
 from propulsion_export.base_model.tasks import Architecture, Prediction
+from propulsion_export.environment.paths import user_path
 from propulsion_export.environment.progress import Progress, silent
 from propulsion_export.environment.quiet import quiet_while_training
 from propulsion_export.training.checkpoints import checkpoints, describe_run, is_main_process
@@ -65,7 +66,7 @@ def train(
     """
     options = options or TrainOptions()
     report = progress if progress and is_main_process() else silent
-    output = Path(output).expanduser().resolve()
+    output = user_path(output).resolve()
     check_replaceable(
         output,
         marker="adapter_config.json",
@@ -75,7 +76,7 @@ def train(
     micro_batch(options)
     task = options.task_entry
     run_class = _RUNS[task.prediction, task.architecture]
-    read = run_class.read(Path(data).expanduser(), options)
+    read = run_class.read(user_path(data), options)
     report(0.02, f"read {len(read.training)} training rows")
     with quiet_while_training():
         base = load_trainable(model, read.classes, options)
