@@ -8,7 +8,7 @@ from transformers import PretrainedConfig
 
 from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.adapters.head_room import labels_of
-from propulsion_export.adapters.provenance import check_base
+from propulsion_export.adapters.provenance import absolute, check_base
 from propulsion_export.adapters.scales import Array
 from propulsion_export.artifacts.artifact import Artifact, Tensors
 from propulsion_export.artifacts.tensor_names import MODULES_INPUT
@@ -43,7 +43,7 @@ def load_recorded_base(
         BaseModelError: it cannot be loaded, or is another model.
     """
     manifest = artifact.manifest
-    source = model or manifest.base.source
+    source = absolute(model) if model else manifest.base.source
     base = load_base(source, task=manifest.task, trust_remote_code=trust_remote_code)
     count = _label_room(artifact, adapters, base.label_parameters)
     if count is not None:
