@@ -13,11 +13,11 @@ class Card:
     """The settings at the head of a data set's README.md.
 
     Attributes:
-        patterns: patterns of the files to train on; empty where the card names none.
+        patterns: patterns of the files to train on; None where the card names no files.
         features: the columns as `datasets` describes them in JSON; empty where it does not.
     """
 
-    patterns: tuple[str, ...] = ()
+    patterns: tuple[str, ...] | None = None
     features: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -37,11 +37,14 @@ def read_card(directory: Path) -> Card:
         settings = metadata_load(file) or {}
     except (ValueError, yaml.YAMLError) as error:
         raise DataError(f"{file}: its head cannot be read ({first_line(error)})") from error
-    chosen = _configuration(directory, settings.get("configs") or [])
+    configurations = settings.get("configs") or []
+    if not isinstance(configurations, list) or not all(isinstance(c, dict) for c in configurations):
+        raise DataError(f"{file}: its configs are {configurations!r}, expected a list of settings")
+    chosen = _configuration(file, configurations)
     return Card(_patterns(chosen), _features(file, settings, chosen.get("config_name", "default")))
 
 
-def _configuration(directory: Path, configurations: list[dict[str, Any]]) -> dict[str, Any]:
+def _configuration(file: Path, configurations: list[dict[str, Any]]) -> dict[str, Any]:
     """The only configuration, or the default one; empty if there is none."""
     if not configurations:
         return {}
@@ -52,24 +55,23 @@ def _configuration(directory: Path, configurations: list[dict[str, Any]]) -> dic
         if one.get("default") or name == "default":
             return one
     raise DataError(
-        f"{directory}: README.md has the configurations {', '.join(names)}, expected one or a "
-        "default",
+        f"{file}: has the configurations {', '.join(names)}, expected one or a default",
         remedy="Give the file or folder of one.",
     )
 
 
-def _patterns(configuration: Mapping[str, Any]) -> tuple[str, ...]:
-    """The patterns of the files of `train`; those of all files if the card names no splits."""
+def _patterns(configuration: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """The patterns of the files of `train`, or of all files if the card names no splits."""
     folder = configuration.get("data_dir")
     files = configuration.get("data_files")
     if files is None:
-        return (f"{folder}/**/*",) if folder else ()
+        return (f"{folder}/**/*",) if folder else None
     if isinstance(files, list) and all(isinstance(one, dict) for one in files):
         files = {one.get("split", "train"): one.get("path") for one in files}
     if isinstance(files, dict):
         files = files.get("train", [])
-    files = [files] if isinstance(files, str) else files
-    return tuple(f"{folder}/{one}" if folder else one for one in files)
+    files = [files] if isinstance(files, str) else files or []
+    return tuple(f"{folder}/{one}" if folder else str(one) for one in files)
 
 
 def _features(file: Path, settings: Mapping[str, Any], name: str) -> Mapping[str, Any]:

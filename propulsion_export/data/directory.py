@@ -49,18 +49,25 @@ def _rows(directory: Path, files: Sequence[Path]) -> Iterator[DataRow]:
 
 def _files_of(directory: Path, card: Card) -> list[Path]:
     """The files to train on: those that the card names, or those of `train`, or all."""
-    if card.patterns:
-        named = {file for pattern in card.patterns for file in directory.glob(pattern)}
-        files = sorted(file for file in named if file.is_file() and kind_of(file))
-        if not files:
-            raise DataError(
-                f"{directory}: README.md names the files {', '.join(map(repr, card.patterns))} "
-                "for 'train', and there are none to read",
-            )
-        return files
+    if card.patterns is not None:
+        return _named(directory, card.patterns)
     files = [file for file in sorted(directory.rglob("*")) if _is_data(directory, file)]
     rows = [file for file in files if kind_of(file) != ".txt"]  # beside them are licences and notes
     return _of_train(directory, rows or files)
+
+
+def _named(directory: Path, patterns: Sequence[str]) -> list[Path]:
+    """The data files of the patterns, all inside the directory."""
+    inside = [one for one in patterns if one and not {"/", ".."} & set(Path(one).parts)]
+    found = {file for pattern in inside for file in directory.glob(pattern)}
+    files = sorted(file for file in found if file.is_file() and kind_of(file))
+    if not files:
+        names = ", ".join(map(repr, patterns)) or "none"
+        raise DataError(
+            f"{directory / 'README.md'}: names as files of 'train' {names}, expected data files in "
+            "this directory"
+        )
+    return files
 
 
 def _of_train(directory: Path, files: Sequence[Path]) -> list[Path]:

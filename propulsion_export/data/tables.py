@@ -56,15 +56,14 @@ def read_parquet(file: Path) -> Iterator[DataRow]:
             remedy="Run: pip install pyarrow.",
         ) from error
     try:
-        # An open file: from a path, pyarrow would read columns such as `split=train` too.
         with file.open("rb") as opened:
-            table = pyarrow.parquet.read_table(opened)
-        _check_names(file, table.column_names)
-        rows = table.to_pylist()
+            stored = pyarrow.parquet.ParquetFile(opened)
+            _check_names(file, stored.schema_arrow.names)
+            rows = stored.read().to_pylist()
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file}: is no readable Parquet file ({first_line(error)})") from error
     numbered = ((f"row {number}", row) for number, row in enumerate(rows, start=1))
-    yield from with_class_names(numbered, _features(table.schema.metadata or {}))
+    yield from with_class_names(numbered, _features(stored.schema_arrow.metadata or {}))
 
 
 def _features(metadata: Mapping[bytes, bytes]) -> Mapping[str, Any]:
