@@ -6,6 +6,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import click
 
+from propulsion_export.environment.paths import user_path
 from propulsion_export.runners.table import RUNNER_NAMES
 
 P = ParamSpec("P")
@@ -17,7 +18,7 @@ class HomePath(click.Path):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         super().convert(value, param, ctx)
-        return Path(value).expanduser()
+        return user_path(value)
 
 
 DIRECTORY = HomePath(file_okay=False)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 @click.option(
     "--inputs",
     type=FILE,
-    help="File of texts to compare on, .txt or .jsonl.  [default: random tokens]",
+    help="File of texts to compare on, as for `run`.  [default: random tokens]",
 )
 @click.option(
     "--seed",

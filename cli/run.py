@@ -17,7 +17,11 @@ _SHOWN = 4  # numbers of an embedding that are printed
 )
 @click.argument("artifact", metavar="DIR", type=DIRECTORY)
 @click.option("--text", multiple=True, help="A text, a question or a prompt; repeatable.")
-@click.option("--inputs", type=FILE, help="File of texts: one per line, or JSONL with `text`.")
+@click.option(
+    "--inputs",
+    type=FILE,
+    help="File of texts: one per line, or JSONL, CSV or Parquet with a column `text`.",
+)
 @click.option(
     "--context",
     multiple=True,

@@ -47,7 +47,7 @@ class TrainArguments(TypedDict):
     "-d",
     "--data",
     required=True,
-    help="JSONL, CSV or Parquet file, a directory that `datasets` loads, or owner/name on a hub.",
+    help="JSONL, CSV, Parquet or text file, a directory of these, or owner/name on a hub.",
 )
 @click.option(
     "--task",

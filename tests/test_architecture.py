@@ -15,6 +15,7 @@ ORDER = (
     "errors",
     "environment",
     "base_model",
+    "data",
     "adapters",
     "artifacts",
     "scaling",

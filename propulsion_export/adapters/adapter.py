@@ -28,6 +28,7 @@ from propulsion_export.adapters.peft_directory import (
 from propulsion_export.adapters.scales import Array, Scale
 from propulsion_export.base_model.fingerprint import Fingerprint
 from propulsion_export.base_model.tasks import TASKS, TaskName, task_of_peft
+from propulsion_export.environment.paths import user_path
 from propulsion_export.errors import AdapterError
 
 
@@ -89,7 +90,7 @@ class Adapter:
             AdapterError: something is missing, damaged, of the wrong shape or not finite; the
                 adapter is of another method, or only a pickle.
         """
-        directory = Path(directory).expanduser()
+        directory = user_path(directory)
         found = read_peft_directory(directory)
         return cls(
             name=name or name_of(directory),

@@ -1,11 +1,11 @@
 """Find the base model that adapters were trained on, and check that a model is that one."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.base_model.fingerprint import Fingerprint
 from propulsion_export.base_model.tasks import TaskName
+from propulsion_export.environment.paths import user_path
 from propulsion_export.errors import BaseModelError, UsageError
 
 
@@ -36,7 +36,7 @@ def base_source(model: str | None, adapters: Sequence[Adapter]) -> str:
 
 def absolute(source: str) -> str:
     """A local path as an absolute path, which an artifact can record; a hub name unchanged."""
-    directory = Path(source).expanduser()
+    directory = user_path(source)
     return str(directory.resolve()) if directory.exists() else source
 
 

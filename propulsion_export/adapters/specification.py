@@ -7,6 +7,7 @@ from pathlib import Path
 
 from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.adapters.names import check_name, name_of
+from propulsion_export.environment.paths import user_path
 from propulsion_export.errors import AdapterError, UsageError
 
 
@@ -39,10 +40,10 @@ def source_of(specification: str | Path) -> str:
 
 def _split(specification: str | Path) -> tuple[str | None, Path]:
     """The name, if one is given, and the directory; an existing path may contain `=`."""
-    whole = Path(specification).expanduser()
+    whole = user_path(specification)
     name, separator, path = str(specification).partition("=")
     if separator and not os.path.lexists(whole):  # unlike Path.exists() it never raises
-        return name, Path(path).expanduser()
+        return name, user_path(path)
     return None, whole
 
 

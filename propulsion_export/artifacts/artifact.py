@@ -37,6 +37,7 @@ from propulsion_export.base_model.sentence_modules import (
     SETTINGS_FILE,
     TRANSFORMER_FILES,
 )
+from propulsion_export.environment.paths import user_path
 from propulsion_export.errors import ArtifactError, UnknownAdapterError, unknown_adapters
 
 # Patterns of files that a runtime or transformers looks for by name in an artifact's directory.
@@ -75,7 +76,7 @@ class Artifact:
             ArtifactError: there is no manifest; it is damaged, of another schema version or holds
                 an unknown value; a path leads out of the directory; a file is missing or changed.
         """
-        directory = Path(directory).expanduser()
+        directory = user_path(directory)
         file = directory / MANIFEST_FILE
         if not os.path.isfile(file):  # noqa: PTH113 - never raises, whatever the path
             raise ArtifactError(
@@ -106,7 +107,7 @@ class Artifact:
 
     def at(self, directory: Path | str) -> Self:
         """The same artifact after its directory was moved to `directory`."""
-        return replace(self, directory=Path(directory).expanduser())
+        return replace(self, directory=user_path(directory))
 
     @property
     def path(self) -> Path:

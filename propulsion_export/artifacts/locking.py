@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from propulsion_export.environment.paths import user_path
 from propulsion_export.errors import ArtifactError
 
 _PATIENCE = 60.0  # seconds to wait for other processes
@@ -29,7 +30,7 @@ def exclusive_lock(artifact: Path | str) -> Iterator[None]:
             keeps it locked.
     """
     try:
-        descriptor = _open(Path(artifact).expanduser())
+        descriptor = _open(user_path(artifact))
     except OSError as error:
         raise ArtifactError(
             f"{artifact}: cannot be opened ({error.strerror}), expected an artifact directory"

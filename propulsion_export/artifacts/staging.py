@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from propulsion_export.artifacts.replacing import aside, replace_directory, sweep, sync
+from propulsion_export.environment.paths import user_path
 from propulsion_export.errors import UsageError
 
 # The file that marks a directory as an artifact, an adapter or a report. With `force` an output
@@ -52,7 +53,7 @@ def staged_directory(
     Raises:
         UsageError: `check_replaceable` refuses the destination, or the disk is full.
     """
-    destination = destination.expanduser().resolve()
+    destination = user_path(destination).resolve()
     with disk_errors_in_words(destination, FULL | _FORBIDDEN):
         check_replaceable(destination, marker=marker, force=force, inputs=inputs)
         destination.parent.mkdir(parents=True, exist_ok=True)
@@ -83,7 +84,7 @@ def check_replaceable(
             or it has no `marker`; it is or holds one of the `inputs`; its parent cannot be written
             to.
     """
-    destination = destination.expanduser().resolve()
+    destination = user_path(destination).resolve()
     with disk_errors_in_words(destination, _FORBIDDEN):
         sweep(destination)
         _refuse_inputs(destination, inputs)
@@ -93,7 +94,7 @@ def check_replaceable(
 def _refuse_inputs(destination: Path, inputs: Iterable[Path | str]) -> None:
     """Refuse to replace an input; names that are not paths here, such as a hub's, are skipped."""
     for given in inputs:
-        path = Path(given).expanduser()
+        path = user_path(given)
         if not str(given) or not os.path.lexists(path):  # unlike Path.exists() it never raises
             continue
         path = path.resolve()

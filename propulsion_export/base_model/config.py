@@ -12,6 +12,7 @@ from propulsion_export.base_model.config_switches import (
 )
 from propulsion_export.base_model.hub import copy_files, locate
 from propulsion_export.base_model.tasks import TASKS
+from propulsion_export.environment.paths import user_path
 from propulsion_export.environment.quiet import quiet
 from propulsion_export.errors import ArtifactError, BaseModelError, first_line
 
@@ -37,7 +38,7 @@ def read_config(source: str, *, trust_remote_code: bool = False) -> "PretrainedC
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
-    directory = Path(source).expanduser()
+    directory = user_path(source)
     if directory.is_dir() and not (directory / "config.json").is_file():
         _refuse_adapter(source)
         raise BaseModelError(f"{source}: has no config.json, expected a transformers checkpoint")

@@ -8,7 +8,7 @@ from transformers import PretrainedConfig
 
 from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.adapters.head_room import labels_of
-from propulsion_export.adapters.provenance import check_base
+from propulsion_export.adapters.provenance import absolute, check_base
 from propulsion_export.adapters.scales import Array
 from propulsion_export.artifacts.artifact import Artifact, Tensors
 from propulsion_export.artifacts.tensor_names import MODULES_INPUT
@@ -17,10 +17,11 @@ from propulsion_export.base_model.model_fingerprint import fingerprint_of_model
 from propulsion_export.base_model.positions import longest_input
 from propulsion_export.base_model.tasks import TASKS
 from propulsion_export.base_model.tokenizer import read_tokenizer, text_inputs
+from propulsion_export.base_model.words import joined
+from propulsion_export.data.texts import read_texts
 from propulsion_export.errors import BaseModelError, DataError, UsageError
 from propulsion_export.graph.sample_inputs import input_names, padded_left, random_batch
 from propulsion_export.runners.opening import REFERENCE_LENGTH
-from propulsion_export.serving.text_files import read_texts
 
 FEWEST_INPUTS = 16
 _LONGEST = 48
@@ -42,7 +43,7 @@ def load_recorded_base(
         BaseModelError: it cannot be loaded, or is another model.
     """
     manifest = artifact.manifest
-    source = model or manifest.base.source
+    source = absolute(model) if model else manifest.base.source
     base = load_base(source, task=manifest.task, trust_remote_code=trust_remote_code)
     count = _label_room(artifact, adapters, base.label_parameters)
     if count is not None:
@@ -137,7 +138,7 @@ def _of_texts(base: BaseModel, inputs: Path, names: tuple[str, ...]) -> tuple[Te
     tokenizer = read_tokenizer(base.source)
     if tokenizer is None:
         raise UsageError(f"--inputs: {base.source} has no tokenizer to read texts with")
-    texts = read_texts(inputs)
+    texts = [joined(text) for text in read_texts(inputs, base.task)]
     if len(texts) < FEWEST_INPUTS:
         raise DataError(
             f"{inputs}: has {len(texts)} texts, expected at least {FEWEST_INPUTS}: errors are "

@@ -9,6 +9,7 @@ from propulsion_export.adapters.names import BASE_NAME
 from propulsion_export.artifacts.artifact import Artifact
 from propulsion_export.artifacts.file_names import MANIFEST_FILE
 from propulsion_export.artifacts.staging import check_replaceable, staged_directory
+from propulsion_export.environment.paths import user_path
 from propulsion_export.environment.progress import Progress, silent
 from propulsion_export.errors import UsageError
 from propulsion_export.graph.signature import check_signature
@@ -101,5 +102,5 @@ def _options_for(layout: str, given: PackageOptions, output: Path) -> PackageOpt
                 remedy="Leave it out.",
             )
     if "model_name" in taken and given.model_name is None:
-        return replace(given, model_name=output.expanduser().resolve().name)
+        return replace(given, model_name=user_path(output).resolve().name)
     return given

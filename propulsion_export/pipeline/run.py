@@ -7,11 +7,12 @@ from typing import Any
 from propulsion_export.artifacts.artifact import Artifact
 from propulsion_export.base_model.generation_settings import GenerationSettings
 from propulsion_export.base_model.tasks import TASKS
+from propulsion_export.base_model.words import joined
+from propulsion_export.data.texts import read_texts
 from propulsion_export.errors import ArtifactError, UsageError
 from propulsion_export.serving.generation import DEFAULT_NEW_TOKENS, OnText, Settings
 from propulsion_export.serving.requests import contexts_for, one_each
 from propulsion_export.serving.session import Reply, Session
-from propulsion_export.serving.text_files import read_texts
 from propulsion_export.serving.token_sampling import Sampling
 
 _OF_SAMPLING = ("temperature", "top_k", "top_p")
@@ -36,7 +37,8 @@ def predict(
     """Predict for texts; returns one JSON object per text.
 
     Besides `text` and `adapter` it holds, by task: `label` and `score`; `tokens`, a list of `word`,
-    `label` and `score`; `answer`, `start`, `end` (characters of the context) and `score`;
+    `label` (None for a given word that the model has not read) and `score`; `answer`, `start`,
+    `end` (characters of the context) and `score`;
     `filled`, one word per mask; `embedding`; or, of text that is generated, `generated`, `tokens`
     (their numbers, without the end token) and `stopped`: `end` or `length`. A text longer than the
     model's positions is cut; a prompt that long is refused.
@@ -44,7 +46,8 @@ def predict(
     Args:
         artifact: directory of a merged checkpoint, an ONNX export or an engine.
         text: the texts; for question answering, the questions.
-        inputs: file of more texts, one per line (.txt) or JSONL with `text`.
+        inputs: file of more texts: one per line (.txt), or JSONL, CSV or Parquet with a column
+            `text`, or the column that the task trains on; `tokens` holds lists of words.
         context: for question answering, the text with the answer: one for all questions or one
             for each.
         adapter: names, one for all texts or one for each; default: the only adapter of an artifact
@@ -68,7 +71,7 @@ def predict(
         UnavailableError: this machine cannot run it.
     """
     read = Artifact.read(artifact)
-    texts = [*text, *(read_texts(inputs) if inputs else ())]
+    texts = [*text, *(read_texts(inputs, read.manifest.task) if inputs else ())]
     if not texts:
         raise UsageError("no text is given, expected some", remedy="Give --text or --inputs.")
     names = one_each("adapters", adapter, len(texts)) if adapter else None
@@ -87,7 +90,7 @@ def predict(
     replies = session(texts, names, context=contexts, settings=settings)
     _check_numbers(read, replies)
     return [
-        {"text": one, "adapter": reply.adapter, **(reply.prediction or {})}
+        {"text": joined(one), "adapter": reply.adapter, **(reply.prediction or {})}
         for one, reply in zip(texts, replies, strict=True)
     ]
 

@@ -10,6 +10,7 @@ from propulsion_export.artifacts.artifact import Tensors
 from propulsion_export.base_model.sentence_pipeline import MEAN
 from propulsion_export.base_model.sentence_texts import SentenceTexts
 from propulsion_export.base_model.tasks import TASKS
+from propulsion_export.base_model.words import first_tokens, words_of
 
 NO_PIPELINE = "the base has no sentence pipeline: mean over the tokens"
 
@@ -28,6 +29,7 @@ class Outcome:
         labels: class names; None if there are none.
         sentence: how an embedding is made of the tokens' vectors; None where the base has no
             sentence pipeline.
+        words: the words that `source` was joined of; None for a text.
     """
 
     source: str
@@ -37,6 +39,7 @@ class Outcome:
     outputs: Tensors
     labels: Sequence[str] | None
     sentence: SentenceTexts | None = None
+    words: Sequence[str] | None = None
 
 
 def predict_row(task: str, outcome: Outcome, tokenizer: Any) -> dict[str, Any]:
@@ -79,20 +82,20 @@ def _best(logits: Any, labels: Sequence[str] | None) -> dict[str, Any]:
 
 def _words(outcome: Outcome) -> list[dict[str, Any]]:
     """Each word with the class of its first sub-word, the one that training gives a class."""
-    firsts: dict[int, int] = {}
-    ends: dict[int, int] = {}
-    offsets = outcome.tokens.offsets
-    for token, word in enumerate(outcome.tokens.word_ids):
-        if word is not None:  # special tokens and padding belong to no word
-            firsts.setdefault(word, token)
-            ends[word] = offsets[token][1]
+    if outcome.words is not None:
+        firsts = first_tokens(outcome.words, outcome.tokens)
+        return [_word(outcome, *pair) for pair in zip(outcome.words, firsts, strict=True)]
     return [
-        {
-            "word": outcome.source[offsets[first][0] : ends[word]].strip(),
-            **_best(outcome.outputs["logits"][first], outcome.labels),
-        }
-        for word, first in firsts.items()
+        _word(outcome, outcome.source[word.start : word.end], word.token)
+        for word in words_of(outcome.source, outcome.tokens)
     ]
+
+
+def _word(outcome: Outcome, word: str, token: int | None) -> dict[str, Any]:
+    """A word with its class; without one where the model has not read it."""
+    if token is None:
+        return {"word": word, "label": None, "score": 0.0}
+    return {"word": word, **_best(outcome.outputs["logits"][token], outcome.labels)}
 
 
 def _answer(outcome: Outcome) -> dict[str, Any]:

@@ -7,9 +7,11 @@ import numpy as np
 from propulsion_export.adapters.scales import Array
 from propulsion_export.artifacts.artifact import Tensors
 from propulsion_export.base_model.tasks import TASKS
+from propulsion_export.data.rows import wrong_words
 from propulsion_export.errors import UsageError
 
-Inputs = str | Sequence[str] | Tensors
+Text = str | Sequence[str]  # a text, or the words of one
+Inputs = str | Sequence[Text] | Tensors
 # Inputs with a number for every token of the text, [batch, sequence].
 _OF_TOKENS = {"input_ids", "attention_mask", "token_type_ids"}
 
@@ -35,15 +37,19 @@ def count_rows(inputs: Inputs) -> int:
     return counts.pop()
 
 
-def check_texts(texts: Sequence[str]) -> None:
+def check_texts(texts: Sequence[Text], task: str) -> None:
     """Refuse texts that no tokenizer can read.
 
     Raises:
-        UsageError: naming every row that is no text, or holds half a character.
+        UsageError: naming every row that is no text, or holds half a character; or is a list of
+            words, for another task than token classification.
     """
-    findings = []
+    findings: list[str] = []
+    takes_words = TASKS[task].prediction == "word classes"
     for row, text in enumerate(texts, 1):
-        if not isinstance(text, str):
+        if isinstance(text, list | tuple) and takes_words:
+            findings += filter(None, [wrong_words(f"text {row}", text)])
+        elif not isinstance(text, str):
             findings.append(f"text {row}: is {type(text).__name__}, expected a text")
         elif any("\ud800" <= character <= "\udfff" for character in text):
             findings.append(f"text {row}: holds half a character (a lone surrogate)")

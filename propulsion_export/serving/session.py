@@ -16,12 +16,15 @@ from propulsion_export.artifacts.locking import shared_lock
 from propulsion_export.artifacts.tensor_names import BANK_INPUT, IDS_INPUT, PACKED_INPUTS
 from propulsion_export.base_model.generation_settings import GenerationSettings
 from propulsion_export.base_model.tasks import TASKS
+from propulsion_export.base_model.words import joined
+from propulsion_export.environment.paths import user_path
 from propulsion_export.errors import UnknownAdapterError, UsageError
 from propulsion_export.runners.decoding import recomputing
 from propulsion_export.runners.opening import choose_runner, open_candidate, place_for
 from propulsion_export.serving.generation import Settings, Writer, open_writer
 from propulsion_export.serving.requests import (
     Inputs,
+    Text,
     as_given,
     check_texts,
     contexts_for,
@@ -142,7 +145,8 @@ class Session:
         """Predict; returns one reply per row.
 
         Args:
-            inputs: texts, or the model's own inputs, each [batch, …].
+            inputs: texts, or the model's own inputs, each [batch, …]. For token classification a
+                text may be a list of its words; each gets a label.
             adapter: names, one for all rows or one for each; `base` for none; default: the only
                 adapter of an artifact that is not a bank, else the base model.
             context: for question answering, the text with the answer: one for all or one for each.
@@ -163,7 +167,7 @@ class Session:
             answers = [self._of_tensors(tensors, group) for group in groups]
         else:
             texts = [inputs] if isinstance(inputs, str) else list(inputs)
-            check_texts(texts)
+            check_texts(texts, self._artifact.manifest.task)
             self._check_settings(settings)
             contexts = contexts_for(self._artifact.manifest.task, context, rows)
             groups = self._groups(adapter, rows, _ROWS)
@@ -266,7 +270,7 @@ class Session:
 
     def _of_texts(
         self,
-        texts: Sequence[str],
+        texts: Sequence[Text],
         contexts: Sequence[str],
         groups: Sequence[Group],
         settings: Settings,
@@ -275,11 +279,11 @@ class Session:
         if isinstance(text, Reader):
             return [self._read(text, texts, contexts, group) for group in groups]
         # All are encoded first: one that cannot be a prompt is refused before any is answered.
-        prompts = [text.encode(one, row) for row, one in enumerate(texts)]
+        prompts = [text.encode(joined(one), row) for row, one in enumerate(texts)]
         return [self._write(text, prompts, group, settings) for group in groups]
 
     def _read(
-        self, reader: Reader, texts: Sequence[str], contexts: Sequence[str], group: Group
+        self, reader: Reader, texts: Sequence[Text], contexts: Sequence[str], group: Group
     ) -> list[Reply]:
         beside = [contexts[row] for row in group.rows if contexts]
         labels = [choice.labels for choice in group.choices]
@@ -333,7 +337,7 @@ def _open(directory: Path, runner: str) -> Session:
 
 def _bound(directory: Path | str) -> Path:
     """The directory that a path leads to now, wherever the process goes or a link leads later."""
-    return Path(os.path.realpath(Path(directory).expanduser()))
+    return Path(os.path.realpath(user_path(directory)))
 
 
 def _read(directory: Path) -> Artifact:

@@ -15,6 +15,7 @@ from propulsion_export.base_model.tokenizer import (
     read_serving_tokenizer,
     tensors_of,
 )
+from propulsion_export.base_model.words import joined
 from propulsion_export.errors import UsageError
 from propulsion_export.serving.predictions import Outcome, predict_row
 
@@ -52,7 +53,7 @@ class Reader:
 
     def read(
         self,
-        texts: Sequence[str],
+        texts: Sequence[str | Sequence[str]],
         contexts: Sequence[str],
         feeds: Mapping[str, Any],
         labels: Sequence[Sequence[str] | None],
@@ -60,7 +61,7 @@ class Reader:
         """Answer texts in one batch.
 
         Args:
-            texts: one text per row.
+            texts: one text per row, or the words of one.
             contexts: the text with the answer for each question; empty for other tasks.
             feeds: the adapters' inputs.
             labels: the class names for each row.
@@ -69,22 +70,28 @@ class Reader:
             encoding = encode_texts(
                 self.names,
                 self.tokenizer,
-                self.sentence.with_prompt(texts) if self.sentence else list(texts),
+                self._as_read(texts),
                 limit=self.limit,
                 contexts=list(contexts) or None,
             )
         outputs = self.run({**tensors_of(self.names, encoding), **feeds})
         for row, source in enumerate(contexts or texts):
             outcome = Outcome(
-                source=source,
+                source=joined(source),
                 tokens=encoding.encodings[row] if encoding.encodings else None,
                 ids=encoding["input_ids"][row],
                 mask=encoding["attention_mask"][row].astype(bool),
                 outputs={name: values[row] for name, values in outputs.items()},
                 labels=labels[row],
                 sentence=self.sentence,
+                words=None if isinstance(source, str) else source,
             )
             yield Answer(self._own(outcome), predict_row(self.task, outcome, self.tokenizer))
+
+    def _as_read(self, texts: Sequence[str | Sequence[str]]) -> list[str]:
+        """Each text as the model reads it: words joined, behind the sentence pipeline's prompt."""
+        read = [joined(text) for text in texts]
+        return self.sentence.with_prompt(read) if self.sentence else read
 
     def _own(self, outcome: Outcome) -> Tensors:
         """A row's outputs without those for padding, which depend on the rest of the batch."""

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import transformers
 
+from propulsion_export.environment.paths import user_path
 from propulsion_export.training.data import (
     Example,
     check_labels_known,
@@ -38,7 +39,7 @@ class ClassifierRun(TrainingRun[Example]):
             part = "each class" if options.task_entry.prediction == "class" else "the rows"
             origin = f"a tenth of {part} of {source.name}, held out with seed {options.seed}"
             return Data(training, validation, origin, classes)
-        file = Path(options.validation).expanduser()
+        file = user_path(options.validation)
         validation = read_examples(file, options.columns)
         check_labels_known(file, validation, classes)
         return Data(examples, validation, file.name, classes)

@@ -1,20 +1,29 @@
 """Read labelled examples from a data file, check every row, and hold some out for validation."""
 
 import random
+import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from propulsion_export.base_model.tasks import TASKS, Training
+from propulsion_export.data.rows import (
+    DataRow,
+    Item,
+    check_columns,
+    class_name,
+    parse_rows,
+    shown,
+    wrong_label,
+    wrong_text,
+    wrong_words,
+)
+from propulsion_export.data.sources import read_rows
 from propulsion_export.errors import DataError
-from propulsion_export.training.dataset import DataRow
-from propulsion_export.training.files import read_rows
 
 _HELD_OUT = 10  # every tenth example of a class
-
-Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -56,41 +65,21 @@ class Example:
 
 
 def read_examples(source: Path, columns: Columns) -> list[Example]:
-    """Read every row of a JSONL, CSV or Parquet file, or of a data set that `datasets` loads.
-
-    Such a data set is a directory, or `owner/name` on a hub.
+    """Read every row of a file, of a directory, or of the data set `owner/name` on a hub.
 
     Raises:
         DataError: the file is missing, empty, of an unknown kind or damaged; a column is missing;
-            a text or label in a row does not fit the task. All bad rows are named.
+            a text or label in a row does not fit the task; two labels differ only in how they are
+            written. All bad rows are named.
     """
     rows = read_rows(source)
     text, label = _names(columns)
     check_columns(source, rows, {"--text-column": text, "--label-column": label})
     words = TASKS[columns.task].prediction == "word classes"
     parse = _token_example if words else _text_example
-    return parse_rows(source, rows, lambda row: parse(row, text, label))
-
-
-def parse_rows(
-    source: Path, rows: Sequence[DataRow], parse: Callable[[Mapping[str, Any]], Item | str]
-) -> list[Item]:
-    """Parse every row; for a bad row, `parse` returns the finding as a string.
-
-    Raises:
-        DataError: there are bad rows; all of them are named.
-    """
-    items: list[Item] = []
-    findings = []
-    for where, row in rows:
-        item = parse(row)
-        if isinstance(item, str):
-            findings.append(f"{source}: {where}: {item}")
-        else:
-            items.append(item)
-    if findings:
-        raise DataError(*findings, remedy="Correct or remove these rows.")
-    return items
+    examples = parse_rows(source, rows, lambda row: parse(row, text, label))
+    _check_distinct(source, rows, examples)
+    return examples
 
 
 def classes_of(source: Path, examples: Sequence[Example]) -> list[str]:
@@ -154,42 +143,6 @@ def hold_out(
     return training, [items[index] for index in sorted(held_out)]
 
 
-def column_names(rows: Sequence[DataRow]) -> list[str]:
-    """The columns that any row has, in the order of their first appearance."""
-    return list(dict.fromkeys(name for _, row in rows for name in row))
-
-
-def check_columns(source: Path, rows: Sequence[DataRow], wanted: Mapping[str, str]) -> None:
-    """Refuse rows that lack a column.
-
-    Args:
-        source: the file or data set that the rows come from.
-        rows: the rows to check.
-        wanted: column names by the command's option for them.
-
-    Raises:
-        DataError: a column is missing from all rows.
-    """
-    found = column_names(rows)
-    missing = {option: name for option, name in wanted.items() if name not in found}
-    if missing:
-        raise DataError(
-            *(
-                f"{source}: has no column {name!r}, found {', '.join(map(repr, found))}"
-                for name in missing.values()
-            ),
-            remedy=f"Name the column with {' and '.join(missing)}.",
-        )
-
-
-def wrong_text(row: Mapping[str, Any], column: str) -> str | None:
-    """The finding if a column's value is not a text to train on, else None."""
-    text = row.get(column)
-    if not isinstance(text, str):
-        return f"{column} is {_shown(text)}, expected a string"
-    return None if text.strip() else f"{column} is empty, expected a text"
-
-
 def _names(columns: Columns) -> tuple[str, str]:
     usual = columns.training
     return columns.text or usual.text, columns.label or usual.label
@@ -197,45 +150,51 @@ def _names(columns: Columns) -> tuple[str, str]:
 
 def _text_example(row: Mapping[str, Any], text: str, label: str) -> Example | str:
     """The example in a row, or the finding if the row is bad."""
-    if wrong := wrong_text(row, text):
+    if wrong := wrong_text(row, text) or wrong_label(label, row.get(label)):
         return wrong
-    name = _label(row.get(label))
-    if name is None:
-        return f"{label} is {_shown(row.get(label))}, expected a class name"
-    return Example(row[text], name)
+    return Example(row[text], class_name(row[label]))
 
 
 def _token_example(row: Mapping[str, Any], text: str, label: str) -> Example | str:
     """The example in a row, or the finding if the row is bad."""
-    words, labels = row.get(text), row.get(label)
-    if not isinstance(words, list) or not words:
-        return f"{text} is {_shown(words)}, expected a list of words"
+    words: Any = row.get(text)
+    labels: Any = row.get(label)
+    if wrong := wrong_words(text, words):
+        return wrong
     if not isinstance(labels, list):
-        return f"{label} is {_shown(labels)}, expected a list of class names"
+        return f"{label} is {shown(labels)}, expected a list of class names"
     if len(words) != len(labels):
         return f"has {len(words)} {text} and {len(labels)} {label}, expected one label per word"
-    for position, word in enumerate(words):
-        if not isinstance(word, str) or not word.strip():
-            return f"{text}[{position}] is {_shown(word)}, expected a word"
-    names = [_label(name) for name in labels]
-    if None in names:
-        position = names.index(None)
-        return f"{label}[{position}] is {_shown(labels[position])}, expected a class name"
-    return Example(words, [name for name in names if name is not None])
+    for position, name in enumerate(labels):
+        if wrong := wrong_label(f"{label}[{position}]", name):
+            return wrong
+    return Example(words, [class_name(name) for name in labels])
 
 
-def _label(value: object) -> str | None:
-    """The class name for a string or a whole number; None for anything else."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, int):
-        return str(value)
-    return value if isinstance(value, str) and value.strip() else None
+def _check_distinct(source: Path, rows: Sequence[DataRow], examples: Sequence[Example]) -> None:
+    """Refuse classes that differ only in how their names are written."""
+    first: dict[str, str] = {}
+    for (where, _), example in zip(rows, examples, strict=True):
+        for name in example.labels:
+            first.setdefault(name, where)
+    spellings: defaultdict[str, list[str]] = defaultdict(list)
+    for name in first:
+        spellings[_as_read(name)].append(f"{name!r} ({first[name]})")
+    findings = [
+        f"{source}: the labels {' and '.join(names)} differ only in how they are written"
+        for names in spellings.values()
+        if len(names) > 1
+    ]
+    if findings:
+        raise DataError(*findings, remedy="Write each class in one way.")
 
 
-def _shown(value: object) -> str:
-    shown = "null" if value is None else repr(value)
-    return shown if len(shown) <= 40 else f"{shown[:37]}..."
+def _as_read(name: str) -> str:
+    """A class name without differences that a reader does not see, or takes for none."""
+    name = unicodedata.normalize("NFC", name).strip()
+    if _is_whole_number(name):
+        return str(int(name))
+    return name.lower() if name.lower() in ("true", "false") else name
 
 
 def _is_whole_number(name: str) -> bool:

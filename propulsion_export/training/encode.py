@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from propulsion_export.base_model.words import first_tokens, joined
 from propulsion_export.training.data import Example
 
 IGNORED = -100  # the class number that torch's cross-entropy skips
@@ -29,13 +30,16 @@ def encode(
 ) -> list[EncodedRow]:
     """Encode each example as model inputs and `labels`, cut to `max_length` tokens, not padded.
 
-    In token classification the first token of each word carries the word's class, all others
-    `IGNORED`.
+    In token classification words are encoded as a text, joined by spaces, so that they have the
+    tokens that the model gets when it is run. The first token of each word carries its class, all
+    others `IGNORED`.
+
+    Raises:
+        BaseModelError: a token holds parts of two words.
     """
     numbers = {name: number for number, name in enumerate(classes)}
     encoded = tokenizer(
-        [example.text for example in examples],
-        is_split_into_words=isinstance(examples[0].text, list),
+        [joined(example.text) for example in examples],
         truncation=True,
         max_length=max_length,
     )
@@ -49,8 +53,9 @@ def encode(
 def _labels(example: Example, numbers: dict[str, int], encoded: Any, index: int) -> int | list[int]:
     if isinstance(example.label, str):
         return numbers[example.label]
-    words = encoded.word_ids(index)
-    return [
-        IGNORED if word is None or word == before else numbers[example.label[word]]
-        for before, word in zip([None, *words], words, strict=False)
-    ]
+    encoding = encoded.encodings[index]
+    labels = [IGNORED] * len(encoding)
+    for name, token in zip(example.label, first_tokens(example.text, encoding), strict=True):
+        if token is not None:
+            labels[token] = numbers[name]
+    return labels

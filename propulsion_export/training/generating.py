@@ -6,6 +6,7 @@ from typing import Any
 
 import transformers
 
+from propulsion_export.environment.paths import user_path
 from propulsion_export.errors import DataError
 from propulsion_export.training.data import hold_out
 from propulsion_export.training.encode import Rows
@@ -35,7 +36,7 @@ class _GeneratorRun(TrainingRun[Passage]):
             training, validation = hold_out(source, passages, options.seed, stratum=lambda _: "")
             origin = f"a tenth of the rows of {source.name}, held out with seed {options.seed}"
             return Data(training, validation, origin)
-        file = Path(options.validation).expanduser()
+        file = user_path(options.validation)
         validation = read_passages(file, options.columns)
         check_same_form(file, validation, passages)
         return Data(passages, validation, file.name)

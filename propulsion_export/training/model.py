@@ -16,6 +16,7 @@ from torch import nn
 from propulsion_export.base_model.config import read_config, set_labels
 from propulsion_export.base_model.loading import load_model, model_class_of
 from propulsion_export.base_model.positions import longest_input
+from propulsion_export.environment.paths import user_path
 from propulsion_export.errors import BaseModelError, first_line
 from propulsion_export.training.options import TrainOptions
 from propulsion_export.training.probe import leaks_in_a_block, looks_ahead
@@ -108,7 +109,7 @@ def longest_text(base: TrainableBase, options: TrainOptions) -> int:
 
 
 def _resolved(model: str | Path) -> str:
-    path = Path(model).expanduser()
+    path = user_path(model)
     if path.exists():
         return str(path.resolve())
     if isinstance(model, Path) or str(model).startswith((".", "/", "~")):
@@ -133,8 +134,8 @@ def _tokenizer(name: str, options: TrainOptions) -> Any:
                 f"{name}: has a tokenizer that does not map tokens to words, expected "
                 "a fast tokenizer (tokenizer.json)"
             )
-        if getattr(tokenizer, "add_prefix_space", None) is False:
-            # Byte-level tokenizers accept lists of words only if they add a space before each.
+        if getattr(tokenizer, "add_prefix_space", None) is False and _adds_one_space(tokenizer):
+            # The first word then has the tokens that it has behind another.
             tokenizer = transformers.AutoTokenizer.from_pretrained(
                 name, trust_remote_code=trust, add_prefix_space=True
             )
@@ -144,6 +145,11 @@ def _tokenizer(name: str, options: TrainOptions) -> Any:
         # Padding on the left would shift the positions, which count from the start of the row.
         tokenizer.padding_side = "right"
     return tokenizer
+
+
+def _adds_one_space(tokenizer: Any) -> bool:
+    """Whether a byte-level tokenizer would add a space to a text, and not to each piece of it."""
+    return type(tokenizer.backend_tokenizer.pre_tokenizer).__name__ == "ByteLevel"
 
 
 def _set_up_(config: Any, tokenizer: Any, classes: Sequence[str], options: TrainOptions) -> None:

@@ -6,17 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from propulsion_export.base_model.tasks import TASKS
+from propulsion_export.data.lines import TEXT
+from propulsion_export.data.rows import check_columns, column_names, parse_rows, wrong_text
+from propulsion_export.data.sources import read_rows
 from propulsion_export.errors import DataError
-from propulsion_export.training.data import (
-    Columns,
-    check_columns,
-    column_names,
-    parse_rows,
-    wrong_text,
-)
-from propulsion_export.training.files import read_rows
-
-TEXT = "text"  # the column of passages without a prompt
+from propulsion_export.training.data import Columns
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ import torch
 import transformers
 
 from propulsion_export.artifacts.staging import staged_directory
+from propulsion_export.data.rows import Item
 from propulsion_export.environment.progress import Progress
 from propulsion_export.training.card import model_card, write_loss_curve
 from propulsion_export.training.checkpoint_digests import DigestEach
 from propulsion_export.training.checkpoints import Checkpoints
-from propulsion_export.training.data import Item
 from propulsion_export.training.encode import Rows
 from propulsion_export.training.loop import (
     PREPARED,

@@ -7,6 +7,7 @@ from typing import Any
 
 from propulsion_export.artifacts.staging import check_replaceable
 from propulsion_export.base_model.tasks import Architecture, Prediction
+from propulsion_export.environment.paths import user_path
 from propulsion_export.environment.progress import Progress, silent
 from propulsion_export.environment.quiet import quiet_while_training
 from propulsion_export.training.checkpoints import checkpoints, describe_run
@@ -71,7 +72,7 @@ def train(
     options = options or TrainOptions()
     processes = started_processes()
     report = progress if progress and processes.is_main else silent
-    output = Path(output).expanduser().resolve()
+    output = user_path(output).resolve()
     check_replaceable(
         output,
         marker="adapter_config.json",
@@ -80,7 +81,7 @@ def train(
     )
     micro_batch(options, processes.count)
     with joined(processes):
-        metrics = _train(model, Path(data).expanduser(), output, options, processes, report)
+        metrics = _train(model, user_path(data), output, options, processes, report)
     report(1.0, f"wrote {output}")
     return TrainResult(output, metrics, tuple(metrics["notes"]))
 

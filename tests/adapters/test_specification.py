@@ -11,7 +11,6 @@ from propulsion_export.adapters.provenance import base_source
 from propulsion_export.adapters.scales import Scale
 from propulsion_export.adapters.specification import check_identity, read_adapters, source_of
 from propulsion_export.errors import AdapterError, UsageError
-from propulsion_export.serving.text_files import read_texts
 
 
 def test_an_adapter_is_called_what_it_is_named_or_its_directory(world):
@@ -88,12 +87,6 @@ def test_a_relative_base_is_found_beside_the_adapter(world, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
 
     assert base_source(None, read_adapters([adapter])) == str(tmp_path / "models" / "base")
-
-
-def test_texts_keep_the_line_separators_that_json_allows(tmp_path):
-    (tmp_path / "texts.jsonl").write_text('{"text": "a\u2028b"}\r\n\n{"text": "c"}\n', "utf-8")
-
-    assert read_texts(tmp_path / "texts.jsonl") == ["a\u2028b", "c"]
 
 
 def test_ones_and_a_head_are_no_adapter(world):

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pyarrow
@@ -62,8 +63,7 @@ def test_every_kind_of_file_gives_the_same_examples(write, tmp_path):
     assert read_examples(write(tmp_path), TEXT) == EXAMPLES
 
 
-def test_a_directory_of_data_files_is_read_as_datasets_reads_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+def test_only_the_split_for_training_of_a_directory_is_read(tmp_path):
     directory = tmp_path / "data"
     directory.mkdir()
     (directory / "train.jsonl").write_text(GOOD, encoding="utf-8")
@@ -173,7 +173,8 @@ def test_every_bad_row_is_counted(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("data.txt", b"a", "has the suffix '.txt', expected one of .jsonl, .json, .csv, .parquet"),
+        ("data.tsv", b"a", "has the suffix '.tsv', expected one of .jsonl, .ndjson, .json, .csv, "),
+        ("data.txt", b"a", "has no column 'label', found 'text'"),
         ("data.csv", b"text,label\na,b,c\n", "row 1 has more fields than the header, expected 2"),
         ("data.csv", b"text,label\na\n", "row 1: label is null, expected a class name"),
         ("data.csv", b'text,label\n"a"b,c\n', "is not CSV"),
@@ -195,13 +196,14 @@ def test_a_file_that_cannot_be_read_is_named(name, content, message, tmp_path):
 
 
 def test_an_empty_directory_is_refused(tmp_path):
-    with pytest.raises(DataError, match="`datasets` cannot load it"):
+    with pytest.raises(DataError, match="holds no data files, expected JSONL, CSV, Parquet or"):
         read_examples(tmp_path, TEXT)
 
 
 def test_a_name_on_a_hub_is_handed_to_datasets(tmp_path, monkeypatch):
     loaded = datasets.load_from_disk(str(write_datasets(tmp_path)))
     loaded_names = []
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda name: SimpleNamespace(config=None))
     monkeypatch.setattr(datasets, "load_dataset", lambda name: loaded_names.append(name) or loaded)
     monkeypatch.chdir(tmp_path)
 
@@ -213,7 +215,7 @@ def test_a_hub_that_is_not_reached_is_one_line(tmp_path, monkeypatch):
     def fail(name):
         raise ConnectionError("Couldn't reach it\nat all")
 
-    monkeypatch.setattr(datasets, "load_dataset", fail)
+    monkeypatch.setattr(datasets, "load_dataset_builder", fail)
     monkeypatch.chdir(tmp_path)
 
     with pytest.raises(DataError) as caught:
@@ -231,7 +233,7 @@ def test_a_hub_that_is_not_reached_is_one_line(tmp_path, monkeypatch):
 def test_no_hub_is_asked_for_what_reads_like_a_path(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here").mkdir()
-    monkeypatch.setattr(datasets, "load_dataset", None)
+    monkeypatch.setattr(datasets, "load_dataset_builder", None)
 
     with pytest.raises(DataError, match=f"^{name}: does not exist, expected a file or directory"):
         read_examples(Path(name), TEXT)

@@ -49,6 +49,7 @@ from propulsion_export.artifacts.bank.transactions import (
 )
 from propulsion_export.artifacts.manifest import AdapterEntry
 from propulsion_export.artifacts.staging import replace_file
+from propulsion_export.environment.paths import user_path
 from propulsion_export.errors import ArtifactError, UsageError, unknown_adapters
 
 
@@ -97,7 +98,7 @@ class Bank:
             UsageError: there is a bank already; `base` has another shape or dtype; the disk is
                 full.
         """
-        directory = directory.expanduser().resolve()
+        directory = user_path(directory).resolve()
         if base.ndim != 1 or not base.size or base.dtype.name not in DTYPES:
             raise UsageError(
                 f"{directory}: the base model's row is {describe_array(base)}, expected [D] of one "
@@ -120,7 +121,7 @@ class Bank:
             ArtifactError: a file is missing; the registry is damaged, of another version, or
                 contradicts the bank file.
         """
-        directory = directory.expanduser().resolve()
+        directory = user_path(directory).resolve()
         if not (directory / REGISTRY_FILE).is_file():
             raise ArtifactError(
                 f"{directory / REGISTRY_FILE}: is missing, expected the registry of a bank",
