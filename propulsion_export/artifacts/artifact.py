@@ -32,6 +32,7 @@ from propulsion_export.artifacts.manifest import (
 from propulsion_export.artifacts.staging import replace_file
 from propulsion_export.artifacts.tensor_names import BANK_INPUT, IDS_INPUT
 from propulsion_export.base_model.recorded_tokenizer import RECORD_FILE
+from propulsion_export.base_model.tokenizer_files import VOCABULARY_FILES
 from propulsion_export.errors import ArtifactError, UnknownAdapterError, unknown_adapters
 
 # Patterns of files that a runtime or transformers looks for by name in an artifact's directory.
@@ -45,8 +46,8 @@ _READ = (
     "config.json",
     "generation_config.json",
     RECORD_FILE,
-    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
-    *("spiece.model", "sentencepiece*.model", "spm.model", "bpe.codes", "chat_template*"),
+    *VOCABULARY_FILES,
+    *("tokenizer*", "vocab.*", "sentencepiece*.model", "chat_template*"),
 )
 
 # Arrays by name, such as a model's inputs; a runner is any callable from inputs to outputs.

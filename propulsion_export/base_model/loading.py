@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from propulsion_export.base_model.config import class_names, read_config, set_labels
+from propulsion_export.base_model.recomputed import recomputed_parameters
 from propulsion_export.base_model.tasks import TASKS
 from propulsion_export.environment.quiet import quiet
 from propulsion_export.errors import BaseModelError, first_line
@@ -197,7 +198,7 @@ def _load(
         ) from error
     # A head of another size is missing too: transformers initialises it at random.
     mismatched = {entry[0] for entry in info["mismatched_keys"]}
-    return model, set(info["missing_keys"]) | mismatched
+    return model, (set(info["missing_keys"]) - recomputed_parameters(model)) | mismatched
 
 
 def _may_drop_pooler(model: PreTrainedModel) -> bool:

@@ -10,5 +10,5 @@ from propulsion_export.artifacts.artifact import Artifact
 def copy_artifact_files(artifact: Artifact, names: Iterable[str], directory: Path) -> None:
     """Copy the named files of an artifact to the same paths below `directory`."""
     for name in names:
-        (directory / name).parent.mkdir(exist_ok=True)
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(artifact.directory / name, directory / name)

@@ -14,6 +14,8 @@ from safetensors import SafetensorError
 from torch import nn
 
 from propulsion_export.base_model.positions import longest_input
+from propulsion_export.base_model.recomputed import recomputed_parameters
+from propulsion_export.base_model.tokenizer import read_tokenizer
 from propulsion_export.errors import BaseModelError, first_line
 from propulsion_export.training.options import TrainOptions
 from propulsion_export.training.probe import leaks_in_a_block, looks_ahead
@@ -66,7 +68,7 @@ def load_trainable(
             trust_remote_code=options.trust_remote_code,
             output_loading_info=True,
         )
-    missing = sorted(report["missing_keys"])
+    missing = sorted(set(report["missing_keys"]) - recomputed_parameters(loaded))
     if options.task_entry.generates:
         _check_language_model(name, loaded, tokenizer, missing)
         _check_passages_apart(name, loaded, options)
@@ -126,7 +128,12 @@ def _load_errors_as_ours(name: str) -> Iterator[None]:
 
 def _tokenizer(name: str, options: TrainOptions) -> Any:
     trust = options.trust_remote_code
-    tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
+    tokenizer = read_tokenizer(name, trust_remote_code=trust)
+    if tokenizer is None:
+        raise BaseModelError(
+            f"{name}: has no tokenizer files, expected a tokenizer to read texts with",
+            remedy="Copy the tokenizer into the base model's directory, as tokenizer.json.",
+        )
     if options.task_entry.needs_offsets:
         if not tokenizer.is_fast:
             raise BaseModelError(
@@ -135,9 +142,8 @@ def _tokenizer(name: str, options: TrainOptions) -> Any:
             )
         if getattr(tokenizer, "add_prefix_space", None) is False:
             # Byte-level tokenizers accept lists of words only if they add a space before each.
-            tokenizer = transformers.AutoTokenizer.from_pretrained(
-                name, trust_remote_code=trust, add_prefix_space=True
-            )
+            tokenizer = read_tokenizer(name, trust_remote_code=trust, add_prefix_space=True)
+            assert tokenizer is not None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # GPT-type models have no padding token
     if options.task_entry.generates:
