@@ -37,6 +37,7 @@ from propulsion_export.base_model.sentence_modules import (
     SETTINGS_FILE,
     TRANSFORMER_FILES,
 )
+from propulsion_export.base_model.tokenizer_files import VOCABULARY_FILES
 from propulsion_export.environment.paths import user_path
 from propulsion_export.errors import ArtifactError, UnknownAdapterError, unknown_adapters
 
@@ -52,8 +53,8 @@ _READ = (
     "generation_config.json",
     RECORD_FILE,
     *(MODULES_FILE, SETTINGS_FILE, *TRANSFORMER_FILES),
-    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
-    *("spiece.model", "sentencepiece*.model", "spm.model", "bpe.codes", "chat_template*"),
+    *VOCABULARY_FILES,
+    *("tokenizer*", "vocab.*", "sentencepiece*.model", "chat_template*"),
 )
 
 # Arrays by name, such as a model's inputs; a runner is any callable from inputs to outputs.

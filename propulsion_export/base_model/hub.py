@@ -9,6 +9,9 @@ from propulsion_export.environment.quiet import quiet
 
 def locate(source: str, name: str) -> Path | None:
     """The path of a model's file, downloaded if necessary; None if the model does not have it."""
+    directory = Path(source)
+    if directory.is_dir():
+        return directory / name if (directory / name).is_file() else None
     from transformers.utils import cached_file
 
     try:

@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from propulsion_export.base_model.config import class_names, read_config, set_labels
+from propulsion_export.base_model.recomputed import recomputed_parameters
 from propulsion_export.base_model.tasks import TASKS
 from propulsion_export.environment.quiet import quiet
 from propulsion_export.errors import BaseModelError, first_line
@@ -226,7 +227,7 @@ def load_model(
             remedy="Expected a complete transformers checkpoint in safetensors.",
         ) from error
     mismatched = {entry[0] for entry in info["mismatched_keys"]}
-    return model, set(info["missing_keys"]) | mismatched
+    return model, (set(info["missing_keys"]) - recomputed_parameters(model)) | mismatched
 
 
 def _may_drop_pooler(model: PreTrainedModel) -> bool:

@@ -1,5 +1,9 @@
 """A model's tokenizer: read, copied, and texts as padded batches of tokens."""
 
+import re
+import shutil
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -7,10 +11,17 @@ import numpy as np
 import numpy.typing as npt
 
 from propulsion_export.base_model.fast_tokenizer import read_fast_tokenizer
-from propulsion_export.base_model.hub import copy_files
 from propulsion_export.base_model.recorded_tokenizer import read_recorded_tokenizer
+from propulsion_export.base_model.tokenizer_errors import (
+    OwnCodeError,
+    lacks_vocabulary,
+    missing_files,
+    needs_packages,
+    why_unreadable,
+)
+from propulsion_export.base_model.tokenizer_files import tokenizer_files
 from propulsion_export.environment.quiet import quiet
-from propulsion_export.errors import UnavailableError
+from propulsion_export.errors import ArtifactError, BaseModelError, UnavailableError
 
 Array = npt.NDArray[Any]
 
@@ -57,38 +68,80 @@ def encode_texts(
     )
 
 
-# Copied verbatim, so that the version of transformers that wrote them can read them too.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "tokenizer.model",
-)
-
-
 def copy_tokenizer(source: str, directory: Path) -> None:
-    """Copy the tokenizer's files, unchanged, from a checkpoint; there may be none."""
-    copy_files(TOKENIZER_FILES, source, directory)
+    """Copy the tokenizer's files, unchanged, from a checkpoint; there may be none.
+
+    Unchanged, so that the version of transformers that wrote them can read them too.
+    """
+    for name, file in tokenizer_files(source).items():
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, directory / name)
 
 
-def read_tokenizer(source: str | Path) -> Any | None:
-    """The tokenizer of a checkpoint or artifact, or None when it has none."""
-    directory = Path(source)
-    if directory.is_dir() and not any((directory / name).is_file() for name in TOKENIZER_FILES):
+def read_tokenizer(
+    source: str | Path, *, trust_remote_code: bool = False, add_prefix_space: bool | None = None
+) -> Any | None:
+    """The tokenizer of a checkpoint or artifact as transformers loads it; None when it has none.
+
+    Args:
+        source: directory or name.
+        trust_remote_code: run a tokenizer's own code.
+        add_prefix_space: replaces the setting of that name; None leaves it.
+
+    Raises:
+        BaseModelError: a file is damaged, the vocabulary is missing, its class is unknown, or its
+            own code is not allowed to run.
+        UnavailableError: it needs a package that is not installed.
+    """
+    source = str(source)
+    files = tokenizer_files(source)
+    if not files:
         return None
     from transformers import AutoTokenizer
 
+    settings = {} if add_prefix_space is None else {"add_prefix_space": add_prefix_space}
     try:
-        with quiet():
-            return AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError):
+        with quiet(), warnings.catch_warnings(record=True) as noted:
+            warnings.simplefilter("always")
+            tokenizer = AutoTokenizer.from_pretrained(
+                source, trust_remote_code=trust_remote_code, **settings
+            )
+    except Exception as error:  # whatever a tokenizer's class raises for what its files hold
+        raise why_unreadable(source, files, error) from error
+    # Without it, a Marian tokenizer leaves punctuation as it is.
+    if packages := re.findall(r"Recommended: pip install (\w+)", " ".join(map(_text, noted))):
+        raise needs_packages(source, packages)
+    _check_vocabulary(source, tokenizer, files)
+    return tokenizer
+
+
+def tokenizer_to_record(source: str, *, trust_remote_code: bool) -> Any | None:
+    """The tokenizer to record in an artifact.
+
+    Returns:
+        None where there is none, or this machine may or can not load it: then the artifact has its
+        files alone, and what reads texts with it says what is missing.
+
+    Raises:
+        BaseModelError: a file is damaged, the vocabulary is missing, or its class is unknown.
+    """
+    try:
+        return read_tokenizer(source, trust_remote_code=trust_remote_code)
+    except (UnavailableError, OwnCodeError):
         return None
+
+
+def _check_vocabulary(source: str, tokenizer: Any, files: Mapping[str, Path]) -> None:
+    """Refuse the empty vocabulary that transformers builds where the file of one is missing."""
+    kind = type(tokenizer)
+    if not tokenizer.is_fast or not kind.__module__.startswith("transformers."):
+        return
+    if missing := missing_files(kind, files):
+        raise lacks_vocabulary(source, kind.__name__, missing)
+
+
+def _text(warning: warnings.WarningMessage) -> str:
+    return str(warning.message)
 
 
 def read_serving_tokenizer(directory: Path) -> Any | None:
@@ -99,13 +152,16 @@ def read_serving_tokenizer(directory: Path) -> Any | None:
         transformers' tokenizer; None without a tokenizer.
 
     Raises:
-        UnavailableError: only transformers can load it, and is not installed.
+        ArtifactError: it cannot be read, with the reason.
+        UnavailableError: a package that it needs is not installed.
     """
     fast = read_recorded_tokenizer(directory) or read_fast_tokenizer(directory)
     if fast is not None:
         return fast
     try:
         return read_tokenizer(directory)
+    except BaseModelError as error:
+        raise ArtifactError(*error.findings, remedy=error.remedy) from error
     except ModuleNotFoundError as error:
         if error.name != "transformers":
             raise

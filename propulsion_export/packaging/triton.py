@@ -20,6 +20,7 @@ from propulsion_export.artifacts.file_names import (
 )
 from propulsion_export.artifacts.manifest import AdapterEntry, BaseEntry
 from propulsion_export.base_model.sentence_modules import copy_sentence_pipeline
+from propulsion_export.base_model.tokenizer_files import TEMPLATE_DIRECTORY
 from propulsion_export.graph.files import read_graph
 from propulsion_export.graph.ir_version import lower_ir_version_
 from propulsion_export.graph.passes.built_in_bank import BANK_FILE, BuildInBank
@@ -105,6 +106,8 @@ def adapters_text(
 
 def _is_of_client(name: str) -> bool:
     """Whether clients need the file: config.json and the tokenizer, not the model or adapters."""
+    if name.startswith(f"{TEMPLATE_DIRECTORY}/"):
+        return True
     return "/" not in name and not name.startswith((GRAPH_FILE, ENGINE_FILE))
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers import PretrainedConfig
@@ -61,7 +62,12 @@ def load_recorded_base(
 
 
 def make_batches(
-    base: BaseModel, inputs: Path | None, seed: int, *, short: bool
+    base: BaseModel,
+    inputs: Path | None,
+    seed: int,
+    *,
+    short: bool,
+    trust_remote_code: bool = False,
 ) -> tuple[Tensors, ...]:
     """Padded batches of at least 16 inputs: the texts of a file, or random tokens.
 
@@ -71,12 +77,14 @@ def make_batches(
     Raises:
         DataError: the file cannot be read, or has too few texts.
         UsageError: there is no tokenizer to read texts with.
+        BaseModelError: the tokenizer cannot be read.
     """
     config = base.model.config
     names = input_names(type(base.model), config)
     longest = REFERENCE_LENGTH if short else None
     if inputs is not None:
-        batches = _of_texts(base, inputs, names)
+        tokenizer = read_tokenizer(base.source, trust_remote_code=trust_remote_code)
+        batches = _of_texts(base, tokenizer, inputs, names)
     elif TASKS[base.task].architecture == "decoder":
         batches = decoder_inputs(config, seed=seed, longest=longest)
     else:
@@ -134,8 +142,9 @@ def _label_room(
     return max(widths) if widths else labels_of(adapters, label_parameters)
 
 
-def _of_texts(base: BaseModel, inputs: Path, names: tuple[str, ...]) -> tuple[Tensors, ...]:
-    tokenizer = read_tokenizer(base.source)
+def _of_texts(
+    base: BaseModel, tokenizer: Any | None, inputs: Path, names: tuple[str, ...]
+) -> tuple[Tensors, ...]:
     if tokenizer is None:
         raise UsageError(f"--inputs: {base.source} has no tokenizer to read texts with")
     texts = [joined(text) for text in read_texts(inputs, base.task)]

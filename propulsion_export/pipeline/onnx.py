@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -31,7 +32,7 @@ from propulsion_export.base_model.model_fingerprint import fingerprint_of_model
 from propulsion_export.base_model.recorded_tokenizer import record_tokenizer
 from propulsion_export.base_model.sentence_modules import copy_sentence_pipeline
 from propulsion_export.base_model.tasks import TaskName, resolve_task
-from propulsion_export.base_model.tokenizer import copy_tokenizer, read_tokenizer
+from propulsion_export.base_model.tokenizer import copy_tokenizer, tokenizer_to_record
 from propulsion_export.environment.machine import tool_versions
 from propulsion_export.environment.progress import Progress, silent
 from propulsion_export.errors import UsageError
@@ -104,6 +105,7 @@ def export_onnx(
     inputs = (*map(source_of, adapter), source)
     check_replaceable(output, marker=MANIFEST_FILE, force=force, inputs=inputs)
     progress(0.05, f"loading {source}")
+    tokenizer = tokenizer_to_record(source, trust_remote_code=trust_remote_code)
     base = _load(source, task, adapters, mode, slots, trust_remote_code=trust_remote_code)
     sentence = sentence_source(source, base.task, list(map(source_of, adapter)))
     fingerprint = fingerprint_of_model(base.model)
@@ -120,7 +122,7 @@ def export_onnx(
     recorded = BaseEntry(source, fingerprint, labels, own_head=base.own_head)
     with staged_directory(output, marker=MANIFEST_FILE, force=force, inputs=inputs) as directory:
         entries = _entries(adapters, adapter, graphs, recorded)
-        _write(graphs, base, directory, name, entries)
+        _write(graphs, base, tokenizer, directory, name, entries)
         if sentence is not None:
             copy_sentence_pipeline(sentence, directory)
         written = Artifact.write(directory, _manifest(graphs, base, recorded, entries, name))
@@ -271,6 +273,7 @@ def _make_room_for_slots_(base: BaseModel, mode: Mode, slots: SlotOptions) -> No
 def _write(
     graphs: ExportedGraphs,
     base: BaseModel,
+    tokenizer: Any | None,
     directory: Path,
     dtype: str,
     entries: dict[str, AdapterEntry],
@@ -279,7 +282,7 @@ def _write(
     write_graphs(graphs.programs, directory)
     save_config(base.model, directory, dtype, for_graph=True)
     copy_tokenizer(base.source, directory)
-    record_tokenizer(read_tokenizer(base.source), directory)
+    record_tokenizer(tokenizer, directory)
     save_generation_settings(base.source, base.task, directory)
     if graphs.mode == "bank":
         _write_bank(graphs, directory, entries)

@@ -98,7 +98,13 @@ def check_parity(
         drawn = [] if adapters or read.manifest.mode == "folded" else draw_adapters(read, seed)
         judged = drawn or adapters
         base = load_recorded_base(read, judged, model, trust_remote_code=trust_remote_code)
-        batches = make_batches(base, inputs, seed, short=name == "reference")
+        batches = make_batches(
+            base,
+            inputs,
+            seed,
+            short=name == "reference",
+            trust_remote_code=trust_remote_code,
+        )
         subjects = _subjects(read, base, judged, drawn, batches, name, progress)
         progress(0.7, f"running {name}")
         pooling, subjects, candidate = _with_embeddings(

@@ -16,6 +16,7 @@ from torch import nn
 from propulsion_export.base_model.config import read_config, set_labels
 from propulsion_export.base_model.loading import load_model, model_class_of
 from propulsion_export.base_model.positions import longest_input
+from propulsion_export.base_model.tokenizer import read_tokenizer
 from propulsion_export.environment.paths import user_path
 from propulsion_export.errors import BaseModelError, first_line
 from propulsion_export.training.options import TrainOptions
@@ -127,7 +128,12 @@ def _load_errors_as_ours(name: str) -> Iterator[None]:
 
 def _tokenizer(name: str, options: TrainOptions) -> Any:
     trust = options.trust_remote_code
-    tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
+    tokenizer = read_tokenizer(name, trust_remote_code=trust)
+    if tokenizer is None:
+        raise BaseModelError(
+            f"{name}: has no tokenizer files, expected a tokenizer to read texts with",
+            remedy="Copy the tokenizer into the base model's directory, as tokenizer.json.",
+        )
     if options.task_entry.needs_offsets:
         if not tokenizer.is_fast:
             raise BaseModelError(
@@ -136,9 +142,8 @@ def _tokenizer(name: str, options: TrainOptions) -> Any:
             )
         if getattr(tokenizer, "add_prefix_space", None) is False and _adds_one_space(tokenizer):
             # The first word then has the tokens that it has behind another.
-            tokenizer = transformers.AutoTokenizer.from_pretrained(
-                name, trust_remote_code=trust, add_prefix_space=True
-            )
+            tokenizer = read_tokenizer(name, trust_remote_code=trust, add_prefix_space=True)
+            assert tokenizer is not None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # GPT-type models have no padding token
     if options.task_entry.generates:

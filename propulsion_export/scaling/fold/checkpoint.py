@@ -6,7 +6,7 @@ memory is bounded by the largest module and not by the checkpoint. Tensors that 
 converts on loading are written as they were stored.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.base_model.fingerprint import Fingerprint
 from propulsion_export.base_model.model_fingerprint import base_weights, inner_base_model
+from propulsion_export.base_model.recomputed import recomputed_parameters
 from propulsion_export.errors import AdapterError, BaseModelError
 from propulsion_export.scaling.fold.model import check_finite, folded_module
 from propulsion_export.scaling.fold.shards import ShardWriter, plan_shards
@@ -107,6 +108,7 @@ def _plan(parts: StoredParts, adapter: Adapter) -> list[Job]:
     checkpoint, model = parts.checkpoint, parts.model
     jobs: dict[str, Job] = {}
     missing, seen = [], set()
+    recomputed = recomputed_parameters(model)
     for parameter, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) in seen:
             continue
@@ -115,7 +117,7 @@ def _plan(parts: StoredParts, adapter: Adapter) -> list[Job]:
             jobs[parameter] = Job(parameter, parameter, None)
             continue
         found = parts.of(parameter)
-        if not found and not _is_absent_pooler(parameter, model, adapter):
+        if not found and _is_needed(parameter, model, adapter, recomputed):
             missing.append(
                 f"{checkpoint.source}: {parameter} is neither in the checkpoint nor in the adapter"
             )
@@ -127,6 +129,15 @@ def _plan(parts: StoredParts, adapter: Adapter) -> list[Job]:
             *missing, remedy="Choose another --task, or train the head with the adapter."
         )
     return list(jobs.values())
+
+
+def _is_needed(
+    parameter: str, model: PreTrainedModel, adapter: Adapter, recomputed: Collection[str]
+) -> bool:
+    """Whether a parameter that the checkpoint lacks would be missing in what is written."""
+    if parameter in recomputed:
+        return _is_scaled(parameter, adapter)
+    return not _is_absent_pooler(parameter, model, adapter)
 
 
 def _is_absent_pooler(parameter: str, model: PreTrainedModel, adapter: Adapter) -> bool:

@@ -1,0 +1,201 @@
+"""Find every file of a checkpoint that belongs to its tokenizer.
+
+Which files those are is said by the tokenizer's class, by tokenizer_config.json, and by the code
+that a checkpoint brings.
+"""
+
+import ast
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from propulsion_export.base_model.config import read_settings_file
+from propulsion_export.base_model.hub import locate
+from propulsion_export.environment.quiet import quiet
+from propulsion_export.errors import PropulsionExportError
+
+TOKENIZER_CONFIG = "tokenizer_config.json"
+_TEMPLATES = ("chat_template.jinja", "chat_template.json")
+TEMPLATE_DIRECTORY = "additional_chat_templates"
+# What the tokenizer classes of transformers 5.24 name; a test looks for more in the transformers
+# installed. A class may need a package to be asked itself.
+VOCABULARY_FILES = (
+    "tokenizer.json",
+    TOKENIZER_CONFIG,
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "bpe.codes",
+    "dict.txt",
+    "emoji.json",
+    "byte_maps.json",
+    "entity_vocab.json",
+    "normalizer.json",
+    "prophetnet.tokenizer",
+    "sentencepiece.bpe.model",
+    "sentencepiece.model",
+    "source.spm",
+    "spiece.model",
+    "spm.model",
+    "spm_char.model",
+    "target.spm",
+    "target_vocab.json",
+    "tekken.json",
+    "tiktoken.model",
+    "tokenizer.model",
+    "vocab-src.json",
+    "vocab-tgt.json",
+    "word_pronunciation.json",
+    "word_shape.json",
+)
+# Vocabularies that transformers converts for any class that can also read tokenizer.json.
+CONVERTED = ("tekken.json", "tiktoken.model", "tokenizer.model")
+# Arguments whose files a class can do without.
+_OPTIONAL = ("tokenizer_file", "tokenizer_config_file", "normalizer_file", "target_vocab_file")
+_NAMED_IN_CODE = ("VOCAB_FILES_NAMES", "vocab_files_names")
+
+
+def tokenizer_files(source: str) -> dict[str, Path]:
+    """The files of a checkpoint's tokenizer, by path in the checkpoint; empty without a tokenizer.
+
+    They include chat templates and the modules of a tokenizer that is code of its own.
+    """
+    found = _located(source, VOCABULARY_FILES)
+    if not found:
+        return {}
+    settings = settings_in(source, TOKENIZER_CONFIG)
+    modules = _modules(source, settings)
+    names = [*_versioned(settings), *_named_by_classes(source, settings)]
+    for module in modules.values():
+        names += _named_in_code(module)
+    names += [*_TEMPLATES, *_more_templates(source)]
+    return found | modules | _located(source, names)
+
+
+def settings_in(source: str, name: str) -> dict[str, Any]:
+    """The settings in a JSON file of a checkpoint; empty where it has none or it is damaged."""
+    file = locate(source, name)
+    try:
+        return {} if file is None else read_settings_file(file)
+    except (ValueError, OSError, PropulsionExportError):
+        return {}
+
+
+def class_names(source: str, settings: Mapping[str, Any]) -> list[str]:
+    """The tokenizer classes that a checkpoint may mean, the one it names first."""
+    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
+
+    config = settings_in(source, "config.json")
+    kind = config.get("model_type")
+    known = TOKENIZER_MAPPING_NAMES.get(kind) if isinstance(kind, str) else None
+    names = (settings.get("tokenizer_class"), config.get("tokenizer_class"), known)
+    return list(dict.fromkeys(name for name in names if isinstance(name, str)))
+
+
+def class_called(name: str) -> Any | None:
+    """The tokenizer class of that name; None where transformers knows none.
+
+    It is a stand-in that raises ImportError when used if a package is not installed.
+    """
+    from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
+
+    with quiet():
+        return tokenizer_class_from_name(name)
+
+
+def required_files(tokenizer_class: Any) -> list[str]:
+    """The files that a class reads its vocabulary from where there is no tokenizer.json."""
+    named = _vocab_files(tokenizer_class)
+    return [name for argument, name in named.items() if argument not in _OPTIONAL]
+
+
+def code_of(settings: Mapping[str, Any]) -> list[str]:
+    """The module files that tokenizer_config.json names in this checkpoint, such as `tok.py`."""
+    mapped = settings.get("auto_map") or {}
+    values = mapped.values() if isinstance(mapped, dict) else [mapped]
+    flat = [name for value in values for name in (value if isinstance(value, list) else [value])]
+    # `owner/name--module.Class` is code of another repository.
+    references = [name for name in flat if isinstance(name, str) and "--" not in name]
+    return list(dict.fromkeys(f"{name.rpartition('.')[0]}.py" for name in references))
+
+
+def _modules(source: str, settings: Mapping[str, Any]) -> dict[str, Path]:
+    """The modules of a tokenizer's own code, with those that they import from beside them."""
+    found: dict[str, Path] = {}
+    waiting = code_of(settings)
+    while waiting:
+        name = waiting.pop()
+        for path in _located(source, [name]).values() if name not in found else ():
+            found[name] = path
+            folder = PurePosixPath(name).parent
+            waiting += [str(folder / f"{other}.py") for other in _imported_beside(path)]
+    return found
+
+
+def _imported_beside(module: Path) -> list[str]:
+    from transformers.dynamic_module_utils import get_relative_imports
+
+    return list(get_relative_imports(module))
+
+
+def _located(source: str, names: Iterable[str]) -> dict[str, Path]:
+    inside = [name for name in dict.fromkeys(names) if _leads_inside(name)]
+    located = {name: locate(source, name) for name in inside}
+    return {name: path for name, path in located.items() if path is not None}
+
+
+def _leads_inside(name: str) -> bool:
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts and bool(path.name)
+
+
+def _versioned(settings: Mapping[str, Any]) -> list[str]:
+    """Tokenizers for older versions of transformers, such as `tokenizer.4.0.0.json`."""
+    names = settings.get("fast_tokenizer_files")
+    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+
+
+def _named_by_classes(source: str, settings: Mapping[str, Any]) -> Iterator[str]:
+    for name in class_names(source, settings):
+        yield from _vocab_files(class_called(name)).values()
+
+
+def _vocab_files(tokenizer_class: Any) -> dict[str, str]:
+    """The files that a class names, by argument; none of a stand-in for a missing package."""
+    try:
+        return {
+            argument: name for argument, name in tokenizer_class.vocab_files_names.items() if name
+        }
+    except (AttributeError, ImportError):
+        return {}
+
+
+def _named_in_code(module: Path) -> Iterator[str]:
+    """The files that a tokenizer's own class names, read from its code, which is not run."""
+    try:
+        tree = ast.parse(module.read_text(encoding="utf-8"))
+    except (SyntaxError, ValueError, OSError):
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
+            names = {target.id for target in node.targets if isinstance(target, ast.Name)}
+            values = [value for value in node.value.values if isinstance(value, ast.Constant)]
+            if names & set(_NAMED_IN_CODE):
+                yield from (value.value for value in values if isinstance(value.value, str))
+
+
+def _more_templates(source: str) -> list[str]:
+    from transformers.utils.hub import is_offline_mode, list_repo_templates
+
+    directory = Path(source)
+    if directory.is_dir():
+        files = sorted((directory / TEMPLATE_DIRECTORY).glob("*.jinja"))
+        return [f"{TEMPLATE_DIRECTORY}/{file.name}" for file in files]
+    try:
+        with quiet():
+            found = list_repo_templates(source, local_files_only=is_offline_mode())
+    except (OSError, ValueError):
+        return []
+    return [f"{TEMPLATE_DIRECTORY}/{name}" for name in found]
