@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from google.protobuf.message import DecodeError
 
 from propulsion_export.artifacts.file_names import GRAPH_FILE, WEIGHTS_FILE
 from propulsion_export.errors import ArtifactError
