@@ -17,10 +17,15 @@ def with_class_names(rows: Iterable[DataRow], features: Mapping[str, Any]) -> It
         rows: the rows.
         features: the columns as `datasets` describes them in JSON.
     """
-    named = {column: names for column, one in features.items() if (names := _class_names(one))}
+    named = classes_by_column(features)
     for where, row in rows:
         own = {column: _named(row[column], named[column]) for column in named if column in row}
         yield where, {**row, **own}
+
+
+def classes_by_column(features: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The names of classes by column, for the columns that hold class numbers or lists of them."""
+    return {column: names for column, one in features.items() if (names := _class_names(one))}
 
 
 def _class_names(feature: Any) -> list[str] | None:

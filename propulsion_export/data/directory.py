@@ -1,5 +1,6 @@
 """Read the rows of a directory of data files, each as it is read alone."""
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -51,7 +52,7 @@ def _files_of(directory: Path, card: Card) -> list[Path]:
     """The files to train on: those that the card names, or those of `train`, or all."""
     if card.patterns is not None:
         return _named(directory, card.patterns)
-    files = [file for file in sorted(directory.rglob("*")) if _is_data(directory, file)]
+    files = sorted(_data_files(directory))
     rows = [file for file in files if kind_of(file) != ".txt"]  # beside them are licences and notes
     return _of_train(directory, rows or files)
 
@@ -87,10 +88,28 @@ def _of_train(directory: Path, files: Sequence[Path]) -> list[Path]:
     return by_split["train"]
 
 
-def _is_data(directory: Path, file: Path) -> bool:
-    parts = file.relative_to(directory).parts
-    hidden = any(part.startswith((".", "__")) for part in parts)
-    return not hidden and file.name not in _NO_DATA and bool(kind_of(file)) and file.is_file()
+def _data_files(directory: Path) -> Iterator[Path]:
+    """The data files in a directory and its folders, links followed; nothing hidden."""
+    seen: set[str] = set()
+    for folder, folders, names in os.walk(directory, onerror=_refuse, followlinks=True):
+        seen.add(os.path.realpath(folder))
+        folders[:] = [
+            name
+            for name in folders
+            if not _is_hidden(name) and os.path.realpath(Path(folder, name)) not in seen
+        ]
+        for name in names:
+            file = Path(folder, name)
+            if kind_of(file) and not _is_hidden(name) and name not in _NO_DATA and file.is_file():
+                yield file
+
+
+def _refuse(error: OSError) -> None:
+    raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from error
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith((".", "__"))
 
 
 def _split_of(place: Path) -> str | None:

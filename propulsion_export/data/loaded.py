@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from propulsion_export.data.class_names import with_class_names
+from propulsion_export.data.class_names import classes_by_column, with_class_names
 from propulsion_export.data.rows import DataRow
 from propulsion_export.environment.quiet import quiet
 from propulsion_export.errors import DataError, first_line
@@ -56,11 +56,7 @@ def read_hub(name: Path) -> Iterator[DataRow]:
 
     try:
         with quiet():
-            builder = datasets.load_dataset_builder(name.as_posix())
-            # Else pandas reads 01 as 1, and NA as nothing.
-            has_cells = hasattr(builder.config, "keep_default_na")
-            as_text = {"dtype": str, "keep_default_na": False} if has_cells else {}
-            loaded = datasets.load_dataset(name.as_posix(), **as_text)
+            loaded = _load(name.as_posix())
     # A connection that fails is an OSError.
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
@@ -68,6 +64,19 @@ def read_hub(name: Path) -> Iterator[DataRow]:
             f"({first_line(error)})"
         ) from error
     return _rows(name, loaded)
+
+
+def _load(name: str) -> Any:
+    """Load a data set; cells of CSV files are texts, where pandas would read 01 as 1."""
+    import datasets
+
+    loaded = datasets.load_dataset(name)
+    builder = datasets.load_dataset_builder(name)
+    features = next(iter(loaded.values())).features
+    if not hasattr(builder.config, "keep_default_na") or classes_by_column(features.to_dict()):
+        return loaded
+    texts = datasets.Features({column: datasets.Value("string") for column in features})
+    return datasets.load_dataset(name, features=texts, keep_default_na=False)
 
 
 def _rows(source: Path, loaded: Any) -> Iterator[DataRow]:

@@ -24,6 +24,7 @@ from propulsion_export.data.sources import read_rows
 from propulsion_export.errors import DataError
 
 _HELD_OUT = 10  # every tenth example of a class
+_MOST_DIGITS = 4000  # Python reads no number of more than 4300
 
 
 @dataclass(frozen=True)
@@ -198,4 +199,5 @@ def _as_read(name: str) -> str:
 
 
 def _is_whole_number(name: str) -> bool:
-    return name.removeprefix("-").isascii() and name.removeprefix("-").isdigit()
+    digits = name.removeprefix("-")
+    return digits.isascii() and digits.isdigit() and len(digits) <= _MOST_DIGITS

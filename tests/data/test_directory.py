@@ -60,6 +60,16 @@ def test_the_files_to_train_on_are_read_in_order(names, read, fill):
     assert texts(fill(*names)) == read
 
 
+def test_links_to_folders_are_followed_once(fill, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    (elsewhere / "a.csv").write_text("text\nfar\n")
+    directory = fill("b.csv")
+    (directory / "linked").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(directory)
+
+    assert texts(directory) == ["b.csv", "far"]
+
+
 def test_a_row_is_named_with_its_file(fill):
     directory = fill("a/one.csv", "two.csv")
 

@@ -29,6 +29,18 @@ def test_other_kinds_on_a_hub_keep_their_types(tmp_path):
     assert [row for _, row in read_hub(tmp_path / "data")] == [{"text": "01", "label": 1}]
 
 
+def test_classes_that_a_card_names_are_kept(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.csv").write_text("text,label\na,1\nb,0\n")
+    (tmp_path / "data" / "README.md").write_text(
+        "---\ndataset_info:\n  features:\n  - name: text\n    dtype: string\n  - name: label\n"
+        "    dtype:\n      class_label:\n        names:\n          '0': ham\n"
+        "          '1': spam\n---\n"
+    )
+
+    assert [row["label"] for _, row in read_hub(tmp_path / "data")] == ["spam", "ham"]
+
+
 def test_only_the_split_for_training_is_read(tmp_path):
     one, two = (datasets.Dataset.from_dict({"text": [text]}) for text in ("a", "b"))
     datasets.DatasetDict({"test": two, "train": one}).save_to_disk(tmp_path / "both")

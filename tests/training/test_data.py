@@ -201,7 +201,7 @@ def test_an_empty_directory_is_refused(tmp_path):
 
 
 def test_a_name_on_a_hub_is_handed_to_datasets(tmp_path, monkeypatch):
-    loaded = datasets.load_from_disk(str(write_datasets(tmp_path)))
+    loaded = {"train": datasets.load_from_disk(str(write_datasets(tmp_path)))}
     loaded_names = []
     monkeypatch.setattr(datasets, "load_dataset_builder", lambda name: SimpleNamespace(config=None))
     monkeypatch.setattr(datasets, "load_dataset", lambda name: loaded_names.append(name) or loaded)
@@ -215,7 +215,7 @@ def test_a_hub_that_is_not_reached_is_one_line(tmp_path, monkeypatch):
     def fail(name):
         raise ConnectionError("Couldn't reach it\nat all")
 
-    monkeypatch.setattr(datasets, "load_dataset_builder", fail)
+    monkeypatch.setattr(datasets, "load_dataset", fail)
     monkeypatch.chdir(tmp_path)
 
     with pytest.raises(DataError) as caught:
@@ -233,7 +233,7 @@ def test_a_hub_that_is_not_reached_is_one_line(tmp_path, monkeypatch):
 def test_no_hub_is_asked_for_what_reads_like_a_path(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here").mkdir()
-    monkeypatch.setattr(datasets, "load_dataset_builder", None)
+    monkeypatch.setattr(datasets, "load_dataset", None)
 
     with pytest.raises(DataError, match=f"^{name}: does not exist, expected a file or directory"):
         read_examples(Path(name), TEXT)
