@@ -180,7 +180,7 @@ def _export(
     config = exporters.OnnxConfig(
         dynamic=True, dynamic_shapes=shapes, opset_version=opset, optimize=False
     )
-    with _refusals(model), quiet_while_tracing():
+    with _refusals(model), quiet_while_tracing(), _without_growth(model):
         program = exporters.OnnxExporter().export(model, arguments, config).program
     if not isinstance(program, ir.Model):
         raise UnavailableError(
@@ -191,6 +191,30 @@ def _export(
     if shapes is not None:
         _refuse_fixed(program, type(model).__name__, shapes)
     return program
+
+
+@contextmanager
+def _without_growth(model: PreTrainedModel) -> Iterator[None]:
+    """Trace a `dynamic` rope as it is up to the model's positions; it branches beyond them."""
+    growing = [
+        (module, module.rope_type)
+        for module in model.modules()
+        if "dynamic" in str(getattr(module, "rope_type", ""))
+    ]
+    for module, kind in growing:
+        module.rope_type = _without_dynamic(kind)
+    try:
+        yield
+    finally:
+        for module, kind in growing:
+            module.rope_type = kind
+
+
+def _without_dynamic(kind: Any) -> Any:
+    """The kind of a rope, or its kinds by layer type, with `default` in place of dynamic ones."""
+    if isinstance(kind, dict):
+        return {layer: _without_dynamic(each) for layer, each in kind.items()}
+    return "default" if "dynamic" in kind else kind
 
 
 def _refuse_fixed(program: ir.Model, model: str, shapes: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from propulsion_export.artifacts.artifact import Artifact, Runner, Tensors
 from propulsion_export.base_model.config import read_settings
 from propulsion_export.base_model.positions import as_config, longest_input
+from propulsion_export.base_model.rope_switch import rope_switches, side_of
 from propulsion_export.base_model.tasks import TASKS
 from propulsion_export.base_model.tokenizer import (
     encode_texts,
@@ -15,6 +16,7 @@ from propulsion_export.base_model.tokenizer import (
     tensors_of,
 )
 from propulsion_export.errors import UsageError
+from propulsion_export.runners.switching import feeds_of_rows
 from propulsion_export.serving.predictions import Outcome, predict_row
 
 
@@ -36,6 +38,8 @@ class Reader:
         names: the inputs that the model reads.
         limit: most tokens of a text; longer texts are cut.
         task: the task that the model was exported for.
+        switches: lengths above which the model's rotary frequencies are others; rows on two sides
+            of one are computed apart, because the longest row of a batch decides for all.
         one_at_a_time: held while encoding: a call sets how the tokenizer cuts and pads, and some
             versions of tokenizers raise "Already borrowed" if another thread encodes meanwhile.
     """
@@ -45,6 +49,7 @@ class Reader:
     names: tuple[str, ...]
     limit: int
     task: str
+    switches: tuple[int, ...] = ()
     one_at_a_time: threading.Lock = field(default_factory=threading.Lock)
 
     def read(
@@ -70,6 +75,10 @@ class Reader:
                 limit=self.limit,
                 contexts=list(contexts) or None,
             )
+        sides = [side_of(int(mask.sum()), self.switches) for mask in encoding["attention_mask"]]
+        if len(set(sides)) > 1:
+            yield from self._read_by_side(sides, texts, contexts, feeds, labels)
+            return
         outputs = self.run({**tensors_of(self.names, encoding), **feeds})
         for row, source in enumerate(contexts or texts):
             outcome = Outcome(
@@ -81,6 +90,27 @@ class Reader:
                 labels=labels[row],
             )
             yield Answer(self._own(outcome), predict_row(self.task, outcome, self.tokenizer))
+
+    def _read_by_side(
+        self,
+        sides: Sequence[int],
+        texts: Sequence[str],
+        contexts: Sequence[str],
+        feeds: Mapping[str, Any],
+        labels: Sequence[Sequence[str] | None],
+    ) -> Iterator[Answer]:
+        """Answer the rows of each side in a batch of their own; in the order of the texts."""
+        answers: dict[int, Answer] = {}
+        for side in set(sides):
+            rows = [row for row, other in enumerate(sides) if other == side]
+            own = self.read(
+                [texts[row] for row in rows],
+                [contexts[row] for row in rows if contexts],
+                feeds_of_rows(feeds, rows),
+                [labels[row] for row in rows],
+            )
+            answers |= dict(zip(rows, own, strict=True))
+        return iter([answers[row] for row in range(len(texts))])
 
     def _own(self, outcome: Outcome) -> Tensors:
         """A row's outputs without those for padding, which depend on the rest of the batch."""
@@ -106,11 +136,13 @@ def open_reader(artifact: Artifact, run: Runner) -> Reader:
             f"{artifact.directory}: has a tokenizer that does not say where in a text a token "
             "stands, expected a fast tokenizer (tokenizer.json)"
         )
-    config = as_config(read_settings(artifact.directory))
+    content = read_settings(artifact.directory)
+    config = as_config(content)
     names: tuple[str, ...] = ("input_ids", "attention_mask", "token_type_ids")
     known = {spec.name for spec in artifact.manifest.inputs} or set(names)
     if getattr(config, "type_vocab_size", 0) <= 1:
         known -= {"token_type_ids"}  # the model has no type for a second text
     names = tuple(name for name in names if name in known)
     limit = longest_input(config, tokenizer)
-    return Reader(run, tokenizer, names, limit, artifact.manifest.task)
+    task = artifact.manifest.task
+    return Reader(run, tokenizer, names, limit, task, rope_switches(content))
