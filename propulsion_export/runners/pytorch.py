@@ -1,6 +1,5 @@
 """Run PyTorch models as callables from tensors to tensors."""
 
-import functools
 import inspect
 import threading
 from collections.abc import Iterator
@@ -38,14 +37,16 @@ def open_checkpoint(artifact: Artifact, *, trust_remote_code: bool = False) -> C
 
 def _compute_one_at_a_time(model: Any) -> None:
     """Let threads wait: the model writes a batch's rotary frequencies into itself."""
-    forward, lock = model.forward, threading.Lock()
+    lock = threading.Lock()
 
-    @functools.wraps(forward)
-    def locked(*args: Any, **inputs: Any) -> Any:
-        with lock:
-            return forward(*args, **inputs)
+    def acquire(*_: Any) -> None:
+        lock.acquire()
 
-    model.forward = locked
+    def release(*_: Any) -> None:
+        lock.release()
+
+    model.register_forward_pre_hook(acquire)
+    model.register_forward_hook(release, always_call=True)  # after an error too
 
 
 def torch_candidate(model: Any, task: str) -> Candidate:
