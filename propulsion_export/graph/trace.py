@@ -19,6 +19,7 @@ from transformers.utils import ModelOutput
 from propulsion_export.artifacts.artifact import Tensors
 from propulsion_export.artifacts.file_names import ENCODER_DECODER_FILES
 from propulsion_export.artifacts.manifest import DEFAULT_OPSET
+from propulsion_export.base_model.rope_switch import rope_switches
 from propulsion_export.environment.quiet import quiet, quiet_while_tracing
 from propulsion_export.errors import PropulsionExportError, ToolError, UnavailableError
 
@@ -254,7 +255,17 @@ def _refusals(model: PreTrainedModel) -> Iterator[None]:
         cause = error.__cause__ or error
         if isinstance(cause, PropulsionExportError):  # said by what is attached to the model
             raise cause from None
+        if type(cause).__name__ == "GuardOnDataDependentSymNode":
+            raise ToolError(_branching(model), remedy="Merge the adapter instead.") from error
         first = next(iter(str(cause).strip().splitlines()), "")
         raise ToolError(
             f"{type(model).__name__}: cannot be traced ({type(cause).__name__}: {first})"
         ) from error
+
+
+def _branching(model: PreTrainedModel) -> str:
+    """What is wrong with a model whose code branches on the values of a batch."""
+    found = f"{type(model).__name__}: its code branches on the values of a batch"
+    if switches := rope_switches(model.config.to_dict()):
+        found += f" (longrope, at {' and '.join(map(str, switches))} tokens of the longest row)"
+    return f"{found}, expected code that a graph can hold"

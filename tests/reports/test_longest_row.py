@@ -11,10 +11,13 @@ import numpy as np
 import pytest
 
 from propulsion_export.artifacts.artifact import Artifact
+from propulsion_export.artifacts.tensor_names import IDS_INPUT
 from propulsion_export.base_model.rope_switch import dynamic_limit, rope_switches, side_of
-from propulsion_export.errors import UsageError
+from propulsion_export.errors import ToolError, UsageError
 from propulsion_export.pipeline.merge import merge
 from propulsion_export.pipeline.onnx import export_onnx
+from propulsion_export.runners.decoding import CausalModel, greedy
+from propulsion_export.runners.switching import SwitchingGenerator
 from propulsion_export.serving.generation import Settings
 from propulsion_export.serving.session import Session
 
@@ -143,6 +146,30 @@ def test_a_graph_goes_on_as_the_checkpoint_does(graph, merged):
     assert _tokens(Session(graph), TEXTS) == _tokens(Session(merged["phi3"]), TEXTS)
 
 
+def test_rows_that_are_computed_apart_keep_their_adapters():
+    # Each row's next token is its adapter's number, whichever rows are computed with it.
+    def run(feeds):
+        ids, tokens = feeds[IDS_INPUT], feeds["input_ids"]
+        logits = np.zeros((*tokens.shape, 50), np.float32)
+        logits[np.arange(len(ids)), :, ids] = 1
+        return {"logits": logits}
+
+    prompts = [[1] * 3, [1] * 14, [1] * 20, [1] * 15, [1] * 4]
+    numbers = np.array([11, 12, 13, 14, 15])
+    switching = SwitchingGenerator(CausalModel(run), prompts, 0, {IDS_INPUT: numbers}, (SWITCH,))
+    seen = []
+
+    def stopped():
+        return np.array([len(seen) >= 9, False, False, len(seen) >= 2, False])
+
+    for tokens in switching.go_on(greedy, stopped):
+        seen.append(tokens)
+        if len(seen) == 14:
+            break
+
+    assert (np.stack(seen) == numbers).all()
+
+
 def test_the_switch_makes_a_difference(merged, graph):
     # The twin: in one batch the longest row decides, and the short row has other logits.
     from propulsion_export.runners.decoding import pad_left, recomputing
@@ -235,6 +262,28 @@ def test_a_dynamic_rope_is_exported_up_to_the_model_s_positions(made, tmp_path):
     [theirs], [ours] = checkpoint(inside), exported(inside)
     np.testing.assert_allclose(ours.outputs["logits"], theirs.outputs["logits"], atol=1e-4)
     assert _tokens(exported, TEXTS[:2]) == _tokens(checkpoint, TEXTS[:2])
+
+
+def test_code_that_branches_at_the_switch_is_refused_by_name():
+    import torch
+    from transformers import PhimoeConfig, PhimoeForCausalLM
+
+    from propulsion_export.graph.sample_inputs import trace_prompt
+    from propulsion_export.graph.trace import trace_decoder
+
+    config = PhimoeConfig(
+        vocab_size=100, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2, num_local_experts=4,
+        max_position_embeddings=64, pad_token_id=0, bos_token_id=2, eos_token_id=3,
+        rope_parameters=LONG
+        | {"original_max_position_embeddings": SWITCH, "rope_theta": 10000.0, "factor": 4.0,
+           "short_mscale": 1.0, "long_mscale": 1.2},
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = PhimoeForCausalLM(config).eval()
+
+    with pytest.raises(ToolError, match=r"PhimoeForCausalLM: its code branches .* at 16 tokens"):
+        trace_decoder(model, trace_prompt(config))
 
 
 # Parity, training, packages
