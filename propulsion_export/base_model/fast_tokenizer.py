@@ -157,14 +157,20 @@ class FastTokenizer:
         return None if token is None else self.backend_tokenizer.token_to_id(token)
 
     def _set_limits(self, longest: int | None, padding: bool) -> None:
-        """Set what differs from the call before: a setting must not change while others encode."""
+        """Set what differs from the call before.
+
+        A setting must not change while other threads encode, nor in some versions while they
+        decode, which is outside the lock for encoding.
+        """
         backend = self.backend_tokenizer
         if longest is None:
-            backend.no_truncation()
+            if backend.truncation is not None:
+                backend.no_truncation()
         elif (backend.truncation or {}).get("max_length") != longest:
             backend.enable_truncation(longest, direction=self.truncation_side)
         if not padding:
-            backend.no_padding()
+            if backend.padding is not None:
+                backend.no_padding()
         elif backend.padding is None:
             number = self._number("pad_token")
             if number is None:

@@ -19,6 +19,7 @@ from transformers.utils import ModelOutput
 from propulsion_export.artifacts.artifact import Tensors
 from propulsion_export.artifacts.file_names import ENCODER_DECODER_FILES
 from propulsion_export.artifacts.manifest import DEFAULT_OPSET
+from propulsion_export.base_model.rope_switch import rope_switches
 from propulsion_export.environment.quiet import quiet, quiet_while_tracing
 from propulsion_export.errors import PropulsionExportError, ToolError, UnavailableError
 
@@ -180,7 +181,7 @@ def _export(
     config = exporters.OnnxConfig(
         dynamic=True, dynamic_shapes=shapes, opset_version=opset, optimize=False
     )
-    with _refusals(model), quiet_while_tracing():
+    with _refusals(model), quiet_while_tracing(), _without_growth(model):
         program = exporters.OnnxExporter().export(model, arguments, config).program
     if not isinstance(program, ir.Model):
         raise UnavailableError(
@@ -191,6 +192,30 @@ def _export(
     if shapes is not None:
         _refuse_fixed(program, type(model).__name__, shapes)
     return program
+
+
+@contextmanager
+def _without_growth(model: PreTrainedModel) -> Iterator[None]:
+    """Trace a `dynamic` rope as it is up to the model's positions; it branches beyond them."""
+    growing = [
+        (module, module.rope_type)
+        for module in model.modules()
+        if "dynamic" in str(getattr(module, "rope_type", ""))
+    ]
+    for module, kind in growing:
+        module.rope_type = _without_dynamic(kind)
+    try:
+        yield
+    finally:
+        for module, kind in growing:
+            module.rope_type = kind
+
+
+def _without_dynamic(kind: Any) -> Any:
+    """The kind of a rope, or its kinds by layer type, with `default` in place of dynamic ones."""
+    if isinstance(kind, dict):
+        return {layer: _without_dynamic(each) for layer, each in kind.items()}
+    return "default" if "dynamic" in kind else kind
 
 
 def _refuse_fixed(program: ir.Model, model: str, shapes: Mapping[str, Any]) -> None:
@@ -230,7 +255,17 @@ def _refusals(model: PreTrainedModel) -> Iterator[None]:
         cause = error.__cause__ or error
         if isinstance(cause, PropulsionExportError):  # said by what is attached to the model
             raise cause from None
+        if type(cause).__name__ == "GuardOnDataDependentSymNode":
+            raise ToolError(_branching(model), remedy="Merge the adapter instead.") from error
         first = next(iter(str(cause).strip().splitlines()), "")
         raise ToolError(
             f"{type(model).__name__}: cannot be traced ({type(cause).__name__}: {first})"
         ) from error
+
+
+def _branching(model: PreTrainedModel) -> str:
+    """What is wrong with a model whose code branches on the values of a batch."""
+    found = f"{type(model).__name__}: its code branches on the values of a batch"
+    if switches := rope_switches(model.config.to_dict()):
+        found += f" (longrope, at {' and '.join(map(str, switches))} tokens of the longest row)"
+    return f"{found}, expected code that a graph can hold"

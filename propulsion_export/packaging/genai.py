@@ -12,6 +12,7 @@ from propulsion_export.artifacts.manifest import TensorSpec
 from propulsion_export.artifacts.tensor_names import LOGITS, PAST, PRESENT
 from propulsion_export.base_model.config import read_config
 from propulsion_export.base_model.generation_settings import GenerationSettings
+from propulsion_export.base_model.rope_switch import rope_switches
 from propulsion_export.base_model.special_tokens import SpecialTokens
 from propulsion_export.base_model.tasks import TASKS
 from propulsion_export.errors import UsageError
@@ -42,6 +43,8 @@ def plan(artifact: Artifact, options: PackageOptions) -> WritePackage:
         copy_artifact_files(artifact, artifact.manifest.files, directory)
         config = read_config(str(directory))
         longest = getattr(config, "max_position_embeddings", None) or _UNLIMITED
+        # The runtime does not compute a text again where its rotary frequencies change.
+        longest = min(longest, *rope_switches(config.to_dict()), longest)
         special = SpecialTokens.read(directory)
         content = genai_config(artifact.manifest.inputs, config, special, longest=longest)
         content["search"] |= _search(GenerationSettings.read(directory))

@@ -16,6 +16,7 @@ from propulsion_export.artifacts.tensor_names import MODULES_INPUT
 from propulsion_export.base_model.loading import BaseModel, load_base
 from propulsion_export.base_model.model_fingerprint import fingerprint_of_model
 from propulsion_export.base_model.positions import longest_input
+from propulsion_export.base_model.rope_switch import rope_switches
 from propulsion_export.base_model.tasks import TASKS
 from propulsion_export.base_model.tokenizer import read_tokenizer, text_inputs
 from propulsion_export.base_model.words import joined
@@ -94,12 +95,21 @@ def make_batches(
     return batches
 
 
+def judged_length(config: PretrainedConfig, tokenizer: Any | None = None) -> int:
+    """The most tokens of a row: what the model takes, up to where its rope switches.
+
+    Rows on two sides of a switch change each other in a batch, also in PyTorch.
+    """
+    longest = longest_input(config, tokenizer)
+    return min(longest, *rope_switches(config.to_dict()), longest)
+
+
 def parity_inputs(
     names: tuple[str, ...], config: PretrainedConfig, *, seed: int, longest: int | None = None
 ) -> tuple[Tensors, ...]:
     """4 padded batches of 4 rows of 3 to `longest` random tokens, 16 inputs in all."""
     chooser = np.random.default_rng(seed)
-    longest = min(longest or _LONGEST, longest_input(config))
+    longest = min(longest or _LONGEST, judged_length(config))
     return tuple(
         random_batch(names, config, tuple(chooser.integers(3, longest + 1, _ROWS)), chooser)
         for _ in range(_BATCHES)
@@ -111,7 +121,7 @@ def decoder_inputs(
 ) -> tuple[Tensors, ...]:
     """4 batches of 4 rows of 7 to `longest` random tokens, padded on the left."""
     chooser = np.random.default_rng(seed)
-    longest = min(longest or _LONGEST, longest_input(config))
+    longest = min(longest or _LONGEST, judged_length(config))
     names = ("input_ids", "attention_mask")
     drawn = (chooser.integers(_FEWEST_DECODED, longest + 1, _ROWS) for _ in range(_BATCHES))
     return tuple(padded_left(random_batch(names, config, tuple(each), chooser)) for each in drawn)
@@ -153,7 +163,7 @@ def _of_texts(
             f"{inputs}: has {len(texts)} texts, expected at least {FEWEST_INPUTS}: errors are "
             "pooled over them"
         )
-    limit = longest_input(base.model.config, tokenizer)
+    limit = judged_length(base.model.config, tokenizer)
     batches = (
         text_inputs(names, tokenizer, texts[start : start + 4], limit)
         for start in range(0, len(texts), 4)

@@ -16,11 +16,11 @@ from propulsion_export.artifacts.artifact import Artifact, Runner, Tensors
 from propulsion_export.artifacts.layout import packed_inputs
 from propulsion_export.artifacts.tensor_names import LOGITS, MODULES_INPUT
 from propulsion_export.base_model.loading import BaseModel
-from propulsion_export.base_model.positions import longest_input
 from propulsion_export.base_model.tasks import TASKS
 from propulsion_export.environment.progress import Progress
 from propulsion_export.graph.sample_inputs import padding_token
 from propulsion_export.parity.generation import continue_greedily, padded_inside
+from propulsion_export.parity.inputs import judged_length
 from propulsion_export.parity.subject import Continuation, Subject
 from propulsion_export.runners.decoding import (
     Generator,
@@ -162,7 +162,7 @@ def _continuation(
             batch["input_ids"], batch["attention_mask"] == 1, _PROMPTS, strict=False
         )
     ]
-    steps = min(steps, longest_input(base.model.config) - max(map(len, rows)))
+    steps = min(steps, judged_length(base.model.config) - max(map(len, rows)))
     padding = padding_token(base.model.config)
     alone = [continue_greedily(generator, generator.pad([row], padding), steps) for row in rows]
     tokens, margins = (np.concatenate(parts) for parts in zip(*alone, strict=True))

@@ -1,6 +1,7 @@
 """Run PyTorch models as callables from tensors to tensors."""
 
 import inspect
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from propulsion_export.artifacts.artifact import Artifact, Runner, Tensors
 from propulsion_export.artifacts.tensor_names import LOGITS, PAST, PRESENT
 from propulsion_export.base_model.loading import load_base
+from propulsion_export.base_model.rope_switch import rope_switches
 from propulsion_export.base_model.tasks import TASKS
 from propulsion_export.errors import BaseModelError, ToolError
 from propulsion_export.runners.decoding import Candidate, CausalModel, EncoderDecoder
@@ -28,7 +30,23 @@ def open_checkpoint(artifact: Artifact, *, trust_remote_code: bool = False) -> C
         trust_remote_code=trust_remote_code,
     )
     merged.check_complete(())
+    if rope_switches(merged.model.config.to_dict()):
+        _compute_one_at_a_time(merged.model)
     return torch_candidate(merged.model, artifact.manifest.task)
+
+
+def _compute_one_at_a_time(model: Any) -> None:
+    """Let threads wait: the model writes a batch's rotary frequencies into itself."""
+    lock = threading.Lock()
+
+    def acquire(*_: Any) -> None:
+        lock.acquire()
+
+    def release(*_: Any) -> None:
+        lock.release()
+
+    model.register_forward_pre_hook(acquire)
+    model.register_forward_hook(release, always_call=True)  # after an error too
 
 
 def torch_candidate(model: Any, task: str) -> Candidate:

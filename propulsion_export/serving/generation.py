@@ -1,8 +1,9 @@
 """Generate text with a loaded artifact: prompts in, tokens and text out as they are generated."""
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from propulsion_export.artifacts.artifact import Artifact, Tensors
 from propulsion_export.base_model.config import read_settings
 from propulsion_export.base_model.generation_settings import GenerationSettings
 from propulsion_export.base_model.positions import as_config, longest_input
+from propulsion_export.base_model.rope_switch import rope_switches
 from propulsion_export.base_model.special_tokens import SpecialTokens
 from propulsion_export.base_model.tasks import TASKS
 from propulsion_export.base_model.tokenizer import read_serving_tokenizer
@@ -23,12 +25,15 @@ from propulsion_export.runners.decoding import (
     go_on,
     greedy,
 )
+from propulsion_export.runners.switching import SwitchingGenerator
 from propulsion_export.serving.text_stream import TextStream
 from propulsion_export.serving.token_choice import TokenChooser
 from propulsion_export.serving.token_rules import Row, rules_of
 from propulsion_export.serving.token_sampling import Sampling, sampler
 
 DEFAULT_NEW_TOKENS = 128
+# Yields tokens, from what chooses them and what says which rows have stopped, see `go_on`.
+GoOn = Callable[[Choose, Callable[[], Array]], Iterator[Array]]
 # Called with the number of a text, from 0, and the next piece of text generated for it.
 OnText = Callable[[int, str], None]
 
@@ -91,6 +96,7 @@ class Writer:
         defaults: its generation settings.
         positions: most tokens of prompt and answer together; None for no limit.
         longest: most tokens of a prompt that an encoder reads; None where the decoder reads it.
+        switches: lengths above which the decoder's rotary frequencies are others.
         one_at_a_time: see `texts.Reader`.
     """
 
@@ -100,6 +106,7 @@ class Writer:
     defaults: GenerationSettings
     positions: int | None
     longest: int | None
+    switches: tuple[int, ...] = ()
     one_at_a_time: threading.Lock = field(default_factory=threading.Lock)
 
     def encode(self, text: str, number: int) -> list[int]:
@@ -155,10 +162,18 @@ class Writer:
             for prompt, room in zip(prompts, rooms, strict=True)
         ]
         choose = self._chooser(opening, prompts, rooms, settings.choose(numbers))
-        for tokens in go_on(opening, choose, lambda: np.array([bool(r.stopped) for r in rows])):
+        going = self._going(opening, prompts, feeds)
+        for tokens in going(choose, lambda: np.array([bool(r.stopped) for r in rows])):
             for row, number, token, lost in zip(rows, numbers, tokens, choose.lost, strict=True):
                 settings.report(number, row.lose() if lost else row.take(int(token)))
         return [row.outcome() for row in rows]
+
+    def _going(self, opening: Opening, prompts: Sequence[Sequence[int]], feeds: Tensors) -> GoOn:
+        """What generates after the prompts; rows on two sides of a switch are computed apart."""
+        if not self.switches or self.longest is not None:
+            return partial(go_on, opening)
+        padding = self.special.pad or 0
+        return SwitchingGenerator(self.generator, prompts, padding, feeds, self.switches).go_on
 
     def _chooser(
         self,
@@ -205,7 +220,8 @@ def open_writer(artifact: Artifact, generator: Generator) -> Writer:
     tokenizer = read_serving_tokenizer(artifact.directory)
     if tokenizer is None:
         raise UsageError(f"{artifact.directory}: has no tokenizer to read texts with")
-    config = as_config(read_settings(artifact.directory))
+    content = read_settings(artifact.directory)
+    config = as_config(content)
     encoded = TASKS[artifact.manifest.task].architecture == "encoder-decoder"
     return Writer(
         generator,
@@ -215,6 +231,7 @@ def open_writer(artifact: Artifact, generator: Generator) -> Writer:
         # Models without a table of positions (ALiBi, T5's relative positions) have no limit.
         positions=getattr(config, "max_position_embeddings", None),
         longest=longest_input(config, tokenizer) if encoded else None,
+        switches=rope_switches(content),
     )
 
 

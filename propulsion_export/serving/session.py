@@ -14,7 +14,9 @@ from propulsion_export.artifacts.changing import add_adapter, remove_adapter
 from propulsion_export.artifacts.consistency import check_consistent
 from propulsion_export.artifacts.locking import shared_lock
 from propulsion_export.artifacts.tensor_names import BANK_INPUT, IDS_INPUT, PACKED_INPUTS
+from propulsion_export.base_model.config import read_settings
 from propulsion_export.base_model.generation_settings import GenerationSettings
+from propulsion_export.base_model.rope_switch import rope_switches
 from propulsion_export.base_model.tasks import TASKS
 from propulsion_export.base_model.words import joined
 from propulsion_export.environment.paths import user_path
@@ -38,6 +40,7 @@ from propulsion_export.serving.roster import (
     PackedRoster,
     Roster,
 )
+from propulsion_export.serving.sides import check_sides, run_by_side
 from propulsion_export.serving.texts import Reader, open_reader
 
 _ROWS = 32  # most rows of a batch: what an engine takes by default
@@ -97,6 +100,7 @@ class Session:
         read = replace(read, directory=_bound(read.directory))
         check_consistent(read.directory, read.manifest)
         self._artifact = read
+        self._config = read_settings(read.directory)
         self._runner = choose_runner(read, runner)
         self._candidate = open_candidate(read, self._runner)
         self._text: Reader | Writer | None = None
@@ -163,6 +167,7 @@ class Session:
         rows = count_rows(inputs)
         if isinstance(inputs, Mapping):
             tensors = self._tensors(inputs, context, settings)
+            check_sides(self._config, tensors, generates=not callable(self._candidate))
             groups = self._groups(adapter, rows, rows)
             answers = [self._of_tensors(tensors, group) for group in groups]
         else:
@@ -262,7 +267,7 @@ class Session:
         run = self._candidate if callable(self._candidate) else recomputing(self._candidate)
         rows = list(group.rows)
         own = {name: values[rows] for name, values in inputs.items()}
-        outputs = run({**own, **group.feeds})
+        outputs = run_by_side(run, own, group.feeds, rope_switches(self._config))
         return [
             self._reply(choice, {name: values[row] for name, values in outputs.items()})
             for row, choice in enumerate(group.choices)

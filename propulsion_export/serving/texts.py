@@ -8,6 +8,7 @@ from typing import Any
 from propulsion_export.artifacts.artifact import Artifact, Runner, Tensors
 from propulsion_export.base_model.config import read_settings
 from propulsion_export.base_model.positions import as_config, longest_input
+from propulsion_export.base_model.rope_switch import rope_switches, side_of
 from propulsion_export.base_model.sentence_texts import SentenceTexts, open_sentence_texts
 from propulsion_export.base_model.tasks import TASKS
 from propulsion_export.base_model.tokenizer import (
@@ -17,6 +18,7 @@ from propulsion_export.base_model.tokenizer import (
 )
 from propulsion_export.base_model.words import joined
 from propulsion_export.errors import UsageError
+from propulsion_export.runners.switching import feeds_of_rows
 from propulsion_export.serving.predictions import Outcome, predict_row
 
 
@@ -39,6 +41,8 @@ class Reader:
         limit: most tokens of a text; longer texts are cut.
         task: the task that the model was exported for.
         sentence: how embeddings are made; None for other tasks, and without a pipeline.
+        switches: lengths above which the model's rotary frequencies are others; rows on two sides
+            of one are computed apart, because the longest row of a batch decides for all.
         one_at_a_time: held while encoding: a call sets how the tokenizer cuts and pads, and some
             versions of tokenizers raise "Already borrowed" if another thread encodes meanwhile.
     """
@@ -49,6 +53,7 @@ class Reader:
     limit: int
     task: str
     sentence: SentenceTexts | None = None
+    switches: tuple[int, ...] = ()
     one_at_a_time: threading.Lock = field(default_factory=threading.Lock)
 
     def read(
@@ -74,6 +79,10 @@ class Reader:
                 limit=self.limit,
                 contexts=list(contexts) or None,
             )
+        sides = [side_of(int(mask.sum()), self.switches) for mask in encoding["attention_mask"]]
+        if len(set(sides)) > 1:
+            yield from self._read_by_side(sides, texts, contexts, feeds, labels)
+            return
         outputs = self.run({**tensors_of(self.names, encoding), **feeds})
         for row, source in enumerate(contexts or texts):
             outcome = Outcome(
@@ -92,6 +101,27 @@ class Reader:
         """Each text as the model reads it: words joined, behind the sentence pipeline's prompt."""
         read = [joined(text) for text in texts]
         return self.sentence.with_prompt(read) if self.sentence else read
+
+    def _read_by_side(
+        self,
+        sides: Sequence[int],
+        texts: Sequence[str | Sequence[str]],
+        contexts: Sequence[str],
+        feeds: Mapping[str, Any],
+        labels: Sequence[Sequence[str] | None],
+    ) -> Iterator[Answer]:
+        """Answer the rows of each side in a batch of their own; in the order of the texts."""
+        answers: dict[int, Answer] = {}
+        for side in set(sides):
+            rows = [row for row, other in enumerate(sides) if other == side]
+            own = self.read(
+                [texts[row] for row in rows],
+                [contexts[row] for row in rows if contexts],
+                feeds_of_rows(feeds, rows),
+                [labels[row] for row in rows],
+            )
+            answers |= dict(zip(rows, own, strict=True))
+        return iter([answers[row] for row in range(len(texts))])
 
     def _own(self, outcome: Outcome) -> Tensors:
         """A row's outputs without those for padding, which depend on the rest of the batch."""
@@ -117,7 +147,8 @@ def open_reader(artifact: Artifact, run: Runner) -> Reader:
             f"{artifact.directory}: has a tokenizer that does not say where in a text a token "
             "stands, expected a fast tokenizer (tokenizer.json)"
         )
-    config = as_config(read_settings(artifact.directory))
+    content = read_settings(artifact.directory)
+    config = as_config(content)
     names: tuple[str, ...] = ("input_ids", "attention_mask", "token_type_ids")
     known = {spec.name for spec in artifact.manifest.inputs} or set(names)
     if getattr(config, "type_vocab_size", 0) <= 1:
@@ -129,4 +160,4 @@ def open_reader(artifact: Artifact, run: Runner) -> Reader:
     if TASKS[task].prediction == "embedding":
         sentence = open_sentence_texts(artifact.directory, tokenizer)
     limit = limit if sentence is None else sentence.limit
-    return Reader(run, tokenizer, names, limit, task, sentence)
+    return Reader(run, tokenizer, names, limit, task, sentence, rope_switches(content))

@@ -16,9 +16,10 @@ from torch import nn
 from propulsion_export.base_model.config import read_config, set_labels
 from propulsion_export.base_model.loading import load_model, model_class_of
 from propulsion_export.base_model.positions import longest_input
+from propulsion_export.base_model.rope_switch import rope_switches
 from propulsion_export.base_model.tokenizer import read_tokenizer
 from propulsion_export.environment.paths import user_path
-from propulsion_export.errors import BaseModelError, first_line
+from propulsion_export.errors import BaseModelError, UsageError, first_line
 from propulsion_export.training.options import TrainOptions
 from propulsion_export.training.probe import leaks_in_a_block, looks_ahead
 from propulsion_export.tuning import PropulsionConfig
@@ -104,9 +105,22 @@ def attach_adapter(base: TrainableBase, classes: Sequence[str], options: TrainOp
 
 
 def longest_text(base: TrainableBase, options: TrainOptions) -> int:
-    """How many tokens a text may have: `max_length`, or fewer if the base model takes fewer."""
+    """How many tokens a text may have: `max_length`, or fewer if the base model takes fewer.
+
+    Raises:
+        UsageError: the base model's rotary frequencies change within that length, and a batch has
+            several rows: the longest would decide for all.
+    """
     wanted = options.max_length or options.training.max_length
-    return min(wanted, longest_input(base.model.config, base.tokenizer))
+    longest = min(wanted, longest_input(base.model.config, base.tokenizer))
+    switch = min(rope_switches(base.model.config.to_dict()), default=longest)
+    if switch < longest and options.batch_size > options.gradient_accumulation_steps:
+        raise UsageError(
+            f"--max-length: {longest}, expected at most {switch}: the rotary frequencies of "
+            f"{base.name} change there, and the longest row of a batch decides for all",
+            remedy=f"Give --max-length {switch}, or as many --gradient-accumulation-steps as rows.",
+        )
+    return longest
 
 
 def _resolved(model: str | Path) -> str:

@@ -187,9 +187,13 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("kind", SETTINGS)
-def test_greedy_tokens_are_those_of_transformers(merged, kind):
-    directory = merged(kind, **SETTINGS[kind])
+# As Marian's: no padding, a last token, and a beginning that is no end.
+MARIAN = {"bad_words_ids": [[0], [58]], "forced_eos_token_id": 3, "decoder_start_token_id": 0}
+
+
+@pytest.mark.parametrize(("kind", "settings"), [*SETTINGS.items(), ("bart", MARIAN)])
+def test_greedy_tokens_are_those_of_transformers(merged, kind, settings):
+    directory = merged(kind, **settings)
     alone, padded = _of_transformers(directory)
 
     assert _found(directory) == alone == padded
