@@ -32,6 +32,7 @@ from propulsion_export.artifacts.manifest import (
 from propulsion_export.artifacts.staging import replace_file
 from propulsion_export.artifacts.tensor_names import BANK_INPUT, IDS_INPUT
 from propulsion_export.base_model.recorded_tokenizer import RECORD_FILE
+from propulsion_export.environment.permissions import check_permission
 from propulsion_export.errors import ArtifactError, UnknownAdapterError, unknown_adapters
 
 # Patterns of files that a runtime or transformers looks for by name in an artifact's directory.
@@ -72,6 +73,7 @@ class Artifact:
         directory = Path(directory).expanduser()
         file = directory / MANIFEST_FILE
         if not os.path.isfile(file):  # noqa: PTH113 - never raises, whatever the path
+            check_permission(directory, ArtifactError)
             raise ArtifactError(
                 f"{directory}: has no {MANIFEST_FILE}, expected a directory written by "
                 "`propulsion-export merge`, `onnx` or `trt`"
@@ -161,6 +163,7 @@ class Artifact:
             return dict(load_file(self.directory / file))
         except (SafetensorError, OSError, AttributeError, TypeError, KeyError) as error:
             # safetensors raises the last three for a dtype that numpy does not have.
+            check_permission(self.directory / file, ArtifactError)
             raise ArtifactError(
                 f"{self.directory / file}: the packed inputs cannot be read ({error})",
                 remedy="Copy the whole directory again, or export again.",
@@ -208,6 +211,8 @@ def _check_files(directory: Path, manifest: Manifest) -> None:
         if not _leads_inside(directory, name)
     ]
     if escaping:
+        for name in named:
+            check_permission((directory / name).parent, ArtifactError)
         raise ArtifactError(*escaping)
     named += [*_needed(manifest), *_read_by_others(directory)]
     unrecorded = [name for name in dict.fromkeys(named) if name not in manifest.files]

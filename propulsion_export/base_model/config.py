@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from propulsion_export.base_model.hub import copy_files
 from propulsion_export.base_model.tasks import TASKS
+from propulsion_export.environment.permissions import check_permission
 from propulsion_export.environment.quiet import quiet
 from propulsion_export.errors import ArtifactError, BaseModelError, first_line
 
@@ -42,6 +43,7 @@ def read_config(source: str, *, trust_remote_code: bool = False) -> "PretrainedC
         with quiet():
             return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
+        check_permission(source, BaseModelError)
         raise BaseModelError(
             f"{source}: no transformers checkpoint can be loaded from there ({first_line(error)})",
             remedy="Give its directory with -m.",

@@ -16,6 +16,7 @@ from transformers import (
 
 from propulsion_export.base_model.config import class_names, read_config, set_labels
 from propulsion_export.base_model.tasks import TASKS
+from propulsion_export.environment.permissions import check_permission
 from propulsion_export.environment.quiet import quiet
 from propulsion_export.errors import BaseModelError, first_line
 
@@ -191,6 +192,7 @@ def _load(
                 **constructor,
             )
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        check_permission(source, BaseModelError)
         raise BaseModelError(
             f"{source}: cannot be loaded ({first_line(error)})",
             remedy="Expected a complete transformers checkpoint in safetensors.",

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from propulsion_export.base_model.positions import longest_input
+from propulsion_export.environment.permissions import check_permission
 from propulsion_export.errors import BaseModelError, first_line
 from propulsion_export.training.options import TrainOptions
 from propulsion_export.training.probe import leaks_in_a_block, looks_ahead
@@ -121,6 +122,7 @@ def _load_errors_as_ours(name: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        check_permission(name, BaseModelError)
         raise BaseModelError(f"{name}: cannot be loaded ({first_line(error)})") from error
 
 
