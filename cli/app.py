@@ -6,11 +6,23 @@ import json
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
 
 import click
 
 from propulsion_export.artifacts.staging import FULL
-from propulsion_export.errors import PropulsionExportError, UnavailableError
+from propulsion_export.errors import PropulsionExportError, UnavailableError, UsageError
+
+from .streams import (
+    READER_GONE,
+    ReaderGone,
+    broken_pipes_as_ours,
+    forget_unwritten,
+    prepare_streams,
+    print_note,
+    print_result,
+)
 
 # What --help shows. A command's module is imported when the command runs.
 COMMANDS = {
@@ -37,6 +49,14 @@ _BUG = 70  # EX_SOFTWARE of sysexits.h
 
 class LazyGroup(click.Group):
     """Imports a command's module, of the same name, when the command is called."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        with broken_pipes_as_ours():  # --help and --version print here
+            return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with broken_pipes_as_ours():
+            return super().invoke(ctx)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -79,12 +99,16 @@ def app() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the program and exit: 0, 1 out of tolerance, 2, 3, 4, 70 for a bug, or 130."""
+    """Run the program and exit: 0, 1 out of tolerance, 2, 3, 4, 70 for a bug, 130 or 141."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
+        prepare_streams(arguments)
         code = app.main(list(arguments), prog_name="propulsion-export", standalone_mode=False)
+    except ReaderGone:
+        code = READER_GONE
     except (KeyboardInterrupt, Exception) as error:
-        sys.exit(_explain(error, arguments))
+        code = _explain(error, arguments)
+    forget_unwritten()
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -103,17 +127,20 @@ def _explain(error: BaseException, arguments: Sequence[str]) -> int:
         error = UnavailableError(f"{error.name} is not installed", remedy=remedy)
     if isinstance(error, PropulsionExportError):
         if "-v" in arguments or "--verbose" in arguments:
-            traceback.print_exception(error)
+            print_note("".join(traceback.format_exception(error)).rstrip())
         return _fail(str(error), error.exit_code, arguments)
+    if isinstance(error, FileNotFoundError) and "No usable temporary directory" in str(error):
+        return _fail(f"{error.strerror}. Set TMPDIR to one that can be written to.", 3, arguments)
     if isinstance(error, OSError) and error.errno in _FILE_ERRORS:
         return _fail(f"{error.filename or 'the output'}: {error.strerror}", 2, arguments)
     # A bug keeps its traceback; Python's own exit code 1 means a failed comparison here.
-    traceback.print_exception(error)
+    print_note("".join(traceback.format_exception(error)).rstrip())
     return _BUG
 
 
 def _fail(message: str, code: int, arguments: Sequence[str]) -> int:
-    click.echo(f"propulsion-export: {message}", err=True)
+    print_note(f"propulsion-export: {message}")
     if "--json" in arguments:
-        click.echo(json.dumps({"error": message, "exit_code": code}))
+        with suppress(ReaderGone, UsageError):
+            print_result(json.dumps({"error": message, "exit_code": code}))
     return code

@@ -17,6 +17,8 @@ import click
 
 from propulsion_export.environment.json_text import to_json
 
+from .streams import print_note, print_result
+
 P = ParamSpec("P")
 R = TypeVar("R")
 _LEAST_GROWTH = 0.05
@@ -32,14 +34,14 @@ class Console:
     def result(self, value: dict[str, Any], text: str) -> None:
         """Print the result, as JSON (null for NaN and infinity) or as text."""
         if self.json:
-            click.echo(to_json(value, non_finite=lambda _: None))
+            print_result(to_json(value, non_finite=lambda _: None))
         elif not self.quiet:
-            click.echo(text)
+            print_result(text)
 
     def note(self, text: str) -> None:
         """Print something worth knowing that is not the result, on stderr."""
         if not self.quiet:
-            click.echo(text, err=True)
+            print_note(text)
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         """Rows under their column names; up to 160 characters wide where there is no terminal."""
@@ -86,7 +88,7 @@ class _Lines:
         if message == self.last or (counts and share < self.share + _LEAST_GROWTH):
             return
         self.last, self.share = message, share
-        click.echo(f"[{share:4.0%}] {message}", err=True)
+        print_note(f"[{share:4.0%}] {message}")
 
 
 def console_options(function: Callable[Concatenate[Console, P], R]) -> Callable[P, R]:

@@ -8,6 +8,7 @@ import click
 
 from .console import Console, console_options
 from .options import DIRECTORY, FILE, runner_option
+from .streams import print_result
 
 _SHOWN = 4  # numbers of an embedding that are printed
 
@@ -134,4 +135,4 @@ def _out_of_positions(
 
 
 def _print_piece(number: int, piece: str) -> None:
-    click.echo(piece, nl=False)  # flushes
+    print_result(piece, nl=False)

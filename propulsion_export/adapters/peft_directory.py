@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 
 from propulsion_export.adapters.scales import Array, Scale, Side
 from propulsion_export.base_model.fingerprint import Fingerprint
+from propulsion_export.environment.permissions import check_permission
 from propulsion_export.errors import AdapterError
 
 PEFT_CONFIG = "adapter_config.json"
@@ -88,6 +89,7 @@ def read_peft_directory(directory: Path) -> PeftDirectory:
 def _read_config(directory: Path) -> dict[str, Any]:
     file = directory / PEFT_CONFIG
     if not os.path.isfile(file):  # noqa: PTH113 - never raises, whatever the path
+        check_permission(directory, AdapterError)
         raise AdapterError(
             f"{directory}: has no {PEFT_CONFIG}, expected a PEFT adapter directory",
             remedy="`propulsion-export train` writes one.",
@@ -118,6 +120,7 @@ def _read_tensors(directory: Path) -> dict[str, Array]:
     try:
         tensors = dict(load_file(file))
     except (SafetensorError, OSError, ValueError) as error:
+        check_permission(file, AdapterError)
         raise AdapterError(
             f"{file}: is truncated or damaged ({error})", remedy="Copy or save it again."
         ) from error

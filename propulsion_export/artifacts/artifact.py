@@ -39,6 +39,7 @@ from propulsion_export.base_model.sentence_modules import (
 )
 from propulsion_export.base_model.tokenizer_files import VOCABULARY_FILES
 from propulsion_export.environment.paths import user_path
+from propulsion_export.environment.permissions import check_permission
 from propulsion_export.errors import ArtifactError, UnknownAdapterError, unknown_adapters
 
 # Patterns of files that a runtime or transformers looks for by name in an artifact's directory.
@@ -80,6 +81,7 @@ class Artifact:
         directory = user_path(directory)
         file = directory / MANIFEST_FILE
         if not os.path.isfile(file):  # noqa: PTH113 - never raises, whatever the path
+            check_permission(directory, ArtifactError)
             raise ArtifactError(
                 f"{directory}: has no {MANIFEST_FILE}, expected a directory written by "
                 "`propulsion-export merge`, `onnx` or `trt`"
@@ -169,6 +171,7 @@ class Artifact:
             return dict(load_file(self.directory / file))
         except (SafetensorError, OSError, AttributeError, TypeError, KeyError) as error:
             # safetensors raises the last three for a dtype that numpy does not have.
+            check_permission(self.directory / file, ArtifactError)
             raise ArtifactError(
                 f"{self.directory / file}: the packed inputs cannot be read ({error})",
                 remedy="Copy the whole directory again, or export again.",
@@ -216,6 +219,8 @@ def _check_files(directory: Path, manifest: Manifest) -> None:
         if not _leads_inside(directory, name)
     ]
     if escaping:
+        for name in named:
+            check_permission((directory / name).parent, ArtifactError)
         raise ArtifactError(*escaping)
     named += [*_needed(manifest), *_read_by_others(directory)]
     unrecorded = [name for name in dict.fromkeys(named) if name not in manifest.files]

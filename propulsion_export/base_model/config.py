@@ -13,6 +13,7 @@ from propulsion_export.base_model.config_switches import (
 from propulsion_export.base_model.hub import copy_files, locate
 from propulsion_export.base_model.tasks import TASKS
 from propulsion_export.environment.paths import user_path
+from propulsion_export.environment.permissions import check_permission
 from propulsion_export.environment.quiet import quiet
 from propulsion_export.errors import ArtifactError, BaseModelError, first_line
 
@@ -54,6 +55,7 @@ def read_config(source: str, *, trust_remote_code: bool = False) -> "PretrainedC
                 source, trust_remote_code=trust_remote_code, **ON_LOADING
             )
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+        check_permission(source, BaseModelError)
         if locate(source, "config.json") is None:
             _refuse_adapter(source)
         raise BaseModelError(

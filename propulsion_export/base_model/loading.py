@@ -17,6 +17,7 @@ from transformers import (
 from propulsion_export.base_model.config import class_names, read_config, set_labels
 from propulsion_export.base_model.recomputed import recomputed_parameters
 from propulsion_export.base_model.tasks import TASKS
+from propulsion_export.environment.permissions import check_permission
 from propulsion_export.environment.quiet import quiet
 from propulsion_export.errors import BaseModelError, first_line
 
@@ -222,6 +223,7 @@ def load_model(
                 **constructor,
             )
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        check_permission(source, BaseModelError)
         raise BaseModelError(
             f"{source}: cannot be loaded ({first_line(error)})",
             remedy="Expected a complete transformers checkpoint in safetensors.",

@@ -19,6 +19,7 @@ from propulsion_export.base_model.positions import longest_input
 from propulsion_export.base_model.rope_switch import rope_switches
 from propulsion_export.base_model.tokenizer import read_tokenizer
 from propulsion_export.environment.paths import user_path
+from propulsion_export.environment.permissions import check_permission
 from propulsion_export.errors import BaseModelError, UsageError, first_line
 from propulsion_export.training.options import TrainOptions
 from propulsion_export.training.probe import leaks_in_a_block, looks_ahead
@@ -137,6 +138,7 @@ def _load_errors_as_ours(name: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        check_permission(name, BaseModelError)
         raise BaseModelError(f"{name}: cannot be loaded ({first_line(error)})") from error
 
 

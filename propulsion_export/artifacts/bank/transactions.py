@@ -16,6 +16,7 @@ from propulsion_export.artifacts.bank.registry import (
 from propulsion_export.artifacts.bank.row_file import tidy
 from propulsion_export.artifacts.file_names import ADAPTERS
 from propulsion_export.artifacts.staging import FULL, disk_errors_in_words
+from propulsion_export.environment.permissions import check_permission
 from propulsion_export.errors import ArtifactError, UsageError
 
 _PATIENCE = 60.0  # seconds to wait for other processes' changes, which take milliseconds
@@ -155,7 +156,11 @@ def _in_words(directory: Path) -> Iterator[None]:
             disk_errors_in_words(place, _NO_ROOM, remedy=_MAKE_ROOM),
             disk_errors_in_words(place, _FORBIDDEN, remedy=_CHANGE_A_COPY),
         ):
-            yield
+            try:
+                yield
+            except PermissionError as error:
+                check_permission(error.filename or place, UsageError)
+                raise
     except sqlite3.ProgrammingError:
         raise
     except sqlite3.DatabaseError as error:

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from propulsion_export.base_model.hub import locate
+from propulsion_export.environment.permissions import check_permission
 from propulsion_export.errors import BaseModelError
 from propulsion_export.scaling.fold.shards import DTYPE_NAMES
 
@@ -99,6 +100,7 @@ def _tensors_in(file: Path) -> dict[str, StoredTensor]:
             slices = {name: content.get_slice(name) for name in content.offset_keys()}
             headers = {name: (s.get_shape(), s.get_dtype()) for name, s in slices.items()}
     except (SafetensorError, OSError) as error:
+        check_permission(file, BaseModelError)
         raise BaseModelError(
             f"{file}: is truncated or damaged ({error})", remedy="Copy it again."
         ) from error
