@@ -26,6 +26,7 @@ from propulsion_export.artifacts.layout import (
 )
 from propulsion_export.artifacts.locking import exclusive_lock
 from propulsion_export.artifacts.manifest import AdapterEntry, Manifest
+from propulsion_export.artifacts.merged_base import check_not_merged
 from propulsion_export.artifacts.staging import replace_file
 from propulsion_export.artifacts.tensor_names import BANK_INPUT, MODULES_INPUT
 from propulsion_export.base_model.tasks import TASKS
@@ -70,6 +71,8 @@ def _fitted(artifact: Artifact, new: Adapter, *, allow_range: bool) -> Tensors:
     manifest = artifact.manifest
     _check_task(manifest, new)
     _check_head(manifest, new)
+    if Path(manifest.base.source).is_dir():  # it may be gone, and a hub is not asked here
+        check_not_merged(manifest.base.source, [new])
     check_base(
         manifest.base.fingerprint,
         manifest.base.source,
