@@ -32,6 +32,7 @@ from propulsion_export.artifacts.manifest import (
 from propulsion_export.artifacts.staging import replace_file
 from propulsion_export.artifacts.tensor_names import BANK_INPUT, IDS_INPUT
 from propulsion_export.base_model.recorded_tokenizer import RECORD_FILE
+from propulsion_export.environment.hub_files import leads_inside, refuse_pointers
 from propulsion_export.errors import ArtifactError, UnknownAdapterError, unknown_adapters
 
 # Patterns of files that a runtime or transformers looks for by name in an artifact's directory.
@@ -205,7 +206,7 @@ def _check_files(directory: Path, manifest: Manifest) -> None:
     escaping = [
         f"{directory / MANIFEST_FILE}: the path {name!r} leads out of the directory"
         for name in named
-        if not _leads_inside(directory, name)
+        if not leads_inside(directory, name)
     ]
     if escaping:
         raise ArtifactError(*escaping)
@@ -218,6 +219,7 @@ def _check_files(directory: Path, manifest: Manifest) -> None:
             *(f"{directory / name}: has no digest in the manifest" for name in unrecorded),
             remedy="Copy the whole directory again, or export again.",
         )
+    refuse_pointers((directory / name for name in manifest.files), ArtifactError)
     changed = [
         f"{directory / name}: its content is not what the manifest recorded"
         for name, digest in manifest.files.items()
@@ -254,13 +256,3 @@ def _read_by_others(directory: Path) -> list[str]:
         for file in sorted(directory.iterdir())
         if any(fnmatch.fnmatchcase(file.name, pattern) for pattern in _READ)
     ]
-
-
-def _leads_inside(directory: Path, name: str) -> bool:
-    """Whether a path, with links resolved, stays in the directory; an unusable path does not."""
-    try:
-        path = (directory / name).resolve()
-        path.is_file()
-    except (OSError, ValueError, RuntimeError):  # too long, a zero byte, a loop of links
-        return False
-    return path.is_relative_to(directory.resolve())

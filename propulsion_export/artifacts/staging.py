@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, get_args
 
+from propulsion_export.environment.hub_files import cached_repository
 from propulsion_export.errors import UsageError
 
 # The file that marks a directory as an artifact, an adapter or a report. With `force` an output
@@ -82,9 +83,18 @@ def check_replaceable(
     """
     destination = destination.expanduser().resolve()
     with disk_errors_in_words(destination, _FORBIDDEN):
+        _refuse_cache(destination)
         _sweep(destination)
         _refuse_inputs(destination, inputs)
         _refuse_to_lose(destination, marker, force=force)
+
+
+def _refuse_cache(destination: Path) -> None:
+    if cached_repository(destination) is not None:
+        raise UsageError(
+            f"{destination}: lies in a hub's cache, whose files other revisions share",
+            remedy=_ELSEWHERE,
+        )
 
 
 def _refuse_inputs(destination: Path, inputs: Iterable[Path | str]) -> None:

@@ -13,6 +13,7 @@ from propulsion_export.base_model.config_switches import (
 from propulsion_export.base_model.hub import copy_files, locate
 from propulsion_export.base_model.remote_code import AUTO_MAP, copy_code
 from propulsion_export.base_model.tasks import TASKS
+from propulsion_export.environment.hub_files import refuse_pointers
 from propulsion_export.environment.quiet import quiet
 from propulsion_export.errors import ArtifactError, BaseModelError, first_line
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 _ROTARY_SETTINGS = ("rope_", "rotary_", "partial_rotary_", "global_rope_", "local_rope_")
 # How a chat becomes one text; tokenizers load it by this name.
 _CHAT_TEMPLATE = "chat_template.jinja"
+# Endings of a configuration's and a tokenizer's files.
+_SMALL_FILES = (".json", ".jinja", ".model", ".spm", ".txt", ".vocab", ".codes")
 # What PEFT writes with every adapter.
 _ADAPTER_CONFIG = "adapter_config.json"
 
@@ -48,6 +51,10 @@ def read_config(source: str, *, trust_remote_code: bool = False) -> "PretrainedC
             f"{source}: does not exist, expected a directory with a transformers checkpoint",
             remedy="Give the base model's directory with -m.",
         )
+    if directory.is_dir():
+        # The tokenizer's too: transformers reports one that it cannot parse in many ways.
+        beside = [file for file in sorted(directory.iterdir()) if file.suffix in _SMALL_FILES]
+        refuse_pointers(beside, BaseModelError)
     try:
         with quiet():
             config = AutoConfig.from_pretrained(

@@ -4,11 +4,17 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from propulsion_export.environment.hub_files import refuse_pointers
 from propulsion_export.environment.quiet import quiet
+from propulsion_export.errors import BaseModelError
 
 
 def locate(source: str, name: str) -> Path | None:
-    """The path of a model's file, downloaded if necessary; None if the model does not have it."""
+    """The path of a model's file, downloaded if necessary; None if the model does not have it.
+
+    Raises:
+        BaseModelError: only the pointer that git-lfs left is there.
+    """
     from transformers.utils import cached_file
 
     try:
@@ -22,7 +28,10 @@ def locate(source: str, name: str) -> Path | None:
             )
     except OSError:  # neither a directory nor a possible name
         return None
-    return Path(file) if file is not None else None
+    if file is None:
+        return None
+    refuse_pointers([Path(file)], BaseModelError)
+    return Path(file)
 
 
 def copy_files(names: Sequence[str], source: str, directory: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from propulsion_export.environment.hub_files import refuse_pointers
 from propulsion_export.errors import (
     DataError,
 )
@@ -14,6 +15,7 @@ def read_texts(file: Path) -> list[str]:
     Raises:
         DataError: the file is missing or empty, or a line has no text.
     """
+    refuse_pointers([file], DataError)
     try:
         # Not splitlines(): it also cuts at U+2028, which JSON allows inside a text.
         lines = file.read_text(encoding="utf-8").split("\n")

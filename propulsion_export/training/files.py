@@ -6,8 +6,12 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from propulsion_export.environment.hub_files import refuse_pointers
 from propulsion_export.errors import DataError, first_line
 from propulsion_export.training.dataset import DataRow, is_hub_name, read_dataset
+
+# Endings of the files that `datasets` reads in a directory.
+_DATA = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet", ".arrow", ".gz", ".zst")
 
 
 def read_rows(source: Path) -> list[DataRow]:
@@ -16,6 +20,8 @@ def read_rows(source: Path) -> list[DataRow]:
     Raises:
         DataError: the file is missing, empty, of an unknown kind or damaged.
     """
+    inside = (file for file in sorted(source.rglob("*")) if file.suffix.lower() in _DATA)
+    refuse_pointers(inside if source.is_dir() else [source], DataError)
     rows = list(_reader(source)(source))
     if not rows:
         raise DataError(f"{source}: holds no rows, expected at least one")
