@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 
 from propulsion_export.adapters.scales import Array, Scale, Side
 from propulsion_export.base_model.fingerprint import Fingerprint
+from propulsion_export.environment.hub_files import refuse_pointers
 from propulsion_export.environment.permissions import check_permission
 from propulsion_export.errors import AdapterError
 
@@ -51,6 +52,7 @@ def read_peft_directory(directory: Path) -> PeftDirectory:
         AdapterError: something is missing, damaged, of the wrong shape or not finite; the adapter
             is of another method, or only a pickle.
     """
+    refuse_pointers((directory / name for name in (PEFT_CONFIG, PEFT_WEIGHTS)), AdapterError)
     config = _read_config(directory)
     tensors = _read_tensors(directory)
     kind = config.get("peft_type")

@@ -38,6 +38,7 @@ from propulsion_export.base_model.sentence_modules import (
     TRANSFORMER_FILES,
 )
 from propulsion_export.base_model.tokenizer_files import VOCABULARY_FILES
+from propulsion_export.environment.hub_files import leads_inside, refuse_pointers
 from propulsion_export.environment.paths import user_path
 from propulsion_export.environment.permissions import check_permission
 from propulsion_export.errors import ArtifactError, UnknownAdapterError, unknown_adapters
@@ -216,7 +217,7 @@ def _check_files(directory: Path, manifest: Manifest) -> None:
     escaping = [
         f"{directory / MANIFEST_FILE}: the path {name!r} leads out of the directory"
         for name in named
-        if not _leads_inside(directory, name)
+        if not leads_inside(directory, name)
     ]
     if escaping:
         for name in named:
@@ -231,6 +232,7 @@ def _check_files(directory: Path, manifest: Manifest) -> None:
             *(f"{directory / name}: has no digest in the manifest" for name in unrecorded),
             remedy="Copy the whole directory again, or export again.",
         )
+    refuse_pointers((directory / name for name in manifest.files), ArtifactError)
     changed = [
         f"{directory / name}: its content is not what the manifest recorded"
         for name, digest in manifest.files.items()
@@ -267,13 +269,3 @@ def _read_by_others(directory: Path) -> list[str]:
         for file in sorted(directory.iterdir())
         if any(fnmatch.fnmatchcase(file.name, pattern) for pattern in _READ)
     ]
-
-
-def _leads_inside(directory: Path, name: str) -> bool:
-    """Whether a path, with links resolved, stays in the directory; an unusable path does not."""
-    try:
-        path = (directory / name).resolve()
-        path.is_file()
-    except (OSError, ValueError, RuntimeError):  # too long, a zero byte, a loop of links
-        return False
-    return path.is_relative_to(directory.resolve())

@@ -27,9 +27,11 @@ from propulsion_export.artifacts.layout import (
 )
 from propulsion_export.artifacts.locking import exclusive_lock
 from propulsion_export.artifacts.manifest import AdapterEntry, Manifest
+from propulsion_export.artifacts.merged_base import check_not_merged
 from propulsion_export.artifacts.staging import replace_file
 from propulsion_export.artifacts.tensor_names import BANK_INPUT, MODULES_INPUT
 from propulsion_export.base_model.tasks import TASKS
+from propulsion_export.environment.hub_files import cached_repository
 from propulsion_export.errors import (
     AdapterError,
     ArtifactError,
@@ -72,6 +74,8 @@ def _fitted(artifact: Artifact, new: Adapter, *, allow_range: bool) -> Tensors:
     manifest = artifact.manifest
     _check_task(manifest, new)
     _check_head(manifest, new)
+    if Path(manifest.base.source).is_dir():  # it may be gone, and a hub is not asked here
+        check_not_merged(manifest.base.source, [new])
     check_base(
         manifest.base.fingerprint,
         manifest.base.source,
@@ -189,6 +193,12 @@ def _commit(before: Artifact, manifest: Manifest) -> Artifact:
 
 
 def _read_changeable(artifact: Path | str) -> Artifact:
+    if cached_repository(Path(artifact).expanduser()) is not None:
+        raise ArtifactError(
+            f"{artifact}: lies in a hub's cache, whose files other revisions share, expected a "
+            "directory of its own to change",
+            remedy="Copy it, with the files behind its links, and change the copy.",
+        )
     read = Artifact.read(artifact)
     if read.manifest.mode == "folded":
         raise ArtifactError(

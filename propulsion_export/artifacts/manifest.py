@@ -19,6 +19,7 @@ from propulsion_export.artifacts.tensor_names import PACKED_INPUTS
 from propulsion_export.artifacts.typed_json import convert
 from propulsion_export.base_model.fingerprint import Fingerprint
 from propulsion_export.base_model.tasks import TASKS, TaskName
+from propulsion_export.environment.hub_files import refuse_pointers
 from propulsion_export.errors import ArtifactError
 
 SCHEMA_VERSION = 1
@@ -157,6 +158,7 @@ def read_manifest(file: Path) -> Manifest:
     Raises:
         ArtifactError: it is damaged, of another schema version, or contradicts itself.
     """
+    refuse_pointers([file], ArtifactError)
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from propulsion_export.artifacts.replacing import aside, replace_directory, sweep, sync
+from propulsion_export.environment.hub_files import cached_repository
 from propulsion_export.environment.paths import user_path
 from propulsion_export.errors import UsageError
 
@@ -86,9 +87,18 @@ def check_replaceable(
     """
     destination = user_path(destination).resolve()
     with disk_errors_in_words(destination, _FORBIDDEN):
+        _refuse_cache(destination)
         sweep(destination)
         _refuse_inputs(destination, inputs)
         _refuse_to_lose(destination, marker, force=force)
+
+
+def _refuse_cache(destination: Path) -> None:
+    if cached_repository(destination) is not None:
+        raise UsageError(
+            f"{destination}: lies in a hub's cache, whose files other revisions share",
+            remedy=_ELSEWHERE,
+        )
 
 
 def _refuse_inputs(destination: Path, inputs: Iterable[Path | str]) -> None:

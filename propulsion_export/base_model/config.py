@@ -11,7 +11,9 @@ from propulsion_export.base_model.config_switches import (
     reset_switches_,
 )
 from propulsion_export.base_model.hub import copy_files, locate
+from propulsion_export.base_model.remote_code import AUTO_MAP, copy_code
 from propulsion_export.base_model.tasks import TASKS
+from propulsion_export.environment.hub_files import refuse_pointers
 from propulsion_export.environment.paths import user_path
 from propulsion_export.environment.permissions import check_permission
 from propulsion_export.environment.quiet import quiet
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 _ROTARY_SETTINGS = ("rope_", "rotary_", "partial_rotary_", "global_rope_", "local_rope_")
 # How a chat becomes one text; tokenizers load it by this name.
 _CHAT_TEMPLATE = "chat_template.jinja"
+# Endings of a configuration's and a tokenizer's files.
+_SMALL_FILES = (".json", ".jinja", ".model", ".spm", ".txt", ".vocab", ".codes")
 # What PEFT writes with every adapter.
 _ADAPTER_CONFIG = "adapter_config.json"
 
@@ -49,6 +53,10 @@ def read_config(source: str, *, trust_remote_code: bool = False) -> "PretrainedC
             f"{source}: does not exist, expected a directory with a transformers checkpoint",
             remedy="Give the base model's directory with -m.",
         )
+    if directory.is_dir():
+        # The tokenizer's too: transformers reports one that it cannot parse in many ways.
+        beside = [file for file in sorted(directory.iterdir()) if file.suffix in _SMALL_FILES]
+        refuse_pointers(beside, BaseModelError)
     try:
         with quiet():
             config = AutoConfig.from_pretrained(
@@ -60,10 +68,18 @@ def read_config(source: str, *, trust_remote_code: bool = False) -> "PretrainedC
             _refuse_adapter(source)
         raise BaseModelError(
             f"{source}: no transformers checkpoint can be loaded from there ({first_line(error)})",
-            remedy="Give its directory with -m.",
+            remedy="Give its directory with -m." if trust_remote_code else _remedy(source),
         ) from error
     reset_switches_(config)
     return config
+
+
+def _remedy(source: str) -> str:
+    """What helps when a configuration cannot be read without running code of the checkpoint."""
+    file = locate(source, "config.json")
+    if file is None or AUTO_MAP not in read_settings_file(file):
+        return "Give its directory with -m."
+    return "Read its code, then allow it with --trust-remote-code."
 
 
 def _refuse_adapter(source: str) -> None:
@@ -94,9 +110,11 @@ def save_config(
     """Write `config.json` as the model class would, without the path it was loaded from.
 
     Rotary settings are also kept under the names that the base model's own file has. For a graph,
-    what only a PyTorch model reads is left out: switches of the form of its outputs.
+    what only a PyTorch model reads is left out: switches of the form of its outputs, and the code
+    that the model brings, which is copied otherwise.
     """
     config = model.config
+    config._auto_class = None  # save_pretrained would copy the module of the configuration alone
     config.dtype = dtype
     config.architectures = [type(model).__name__]
     with quiet():
@@ -106,8 +124,10 @@ def save_config(
     content.pop("_name_or_path", None)
     written = _written_settings(config)
     content = _rotary_settings(written) | content
+    content.pop(AUTO_MAP, None)
     if not for_graph:
         keep_switches_(content, written)
+        content |= _code(config._name_or_path, directory)
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
@@ -148,6 +168,17 @@ def _written_settings(config: "PretrainedConfig") -> dict[str, Any]:
     with quiet():
         written, _ = PretrainedConfig.get_config_dict(config._name_or_path)
     return dict(written)
+
+
+def _code(source: str, directory: Path) -> dict[str, Any]:
+    """The `auto_map` of a checkpoint, whose modules are copied; empty if it brings no code."""
+    file = locate(source, "config.json") if source else None
+    # Not as transformers reads it, which makes references to a hub of all of them.
+    auto_map = read_settings_file(file).get(AUTO_MAP) if file else None
+    if auto_map is None:
+        return {}
+    copy_code(source, directory, auto_map)
+    return {AUTO_MAP: auto_map}
 
 
 def _rotary_settings(written: Mapping[str, Any]) -> dict[str, Any]:

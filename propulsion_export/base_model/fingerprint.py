@@ -1,19 +1,20 @@
 """Recognise a base model by a few of its weights.
 
 An adapter belongs to the model it was trained on, not to another of the same shape. A fingerprint
-keeps a few entries of up to 64 weight matrices. They are chosen by the hash of their names, so that
-the cost does not grow with the model, and so that a model with one matrix more or less (a pooling
-layer) has nearly the same ones. Entries are compared within the rounding of the coarser of the two
-dtypes, because the same model may be loaded in fp32 at one time and in bf16 at another.
+keeps a few entries of up to 64 weight matrices and of up to 64 vectors, norms before biases. They
+are chosen by the hash of their names, so that the cost does not grow with the model, and so that a
+model with one matrix more or less (a pooling layer) has nearly the same ones. Entries are compared
+within the rounding of the coarser of the two dtypes, because the same model may be loaded in fp32
+at one time and in bf16 at another.
 """
 
 import hashlib
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-_MATRICES = 64
+_CHOSEN = 64  # matrices, and as many vectors
 _ENTRIES = 8
 # Relative rounding errors; a value may have been rounded twice (fp32 -> fp16 -> bf16).
 _ROUNDING = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
@@ -23,33 +24,43 @@ _SMALLEST = {"float64": 0.0, "float32": 0.0, "float16": 2.0**-24, "bfloat16": 2.
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """A few entries of a base model's weight matrices.
+    """A few entries of a base model's weights.
 
     Attributes:
         dtype: the weights' floating-point dtype, such as `float32`.
         entries: 8 entries spread over each matrix, by weight name without the head model's prefix.
+        vectors: the same of norms and biases; empty in fingerprints of earlier versions.
     """
 
     dtype: str
     entries: Mapping[str, tuple[float, ...]]
+    vectors: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, weights: Mapping[str, Any]) -> "Fingerprint":
         """Take the fingerprint of weights by name, torch tensors or numpy arrays of any dtype.
 
-        Only matrices are used, and none of a `pooler`, which may be random. The caller leaves out
-        heads.
+        Only matrices and vectors are used, and none of a `pooler`, which may be random. The caller
+        leaves out heads.
         """
-        matrices = {
+        usable = {
             name: weight
             for name, weight in weights.items()
-            if len(weight.shape) == 2 and 0 not in weight.shape and not name.startswith("pooler.")
+            if 0 not in weight.shape and not name.startswith("pooler.")
         }
-        by_hash = sorted(matrices, key=lambda name: hashlib.sha256(name.encode()).digest())
-        chosen = sorted(by_hash[:_MATRICES])
-        dtypes = {str(matrices[name].dtype).removeprefix("torch.") for name in chosen}
+        matrices, vectors = (
+            {name: weight for name, weight in usable.items() if len(weight.shape) == axes}
+            for axes in (2, 1)
+        )
+        # A norm is only in its vectors; a bias belongs to a matrix, which shows a change as well.
+        names = sorted(_by_hash(matrices)[:_CHOSEN])
+        others = _by_hash(vectors)
+        others.sort(key=lambda name: not name.endswith("weight"))
+        others = sorted(others[:_CHOSEN])
+        dtypes = {str(usable[name].dtype).removeprefix("torch.") for name in (*names, *others)}
         coarsest = max(dtypes, key=lambda dtype: _ROUNDING.get(dtype, 0.0), default="float32")
-        return cls(coarsest, {name: _sample(matrices[name]) for name in chosen})
+        entries, more = ({name: _sample(usable[name]) for name in each} for each in (names, others))
+        return cls(coarsest, entries, more)
 
     def difference(self, other: "Fingerprint") -> str | None:
         """Where two fingerprints differ beyond rounding; None if the base model is the same."""
@@ -59,18 +70,18 @@ class Fingerprint:
             missing = sorted(self.entries.keys() ^ other.entries.keys())
             return f"the weight matrices have other names ({missing[0] if missing else 'none'}, …)"
         coarser = max(self.dtype, other.dtype, key=lambda dtype: _ROUNDING.get(dtype, 0.0))
-        relative, absolute = _ROUNDING.get(coarser, 2.0**-7), _SMALLEST.get(coarser, 0.0)
-        for name in sorted(common):
-            for ours, theirs in zip(self.entries[name], other.entries[name], strict=True):
-                # The comparison is false for NaN and infinity, which count as a difference.
-                largest = max(abs(ours), abs(theirs))
-                if not abs(ours - theirs) <= relative * largest + absolute < math.inf:
-                    return f"{name} holds {theirs:.6g} where {ours:.6g} was recorded"
-        return None
+        return _differing(self.entries, other.entries, coarser) or _differing(
+            self.vectors, other.vectors, coarser
+        )
 
     def to_json(self) -> dict[str, Any]:
         """The fingerprint as plain JSON values."""
-        return {"dtype": self.dtype, "entries": {n: list(v) for n, v in self.entries.items()}}
+        kept = {"entries": self.entries, "vectors": self.vectors}
+        return {"dtype": self.dtype} | {
+            kind: {name: list(values) for name, values in each.items()}
+            for kind, each in kept.items()
+            if each or kind == "entries"
+        }
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Fingerprint":
@@ -79,15 +90,35 @@ class Fingerprint:
         Raises:
             KeyError, TypeError, ValueError, AttributeError: the value is not a fingerprint.
         """
-        entries = {
-            str(name): tuple(_number(entry) for entry in entries)
-            for name, entries in value["entries"].items()
-        }
-        if any(len(row) != _ENTRIES for row in entries.values()):
-            raise ValueError(f"expected {_ENTRIES} entries a matrix")
+        entries, vectors = _rows(value["entries"]), _rows(value.get("vectors", {}))
         if not isinstance(value["dtype"], str):
             raise TypeError(f"dtype is {value['dtype']!r}, expected a name")
-        return cls(value["dtype"], entries)
+        return cls(value["dtype"], entries, vectors)
+
+
+def _by_hash(names: Iterable[str]) -> list[str]:
+    return sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
+
+
+def _differing(
+    recorded: Mapping[str, tuple[float, ...]], found: Mapping[str, tuple[float, ...]], dtype: str
+) -> str | None:
+    """The first entry, of the weights in both, that differs beyond the rounding of `dtype`."""
+    relative, absolute = _ROUNDING.get(dtype, 2.0**-7), _SMALLEST.get(dtype, 0.0)
+    for name in sorted(recorded.keys() & found.keys()):
+        for ours, theirs in zip(recorded[name], found[name], strict=True):
+            # The comparison is false for NaN and infinity, which count as a difference.
+            largest = max(abs(ours), abs(theirs))
+            if not abs(ours - theirs) <= relative * largest + absolute < math.inf:
+                return f"{name} holds {theirs:.6g} where {ours:.6g} was recorded"
+    return None
+
+
+def _rows(value: Mapping[str, Any]) -> dict[str, tuple[float, ...]]:
+    rows = {str(name): tuple(map(_number, entries)) for name, entries in value.items()}
+    if any(len(row) != _ENTRIES for row in rows.values()):
+        raise ValueError(f"expected {_ENTRIES} entries a weight")
+    return rows
 
 
 def _number(value: Any) -> float:
@@ -99,7 +130,9 @@ def _number(value: Any) -> float:
 
 
 def _sample(weight: Any) -> tuple[float, ...]:
-    """8 entries of a matrix, in equal steps over its elements, as Python floats."""
-    rows, columns = weight.shape
-    positions = [index * (rows * columns - 1) // (_ENTRIES - 1) for index in range(_ENTRIES)]
-    return tuple(float(weight[position // columns, position % columns]) for position in positions)
+    """8 entries of a matrix or vector, in equal steps over its elements, as Python floats."""
+    last = math.prod(weight.shape) - 1
+    positions = [index * last // (_ENTRIES - 1) for index in range(_ENTRIES)]
+    columns = weight.shape[-1]
+    places = ((p,) if len(weight.shape) == 1 else divmod(p, columns) for p in positions)
+    return tuple(float(weight[place]) for place in places)

@@ -4,11 +4,24 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from propulsion_export.environment.hub_files import refuse_pointers
 from propulsion_export.environment.quiet import quiet
+from propulsion_export.errors import BaseModelError
 
 
 def locate(source: str, name: str) -> Path | None:
-    """The path of a model's file, downloaded if necessary; None if the model does not have it."""
+    """The path of a model's file, downloaded if necessary; None if the model does not have it.
+
+    Raises:
+        BaseModelError: only the pointer that git-lfs left is there.
+    """
+    file = _found(source, name)
+    if file is not None:
+        refuse_pointers([file], BaseModelError)
+    return file
+
+
+def _found(source: str, name: str) -> Path | None:
     directory = Path(source)
     if directory.is_dir():
         return directory / name if (directory / name).is_file() else None

@@ -6,6 +6,7 @@ from pathlib import Path
 from propulsion_export.data.lines import read_json, read_jsonl, read_lines
 from propulsion_export.data.rows import DataRow
 from propulsion_export.data.tables import read_csv, read_parquet
+from propulsion_export.environment.hub_files import refuse_pointers
 from propulsion_export.errors import DataError
 
 _READERS: dict[str, Callable[[Path], Iterator[DataRow]]] = {
@@ -26,6 +27,7 @@ def read_file(file: Path) -> Iterator[DataRow]:
     """
     if not file.exists():
         raise DataError(f"{file}: does not exist, expected a file with data")
+    refuse_pointers([file], DataError)
     kind = kind_of(file)
     if kind is None:
         raise DataError(

@@ -6,6 +6,7 @@ from typing import Any
 
 from propulsion_export.data.class_names import classes_by_column, with_class_names
 from propulsion_export.data.rows import DataRow
+from propulsion_export.environment.hub_files import refuse_pointers
 from propulsion_export.environment.quiet import quiet
 from propulsion_export.errors import DataError, first_line
 
@@ -39,6 +40,7 @@ def read_saved(directory: Path) -> Iterator[DataRow]:
     """
     import datasets
 
+    refuse_pointers(sorted(directory.rglob("*.arrow")), DataError)
     try:
         loaded = datasets.load_from_disk(str(directory.absolute()))
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:

@@ -10,6 +10,7 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError
 
 from propulsion_export.artifacts.file_names import GRAPH_FILE, WEIGHTS_FILE
+from propulsion_export.environment.hub_files import leads_inside
 from propulsion_export.errors import ArtifactError
 from propulsion_export.graph.ir_version import lower_ir_version_
 
@@ -69,12 +70,10 @@ def read_graph(directory: Path, name: str = GRAPH_FILE) -> ir.Model:
         model = ir.load(file)
     except DecodeError as error:
         raise ArtifactError(f"{file}: is no ONNX file ({error})") from error
-    inside = directory.resolve()
     escaping = [
         f"{file}: keeps weights in {location!r}, expected a file inside its directory"
         for location in external_files(model)
-        if ".." in Path(location).parts
-        or not (directory / location).resolve().is_relative_to(inside)
+        if ".." in Path(location).parts or not leads_inside(directory, location)
     ]
     if escaping:
         raise ArtifactError(*escaping, remedy="Export it again.")

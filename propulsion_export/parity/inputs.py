@@ -12,6 +12,7 @@ from propulsion_export.adapters.head_room import labels_of
 from propulsion_export.adapters.provenance import absolute, check_base
 from propulsion_export.adapters.scales import Array
 from propulsion_export.artifacts.artifact import Artifact, Tensors
+from propulsion_export.artifacts.merged_base import check_not_merged
 from propulsion_export.artifacts.tensor_names import MODULES_INPUT
 from propulsion_export.base_model.loading import BaseModel, load_base
 from propulsion_export.base_model.model_fingerprint import fingerprint_of_model
@@ -42,10 +43,11 @@ def load_recorded_base(
     """The base model an artifact was made from, at `model` or where the artifact says.
 
     Raises:
-        BaseModelError: it cannot be loaded, or is another model.
+        BaseModelError: it cannot be loaded, is another model, or holds an adapter already.
     """
     manifest = artifact.manifest
     source = absolute(model) if model else manifest.base.source
+    check_not_merged(source, adapters)
     base = load_base(source, task=manifest.task, trust_remote_code=trust_remote_code)
     count = _label_room(artifact, adapters, base.label_parameters)
     if count is not None:

@@ -13,6 +13,7 @@ from propulsion_export.artifacts.artifact import Artifact
 from propulsion_export.artifacts.file_names import MANIFEST_FILE
 from propulsion_export.artifacts.layout import labels_in
 from propulsion_export.artifacts.manifest import AdapterEntry, BaseEntry, Manifest
+from propulsion_export.artifacts.merged_base import check_not_merged
 from propulsion_export.artifacts.staging import check_replaceable, staged_directory
 from propulsion_export.base_model.config import (
     class_names,
@@ -72,6 +73,7 @@ def merge(
     inputs = (source_of(adapter), source)
     check_replaceable(output, marker=MANIFEST_FILE, force=force, inputs=inputs)
     check_identity(read)
+    check_not_merged(source, [read])
     config = read_config(source, trust_remote_code=trust_remote_code)
     resolved = resolve_task(task, config.architectures or (), adapter_tasks([read]))
     sentence = sentence_source(source, resolved, [source_of(adapter)])

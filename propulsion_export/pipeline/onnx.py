@@ -25,6 +25,7 @@ from propulsion_export.artifacts.manifest import (
     Manifest,
     Mode,
 )
+from propulsion_export.artifacts.merged_base import check_not_merged
 from propulsion_export.artifacts.staging import check_replaceable, staged_directory
 from propulsion_export.base_model.config import read_config, save_config, save_generation_settings
 from propulsion_export.base_model.loading import BaseModel, load_base
@@ -104,6 +105,7 @@ def export_onnx(
     source = base_source(model, adapters)
     inputs = (*map(source_of, adapter), source)
     check_replaceable(output, marker=MANIFEST_FILE, force=force, inputs=inputs)
+    check_not_merged(source, adapters)
     progress(0.05, f"loading {source}")
     tokenizer = tokenizer_to_record(source, trust_remote_code=trust_remote_code)
     base = _load(source, task, adapters, mode, slots, trust_remote_code=trust_remote_code)

@@ -123,10 +123,10 @@ def test_a_mixed_model_has_the_coarsest_of_its_dtypes():
     assert Fingerprint.of(mixed).difference(Fingerprint.of(weights)) is None
 
 
-def test_biases_and_the_pooler_do_not_count():
+def test_the_pooler_and_tensors_of_other_ranks_do_not_count():
     weights = weights_of(0)
     more = weights | {
-        "encoder.norm.weight": torch.ones(5),
+        "pooler.dense.bias": torch.randn(3),
         "pooler.dense.weight": torch.randn(3, 3),
         "conv.weight": torch.randn(2, 2, 3),
         "empty.weight": torch.zeros(0, 4),
@@ -191,11 +191,22 @@ def test_it_reads_at_most_64_times_8_entries():
     assert len(set(reads)) == 8
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (1, 3), (3, 1), (2, 4)])
-def test_small_matrices_have_eight_entries_too(shape):
-    (entries,) = Fingerprint.of({"weight": torch.randn(shape)}).entries.values()
+@pytest.mark.parametrize("shape", [(1, 1), (1, 3), (3, 1), (2, 4), (1,), (3,)])
+def test_small_matrices_and_vectors_have_eight_entries_too(shape):
+    fingerprint = Fingerprint.of({"weight": torch.randn(shape)})
 
+    (entries,) = (fingerprint.entries if len(shape) == 2 else fingerprint.vectors).values()
     assert len(entries) == 8
+
+
+def test_of_many_vectors_the_norms_are_chosen():
+    norms = {f"layer.{index}.norm.weight": torch.randn(4) for index in range(40)}
+    biases = {f"layer.{index}.dense.bias": torch.randn(4) for index in range(40)}
+
+    chosen = Fingerprint.of(biases | norms).vectors
+
+    assert norms.keys() <= chosen.keys()
+    assert len(chosen) == 64
 
 
 @PROPERTY

@@ -35,11 +35,10 @@ class StoredTensor:
         data = np.fromfile(self.file, np.uint8, size, offset=self.offset)
         return torch.from_numpy(data).view(self.dtype).reshape(self.shape)
 
-    def __getitem__(self, place: tuple[int, int]) -> float:
-        """One entry of a matrix."""
-        row, column = place
+    def __getitem__(self, place: tuple[int, ...]) -> float:
+        """One entry, by its position on every axis."""
         size = self.dtype.itemsize
-        start = self.offset + (row * self.shape[1] + column) * size
+        start = self.offset + int(np.ravel_multi_index(place, self.shape)) * size
         data = np.fromfile(self.file, np.uint8, size, offset=start)
         return float(torch.from_numpy(data).view(self.dtype).item())
 
