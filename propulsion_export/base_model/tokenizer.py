@@ -8,6 +8,7 @@ import numpy.typing as npt
 
 from propulsion_export.base_model.fast_tokenizer import read_fast_tokenizer
 from propulsion_export.base_model.hub import copy_files
+from propulsion_export.base_model.model_inputs import ZERO_FOR_TEXTS
 from propulsion_export.base_model.recorded_tokenizer import read_recorded_tokenizer
 from propulsion_export.environment.quiet import quiet
 from propulsion_export.errors import UnavailableError
@@ -23,8 +24,17 @@ def text_inputs(
 
 
 def tensors_of(names: tuple[str, ...], encoding: Any) -> dict[str, Array]:
-    """The arrays of an encoding that a model reads, int64 [rows, length]."""
-    return {name: encoding[name].astype(np.int64) for name in names}
+    """The arrays of an encoding that a model reads, int64 [rows, length].
+
+    A number that no text says, such as that of the task, is zero.
+    """
+    tokens = encoding["input_ids"]
+    return {
+        name: np.zeros_like(tokens, np.int64)
+        if name in ZERO_FOR_TEXTS
+        else encoding[name].astype(np.int64)
+        for name in names
+    }
 
 
 def encode_texts(

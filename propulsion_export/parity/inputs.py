@@ -14,6 +14,7 @@ from propulsion_export.artifacts.artifact import Artifact, Tensors
 from propulsion_export.artifacts.tensor_names import MODULES_INPUT
 from propulsion_export.base_model.loading import BaseModel, load_base
 from propulsion_export.base_model.model_fingerprint import fingerprint_of_model
+from propulsion_export.base_model.model_inputs import check_text_is_enough, extra_inputs
 from propulsion_export.base_model.positions import longest_input
 from propulsion_export.base_model.tasks import TASKS
 from propulsion_export.base_model.tokenizer import read_tokenizer, text_inputs
@@ -137,6 +138,7 @@ def _of_texts(base: BaseModel, inputs: Path, names: tuple[str, ...]) -> tuple[Te
     tokenizer = read_tokenizer(base.source)
     if tokenizer is None:
         raise UsageError(f"--inputs: {base.source} has no tokenizer to read texts with")
+    check_text_is_enough(extra_inputs(base.model.config), "--inputs")
     texts = read_texts(inputs)
     if len(texts) < FEWEST_INPUTS:
         raise DataError(

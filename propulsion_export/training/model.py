@@ -13,6 +13,11 @@ from peft import get_peft_model
 from safetensors import SafetensorError
 from torch import nn
 
+from propulsion_export.base_model.model_inputs import (
+    check_inputs,
+    check_text_is_enough,
+    extra_inputs,
+)
 from propulsion_export.base_model.positions import longest_input
 from propulsion_export.errors import BaseModelError, first_line
 from propulsion_export.training.options import TrainOptions
@@ -66,6 +71,9 @@ def load_trainable(
             trust_remote_code=options.trust_remote_code,
             output_loading_info=True,
         )
+    generates = options.task_entry.generates
+    check_inputs(type(loaded), loaded.config, name, generates=generates, images=True)
+    check_text_is_enough(extra_inputs(loaded.config), name)
     missing = sorted(report["missing_keys"])
     if options.task_entry.generates:
         _check_language_model(name, loaded, tokenizer, missing)
