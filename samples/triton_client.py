@@ -36,6 +36,8 @@ def encode(directory, texts, adapters):
     labels = [known[name]["labels"] for name in adapters]
     # Some models need token_type_ids although their tokenizer does not return them.
     types = {"token_type_ids": np.zeros_like(tokens["input_ids"])}
+    types |= {"task_type_ids": types["token_type_ids"]}  # of ERNIE: zero, as in transformers
+    types |= {"task_type_ids": types["token_type_ids"]}  # of ERNIE: zero, as in transformers
     return {**types, **tokens, **id_feeds}, tokens["attention_mask"], labels
 
 

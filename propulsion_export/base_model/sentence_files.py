@@ -139,7 +139,7 @@ def _step(module: Module) -> Iterator[Step]:
 
 
 def _pooling(module: Module) -> Pooling:
-    settings = module.settings()
+    settings = _own_settings(module)
     given = settings.get("pooling_mode")
     if given is None:  # older files have a switch for each mode
         given = [mode for mode in MODES if settings.get(_switch(mode))] or ["mean"]
@@ -151,6 +151,12 @@ def _pooling(module: Module) -> Pooling:
     return Pooling(modes, bool(settings.get("include_prompt", True)))
 
 
+def _own_settings(module: Module) -> dict[str, Any]:
+    if module.file("config.json") is None:
+        raise BaseModelError(f"{module.where}: has no config.json")
+    return module.settings()
+
+
 def _switch(mode: str) -> str:
     ending = "" if mode in ("mean_sqrt_len_tokens", "lasttoken") else "_token"
     plural = "s" if mode in ("max", "mean", "weightedmean") else ""
@@ -158,7 +164,7 @@ def _switch(mode: str) -> str:
 
 
 def _dense(module: Module) -> Dense:
-    settings = module.settings()
+    settings = _own_settings(module)
     reference = str(settings.get("activation_function", "torch.nn.modules.activation.Tanh"))
     activation = reference.rpartition(".")[2]
     if not reference.startswith("torch.nn.") or activation not in ACTIVATIONS:

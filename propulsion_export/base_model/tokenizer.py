@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from propulsion_export.base_model.fast_tokenizer import read_fast_tokenizer
+from propulsion_export.base_model.model_inputs import ZERO_FOR_TEXTS
 from propulsion_export.base_model.recorded_tokenizer import read_recorded_tokenizer
 from propulsion_export.base_model.tokenizer_errors import (
     OwnCodeError,
@@ -34,8 +35,17 @@ def text_inputs(
 
 
 def tensors_of(names: tuple[str, ...], encoding: Any) -> dict[str, Array]:
-    """The arrays of an encoding that a model reads, int64 [rows, length]."""
-    return {name: encoding[name].astype(np.int64) for name in names}
+    """The arrays of an encoding that a model reads, int64 [rows, length].
+
+    A number that no text says, such as that of the task, is zero.
+    """
+    tokens = encoding["input_ids"]
+    return {
+        name: np.zeros_like(tokens, np.int64)
+        if name in ZERO_FOR_TEXTS
+        else encoding[name].astype(np.int64)
+        for name in names
+    }
 
 
 def encode_texts(

@@ -6,17 +6,18 @@ import numpy as np
 from transformers import PretrainedConfig
 
 from propulsion_export.artifacts.artifact import Tensors
+from propulsion_export.base_model.model_inputs import extra_inputs
 
 TRACED_ROWS = 3  # rows of the batch that a model is traced with
 
 
 def input_names(model_class: type, config: PretrainedConfig) -> tuple[str, ...]:
-    """Which of the usual encoder inputs a model reads, in the order of its forward."""
+    """The inputs of an encoder: those of a text, and what else the model is for."""
     accepted = inspect.signature(model_class.forward).parameters  # type: ignore[attr-defined]
     names = [name for name in ("input_ids", "attention_mask") if name in accepted]
     if "token_type_ids" in accepted and getattr(config, "type_vocab_size", 0) > 1:
         names.append("token_type_ids")
-    return tuple(names)
+    return (*names, *(extra.name for extra in extra_inputs(config) if extra.name in accepted))
 
 
 def trace_inputs(names: tuple[str, ...], config: PretrainedConfig) -> Tensors:
@@ -55,7 +56,10 @@ def random_batch(
     lengths: tuple[int, ...],
     chooser: np.random.Generator,
 ) -> Tensors:
-    """Random tokens, one row per length, int64 [rows, longest], padded on the right."""
+    """Random tokens, one row per length, int64 [rows, longest], padded on the right.
+
+    What else a model is for is random too, int64 [rows, longest, …], and zero for padding.
+    """
     shape = (len(lengths), max(lengths))
     mask = (np.arange(shape[1]) < np.array(lengths)[:, None]).astype(np.int64)
     padding = padding_token(config)
@@ -67,4 +71,9 @@ def random_batch(
         "attention_mask": mask,
         "token_type_ids": np.zeros(shape, np.int64),
     }
+    for extra in extra_inputs(config):
+        if extra.name in names:
+            drawn = extra.draw(chooser, shape)
+            hidden = mask.reshape(*shape, *[1] * (extra.dimensions - 2))
+            tensors[extra.name] = np.where(hidden == 1, drawn, 0)
     return {name: tensors[name] for name in names}

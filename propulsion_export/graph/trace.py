@@ -49,8 +49,11 @@ def trace(
         ToolError: the exporter refused the model.
         UnavailableError: the installed transformers has another exporter interface.
     """
+    tensors = _tensors(inputs)
+    wide = any(values.ndim > 2 for values in tensors.values())
+    shapes = _varying(tensors, extra) if wide else None  # the last axis of such an input is fixed
     # A decoder under another head would also return its cache.
-    return _export(model, {**_tensors(inputs), **extra, "use_cache": False}, None, opset)
+    return _export(model, {**tensors, **extra, "use_cache": False}, shapes, opset)
 
 
 def trace_decoder(

@@ -16,6 +16,7 @@ from propulsion_export.artifacts.merged_base import check_not_merged
 from propulsion_export.artifacts.tensor_names import MODULES_INPUT
 from propulsion_export.base_model.loading import BaseModel, load_base
 from propulsion_export.base_model.model_fingerprint import fingerprint_of_model
+from propulsion_export.base_model.model_inputs import check_text_is_enough, extra_inputs
 from propulsion_export.base_model.positions import longest_input
 from propulsion_export.base_model.rope_switch import rope_switches
 from propulsion_export.base_model.tasks import TASKS
@@ -159,6 +160,7 @@ def _of_texts(
 ) -> tuple[Tensors, ...]:
     if tokenizer is None:
         raise UsageError(f"--inputs: {base.source} has no tokenizer to read texts with")
+    check_text_is_enough(extra_inputs(base.model.config), "--inputs")
     texts = [joined(text) for text in read_texts(inputs, base.task)]
     if len(texts) < FEWEST_INPUTS:
         raise DataError(

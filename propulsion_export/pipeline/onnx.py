@@ -30,9 +30,10 @@ from propulsion_export.artifacts.staging import check_replaceable, staged_direct
 from propulsion_export.base_model.config import read_config, save_config, save_generation_settings
 from propulsion_export.base_model.loading import BaseModel, load_base
 from propulsion_export.base_model.model_fingerprint import fingerprint_of_model
+from propulsion_export.base_model.model_inputs import check_inputs
 from propulsion_export.base_model.recorded_tokenizer import record_tokenizer
 from propulsion_export.base_model.sentence_modules import copy_sentence_pipeline
-from propulsion_export.base_model.tasks import TaskName, resolve_task
+from propulsion_export.base_model.tasks import TASKS, TaskName, resolve_task
 from propulsion_export.base_model.tokenizer import copy_tokenizer, tokenizer_to_record
 from propulsion_export.environment.machine import tool_versions
 from propulsion_export.environment.progress import Progress, silent
@@ -237,6 +238,7 @@ def _load(
     config = read_config(source, trust_remote_code=trust_remote_code)
     task = resolve_task(task, config.architectures or (), adapter_tasks(adapters))
     base = load_base(source, task=task, trust_remote_code=trust_remote_code)
+    check_inputs(type(base.model), base.model.config, source, generates=TASKS[task].generates)
     for adapter in adapters:
         base.check_complete(adapter.modules)
     if not adapters:

@@ -257,7 +257,7 @@ def alone(batch: Tensors, row: int) -> Tensors:
     mask = batch["attention_mask"]
     return {
         name: values[row : row + 1, mask[row] == 1]
-        if values.shape == mask.shape and name != "decoder_input_ids"
+        if values.shape[:2] == mask.shape and name != "decoder_input_ids"
         else values[row : row + 1]
         for name, values in batch.items()
     }

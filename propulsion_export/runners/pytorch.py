@@ -13,6 +13,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from propulsion_export.artifacts.artifact import Artifact, Runner, Tensors
 from propulsion_export.artifacts.tensor_names import LOGITS, PAST, PRESENT
 from propulsion_export.base_model.loading import load_base
+from propulsion_export.base_model.model_inputs import check_inputs
 from propulsion_export.base_model.rope_switch import rope_switches
 from propulsion_export.base_model.tasks import TASKS
 from propulsion_export.errors import BaseModelError, ToolError
@@ -30,6 +31,9 @@ def open_checkpoint(artifact: Artifact, *, trust_remote_code: bool = False) -> C
         trust_remote_code=trust_remote_code,
     )
     merged.check_complete(())
+    generates = TASKS[artifact.manifest.task].generates
+    where, config = str(artifact.directory), merged.model.config
+    check_inputs(type(merged.model), config, where, generates=generates, images=True)
     if rope_switches(merged.model.config.to_dict()):
         _compute_one_at_a_time(merged.model)
     return torch_candidate(merged.model, artifact.manifest.task)

@@ -6,12 +6,14 @@ import numpy as np
 
 from propulsion_export.adapters.scales import Array
 from propulsion_export.artifacts.artifact import Tensors
+from propulsion_export.base_model.model_inputs import ExtraInput
 from propulsion_export.base_model.tasks import TASKS
 from propulsion_export.data.rows import wrong_words
 from propulsion_export.errors import UsageError
 
 Text = str | Sequence[str]  # a text, or the words of one
 Inputs = str | Sequence[Text] | Tensors
+_NONE: Mapping[str, ExtraInput] = {}
 # Inputs with a number for every token of the text, [batch, sequence].
 _OF_TOKENS = {"input_ids", "attention_mask", "token_type_ids"}
 
@@ -93,8 +95,19 @@ def contexts_for(task: str, given: str | Sequence[str], rows: int) -> Sequence[s
     return ()
 
 
-def as_given(inputs: Tensors, needed: set[str], optional: set[str]) -> dict[str, Array]:
+def as_given(
+    inputs: Tensors,
+    needed: set[str],
+    optional: set[str],
+    extras: Mapping[str, ExtraInput] = _NONE,
+) -> dict[str, Array]:
     """The tensors as the model takes them: int64, with zeros for missing `token_type_ids`.
+
+    Args:
+        inputs: what was given.
+        needed: the inputs that a model must have.
+        optional: the inputs that it may have too.
+        extras: those of them that say more about a token, which may have more dimensions.
 
     Raises:
         UsageError: naming the inputs that are missing, unknown to the model, or of other
@@ -103,6 +116,9 @@ def as_given(inputs: Tensors, needed: set[str], optional: set[str]) -> dict[str,
     given = {name: _as_array(name, values) for name, values in inputs.items()}
     if "input_ids" in given and "token_type_ids" in needed - given.keys():
         given["token_type_ids"] = np.zeros_like(given["input_ids"])
+    for name in needed & extras.keys() - given.keys():
+        if "input_ids" in given and extras[name].source == "zeros":
+            given[name] = extras[name].zeros(given["input_ids"])
     if missing := needed - given.keys():
         raise UsageError(
             f"the inputs are {', '.join(inputs)}, expected {', '.join(sorted(missing))} besides"
@@ -113,20 +129,22 @@ def as_given(inputs: Tensors, needed: set[str], optional: set[str]) -> dict[str,
         for name in given
         if name not in known
     ]
+    shapes = {name: extras[name].shape if name in extras else "[batch, sequence]" for name in known}
     findings += [
-        f"{name}: is {values.dtype} {list(values.shape)}, expected whole numbers [batch, sequence]"
+        f"{name}: is {values.dtype} {list(values.shape)}, expected whole numbers {shapes[name]}"
         for name, values in given.items()
-        if name in known and (values.ndim != 2 or values.dtype.kind not in "iub")
+        if name in known
+        and (values.ndim != shapes[name].count(",") + 1 or values.dtype.kind not in "iub")
     ]
     findings += [
         f"{name}: has {values.min()}, expected no number below zero"
         for name, values in given.items()
         if name in known and values.size and values.dtype.kind == "i" and values.min() < 0
     ]
-    whole = {given[name].shape for name in _OF_TOKENS & given.keys()}
-    if not findings and len(whole) > 1:
-        shapes = ", ".join(f"{n} {list(given[n].shape)}" for n in given if n in _OF_TOKENS)
-        findings.append(f"the inputs are {shapes}, expected one shape")
+    tokens = [name for name in given if name in _OF_TOKENS or name in extras]
+    if not findings and len({given[name].shape[:2] for name in tokens}) > 1:
+        found = ", ".join(f"{name} {list(given[name].shape)}" for name in tokens)
+        findings.append(f"the inputs are {found}, expected one shape")
     if findings:
         raise UsageError(*findings)
     return {name: values.astype(np.int64) for name, values in given.items()}

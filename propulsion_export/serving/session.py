@@ -16,6 +16,8 @@ from propulsion_export.artifacts.locking import shared_lock
 from propulsion_export.artifacts.tensor_names import BANK_INPUT, IDS_INPUT, PACKED_INPUTS
 from propulsion_export.base_model.config import read_settings
 from propulsion_export.base_model.generation_settings import GenerationSettings
+from propulsion_export.base_model.model_inputs import extra_inputs
+from propulsion_export.base_model.positions import as_config
 from propulsion_export.base_model.rope_switch import rope_switches
 from propulsion_export.base_model.tasks import TASKS
 from propulsion_export.base_model.words import joined
@@ -251,12 +253,15 @@ class Session:
         if context or settings is not None:
             raise UsageError("context and settings go with texts, the inputs are tensors")
         specs = self._artifact.manifest.inputs
+        config = as_config(read_settings(self._artifact.directory))
+        extras = {extra.name: extra for extra in extra_inputs(config)}
         if not callable(self._candidate):  # a generator makes the others itself
             return as_given(inputs, {"input_ids", "attention_mask"}, {"decoder_input_ids"})
         if not specs:  # a merged checkpoint
-            return as_given(inputs, {"input_ids"}, {"attention_mask", "token_type_ids"})
+            needed = {"input_ids", *extras}
+            return as_given(inputs, needed, {"attention_mask", "token_type_ids"}, extras)
         names = {spec.name for spec in specs} - {*PACKED_INPUTS, BANK_INPUT, IDS_INPUT}
-        return as_given(inputs, names, set())
+        return as_given(inputs, names, set(), extras)
 
     def _check_settings(self, settings: Settings | None) -> None:
         if settings is not None and callable(self._candidate):

@@ -7,6 +7,11 @@ from typing import Any
 
 from propulsion_export.artifacts.artifact import Artifact, Runner, Tensors
 from propulsion_export.base_model.config import read_settings
+from propulsion_export.base_model.model_inputs import (
+    TEXT_INPUTS,
+    check_text_is_enough,
+    extra_inputs,
+)
 from propulsion_export.base_model.positions import as_config, longest_input
 from propulsion_export.base_model.rope_switch import rope_switches, side_of
 from propulsion_export.base_model.sentence_texts import SentenceTexts, open_sentence_texts
@@ -149,7 +154,9 @@ def open_reader(artifact: Artifact, run: Runner) -> Reader:
         )
     content = read_settings(artifact.directory)
     config = as_config(content)
-    names: tuple[str, ...] = ("input_ids", "attention_mask", "token_type_ids")
+    extras = extra_inputs(config)
+    check_text_is_enough(extras, str(artifact.directory))
+    names = (*TEXT_INPUTS, *(extra.name for extra in extras))
     known = {spec.name for spec in artifact.manifest.inputs} or set(names)
     if getattr(config, "type_vocab_size", 0) <= 1:
         known -= {"token_type_ids"}  # the model has no type for a second text

@@ -15,6 +15,11 @@ from torch import nn
 
 from propulsion_export.base_model.config import read_config, set_labels
 from propulsion_export.base_model.loading import load_model, model_class_of
+from propulsion_export.base_model.model_inputs import (
+    check_inputs,
+    check_text_is_enough,
+    extra_inputs,
+)
 from propulsion_export.base_model.positions import longest_input
 from propulsion_export.base_model.rope_switch import rope_switches
 from propulsion_export.base_model.tokenizer import read_tokenizer
@@ -70,6 +75,9 @@ def load_trainable(
         dtype=getattr(torch, options.dtype),
         trust_remote_code=options.trust_remote_code,
     )
+    generates = options.task_entry.generates
+    check_inputs(type(loaded), loaded.config, name, generates=generates, images=True)
+    check_text_is_enough(extra_inputs(loaded.config), name)
     missing = sorted(lacking)
     if options.task_entry.generates:
         _check_language_model(name, loaded, tokenizer, missing)

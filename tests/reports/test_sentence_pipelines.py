@@ -295,6 +295,10 @@ WRONG = {
         ),
         "has its Transformer in 0_BERT/",
     ),
+    "no settings": (
+        lambda d: (d / "1_Pooling" / "config.json").unlink(),
+        "Pooling in 1_Pooling/: has no config.json",
+    ),
     "no list": (lambda d: (d / "modules.json").write_text("{}"), "is no list of modules"),
 }  # fmt: skip
 
