@@ -17,6 +17,7 @@ from propulsion_export.base_model.loading import BaseModel, load_base
 from propulsion_export.base_model.model_fingerprint import fingerprint_of_model
 from propulsion_export.base_model.positions import longest_input
 from propulsion_export.base_model.tasks import TASKS
+from propulsion_export.base_model.token_ids import check_token_ids
 from propulsion_export.base_model.tokenizer import read_tokenizer, text_inputs
 from propulsion_export.errors import BaseModelError, DataError, UsageError
 from propulsion_export.graph.sample_inputs import input_names, padded_left, random_batch
@@ -146,6 +147,7 @@ def _of_texts(
 ) -> tuple[Tensors, ...]:
     if tokenizer is None:
         raise UsageError(f"--inputs: {base.source} has no tokenizer to read texts with")
+    check_token_ids(base.source, tokenizer, base.model.config.to_dict())
     texts = read_texts(inputs)
     if len(texts) < FEWEST_INPUTS:
         raise DataError(

@@ -30,6 +30,7 @@ from propulsion_export.base_model.loading import BaseModel, load_base
 from propulsion_export.base_model.model_fingerprint import fingerprint_of_model
 from propulsion_export.base_model.recorded_tokenizer import record_tokenizer
 from propulsion_export.base_model.tasks import TaskName, resolve_task
+from propulsion_export.base_model.token_ids import check_token_ids
 from propulsion_export.base_model.tokenizer import copy_tokenizer, tokenizer_to_record
 from propulsion_export.environment.machine import tool_versions
 from propulsion_export.environment.progress import Progress, silent
@@ -103,7 +104,7 @@ def export_onnx(
     inputs = (*map(source_of, adapter), source)
     check_replaceable(output, marker=MANIFEST_FILE, force=force, inputs=inputs)
     progress(0.05, f"loading {source}")
-    tokenizer = tokenizer_to_record(source, trust_remote_code=trust_remote_code)
+    tokenizer = _tokenizer(source, trust_remote_code=trust_remote_code)
     base = _load(source, task, adapters, mode, slots, trust_remote_code=trust_remote_code)
     fingerprint = fingerprint_of_model(base.model)
     check_base(fingerprint, source, adapters)
@@ -123,6 +124,15 @@ def export_onnx(
         written = Artifact.write(directory, _manifest(graphs, base, recorded, entries, name))
     progress(1.0, f"wrote {output}")
     return written.at(output)
+
+
+def _tokenizer(source: str, *, trust_remote_code: bool) -> Any | None:
+    """The tokenizer to record, all of whose tokens the model has embeddings for."""
+    tokenizer = tokenizer_to_record(source, trust_remote_code=trust_remote_code)
+    if tokenizer is not None:
+        config = read_config(source, trust_remote_code=trust_remote_code)
+        check_token_ids(source, tokenizer, config.to_dict())
+    return tokenizer
 
 
 def _check_ranges(adapters: Sequence[Adapter], dtype: Dtype) -> None:

@@ -9,12 +9,17 @@ from propulsion_export.artifacts.artifact import Artifact, Runner, Tensors
 from propulsion_export.base_model.config import read_settings
 from propulsion_export.base_model.positions import as_config, longest_input
 from propulsion_export.base_model.tasks import TASKS
+from propulsion_export.base_model.token_ids import (
+    check_encoded,
+    check_token_ids,
+    embedding_rows,
+)
 from propulsion_export.base_model.tokenizer import (
     encode_texts,
     read_serving_tokenizer,
     tensors_of,
 )
-from propulsion_export.errors import UsageError
+from propulsion_export.errors import ArtifactError, UsageError
 from propulsion_export.serving.predictions import Outcome, predict_row
 
 
@@ -36,6 +41,7 @@ class Reader:
         names: the inputs that the model reads.
         limit: most tokens of a text; longer texts are cut.
         task: the task that the model was exported for.
+        rows: how many tokens the model has embeddings for; None where it does not say.
         one_at_a_time: held while encoding: a call sets how the tokenizer cuts and pads, and some
             versions of tokenizers raise "Already borrowed" if another thread encodes meanwhile.
     """
@@ -45,6 +51,7 @@ class Reader:
     names: tuple[str, ...]
     limit: int
     task: str
+    rows: int | None = None
     one_at_a_time: threading.Lock = field(default_factory=threading.Lock)
 
     def read(
@@ -70,6 +77,7 @@ class Reader:
                 limit=self.limit,
                 contexts=list(contexts) or None,
             )
+        check_encoded(encoding["input_ids"], self.rows)
         outputs = self.run({**tensors_of(self.names, encoding), **feeds})
         for row, source in enumerate(contexts or texts):
             outcome = Outcome(
@@ -95,22 +103,26 @@ def open_reader(artifact: Artifact, run: Runner) -> Reader:
     """Prepare an artifact to answer texts.
 
     Raises:
+        ArtifactError: its tokenizer cannot be read, or has tokens beyond the model's embedding.
         UsageError: it has no tokenizer, or one that does not say where in a text a token stands.
         UnavailableError: its tokenizer needs transformers, which is not installed.
     """
     tokenizer = read_serving_tokenizer(artifact.directory)
     if tokenizer is None:
         raise UsageError(f"{artifact.directory}: has no tokenizer to read texts with")
+    settings = read_settings(artifact.directory)
+    check_token_ids(str(artifact.directory), tokenizer, settings, ArtifactError)
     if TASKS[artifact.manifest.task].needs_offsets and not tokenizer.is_fast:
         raise UsageError(
             f"{artifact.directory}: has a tokenizer that does not say where in a text a token "
             "stands, expected a fast tokenizer (tokenizer.json)"
         )
-    config = as_config(read_settings(artifact.directory))
+    config = as_config(settings)
     names: tuple[str, ...] = ("input_ids", "attention_mask", "token_type_ids")
     known = {spec.name for spec in artifact.manifest.inputs} or set(names)
     if getattr(config, "type_vocab_size", 0) <= 1:
         known -= {"token_type_ids"}  # the model has no type for a second text
     names = tuple(name for name in names if name in known)
     limit = longest_input(config, tokenizer)
-    return Reader(run, tokenizer, names, limit, artifact.manifest.task)
+    rows = embedding_rows(settings)
+    return Reader(run, tokenizer, names, limit, artifact.manifest.task, rows)

@@ -15,6 +15,7 @@ from torch import nn
 
 from propulsion_export.base_model.positions import longest_input
 from propulsion_export.base_model.recomputed import recomputed_parameters
+from propulsion_export.base_model.token_ids import check_token_ids
 from propulsion_export.base_model.tokenizer import read_tokenizer
 from propulsion_export.errors import BaseModelError, first_line
 from propulsion_export.training.options import TrainOptions
@@ -58,6 +59,7 @@ def load_trainable(
     with _load_errors_as_ours(name):
         tokenizer = _tokenizer(name, options)
         config = _config(name, tokenizer, classes, options)
+        check_token_ids(name, tokenizer, config.to_dict())
         loaded, report = getattr(transformers, options.task_entry.auto_class).from_pretrained(
             name,
             config=config,
