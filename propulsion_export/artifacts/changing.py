@@ -7,6 +7,7 @@ from safetensors.numpy import save
 
 from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.adapters.names import BASE_NAME
+from propulsion_export.adapters.own_tokenizer import check_tokenizer
 from propulsion_export.adapters.provenance import check_base
 from propulsion_export.adapters.specification import check_identity, read_adapters, source_of
 from propulsion_export.artifacts.artifact import Artifact, Tensors, digest_of
@@ -55,6 +56,7 @@ def add_adapter(
     check_identity(new)
     with exclusive_lock(artifact):
         read = _read_changeable(artifact)
+        check_tokenizer(new.name, Path(source_of(adapter)), read.directory)
         feeds = _fitted(read, new, allow_range=allow_range)
         labels = labels_in(new, read.manifest.layout, read.manifest.base.labels)
         entry = AdapterEntry(new.digest, source_of(adapter), new.size, None, labels)

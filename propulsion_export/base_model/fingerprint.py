@@ -9,7 +9,7 @@ dtypes, because the same model may be loaded in fp32 at one time and in bf16 at 
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,6 +67,15 @@ class Fingerprint:
                 if not abs(ours - theirs) <= relative * largest + absolute < math.inf:
                     return f"{name} holds {theirs:.6g} where {ours:.6g} was recorded"
         return None
+
+    def without(self, names: Collection[str]) -> "Fingerprint":
+        """The fingerprint without weights of these names, which may have a head model's prefix."""
+        kept = {
+            name: values
+            for name, values in self.entries.items()
+            if not any(other == name or other.endswith(f".{name}") for other in names)
+        }
+        return Fingerprint(self.dtype, kept)
 
     def to_json(self) -> dict[str, Any]:
         """The fingerprint as plain JSON values."""
