@@ -42,6 +42,7 @@ class Adapter:
         biases: trained biases, shape [channels], by module path; they replace the frozen ones
             inside the product: (x W^T + b) * s.
         modules: parameters of modules trained and saved whole (the head), by parameter name.
+        frozen: shapes of the copies of frozen parameters that PEFT saved too, by parameter name.
         base: name or path of the base model that the adapter was trained on.
         fingerprint: the fingerprint of that base model; None for adapters of other tools.
         task: a task such as `text-classification`; None if the adapter names none.
@@ -52,6 +53,7 @@ class Adapter:
     scales: Mapping[str, Scale]
     biases: Mapping[str, Array] = field(default_factory=dict)
     modules: Mapping[str, Array] = field(default_factory=dict)
+    frozen: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     base: str | None = None
     fingerprint: Fingerprint | None = None
     task: TaskName | None = None
@@ -97,6 +99,7 @@ class Adapter:
             scales=found.scales,
             biases=found.biases,
             modules=found.modules,
+            frozen=found.frozen,
             base=found.base,
             fingerprint=found.fingerprint,
             task=task_of_peft(found.task_type),

@@ -27,6 +27,9 @@ PREFIX = "base_model.model."
 VECTOR_SUFFIX = ".propulsion_z"
 BIAS_SUFFIX = ".propulsion_bias"
 IA3_SUFFIX = ".ia3_l"
+# Parts of the names of a module that PEFT wraps to train it whole: its copies, trained and frozen.
+TRAINED, ORIGINAL = ".modules_to_save.", ".original_module."
+FROZEN = ".base_layer."  # the part of the name of a scaled module's own parameters
 
 # Far above every usable degree: a power this large overflows or vanishes.
 _LARGEST_DEGREE = 2**53
@@ -39,6 +42,7 @@ class PeftDirectory:
     scales: Mapping[str, Scale]
     biases: Mapping[str, Array]
     modules: Mapping[str, Array]
+    frozen: Mapping[str, tuple[int, ...]]
     base: str | None
     fingerprint: Fingerprint | None
     task_type: str
@@ -69,6 +73,7 @@ def read_peft_directory(directory: Path) -> PeftDirectory:
             f"{directory / PEFT_WEIGHTS}: holds no scale, expected one for each module"
         )
     _check_complete(directory, config, scales)
+    rest = _saved_modules(directory, rest)
     biases = _strip(rest, BIAS_SUFFIX)
     _check_finite(directory, rest)
     _check_biases(directory, scales, biases)
@@ -79,13 +84,41 @@ def read_peft_directory(directory: Path) -> PeftDirectory:
             key.removeprefix(PREFIX): values
             for key, values in rest.items()
             # PEFT also saves a copy of a frozen embedding that is a target.
-            if not key.endswith(BIAS_SUFFIX) and ".base_layer." not in key
+            if not key.endswith(BIAS_SUFFIX) and FROZEN not in key
+        },
+        frozen={
+            key.removeprefix(PREFIX).replace(FROZEN, "."): values.shape
+            for key, values in rest.items()
+            if FROZEN in key
         },
         base=_base(directory, config),
         fingerprint=_fingerprint(directory, config),
         task_type=str(config.get("task_type")),
         labels=_labels(directory, config),
     )
+
+
+def _saved_modules(directory: Path, tensors: Mapping[str, Array]) -> dict[str, Array]:
+    """Tensors by the names that they have in the model.
+
+    With `save_embedding_layers`, PEFT writes a trained embedding under its name in the model and
+    again under that of its wrapper, and the frozen one beside it.
+    """
+    kept = {key: value for key, value in tensors.items() if ORIGINAL not in key}
+    wrapped = {key for key in kept if TRAINED in key}
+    named = {key.replace(TRAINED, "."): kept[key] for key in wrapped}
+    differing = [
+        key for key, value in named.items() if key in kept and not np.array_equal(kept[key], value)
+    ]
+    if differing:
+        raise AdapterError(
+            *(
+                f"{directory / PEFT_WEIGHTS}: {key} differs from its copy in modules_to_save"
+                for key in differing
+            ),
+            remedy="Save the adapter again with PEFT's save_pretrained.",
+        )
+    return {key: value for key, value in kept.items() if key not in wrapped} | named
 
 
 def _read_config(directory: Path) -> dict[str, Any]:

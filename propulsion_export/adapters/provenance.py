@@ -55,7 +55,9 @@ def check_base(
     strangers = [
         f"{source}: is not the base model of adapter {adapter.name} ({difference})"
         for adapter in adapters
-        if adapter.fingerprint and (difference := adapter.fingerprint.difference(found))
+        if adapter.fingerprint
+        # What the adapter brings whole may have been trained, or resized.
+        and (difference := adapter.fingerprint.without(adapter.modules).difference(found))
     ]
     if strangers:
         raise BaseModelError(*strangers, remedy=remedy)

@@ -7,6 +7,7 @@ from safetensors.numpy import save
 
 from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.adapters.names import BASE_NAME
+from propulsion_export.adapters.own_tokenizer import check_tokenizer
 from propulsion_export.adapters.provenance import check_base
 from propulsion_export.adapters.sentence_source import check_sentence_pipeline
 from propulsion_export.adapters.specification import check_identity, read_adapters, source_of
@@ -59,6 +60,7 @@ def add_adapter(
     with exclusive_lock(artifact):
         read = _read_changeable(artifact)
         check_sentence_pipeline(str(read.directory), read.manifest.task, source_of(adapter))
+        check_tokenizer(new.name, Path(source_of(adapter)), read.directory)
         feeds = _fitted(read, new, allow_range=allow_range)
         labels = labels_in(new, read.manifest.layout, read.manifest.base.labels)
         entry = AdapterEntry(new.digest, source_of(adapter), new.size, None, labels)

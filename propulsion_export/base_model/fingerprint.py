@@ -10,8 +10,8 @@ at one time and in bf16 at another.
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 _CHOSEN = 64  # matrices, and as many vectors
@@ -73,6 +73,15 @@ class Fingerprint:
         return _differing(self.entries, other.entries, coarser) or _differing(
             self.vectors, other.vectors, coarser
         )
+
+    def without(self, names: Collection[str]) -> "Fingerprint":
+        """The fingerprint without weights of these names, which may have a head model's prefix."""
+        kept = {
+            name: values
+            for name, values in self.entries.items()
+            if not any(other == name or other.endswith(f".{name}") for other in names)
+        }
+        return replace(self, entries=kept)
 
     def to_json(self) -> dict[str, Any]:
         """The fingerprint as plain JSON values."""

@@ -167,7 +167,9 @@ def _protobuf_error(files: Mapping[str, Path]) -> str | None:
     models = _sentencepiece_files(files)
     if not models or any(_sentencepiece_error(path) for path in models):
         return None
-    from google.protobuf.runtime_version import VersionError
+    from google.protobuf.runtime_version import (
+        VersionError,
+    )
     from transformers.convert_slow_tokenizer import import_protobuf
 
     try:

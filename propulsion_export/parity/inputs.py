@@ -14,12 +14,14 @@ from propulsion_export.adapters.scales import Array
 from propulsion_export.artifacts.artifact import Artifact, Tensors
 from propulsion_export.artifacts.merged_base import check_not_merged
 from propulsion_export.artifacts.tensor_names import MODULES_INPUT
-from propulsion_export.base_model.loading import BaseModel, load_base
+from propulsion_export.base_model.loading import BaseModel, load_base, model_class_of
 from propulsion_export.base_model.model_fingerprint import fingerprint_of_model
 from propulsion_export.base_model.model_inputs import check_text_is_enough, extra_inputs
 from propulsion_export.base_model.positions import longest_input
+from propulsion_export.base_model.resizing import resize_embeddings_, resized_rows
 from propulsion_export.base_model.rope_switch import rope_switches
 from propulsion_export.base_model.tasks import TASKS
+from propulsion_export.base_model.token_ids import check_token_ids
 from propulsion_export.base_model.tokenizer import read_tokenizer, text_inputs
 from propulsion_export.base_model.words import joined
 from propulsion_export.data.texts import read_texts
@@ -62,6 +64,17 @@ def load_recorded_base(
             remedy="Give its directory or name with -m.",
         )
     check_base(fingerprint, source, adapters)
+    for adapter in adapters:
+        rows = resized_rows(
+            adapter.name,
+            adapter.modules,
+            adapter.frozen,
+            model_class_of(base.task),
+            base.model.config,
+            trust_remote_code=trust_remote_code,
+        )
+        if rows is not None:
+            resize_embeddings_(base.model, rows)
     return base
 
 
@@ -162,6 +175,7 @@ def _of_texts(
         raise UsageError(f"--inputs: {base.source} has no tokenizer to read texts with")
     check_text_is_enough(extra_inputs(base.model.config), "--inputs")
     texts = [joined(text) for text in read_texts(inputs, base.task)]
+    check_token_ids(base.source, tokenizer, base.model.config.to_dict())
     if len(texts) < FEWEST_INPUTS:
         raise DataError(
             f"{inputs}: has {len(texts)} texts, expected at least {FEWEST_INPUTS}: errors are "

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from propulsion_export.adapters.adapter import Adapter
+from propulsion_export.adapters.own_tokenizer import tokenizer_source
 from propulsion_export.adapters.provenance import adapter_tasks, base_source, check_base
 from propulsion_export.adapters.sentence_source import sentence_source
 from propulsion_export.adapters.specification import check_identity, read_adapters, source_of
@@ -21,13 +22,15 @@ from propulsion_export.base_model.config import (
     save_config,
     save_generation_settings,
 )
-from propulsion_export.base_model.loading import load_empty
+from propulsion_export.base_model.loading import load_empty, model_class_of
+from propulsion_export.base_model.resizing import resized_rows, set_embedding_rows
 from propulsion_export.base_model.sentence_modules import copy_sentence_pipeline
 from propulsion_export.base_model.tasks import TASKS, TaskName, resolve_task
-from propulsion_export.base_model.tokenizer import copy_tokenizer
+from propulsion_export.base_model.token_ids import check_token_ids
+from propulsion_export.base_model.tokenizer import copy_tokenizer, read_tokenizer
 from propulsion_export.environment.machine import tool_versions
 from propulsion_export.environment.progress import Progress, silent
-from propulsion_export.errors import UsageError
+from propulsion_export.errors import AdapterError, UsageError
 from propulsion_export.scaling.attach import check_fits
 from propulsion_export.scaling.fold.checkpoint import fingerprint_of_checkpoint, fold_checkpoint
 from propulsion_export.scaling.fold.source import Checkpoint
@@ -77,6 +80,16 @@ def merge(
     config = read_config(source, trust_remote_code=trust_remote_code)
     resolved = resolve_task(task, config.architectures or (), adapter_tasks([read]))
     sentence = sentence_source(source, resolved, [source_of(adapter)])
+    rows = resized_rows(
+        read.name,
+        read.modules,
+        read.frozen,
+        model_class_of(resolved),
+        config,
+        trust_remote_code=trust_remote_code,
+    )
+    if rows is not None:
+        set_embedding_rows(config, rows)
     empty = load_empty(
         config, resolved, head=read.modules, labels=read.labels, trust_remote_code=trust_remote_code
     )
@@ -86,13 +99,16 @@ def merge(
     check_fits(empty, read)
     untie_as_stored_(parts)
     check_untied(empty, read, untie=untie)
+    reads = tokenizer_source({read.name: Path(source_of(adapter))}, source)
+    if reads != source:
+        check_token_ids(reads, read_tokenizer(reads), config.to_dict(), AdapterError)
     wanted = None if dtype == "keep" else getattr(torch, dtype)
     progress(0.1, f"folding {read.size:,} scales into {source}")
     with staged_directory(output, marker=MANIFEST_FILE, force=force, inputs=inputs) as directory:
         written = fold_checkpoint(parts, read, directory, dtype=wanted, max_shard_size=shard_size)
         name = str(written).removeprefix("torch.")
         save_config(empty, directory, name)
-        copy_tokenizer(source, directory)
+        copy_tokenizer(reads, directory)
         if sentence is not None:
             copy_sentence_pipeline(sentence, directory)
         save_generation_settings(source, resolved, directory)

@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.adapters.head_room import labels_of
 from propulsion_export.adapters.names import BASE_NAME
+from propulsion_export.adapters.own_tokenizer import tokenizer_source
 from propulsion_export.adapters.provenance import adapter_tasks, base_source, check_base
 from propulsion_export.adapters.sentence_source import sentence_source
 from propulsion_export.adapters.specification import check_identity, read_adapters, source_of
@@ -28,16 +28,18 @@ from propulsion_export.artifacts.manifest import (
 from propulsion_export.artifacts.merged_base import check_not_merged
 from propulsion_export.artifacts.staging import check_replaceable, staged_directory
 from propulsion_export.base_model.config import read_config, save_config, save_generation_settings
-from propulsion_export.base_model.loading import BaseModel, load_base
+from propulsion_export.base_model.loading import BaseModel, load_base, model_class_of
 from propulsion_export.base_model.model_fingerprint import fingerprint_of_model
 from propulsion_export.base_model.model_inputs import check_inputs
 from propulsion_export.base_model.recorded_tokenizer import record_tokenizer
+from propulsion_export.base_model.resizing import resize_embeddings_, resized_rows
 from propulsion_export.base_model.sentence_modules import copy_sentence_pipeline
 from propulsion_export.base_model.tasks import TASKS, TaskName, resolve_task
+from propulsion_export.base_model.token_ids import check_token_ids
 from propulsion_export.base_model.tokenizer import copy_tokenizer, tokenizer_to_record
 from propulsion_export.environment.machine import tool_versions
 from propulsion_export.environment.progress import Progress, silent
-from propulsion_export.errors import UsageError
+from propulsion_export.errors import AdapterError, UsageError
 from propulsion_export.graph.build import (
     ExportedGraphs,
     build_bank,
@@ -108,11 +110,15 @@ def export_onnx(
     check_replaceable(output, marker=MANIFEST_FILE, force=force, inputs=inputs)
     check_not_merged(source, adapters)
     progress(0.05, f"loading {source}")
-    tokenizer = tokenizer_to_record(source, trust_remote_code=trust_remote_code)
+    reads = _tokenizer_source(adapters, adapter, source)
+    tokenizer = tokenizer_to_record(reads, trust_remote_code=trust_remote_code)
     base = _load(source, task, adapters, mode, slots, trust_remote_code=trust_remote_code)
     sentence = sentence_source(source, base.task, list(map(source_of, adapter)))
     fingerprint = fingerprint_of_model(base.model)
     check_base(fingerprint, source, adapters)
+    _resize_(base, adapters, mode, trust_remote_code=trust_remote_code)
+    if tokenizer is not None:
+        check_token_ids(reads, tokenizer, base.model.config.to_dict())
     wanted = base.model.dtype if dtype == "keep" else getattr(torch, dtype)
     name: Dtype = str(wanted).removeprefix("torch.")  # type: ignore[assignment]
     if mode != "folded" and not allow_range:
@@ -125,12 +131,50 @@ def export_onnx(
     recorded = BaseEntry(source, fingerprint, labels, own_head=base.own_head)
     with staged_directory(output, marker=MANIFEST_FILE, force=force, inputs=inputs) as directory:
         entries = _entries(adapters, adapter, graphs, recorded)
-        _write(graphs, base, tokenizer, directory, name, entries)
+        copy_tokenizer(reads, directory)
+        _write(graphs, base, directory, name, entries)
+        if reads != source:
+            tokenizer = tokenizer_to_record(str(directory), trust_remote_code=trust_remote_code)
+        record_tokenizer(tokenizer, directory)
         if sentence is not None:
             copy_sentence_pipeline(sentence, directory)
         written = Artifact.write(directory, _manifest(graphs, base, recorded, entries, name))
     progress(1.0, f"wrote {output}")
     return written.at(output)
+
+
+def _tokenizer_source(
+    adapters: Sequence[Adapter], specifications: Sequence[str | Path], base: str
+) -> str:
+    """Where the tokenizer to copy is: beside an adapter that brings its own, else at `base`."""
+    directories = {
+        read.name: Path(source_of(specification))
+        for read, specification in zip(adapters, specifications, strict=True)
+    }
+    return tokenizer_source(directories, base)
+
+
+def _resize_(
+    base: BaseModel, adapters: Sequence[Adapter], mode: Mode, *, trust_remote_code: bool
+) -> None:
+    """Give the base model as many embeddings as the adapter to fold was trained with."""
+    for adapter in adapters:
+        rows = resized_rows(
+            adapter.name,
+            adapter.modules,
+            adapter.frozen,
+            model_class_of(base.task),
+            base.model.config,
+            trust_remote_code=trust_remote_code,
+        )
+        if rows is not None and mode != "folded":
+            raise AdapterError(
+                f"adapter {adapter.name}: its embeddings were resized to {rows} rows, expected the "
+                f"base model's own with --mode {mode}",
+                remedy="Export it on its own with --mode folded.",
+            )
+        if rows is not None:
+            resize_embeddings_(base.model, rows)
 
 
 def _check_ranges(adapters: Sequence[Adapter], dtype: Dtype) -> None:
@@ -277,16 +321,13 @@ def _make_room_for_slots_(base: BaseModel, mode: Mode, slots: SlotOptions) -> No
 def _write(
     graphs: ExportedGraphs,
     base: BaseModel,
-    tokenizer: Any | None,
     directory: Path,
     dtype: str,
     entries: dict[str, AdapterEntry],
 ) -> None:
-    """Everything in an artifact's directory but its manifest."""
+    """Everything in an artifact's directory but its manifest and tokenizer."""
     write_graphs(graphs.programs, directory)
     save_config(base.model, directory, dtype, for_graph=True)
-    copy_tokenizer(base.source, directory)
-    record_tokenizer(tokenizer, directory)
     save_generation_settings(base.source, base.task, directory)
     if graphs.mode == "bank":
         _write_bank(graphs, directory, entries)

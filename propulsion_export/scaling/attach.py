@@ -14,6 +14,7 @@ from torch import nn
 
 from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.adapters.scales import Scale, Side
+from propulsion_export.base_model.model_fingerprint import output_embeddings
 from propulsion_export.errors import AdapterError, BaseModelError
 from propulsion_export.scaling.expert_rules import (
     expert_weights,
@@ -83,15 +84,23 @@ def check_fits(model: nn.Module, adapter: Adapter) -> None:
     for name, values in adapter.modules.items():
         shape = tuple(parameters[name].shape) if name in parameters else None
         if shape != values.shape:
+            resized = shape is not None and _is_embedding(model, name)
             misfits.append(
                 f"{name}: the adapter has shape {list(values.shape)}, the model "
                 f"{list(shape) if shape else 'no such parameter'}"
+                + (", so the embeddings were resized" if resized else "")
             )
     if misfits:
         raise AdapterError(
             *(f"adapter {adapter.name}: {misfit}" for misfit in misfits),
             remedy="Was it trained on this base model and task?",
         )
+
+
+def _is_embedding(model: nn.Module, name: str) -> bool:
+    """Whether a parameter belongs to the embeddings of tokens, at the model's start or end."""
+    module = model.get_submodule(name.rpartition(".")[0])
+    return isinstance(module, nn.Embedding) or module is output_embeddings(model)
 
 
 def _scale_misfit(modules: Mapping[str, nn.Module], path: str, scale: Scale) -> str | None:

@@ -16,8 +16,13 @@ from propulsion_export.base_model.positions import as_config, longest_input
 from propulsion_export.base_model.rope_switch import rope_switches
 from propulsion_export.base_model.special_tokens import SpecialTokens
 from propulsion_export.base_model.tasks import TASKS
+from propulsion_export.base_model.token_ids import (
+    check_encoded,
+    check_token_ids,
+    embedding_rows,
+)
 from propulsion_export.base_model.tokenizer import read_serving_tokenizer
-from propulsion_export.errors import UsageError
+from propulsion_export.errors import ArtifactError, UsageError
 from propulsion_export.runners.decoding import (
     Choose,
     Generator,
@@ -97,6 +102,7 @@ class Writer:
         positions: most tokens of prompt and answer together; None for no limit.
         longest: most tokens of a prompt that an encoder reads; None where the decoder reads it.
         switches: lengths above which the decoder's rotary frequencies are others.
+        rows: how many tokens the model has embeddings for; None where it does not say.
         one_at_a_time: see `texts.Reader`.
     """
 
@@ -107,6 +113,7 @@ class Writer:
     positions: int | None
     longest: int | None
     switches: tuple[int, ...] = ()
+    rows: int | None = None
     one_at_a_time: threading.Lock = field(default_factory=threading.Lock)
 
     def encode(self, text: str, number: int) -> list[int]:
@@ -119,6 +126,7 @@ class Writer:
         with self.one_at_a_time:
             # Not verbose: a text that is too long is reported below.
             tokens: list[int] = self.tokenizer(text, verbose=False, **cut)["input_ids"]
+        check_encoded(np.array([tokens], np.int64), self.rows)
         if not tokens and self.special.begin is not None:
             tokens = [self.special.begin]
         if not tokens:
@@ -214,14 +222,16 @@ def open_writer(artifact: Artifact, generator: Generator) -> Writer:
     """Prepare an artifact to generate text.
 
     Raises:
+        ArtifactError: its tokenizer cannot be read, or has tokens beyond the model's embedding.
         UsageError: it has no tokenizer.
         UnavailableError: its tokenizer needs transformers, which is not installed.
     """
     tokenizer = read_serving_tokenizer(artifact.directory)
     if tokenizer is None:
         raise UsageError(f"{artifact.directory}: has no tokenizer to read texts with")
-    content = read_settings(artifact.directory)
-    config = as_config(content)
+    settings = read_settings(artifact.directory)
+    check_token_ids(str(artifact.directory), tokenizer, settings, ArtifactError)
+    config = as_config(settings)
     encoded = TASKS[artifact.manifest.task].architecture == "encoder-decoder"
     return Writer(
         generator,
@@ -231,7 +241,8 @@ def open_writer(artifact: Artifact, generator: Generator) -> Writer:
         # Models without a table of positions (ALiBi, T5's relative positions) have no limit.
         positions=getattr(config, "max_position_embeddings", None),
         longest=longest_input(config, tokenizer) if encoded else None,
-        switches=rope_switches(content),
+        switches=rope_switches(settings),
+        rows=embedding_rows(settings),
     )
 
 

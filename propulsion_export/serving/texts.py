@@ -16,13 +16,18 @@ from propulsion_export.base_model.positions import as_config, longest_input
 from propulsion_export.base_model.rope_switch import rope_switches, side_of
 from propulsion_export.base_model.sentence_texts import SentenceTexts, open_sentence_texts
 from propulsion_export.base_model.tasks import TASKS
+from propulsion_export.base_model.token_ids import (
+    check_encoded,
+    check_token_ids,
+    embedding_rows,
+)
 from propulsion_export.base_model.tokenizer import (
     encode_texts,
     read_serving_tokenizer,
     tensors_of,
 )
 from propulsion_export.base_model.words import joined
-from propulsion_export.errors import UsageError
+from propulsion_export.errors import ArtifactError, UsageError
 from propulsion_export.runners.switching import feeds_of_rows
 from propulsion_export.serving.predictions import Outcome, predict_row
 
@@ -48,6 +53,7 @@ class Reader:
         sentence: how embeddings are made; None for other tasks, and without a pipeline.
         switches: lengths above which the model's rotary frequencies are others; rows on two sides
             of one are computed apart, because the longest row of a batch decides for all.
+        rows: how many tokens the model has embeddings for; None where it does not say.
         one_at_a_time: held while encoding: a call sets how the tokenizer cuts and pads, and some
             versions of tokenizers raise "Already borrowed" if another thread encodes meanwhile.
     """
@@ -59,6 +65,7 @@ class Reader:
     task: str
     sentence: SentenceTexts | None = None
     switches: tuple[int, ...] = ()
+    rows: int | None = None
     one_at_a_time: threading.Lock = field(default_factory=threading.Lock)
 
     def read(
@@ -84,6 +91,7 @@ class Reader:
                 limit=self.limit,
                 contexts=list(contexts) or None,
             )
+        check_encoded(encoding["input_ids"], self.rows)
         sides = [side_of(int(mask.sum()), self.switches) for mask in encoding["attention_mask"]]
         if len(set(sides)) > 1:
             yield from self._read_by_side(sides, texts, contexts, feeds, labels)
@@ -141,19 +149,21 @@ def open_reader(artifact: Artifact, run: Runner) -> Reader:
     """Prepare an artifact to answer texts.
 
     Raises:
+        ArtifactError: its tokenizer cannot be read, or has tokens beyond the model's embedding.
         UsageError: it has no tokenizer, or one that does not say where in a text a token stands.
         UnavailableError: its tokenizer needs transformers, which is not installed.
     """
     tokenizer = read_serving_tokenizer(artifact.directory)
     if tokenizer is None:
         raise UsageError(f"{artifact.directory}: has no tokenizer to read texts with")
+    settings = read_settings(artifact.directory)
+    check_token_ids(str(artifact.directory), tokenizer, settings, ArtifactError)
     if TASKS[artifact.manifest.task].needs_offsets and not tokenizer.is_fast:
         raise UsageError(
             f"{artifact.directory}: has a tokenizer that does not say where in a text a token "
             "stands, expected a fast tokenizer (tokenizer.json)"
         )
-    content = read_settings(artifact.directory)
-    config = as_config(content)
+    config = as_config(settings)
     extras = extra_inputs(config)
     check_text_is_enough(extras, str(artifact.directory))
     names = (*TEXT_INPUTS, *(extra.name for extra in extras))
@@ -167,4 +177,13 @@ def open_reader(artifact: Artifact, run: Runner) -> Reader:
     if TASKS[task].prediction == "embedding":
         sentence = open_sentence_texts(artifact.directory, tokenizer)
     limit = limit if sentence is None else sentence.limit
-    return Reader(run, tokenizer, names, limit, task, sentence, rope_switches(content))
+    return Reader(
+        run,
+        tokenizer,
+        names,
+        limit,
+        task,
+        sentence,
+        rope_switches(settings),
+        embedding_rows(settings),
+    )

@@ -22,6 +22,7 @@ from propulsion_export.base_model.model_inputs import (
 )
 from propulsion_export.base_model.positions import longest_input
 from propulsion_export.base_model.rope_switch import rope_switches
+from propulsion_export.base_model.token_ids import check_token_ids
 from propulsion_export.base_model.tokenizer import read_tokenizer
 from propulsion_export.environment.paths import user_path
 from propulsion_export.environment.permissions import check_permission
@@ -68,6 +69,7 @@ def load_trainable(
         config = read_config(name, trust_remote_code=options.trust_remote_code)
         tokenizer = _tokenizer(name, options)
         _set_up_(config, tokenizer, classes, options)
+        check_token_ids(name, tokenizer, config.to_dict())
     loaded, lacking = load_model(
         model_class_of(options.task),
         name,
