@@ -33,17 +33,17 @@ def words_of(text: str, encoding: "Encoding") -> list[Word]:
     """
     found: list[Word] = []
     first = number_before = start = None
-    end = 0
+    end = 0  # behind the last token
     for token, number in enumerate(encoding.word_ids):
         if number is None:  # special tokens and padding belong to no word
             continue
         place, after = _visible(text, *encoding.offsets[token])
-        spaced = start is not None and any(map(str.isspace, text[end:place]))
-        if number != number_before or spaced:
+        if number != number_before or any(map(str.isspace, text[end:place])):
             found += _word(start, end, first)
             first, number_before, start = token, number, None
-        if place < after:
-            start, end = place if start is None else start, after
+        if place < after and start is None:
+            start = place
+        end = max(end, after)
     return [*found, *_word(start, end, first)]
 
 
@@ -74,8 +74,9 @@ def first_tokens(words: Sequence[str], encoding: "Encoding") -> list[int | None]
         number = bisect_right(ends, word.start)
         if word.end >= ends[number]:
             raise BaseModelError(
-                f"the tokenizer reads {joined(words[number : number + 2])!r} as one token, "
-                "expected a token of its own for each word"
+                f"tokenizer: reads {joined(words[number : number + 2])!r} as one token, "
+                "expected a token of its own for each word",
+                remedy="Take a base model whose tokenizer keeps words apart.",
             )
         if firsts[number] is None:
             firsts[number] = word.token

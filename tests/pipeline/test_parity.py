@@ -86,7 +86,7 @@ def test_texts_of_ones_own_can_be_compared_on(folded, tmp_path):
         ("empty.txt", "\n", "is empty"),
         ("bad.jsonl", '{"text": "ba"}\n{"words": 1}\n', "line 2"),
         ("few.txt", "ba\n" * 15, "has 15 texts, expected at least 16"),
-        ("number.jsonl", '{"text": 5}\n', "not a string"),
+        ("number.jsonl", '{"text": 5}\n', "line 1: text is 5, expected a string"),
     ],
 )
 def test_unreadable_inputs_are_told(name, content, message, folded, tmp_path):
