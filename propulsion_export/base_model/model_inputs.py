@@ -6,6 +6,7 @@ takes is either known here to be optional, traced as an input of its own, or ref
 """
 
 import inspect
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -28,7 +29,7 @@ _OPTIONAL = frozenset(
     | {"bbox_first_token_mask"}
     # returning
     | {"return_dict", "output_hidden_states", "output_attentions", "output_router_logits"}
-    | {"logits_to_keep", "deprecated_arguments", "kwargs", "self"}
+    | {"logits_to_keep", "self"}
     # keeping
     | {"cache", "past_key_values", "use_cache", "mems", "use_mems", "state", "past_buckets_states"}
     | {"encoder_outputs", "mm_encoder_outputs", "cache_position", "shared_kv_states"}
@@ -41,6 +42,7 @@ _OPTIONAL = frozenset(
     | {"decoder_position_ids", "encoder_hidden_states", "encoder_attention_mask"}
     | {"visual_pos_masks", "deepstack_visual_embeds"}
 )
+_PLAIN = {"bool", "int", "float", "str"}
 # Beginnings of the names of what a text may come without.
 _SENSES = (
     *("pixel_", "image_", "interpolate_pos", "video_", "vision_", "visual_", "input_features"),
@@ -127,12 +129,16 @@ def check_inputs(
     known = {*TEXT_INPUTS, *_OPTIONAL, *_INSIDE, *(extra.name for extra in extras)}
     known |= _unused(config)
     strange = [
-        name for name in taken if name not in known and not (images and name.startswith(_SENSES))
+        name
+        for name, parameter in taken.items()
+        if name not in known
+        and not _is_option(parameter)
+        and not (images and name.startswith(_SENSES))
     ]
     if getattr(config, "type_vocab_sizes", None):  # TAPAS
         strange.append("token_type_ids of a table's cells")
     if "input_ids" not in taken and not strange:
-        strange = [name for name in taken if name not in _OPTIONAL]
+        strange = ["other inputs than tokens"]
     if strange:
         more = f" and {len(strange) - 4} more" if len(strange) > 4 else ""
         raise BaseModelError(
@@ -157,6 +163,20 @@ def check_text_is_enough(extras: Sequence[ExtraInput], where: str) -> None:
             ),
             remedy="Give a Session the model's inputs as tensors.",
         )
+
+
+def _is_option(parameter: inspect.Parameter) -> bool:
+    """Whether an argument is a switch or a number, not an input; code of a model may have any."""
+    if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
+        return True
+    if isinstance(parameter.default, bool | int | float | str):
+        return True
+    annotation = parameter.annotation
+    written = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+    words = set(re.findall(r"\w+", written))
+    return words <= {"Optional", "Union", "None", "NoneType", "typing", *_PLAIN} and bool(
+        words & _PLAIN
+    )
 
 
 def _unused(config: Any) -> set[str]:

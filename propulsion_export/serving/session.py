@@ -105,6 +105,8 @@ class Session:
         self._config = read_settings(read.directory)
         self._runner = choose_runner(read, runner)
         self._candidate = open_candidate(read, self._runner)
+        extras = extra_inputs(as_config(read_settings(read.directory)))
+        self._extras = {extra.name: extra for extra in extras}
         self._text: Reader | Writer | None = None
         self._opening = threading.Lock()
         self._place = place_for(self._runner)
@@ -253,8 +255,7 @@ class Session:
         if context or settings is not None:
             raise UsageError("context and settings go with texts, the inputs are tensors")
         specs = self._artifact.manifest.inputs
-        config = as_config(read_settings(self._artifact.directory))
-        extras = {extra.name: extra for extra in extra_inputs(config)}
+        extras = self._extras
         if not callable(self._candidate):  # a generator makes the others itself
             return as_given(inputs, {"input_ids", "attention_mask"}, {"decoder_input_ids"})
         if not specs:  # a merged checkpoint

@@ -21,6 +21,8 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.artifacts.artifact import Artifact
 from propulsion_export.artifacts.changing import add_adapter
+from propulsion_export.base_model.sentence_files import read_sentence_pipeline
+from propulsion_export.base_model.sentence_modules import copy_sentence_pipeline
 from propulsion_export.errors import AdapterError, BaseModelError
 from propulsion_export.pipeline.merge import merge
 from propulsion_export.pipeline.onnx import export_onnx
@@ -331,6 +333,23 @@ def test_loading_options_of_speed_only_are_no_reason_to_refuse(base, plain, tmp_
     merge(plain.one, tmp_path / "merged", model=str(source))
 
     assert predict(tmp_path / "merged", text=["ba"])[0]["pooling"] == "cls"
+
+
+def test_a_base_on_a_hub_brings_its_folders(base, tmp_path, monkeypatch):
+    revision = "0" * 40
+    place = tmp_path / "hub" / "models--org--tiny"
+    source = shutil.copytree(base("dense"), place / "snapshots" / revision)
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text(revision)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+    assert read_sentence_pipeline("org/tiny").label == PIPELINES["dense"][2]
+    copy_sentence_pipeline("org/tiny", tmp_path / "copy")
+
+    for name in ("modules.json", "1_Pooling/config.json", "2_Dense/model.safetensors"):
+        assert (tmp_path / "copy" / name).read_bytes() == (source / name).read_bytes()
+    assert not (tmp_path / "copy" / "config.json").exists()
 
 
 def test_another_task_needs_no_pipeline(base, world, tmp_path):
