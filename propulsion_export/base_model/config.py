@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from propulsion_export.base_model.config_switches import (
-    ON_LOADING,
     keep_switches_,
     reset_switches_,
 )
@@ -57,10 +56,13 @@ def read_config(source: str, *, trust_remote_code: bool = False) -> "PretrainedC
         refuse_pointers(beside, BaseModelError)
     try:
         with quiet():
-            config = AutoConfig.from_pretrained(
-                source, trust_remote_code=trust_remote_code, **ON_LOADING
-            )
-    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+            config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except StrictDataclassError as error:
+        raise BaseModelError(
+            f"{source}: its config.json is refused by transformers "
+            f"({first_line(error.__cause__ or error)})"
+        ) from error
+    except (OSError, ValueError, KeyError) as error:
         if locate(source, "config.json") is None:
             _refuse_adapter(source)
         raise BaseModelError(
