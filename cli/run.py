@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from .console import Console, console_options
-from .options import DIRECTORY, FILE, runner_option
+from .options import DIRECTORY, FILE, runner_option, trust_option
 
 _SHOWN = 4  # numbers of an embedding that are printed
 
@@ -43,6 +43,7 @@ _SHOWN = 4  # numbers of an embedding that are printed
 )
 @click.option("--seed", type=int, help="Seed for sampling.  [default: a different text every time]")
 @runner_option
+@trust_option
 @console_options
 def command(
     console: Console,
@@ -58,6 +59,7 @@ def command(
     top_p: float | None,
     seed: int | None,
     runner: str,
+    trust_remote_code: bool,
 ) -> None:
     """Predict with an artifact, or generate text.
 
@@ -79,6 +81,7 @@ def command(
         top_k=top_k,
         top_p=top_p,
         seed=seed,
+        trust_remote_code=trust_remote_code,
         on_text=on_text,
     )
     console.result({"predictions": predictions}, _text(predictions, streamed=alone))

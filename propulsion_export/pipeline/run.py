@@ -29,6 +29,7 @@ def predict(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int | None = None,
+    trust_remote_code: bool = False,
     on_text: OnText | None = None,
 ) -> list[dict[str, Any]]:
     """Predict for texts; returns one JSON object per text.
@@ -54,6 +55,7 @@ def predict(
         top_k: sample from this many of the likeliest tokens.
         top_p: sample from the likeliest tokens that together have this probability.
         seed: for sampling; default: a different text every time.
+        trust_remote_code: run code that a merged checkpoint brings.
         on_text: called with the number of a text, from 0, and the next piece generated for it.
 
     Raises:
@@ -77,7 +79,7 @@ def predict(
         "seed": seed,
     }
     settings = _settings(read, options, on_text)
-    session = Session(read, runner=runner)
+    session = Session(read, runner=runner, trust_remote_code=trust_remote_code)
     replies = session(texts, names, context=contexts, settings=settings)
     _check_numbers(read, replies)
     return [

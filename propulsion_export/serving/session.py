@@ -77,6 +77,7 @@ class Session:
     Args:
         artifact: a merged checkpoint, an ONNX export or an engine, or its directory.
         runner: the runtime; `auto`: the default for its kind and dtype.
+        trust_remote_code: run code that a merged checkpoint brings; a graph needs none.
 
     Raises:
         ArtifactError: it is damaged, of a newer schema, or its manifest contradicts itself or
@@ -84,13 +85,20 @@ class Session:
         UnavailableError: this machine cannot run it.
     """
 
-    def __init__(self, artifact: Path | str | Artifact, *, runner: str = "auto") -> None:
+    def __init__(
+        self,
+        artifact: Path | str | Artifact,
+        *,
+        runner: str = "auto",
+        trust_remote_code: bool = False,
+    ) -> None:
         read = artifact if isinstance(artifact, Artifact) else _read(Path(artifact).expanduser())
         read = replace(read, directory=read.directory.absolute())  # wherever the process goes
         check_consistent(read.directory, read.manifest)
         self._artifact = read
         self._runner = choose_runner(read, runner)
-        self._candidate = open_candidate(read, self._runner)
+        self._trusted = trust_remote_code
+        self._candidate = open_candidate(read, self._runner, trust_remote_code=trust_remote_code)
         self._text: Reader | Writer | None = None
         self._opening = threading.Lock()
         self._place = place_for(self._runner)
@@ -105,7 +113,7 @@ class Session:
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _open, (self._artifact.directory, self._runner)
+        return _open, (self._artifact.directory, self._runner, self._trusted)
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -296,8 +304,8 @@ class Session:
         return Reply(choice.adapter, choice.version, choice.labels, outputs, prediction)
 
 
-def _open(directory: Path, runner: str) -> Session:
-    return Session(directory, runner=runner)
+def _open(directory: Path, runner: str, trusted: bool) -> Session:
+    return Session(directory, runner=runner, trust_remote_code=trusted)
 
 
 def _read(directory: Path) -> Artifact:
