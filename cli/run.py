@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from .console import Console, console_options
-from .options import DIRECTORY, FILE, runner_option
+from .options import DIRECTORY, FILE, runner_option, trust_option
 from .streams import print_result
 
 _SHOWN = 4  # numbers of an embedding that are printed
@@ -48,6 +48,7 @@ _SHOWN = 4  # numbers of an embedding that are printed
 )
 @click.option("--seed", type=int, help="Seed for sampling.  [default: a different text every time]")
 @runner_option
+@trust_option
 @console_options
 def command(
     console: Console,
@@ -63,6 +64,7 @@ def command(
     top_p: float | None,
     seed: int | None,
     runner: str,
+    trust_remote_code: bool,
 ) -> None:
     """Predict with an artifact, or generate text.
 
@@ -84,6 +86,7 @@ def command(
         top_k=top_k,
         top_p=top_p,
         seed=seed,
+        trust_remote_code=trust_remote_code,
         on_text=on_text,
         on_note=console.note,
     )

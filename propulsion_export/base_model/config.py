@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from propulsion_export.base_model.config_switches import (
-    ON_LOADING,
     keep_switches_,
     reset_switches_,
 )
@@ -62,7 +61,12 @@ def read_config(source: str, *, trust_remote_code: bool = False) -> "PretrainedC
             config = AutoConfig.from_pretrained(
                 source, trust_remote_code=trust_remote_code, **ON_LOADING
             )
-    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+    except StrictDataclassError as error:
+        raise BaseModelError(
+            f"{source}: its config.json is refused by transformers "
+            f"({first_line(error.__cause__ or error)})"
+        ) from error
+    except (OSError, ValueError, KeyError) as error:
         check_permission(source, BaseModelError)
         if locate(source, "config.json") is None:
             _refuse_adapter(source)
@@ -76,10 +80,18 @@ def read_config(source: str, *, trust_remote_code: bool = False) -> "PretrainedC
 
 def _remedy(source: str) -> str:
     """What helps when a configuration cannot be read without running code of the checkpoint."""
-    file = locate(source, "config.json")
-    if file is None or AUTO_MAP not in read_settings_file(file):
-        return "Give its directory with -m."
-    return "Read its code, then allow it with --trust-remote-code."
+    if AUTO_MAP in _settings_of(source, "config.json"):
+        return "Read its code, then allow it with --trust-remote-code."
+    return "Give its directory with -m."
+
+
+def _settings_of(source: str, name: str) -> dict[str, Any]:
+    """The settings in a file of a checkpoint; empty if it is missing or damaged."""
+    file = locate(source, name)
+    try:
+        return read_settings_file(file) if file is not None else {}
+    except ArtifactError:
+        return {}
 
 
 def _refuse_adapter(source: str) -> None:
@@ -88,10 +100,9 @@ def _refuse_adapter(source: str) -> None:
     Raises:
         BaseModelError: it is one; names the base model that it records.
     """
-    file = locate(source, _ADAPTER_CONFIG)
-    if file is None:
+    if locate(source, _ADAPTER_CONFIG) is None:
         return
-    base = read_settings_file(file).get("base_model_name_or_path")
+    base = _settings_of(source, _ADAPTER_CONFIG).get("base_model_name_or_path")
     raise BaseModelError(
         f"{source}: is an adapter (it has {_ADAPTER_CONFIG} and no config.json), expected a base "
         "model",
@@ -172,9 +183,8 @@ def _written_settings(config: "PretrainedConfig") -> dict[str, Any]:
 
 def _code(source: str, directory: Path) -> dict[str, Any]:
     """The `auto_map` of a checkpoint, whose modules are copied; empty if it brings no code."""
-    file = locate(source, "config.json") if source else None
     # Not as transformers reads it, which makes references to a hub of all of them.
-    auto_map = read_settings_file(file).get(AUTO_MAP) if file else None
+    auto_map = _settings_of(source, "config.json").get(AUTO_MAP) if source else None
     if auto_map is None:
         return {}
     copy_code(source, directory, auto_map)

@@ -22,8 +22,6 @@ OUTPUT_SWITCHES: Mapping[str, Any] = {
 }
 # How to compute, which may need another machine's packages; None lets transformers choose.
 _IMPLEMENTATIONS = ("_attn_implementation", "_experts_implementation")
-# Set while the configuration is made, where a contradiction between two switches is an error.
-ON_LOADING: Mapping[str, Any] = {"output_attentions": False, "attn_implementation": None}
 
 
 def reset_switches_(config: "PretrainedConfig") -> None:

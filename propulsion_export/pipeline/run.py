@@ -31,6 +31,7 @@ def predict(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int | None = None,
+    trust_remote_code: bool = False,
     on_text: OnText | None = None,
     on_note: Callable[[str], None] | None = None,
 ) -> list[dict[str, Any]]:
@@ -59,6 +60,7 @@ def predict(
         top_k: sample from this many of the likeliest tokens.
         top_p: sample from the likeliest tokens that together have this probability.
         seed: for sampling; default: a different text every time.
+        trust_remote_code: run code that a merged checkpoint brings.
         on_text: called with the number of a text, from 0, and the next piece generated for it.
         on_note: called with what to know about the predictions: generation settings of the model
             that are not applied.
@@ -86,7 +88,7 @@ def predict(
     settings = _settings(read, options, on_text)
     if settings is not None and on_note is not None:
         _note_settings(read, settings, on_note)
-    session = Session(read, runner=runner)
+    session = Session(read, runner=runner, trust_remote_code=trust_remote_code)
     replies = session(texts, names, context=contexts, settings=settings)
     _check_numbers(read, replies)
     return [

@@ -90,6 +90,7 @@ class Session:
     Args:
         artifact: a merged checkpoint, an ONNX export or an engine, or its directory.
         runner: the runtime; `auto`: the default for its kind and dtype.
+        trust_remote_code: run code that a merged checkpoint brings; a graph needs none.
 
     Raises:
         ArtifactError: it is damaged, of a newer schema, or its manifest contradicts itself or
@@ -97,16 +98,23 @@ class Session:
         UnavailableError: this machine cannot run it.
     """
 
-    def __init__(self, artifact: Path | str | Artifact, *, runner: str = "auto") -> None:
+    def __init__(
+        self,
+        artifact: Path | str | Artifact,
+        *,
+        runner: str = "auto",
+        trust_remote_code: bool = False,
+    ) -> None:
         read = artifact if isinstance(artifact, Artifact) else _read(_bound(artifact))
         read = replace(read, directory=_bound(read.directory))
         check_consistent(read.directory, read.manifest)
         self._artifact = read
         self._config = read_settings(read.directory)
         self._runner = choose_runner(read, runner)
-        self._candidate = open_candidate(read, self._runner)
-        extras = extra_inputs(as_config(read_settings(read.directory)))
+        extras = extra_inputs(as_config(self._config))
         self._extras = {extra.name: extra for extra in extras}
+        self._trusted = trust_remote_code
+        self._candidate = open_candidate(read, self._runner, trust_remote_code=trust_remote_code)
         self._text: Reader | Writer | None = None
         self._opening = threading.Lock()
         self._place = place_for(self._runner)
@@ -121,7 +129,7 @@ class Session:
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _open, (self._artifact.directory, self._runner)
+        return _open, (self._artifact.directory, self._runner, self._trusted)
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -342,8 +350,8 @@ def _is_lost(values: Any) -> bool:
     return bool((np.isnan(values) | np.isposinf(values)).any())
 
 
-def _open(directory: Path, runner: str) -> Session:
-    return Session(directory, runner=runner)
+def _open(directory: Path, runner: str, trusted: bool) -> Session:
+    return Session(directory, runner=runner, trust_remote_code=trusted)
 
 
 def _bound(directory: Path | str) -> Path:

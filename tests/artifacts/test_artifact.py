@@ -438,7 +438,7 @@ def test_a_missing_field_is_refused(switchable, path):
         (("base", "source"), 1, "manifest.base.source is 1, expected str"),
         (("base", "fingerprint"), {"dtype": "float32"}, "entries"),
         (("base", "fingerprint"), [], "list indices"),
-        (("base", "fingerprint", "entries", "weight"), [0.5], "expected 8 entries a matrix"),
+        (("base", "fingerprint", "entries", "weight"), [0.5], "expected 8 entries a weight"),
         (("base", "fingerprint", "entries", "weight"), ["0.5"] * 8, "expected a number"),
         (("base", "fingerprint", "entries", "weight"), [10**400] * 8, "beyond every float"),
         (("adapters",), [], r"manifest.adapters is \[\], expected dict"),

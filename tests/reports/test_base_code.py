@@ -20,7 +20,9 @@ from propulsion_export.errors import BaseModelError
 from propulsion_export.pipeline.merge import merge
 from propulsion_export.pipeline.onnx import export_onnx
 from propulsion_export.pipeline.parity import check_parity
+from propulsion_export.pipeline.run import predict
 from propulsion_export.runners.pytorch import open_checkpoint
+from propulsion_export.serving.session import Session
 
 CONFIGURATION = """
 from transformers import BertConfig
@@ -97,6 +99,17 @@ def test_plain_transformers_runs_the_code_of_a_merged_checkpoint(own, adapter, t
     np.testing.assert_array_equal(
         run({"input_ids": tokens.numpy()})["logits"], found(tokens).logits.detach().numpy()
     )
+
+
+def test_a_merged_checkpoint_with_code_predicts_when_that_is_trusted(own, adapter, tmp_path):
+    merge(adapter, tmp_path / "out", model=str(own), trust_remote_code=True)
+
+    (found,) = predict(tmp_path / "out", text=["ba be"], trust_remote_code=True)
+
+    (reply,) = Session(tmp_path / "out", trust_remote_code=True)(["ba be"])
+    assert found["label"] == ("no", "yes", "maybe")[reply.outputs["logits"].argmax()]
+    with pytest.raises(BaseModelError, match="allow it with --trust-remote-code"):
+        predict(tmp_path / "out", text=["ba be"])
 
 
 def test_a_changed_module_of_a_merged_checkpoint_is_refused(own, adapter, tmp_path):

@@ -10,6 +10,7 @@ import transformers
 from propulsion_export.artifacts.artifact import Artifact
 from propulsion_export.base_model.config import read_config
 from propulsion_export.base_model.loading import load_base
+from propulsion_export.errors import BaseModelError
 from propulsion_export.pipeline.merge import merge
 from propulsion_export.pipeline.onnx import export_onnx
 from propulsion_export.runners.pytorch import open_checkpoint
@@ -54,7 +55,6 @@ def test_a_graph_is_the_same_whatever_the_switches(switched, world, tmp_path):
     "switches",
     [
         *({name: value} for name, value in OUTPUTS.items()),
-        {"output_attentions": True, "_attn_implementation": "sdpa"},
         {"attn_implementation": "flash_attention_2"},
         ATTENTION,
         {"torchscript": True},
@@ -71,6 +71,15 @@ def test_a_base_model_computes_as_without_the_switch(switches, switched, world):
 
     assert list(found) == list(right) == ["last_hidden_state", "pooler_output"]
     assert torch.equal(found.last_hidden_state, right.last_hidden_state)
+
+
+def test_switches_that_transformers_finds_contradictory_are_one_line(switched, world):
+    base = switched(world.base, output_attentions=True, _attn_implementation="sdpa")
+
+    with pytest.raises(
+        BaseModelError, match=r"is refused by transformers .The `output_attentions`"
+    ):
+        load_base(str(base), task="feature-extraction")
 
 
 def test_the_routers_of_a_mixture_are_no_output(switched, tiny_checkpoint):
