@@ -58,9 +58,7 @@ def read_config(source: str, *, trust_remote_code: bool = False) -> "PretrainedC
         refuse_pointers(beside, BaseModelError)
     try:
         with quiet():
-            config = AutoConfig.from_pretrained(
-                source, trust_remote_code=trust_remote_code, **ON_LOADING
-            )
+            config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     except StrictDataclassError as error:
         raise BaseModelError(
             f"{source}: its config.json is refused by transformers "

@@ -46,7 +46,7 @@ def open_graph(path: Path, artifact: Artifact, device: str) -> Runner:
 def onnxruntime_runner(path: Path, provider: str = "CPUExecutionProvider") -> Runner:
     """Run an ONNX model in ONNX Runtime; the session lives as long as the runner.
 
-    It computes with OMP_NUM_THREADS threads, as PyTorch does; by default with one per core.
+    It computes with OMP_NUM_THREADS threads, as PyTorch does, at most and by default one per core.
 
     Raises:
         UnavailableError: onnxruntime is missing, or has no kernel for a node of the graph.
@@ -143,9 +143,13 @@ def _spec(value: Any, optional: bool = False) -> TensorSpec:
 
 
 def _threads() -> int:
-    """OMP_NUM_THREADS, the first number of a list; 0, the runtime's own choice, if unset."""
+    """OMP_NUM_THREADS, the first number of a list, but no more than there are cores.
+
+    0, the runtime's own choice, if it is unset or no number. ONNX Runtime starts every thread at
+    once, however many; PyTorch too has at most one per core.
+    """
     first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
-    return int(first) if first.isdecimal() else 0
+    return min(int(first), os.cpu_count() or 1) if first.isdecimal() else 0
 
 
 def _run_bound(session: Any, feeds: Mapping[str, Any], outputs: Sequence[str]) -> list[Array]:

@@ -93,6 +93,8 @@ def read_processes(environment: Mapping[str, str], *, on_cpu: bool) -> Processes
     address = ["MASTER_ADDR"] if on_cpu else ["MASTER_ADDR", "MASTER_PORT"]
     if missing := [name for name in address if name not in environment]:
         raise _refusal(f"{launcher.size}={count} without {', '.join(missing)}", [launcher.size])
+    if on_cpu:
+        _check_threads(environment)
     return Processes(count, index, local_index, grouped=True)
 
 
@@ -187,6 +189,19 @@ def _launcher(values: Mapping[str, int], *, can_meet: bool, on_cpu: bool) -> _La
     if missing := [name for name in needed if name not in values]:
         raise _refusal(f"{_shown(named, values)} without {', '.join(missing)}", named)
     return launcher
+
+
+def _check_threads(environment: Mapping[str, str]) -> None:
+    """Refuse what accelerate cannot read for a group on CPUs, though OpenMP ignores or takes it."""
+    threads = environment.get("OMP_NUM_THREADS", "1")
+    try:
+        int(threads)
+    except ValueError as error:
+        raise UsageError(
+            f"OMP_NUM_THREADS is {threads!r}, expected a whole number where several processes "
+            "train on CPUs",
+            remedy="Set it to the threads of each process.",
+        ) from error
 
 
 def _names_several(launcher: _Launcher, values: Mapping[str, int]) -> bool:

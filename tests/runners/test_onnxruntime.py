@@ -1,6 +1,7 @@
 """Runners feed what a model takes, and say in one line why they cannot run."""
 
 import gc
+import os
 import weakref
 
 import ml_dtypes
@@ -187,7 +188,8 @@ def owned():
 
 
 @pytest.mark.parametrize(
-    ("variable", "expected"), [("3", 3), ("2,1", 2), (" 4 ", 4), ("", 0), ("many", 0), (None, 0)]
+    ("variable", "expected"),
+    [("3", 3), ("2,1", 2), (" 4 ", 4), ("40000", 8), ("", 0), ("0", 0), ("many", 0), (None, 0)],
 )
 def test_onnx_runtime_has_as_many_threads_as_pytorch(variable, expected, tmp_path, monkeypatch):
     import onnxruntime
@@ -200,6 +202,7 @@ def test_onnx_runtime_has_as_many_threads_as_pytorch(variable, expected, tmp_pat
             super().__init__(path, options, **others)
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if variable is not None:
         monkeypatch.setenv("OMP_NUM_THREADS", variable)

@@ -17,6 +17,7 @@ from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.cli import main
 from propulsion_export.errors import BaseModelError, DataError, UsageError
 from propulsion_export.training import TrainOptions, train
+from propulsion_export.training.checkpoint_digests import in_order
 from propulsion_export.training.generating import DecoderRun
 
 KINDS = ("gpt2", "llama")
@@ -298,7 +299,7 @@ def test_early_stopping_goes_by_the_validation_loss(
             options=options,
             progress=interrupt_at("epoch 2"),
         )
-    (checkpoint,) = (tmp_path / ".second.checkpoints").glob("checkpoint-*")
+    checkpoint = in_order(tmp_path / ".second.checkpoints")[0]
     assert weights_of(checkpoint) == weights_of(tmp_path / "best")
 
 
