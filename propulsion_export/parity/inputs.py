@@ -12,13 +12,19 @@ from propulsion_export.adapters.provenance import check_base
 from propulsion_export.adapters.scales import Array
 from propulsion_export.artifacts.artifact import Artifact, Tensors
 from propulsion_export.artifacts.tensor_names import MODULES_INPUT
+from propulsion_export.base_model.eos_pooling import pools_at_eos
 from propulsion_export.base_model.loading import BaseModel, load_base
 from propulsion_export.base_model.model_fingerprint import fingerprint_of_model
 from propulsion_export.base_model.positions import longest_input
 from propulsion_export.base_model.tasks import TASKS
 from propulsion_export.base_model.tokenizer import read_tokenizer, text_inputs
 from propulsion_export.errors import BaseModelError, DataError, UsageError
-from propulsion_export.graph.sample_inputs import input_names, padded_left, random_batch
+from propulsion_export.graph.sample_inputs import (
+    input_names,
+    padded_left,
+    random_batch,
+    with_one_eos,
+)
 from propulsion_export.runners.opening import REFERENCE_LENGTH
 from propulsion_export.serving.text_files import read_texts
 
@@ -82,6 +88,8 @@ def make_batches(
         batches = parity_inputs(names, config, seed=seed, longest=longest)
     if TASKS[base.task].architecture == "encoder-decoder":
         return with_decoder_tokens(batches, config, seed=seed)
+    if pools_at_eos(config, base.task) and inputs is None:
+        return tuple(with_one_eos(batch, config) for batch in batches)
     return batches
 
 

@@ -41,6 +41,7 @@ from propulsion_export.graph.build import (
     default_labels,
 )
 from propulsion_export.graph.files import write_graphs
+from propulsion_export.graph.sample_outputs import check_computable
 from propulsion_export.graph.signature import signature
 from propulsion_export.graph.slots import SlotOptions, head_parameters, slots_for
 from propulsion_export.pipeline.mode_options import check_mode_options
@@ -105,6 +106,7 @@ def export_onnx(
     base = _load(source, task, adapters, mode, slots, trust_remote_code=trust_remote_code)
     fingerprint = fingerprint_of_model(base.model)
     check_base(fingerprint, source, adapters)
+    check_computable(base)
     wanted = base.model.dtype if dtype == "keep" else getattr(torch, dtype)
     name: Dtype = str(wanted).removeprefix("torch.")  # type: ignore[assignment]
     if mode != "folded" and not allow_range:

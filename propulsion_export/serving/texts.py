@@ -7,6 +7,7 @@ from typing import Any
 
 from propulsion_export.artifacts.artifact import Artifact, Runner, Tensors
 from propulsion_export.base_model.config import read_settings
+from propulsion_export.base_model.eos_pooling import check_eos, pools_at_eos
 from propulsion_export.base_model.positions import as_config, longest_input
 from propulsion_export.base_model.tasks import TASKS
 from propulsion_export.base_model.tokenizer import (
@@ -36,6 +37,7 @@ class Reader:
         names: the inputs that the model reads.
         limit: most tokens of a text; longer texts are cut.
         task: the task that the model was exported for.
+        config: the model's configuration.
         one_at_a_time: held while encoding: a call sets how the tokenizer cuts and pads, and some
             versions of tokenizers raise "Already borrowed" if another thread encodes meanwhile.
     """
@@ -45,6 +47,7 @@ class Reader:
     names: tuple[str, ...]
     limit: int
     task: str
+    config: Any = None
     one_at_a_time: threading.Lock = field(default_factory=threading.Lock)
 
     def read(
@@ -70,6 +73,8 @@ class Reader:
                 limit=self.limit,
                 contexts=list(contexts) or None,
             )
+        if pools_at_eos(self.config, self.task):
+            check_eos(encoding["input_ids"], self.config, texts)
         outputs = self.run({**tensors_of(self.names, encoding), **feeds})
         for row, source in enumerate(contexts or texts):
             outcome = Outcome(
@@ -113,4 +118,4 @@ def open_reader(artifact: Artifact, run: Runner) -> Reader:
         known -= {"token_type_ids"}  # the model has no type for a second text
     names = tuple(name for name in names if name in known)
     limit = longest_input(config, tokenizer)
-    return Reader(run, tokenizer, names, limit, artifact.manifest.task)
+    return Reader(run, tokenizer, names, limit, artifact.manifest.task, config)
