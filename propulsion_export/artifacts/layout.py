@@ -116,6 +116,21 @@ def labels_in(
     return tuple(f"LABEL_{number}" for number in range(counts.pop())) if counts else None
 
 
+def parts_of_one_side(layout: Layout) -> tuple[Layout, ...]:
+    """The layout in parts that one adapter each can fill: it scales a module on one side only.
+
+    The second part, of input sides, is there only if some module is scaled on both. Biases and
+    saved modules are in each part.
+    """
+    scales = layout.get(SCALES_INPUT, ())
+    outputs = {slot.path for slot in scales if slot.side == "output"}
+    both = tuple(slot for slot in scales if slot.side == "input" and slot.path in outputs)
+    if not both:
+        return (layout,)
+    rest = tuple(slot for slot in scales if slot not in both)
+    return ({**layout, SCALES_INPUT: rest}, {**layout, SCALES_INPUT: both})
+
+
 def width_of(layout: Layout) -> int:
     """D, the number of elements of one adapter in all packed inputs together."""
     return sum(slot.length for slots in layout.values() for slot in slots)

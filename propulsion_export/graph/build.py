@@ -1,12 +1,14 @@
 """Build the finished graphs of an export: folded, switchable or a bank."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import torch
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.adapters.head_room import with_room
@@ -17,6 +19,7 @@ from propulsion_export.artifacts.layout import (
     Layout,
     labels_in,
     pack,
+    parts_of_one_side,
     plan_layout,
     width_of,
 )
@@ -28,21 +31,20 @@ from propulsion_export.artifacts.tensor_names import (
     ROWS_INPUT,
     SCALES_INPUT,
 )
+from propulsion_export.base_model.eos_pooling import pools_at_eos
 from propulsion_export.base_model.loading import BaseModel
 from propulsion_export.base_model.tasks import TASKS
-from propulsion_export.errors import ToolError
+from propulsion_export.errors import AdapterError, ToolError
+from propulsion_export.graph.eos_pooling import reading_own_eos
 from propulsion_export.graph.optimise import optimise
 from propulsion_export.graph.passes.cache import NameCache
 from propulsion_export.graph.passes.defaults import SetDefaults
 from propulsion_export.graph.passes.dimensions import NameDimensions
+from propulsion_export.graph.passes.float32_detours import ComputeInFloat32
 from propulsion_export.graph.passes.gather_rows import GatherRows
 from propulsion_export.graph.passes.packing import PackInitializers
-from propulsion_export.graph.sample_inputs import (
-    TRACED_ROWS,
-    input_names,
-    trace_inputs,
-    trace_prompt,
-)
+from propulsion_export.graph.sample_inputs import TRACED_ROWS
+from propulsion_export.graph.sample_outputs import sample_outputs, task_inputs
 from propulsion_export.graph.trace import trace, trace_decoder, trace_encoder_decoder
 from propulsion_export.scaling.attach import attached, check_fits, initializer_name
 from propulsion_export.scaling.attach_rows import attached_rows
@@ -99,9 +101,9 @@ def build_switchable(
     """
     layout, defaults = _plan(base, slots, dtype)
     base.model.to(dtype)
-    # A value of its own in every slot: the exporter makes one initializer of equal tensors.
-    with attached(base.model, random_adapter(layout, "placeholder", seed=0)):
+    with _placeholders(base, layout):
         programs = _trace(base, opset)
+    _check_unused(base, layout, _lost(programs, layout))
     _pack(programs, layout)
     programs = {name: optimise(program) for name, program in programs.items()}
     for program in programs.values():
@@ -127,10 +129,30 @@ def build_bank(
     rows = torch.ones((TRACED_ROWS, width_of(layout)), dtype=dtype)
     with attached_rows(base.model, layout):
         programs = _trace(base, opset, {ROWS_INPUT: rows})
+    if not any(_reads_rows(program) for program in programs.values()):
+        raise _without_effect(base, [slot for each in layout.values() for slot in each])
     for name, program in programs.items():
         GatherRows(ROWS_INPUT)(program)
         programs[name] = optimise(program)
     return ExportedGraphs("bank", programs, layout, _feeds(adapters, layout, defaults))
+
+
+def _reads_rows(program: ir.Model) -> bool:
+    """Whether the outputs depend on the adapters of the batch; nodes that do not count go."""
+    RemoveUnusedNodesPass()(program)
+    return any(value.name == ROWS_INPUT and value.uses() for value in program.graph.inputs)
+
+
+@contextmanager
+def _placeholders(base: BaseModel, layout: Layout, seed: int = 0) -> Iterator[None]:
+    """Attach a value of its own for every slot: the exporter merges initializers that are equal."""
+    with ExitStack() as stack:
+        for part in parts_of_one_side(layout):
+            stack.enter_context(
+                attached(base.model, random_adapter(part, "placeholder", seed=seed))
+            )
+            seed += 1
+        yield
 
 
 def _plan(base: BaseModel, slots: Sequence[Adapter], dtype: torch.dtype) -> tuple[Layout, Tensors]:
@@ -159,22 +181,25 @@ def _trace(
     `extra`: further inputs of the model, by name.
     """
     config, more = base.model.config, extra or {}
-    names = input_names(type(base.model), config)
     architecture = TASKS[base.task].architecture
     if architecture == "decoder":
-        prompt = trace_prompt(config)
+        prompt = task_inputs(base.model, base.task)
         programs = {GRAPH_FILE: trace_decoder(base.model, prompt, opset=opset, extra=more)}
         _name_cache(base, programs[GRAPH_FILE])
     elif architecture == "encoder-decoder":
-        inputs = trace_inputs(names, config)
+        inputs = task_inputs(base.model, base.task)
         programs = trace_encoder_decoder(base.model, inputs, opset=opset, extra=more)
         for name in ENCODER_DECODER_FILES[1:]:
             _name_cache(base, programs[name])
     else:
-        inputs = trace_inputs(names, config)
-        programs = {GRAPH_FILE: trace(base.model, inputs, opset=opset, extra=more)}
+        inputs = task_inputs(base.model, base.task)
+        pooled = pools_at_eos(config, base.task)
+        with reading_own_eos(base.model) if pooled else nullcontext():
+            programs = {GRAPH_FILE: trace(base.model, inputs, opset=opset, extra=more)}
     for program in programs.values():
         NameDimensions()(program)
+        if base.model.dtype != torch.bfloat16:
+            ComputeInFloat32()(program)
     return programs
 
 
@@ -188,20 +213,53 @@ def _name_cache(base: BaseModel, program: ir.Model) -> None:
         ) from error
 
 
+def _lost(programs: Mapping[str, ir.Model], layout: Layout) -> dict[str, list[Slot]]:
+    """The slots of each packed input whose tensors are in no traced graph."""
+    traced = {name for program in programs.values() for name in program.graph.initializers}
+    return {
+        packed: [slot for slot in slots if _initializer(packed, slot) not in traced]
+        for packed, slots in layout.items()
+    }
+
+
+def _check_unused(base: BaseModel, layout: Layout, lost: Mapping[str, Sequence[Slot]]) -> None:
+    """A tensor may be missing from the graphs only if the task's outputs do not depend on it.
+
+    Raises:
+        AdapterError: no scale, no bias or nothing saved acts on the outputs.
+        ToolError: the trace lost a tensor that does.
+    """
+    for packed, slots in lost.items():
+        if len(slots) == len(layout[packed]):
+            raise _without_effect(base, slots)
+    missing = [_initializer(packed, slot) for packed, slots in lost.items() for slot in slots]
+    if not missing:
+        return
+    kept = {p: tuple(s for s in slots if s not in lost[p]) for p, slots in layout.items()}
+    with _placeholders(base, kept):
+        expected = sample_outputs(base.model, base.task)
+        with _placeholders(base, {p: tuple(slots) for p, slots in lost.items()}, seed=2):
+            found = sample_outputs(base.model, base.task)
+    if any(not np.array_equal(found[name], expected[name], equal_nan=True) for name in expected):
+        raise ToolError(*(f"{name}: is in no traced graph, expected in one" for name in missing))
+
+
+def _without_effect(base: BaseModel, slots: Sequence[Slot]) -> AdapterError:
+    return AdapterError(
+        *(
+            f"{slot.path}: does not act on the outputs of {type(base.model).__name__}"
+            for slot in slots
+        ),
+        remedy=f"Is {base.task} the task that the adapter was trained for?",
+    )
+
+
 def _pack(programs: dict[str, ir.Model], layout: Layout) -> None:
-    """Pack each graph's part of the layout; every slot must be in at least one graph."""
-    several = len(programs) > 1
+    """Pack each graph's part of the layout; what no graph computes with has an idle slot."""
     for packed, slots in layout.items():
         parts = {_initializer(packed, slot): slot for slot in slots}
-        lost = parts.keys() - {
-            name for program in programs.values() for name in program.graph.initializers
-        }
-        if lost:
-            raise ToolError(
-                *(f"{name}: is in no traced graph, expected in one" for name in sorted(lost))
-            )
         for program in programs.values():
-            PackInitializers(packed, parts, partial=several)(program)
+            PackInitializers(packed, parts, partial=True)(program)
 
 
 def _defaults(

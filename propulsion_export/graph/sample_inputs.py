@@ -1,6 +1,7 @@
 """Generate inputs for a model: to trace it, and to compare artifacts on."""
 
 import inspect
+from typing import Any
 
 import numpy as np
 from transformers import PretrainedConfig
@@ -77,3 +78,12 @@ def random_batch(
             hidden = mask.reshape(*shape, *[1] * (extra.dimensions - 2))
             tensors[extra.name] = np.where(hidden == 1, drawn, 0)
     return {name: tensors[name] for name in names}
+
+
+def with_one_eos(batch: Tensors, config: PretrainedConfig) -> dict[str, np.ndarray[Any, Any]]:
+    """A batch padded on the right whose rows have one end-of-sequence token each, as the last."""
+    ids, end = batch["input_ids"].copy(), config.eos_token_id
+    others = (t for t in range(config.vocab_size) if t not in (end, padding_token(config)))
+    ids[ids == end] = next(others)
+    ids[np.arange(len(ids)), batch["attention_mask"].sum(axis=1) - 1] = end
+    return {**batch, "input_ids": ids}

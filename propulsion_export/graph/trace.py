@@ -7,7 +7,9 @@ still an initializer with its own name, which is what the passes in `graph/` wor
 
 import copy
 import importlib
-from collections.abc import Iterable, Iterator, Mapping
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, MutableSequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +21,8 @@ from transformers.utils import ModelOutput
 from propulsion_export.artifacts.artifact import Tensors
 from propulsion_export.artifacts.file_names import ENCODER_DECODER_FILES
 from propulsion_export.artifacts.manifest import DEFAULT_OPSET
+from propulsion_export.base_model.caches import check_cache
+from propulsion_export.base_model.positions import known_positions
 from propulsion_export.base_model.rope_switch import rope_switches
 from propulsion_export.environment.quiet import quiet, quiet_while_tracing
 from propulsion_export.errors import PropulsionExportError, ToolError, UnavailableError
@@ -27,6 +31,13 @@ _REMEDY = "Install the tested version: pip install 'transformers>=5.24,<5.25'."
 # Arguments by which generate() chooses outputs; they are no inputs of a graph.
 _FLAGS = ("use_cache", "return_dict", "output_attentions", "output_hidden_states")
 _NONE: Mapping[str, torch.Tensor] = {}
+_REMEDY_FIXED = "No graph of it can read texts of every length; merge takes it."
+# Where the exporter says for which sizes the traced graph holds: `s18: VR[2, int_oo]`.
+_RANGES = "pkg.torch.export.ExportedProgram.range_constraints"
+_RANGE = re.compile(r"(\w+): VR\[(\d+), (\w+)\]")
+# torch assumes that no size is 0 or 1, nor one derived from it, such as that of all tokens but one;
+# graphs compute those too. A higher bound comes from a branch.
+_FEWEST = 4
 _DECODED = 5  # tokens that a decoder is traced with; no multiple of the batch size
 
 
@@ -46,14 +57,20 @@ def trace(
         extra: further inputs of the model, [batch, …]; only the batch varies.
 
     Raises:
-        ToolError: the exporter refused the model.
+        ToolError: the exporter refused the model, or fixed its length or bounds it.
         UnavailableError: the installed transformers has another exporter interface.
     """
     tensors = _tensors(inputs)
     wide = any(values.ndim > 2 for values in tensors.values())
     shapes = _varying(tensors, extra) if wide else None  # the last axis of such an input is fixed
     # A decoder under another head would also return its cache.
-    return _export(model, {**tensors, **extra, "use_cache": False}, shapes, opset)
+    program = _export(model, {**tensors, **extra, "use_cache": False}, shapes, opset)
+    varying: dict[str, Any] = {name: {0: None, 1: None} for name in inputs}
+    varying |= {name: {0: None} for name in extra}
+    _refuse_fixed(program, type(model).__name__, varying)
+    _refuse_bounded(program, model, inputs)
+    _keep_tensors_(program.graph.outputs)
+    return program
 
 
 def trace_decoder(
@@ -131,11 +148,7 @@ def _decoding_steps(
 
     The model is a copy, whose generation settings are replaced.
     """
-    if model._is_stateful:
-        raise ToolError(
-            f"{type(model).__name__}: keeps a state that is no cache of keys and values, expected "
-            "attention layers only"
-        )
+    check_cache(model)
     decompose = _exporter_module("utils").decompose_for_generation
     given = prompt if cache is None else {**prompt, "cache": cache}
     with _refusals(model), quiet_while_tracing():
@@ -222,17 +235,44 @@ def _without_dynamic(kind: Any) -> Any:
 
 
 def _refuse_fixed(program: ir.Model, model: str, shapes: Mapping[str, Any]) -> None:
-    """Batch and length have to vary; where a model depends on the size traced, torch fixes it."""
+    """Batch and length have to vary; where a model depends on the size traced, torch fixes it.
+
+    A multiple of a length, as of blocks of attention, is no length that varies either.
+    """
     fixed = [
         f"{model}: {value.name} is traced as {list(map(str, value.shape))}, expected a dimension "
         f"{axis} that varies"
         for value in program.graph.inputs
         if value.shape is not None
         for axis in _varying_axes(shapes.get(str(value.name)), len(value.shape))
-        if str(value.shape[axis]).isdigit()
+        if str(value.shape[axis]).isdigit() or "*" in str(value.shape[axis])
     ]
     if fixed:
-        raise ToolError(*fixed)
+        raise ToolError(*fixed, remedy=_REMEDY_FIXED)
+
+
+def _refuse_bounded(program: ir.Model, model: PreTrainedModel, names: Iterable[str]) -> None:
+    """Refuse lengths below or above which the model branches: the graph has one branch only."""
+    ranges = {
+        symbol: (int(low), math.inf if high == "int_oo" else int(high))
+        for symbol, low, high in _RANGE.findall(program.graph.metadata_props.get(_RANGES, ""))
+    }
+    longest = known_positions(model.config) or 0
+    wrong = [
+        f"{type(model).__name__}: is traced for {low} to {high} tokens, "
+        f"expected 2 to {longest or 'any number'}"
+        for value in program.graph.inputs
+        if value.name in set(names) and value.shape is not None
+        for low, high in [ranges.get(str(value.shape[1]), (2, math.inf))]
+        if low > _FEWEST or high < longest
+    ]
+    if wrong:
+        raise ToolError(*dict.fromkeys(wrong), remedy=_REMEDY_FIXED)
+
+
+def _keep_tensors_(outputs: MutableSequence[ir.Value]) -> None:
+    """Drop the parts of a cache that a model returns although nobody asked for it, as XLNet's."""
+    outputs[:] = [value for value in outputs if "." not in str(value.name)]
 
 
 def _varying_axes(axes: Any, rank: int) -> Iterable[int]:

@@ -8,7 +8,7 @@ import numpy as np
 from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.adapters.names import BASE_NAME
 from propulsion_export.artifacts.artifact import Artifact, Tensors
-from propulsion_export.artifacts.layout import pack, packed_inputs, to_row
+from propulsion_export.artifacts.layout import pack, packed_inputs, parts_of_one_side, to_row
 from propulsion_export.artifacts.random_adapter import random_adapter
 from propulsion_export.artifacts.tensor_names import BANK_INPUT, IDS_INPUT, PACKED_INPUTS
 
@@ -23,11 +23,16 @@ def draw_adapters(artifact: Artifact, seed: int) -> list[Adapter]:
     inputs = [*manifest.inputs, *(i for graph in manifest.graphs.values() for i in graph.inputs)]
     if not {spec.name for spec in inputs} & {*PACKED_INPUTS, BANK_INPUT}:
         return []
-    drawn = random_adapter(manifest.layout, RANDOM_NAME, seed=seed)
+    names = (RANDOM_NAME, f"{RANDOM_NAME}-inputs")
+    drawn = [
+        random_adapter(part, name, seed=seed)
+        for name, part in zip(names, parts_of_one_side(manifest.layout), strict=False)
+    ]
     if manifest.base.own_head:
-        return [drawn]
-    ones = {path: scale._replace(values=scale.values**0) for path, scale in drawn.scales.items()}
-    return [drawn, replace(drawn, name=IDENTITY_NAME, scales=ones, biases={})]
+        return drawn
+    first = drawn[0]
+    ones = {path: scale._replace(values=scale.values**0) for path, scale in first.scales.items()}
+    return [*drawn, replace(first, name=IDENTITY_NAME, scales=ones, biases={})]
 
 
 def feeds_for_drawn(artifact: Artifact, drawn: Sequence[Adapter]) -> dict[str, Tensors]:

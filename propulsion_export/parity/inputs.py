@@ -14,6 +14,7 @@ from propulsion_export.adapters.scales import Array
 from propulsion_export.artifacts.artifact import Artifact, Tensors
 from propulsion_export.artifacts.merged_base import check_not_merged
 from propulsion_export.artifacts.tensor_names import MODULES_INPUT
+from propulsion_export.base_model.eos_pooling import pools_at_eos
 from propulsion_export.base_model.loading import BaseModel, load_base, model_class_of
 from propulsion_export.base_model.model_fingerprint import fingerprint_of_model
 from propulsion_export.base_model.model_inputs import check_text_is_enough, extra_inputs
@@ -26,7 +27,12 @@ from propulsion_export.base_model.tokenizer import read_tokenizer, text_inputs
 from propulsion_export.base_model.words import joined
 from propulsion_export.data.texts import read_texts
 from propulsion_export.errors import BaseModelError, DataError, UsageError
-from propulsion_export.graph.sample_inputs import input_names, padded_left, random_batch
+from propulsion_export.graph.sample_inputs import (
+    input_names,
+    padded_left,
+    random_batch,
+    with_one_eos,
+)
 from propulsion_export.runners.opening import REFERENCE_LENGTH
 
 FEWEST_INPUTS = 16
@@ -108,6 +114,8 @@ def make_batches(
         batches = parity_inputs(names, config, seed=seed, longest=longest)
     if TASKS[base.task].architecture == "encoder-decoder":
         return with_decoder_tokens(batches, config, seed=seed)
+    if pools_at_eos(config, base.task) and inputs is None:
+        return tuple(with_one_eos(batch, config) for batch in batches)
     return batches
 
 

@@ -18,6 +18,7 @@ from propulsion_export.artifacts.tensor_names import LOGITS, MODULES_INPUT
 from propulsion_export.base_model.loading import BaseModel
 from propulsion_export.base_model.tasks import TASKS
 from propulsion_export.environment.progress import Progress
+from propulsion_export.errors import BaseModelError, ToolError, first_line
 from propulsion_export.graph.sample_inputs import padding_token
 from propulsion_export.parity.generation import continue_greedily, padded_inside
 from propulsion_export.parity.inputs import judged_length
@@ -65,7 +66,8 @@ def compute_oracle(
     if base.model._can_set_experts_implementation():
         base.model.set_experts_implementation("eager")  # the others have no float64
     base.model.double()
-    truths = [_truth(artifact, base, state, batches, steps, feeds or {}) for state in states]
+    with _float64_tensors(base, batches[0]):
+        truths = [_truth(artifact, base, state, batches, steps, feeds or {}) for state in states]
     progress(0.5, f"measuring PyTorch's own error in {artifact.manifest.dtype}")
     base.model.to(getattr(torch, artifact.manifest.dtype))
     return [
@@ -144,6 +146,39 @@ def _deterministic() -> Iterator[None]:
         yield
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@contextmanager
+def _float64_tensors(base: BaseModel, batch: Tensors) -> Iterator[None]:
+    """Let tensors that the model makes while it runs be float64 too, where it needs them to be.
+
+    XGLM fills its mask with the lowest float64, which is no float32.
+
+    Raises:
+        BaseModelError: the model does not run in float64 at all.
+    """
+    row = {name: values[:1] for name, values in batch.items()}
+    before = torch.get_default_dtype()
+    try:
+        if _failure(base, row) is not None:
+            torch.set_default_dtype(torch.float64)
+            if failure := _failure(base, row):
+                raise BaseModelError(
+                    f"{type(base.model).__name__}: does not run in float64 ({failure}), so there "
+                    "is nothing to compare with"
+                )
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _failure(base: BaseModel, row: Tensors) -> str | None:
+    """What a model says that does not run on a row; None if it does."""
+    try:
+        _truth_runner(base)(row)
+    except (RuntimeError, TypeError, ValueError, ToolError) as error:
+        return first_line(error)
+    return None
 
 
 def _truth_runner(base: BaseModel) -> Runner:

@@ -48,6 +48,7 @@ from propulsion_export.graph.build import (
     default_labels,
 )
 from propulsion_export.graph.files import write_graphs
+from propulsion_export.graph.sample_outputs import check_computable
 from propulsion_export.graph.signature import signature
 from propulsion_export.graph.slots import SlotOptions, head_parameters, slots_for
 from propulsion_export.pipeline.mode_options import check_mode_options
@@ -116,6 +117,7 @@ def export_onnx(
     sentence = sentence_source(source, base.task, list(map(source_of, adapter)))
     fingerprint = fingerprint_of_model(base.model)
     check_base(fingerprint, source, adapters)
+    check_computable(base)
     _resize_(base, adapters, mode, trust_remote_code=trust_remote_code)
     if tokenizer is not None:
         check_token_ids(reads, tokenizer, base.model.config.to_dict())

@@ -12,6 +12,8 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from propulsion_export.artifacts.artifact import Artifact, Runner, Tensors
 from propulsion_export.artifacts.tensor_names import LOGITS, PAST, PRESENT
+from propulsion_export.base_model.caches import check_cache
+from propulsion_export.base_model.eos_pooling import check_eos, pools_at_eos
 from propulsion_export.base_model.loading import load_base
 from propulsion_export.base_model.model_inputs import check_inputs
 from propulsion_export.base_model.rope_switch import rope_switches
@@ -64,7 +66,30 @@ def torch_candidate(model: Any, task: str) -> Candidate:
             torch_cross_decoder_runner(model),
             _first_token(model),
         )
-    return torch_runner(model)
+    runner = torch_runner(model)
+    return eos_row_by_row(runner, model.config) if pools_at_eos(model.config, task) else runner
+
+
+def eos_row_by_row(run: Runner, config: Any) -> Runner:
+    """Run each row alone, which a classifier that reads end-of-sequence tokens needs.
+
+    transformers refuses a batch whose rows have different numbers of these tokens.
+
+    Raises:
+        DataError: raised by the runner for a row without such a token.
+    """
+
+    def run_rows(inputs: Tensors) -> Tensors:
+        check_eos(inputs["input_ids"], config)
+        rows = len(inputs["input_ids"])
+        each = [run({name: v[row : row + 1] for name, v in inputs.items()}) for row in range(rows)]
+        return {
+            name: np.concatenate([one[name] for one in each])
+            for name, values in each[0].items()
+            if len(values) == 1
+        }
+
+    return run_rows
 
 
 def _first_token(model: Any) -> int:
@@ -114,9 +139,8 @@ def torch_decoder_runner(model: Any) -> Runner:
         BaseModelError: the model keeps a state other than keys and values; the runner raises it
             when the model returns no cache.
     """
+    check_cache(model)
     name = type(model).__name__
-    if model._is_stateful:
-        raise BaseModelError(f"{name}: keeps a state that is no cache of keys and values")
     taken = ["input_ids", "attention_mask"]
     if "position_ids" in inspect.signature(model.forward).parameters:
         taken.append("position_ids")

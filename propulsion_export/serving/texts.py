@@ -7,6 +7,7 @@ from typing import Any
 
 from propulsion_export.artifacts.artifact import Artifact, Runner, Tensors
 from propulsion_export.base_model.config import read_settings
+from propulsion_export.base_model.eos_pooling import check_eos, pools_at_eos
 from propulsion_export.base_model.model_inputs import (
     TEXT_INPUTS,
     check_text_is_enough,
@@ -54,6 +55,7 @@ class Reader:
         switches: lengths above which the model's rotary frequencies are others; rows on two sides
             of one are computed apart, because the longest row of a batch decides for all.
         rows: how many tokens the model has embeddings for; None where it does not say.
+        config: the model's configuration.
         one_at_a_time: held while encoding: a call sets how the tokenizer cuts and pads, and some
             versions of tokenizers raise "Already borrowed" if another thread encodes meanwhile.
     """
@@ -66,6 +68,7 @@ class Reader:
     sentence: SentenceTexts | None = None
     switches: tuple[int, ...] = ()
     rows: int | None = None
+    config: Any = None
     one_at_a_time: threading.Lock = field(default_factory=threading.Lock)
 
     def read(
@@ -96,6 +99,8 @@ class Reader:
         if len(set(sides)) > 1:
             yield from self._read_by_side(sides, texts, contexts, feeds, labels)
             return
+        if pools_at_eos(self.config, self.task):
+            check_eos(encoding["input_ids"], self.config, self._as_read(texts))
         outputs = self.run({**tensors_of(self.names, encoding), **feeds})
         for row, source in enumerate(contexts or texts):
             outcome = Outcome(
@@ -186,4 +191,5 @@ def open_reader(artifact: Artifact, run: Runner) -> Reader:
         sentence,
         rope_switches(settings),
         embedding_rows(settings),
+        config,
     )

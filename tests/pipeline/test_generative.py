@@ -20,7 +20,7 @@ from kinds import ENCODER_DECODERS, GENERATIVE
 from propulsion_export.artifacts.artifact import Artifact
 from propulsion_export.artifacts.manifest import read_manifest
 from propulsion_export.base_model.model_fingerprint import fingerprint_of_model
-from propulsion_export.errors import ArtifactError, ToolError
+from propulsion_export.errors import ArtifactError, BaseModelError, ToolError
 from propulsion_export.graph.sample_inputs import trace_prompt
 from propulsion_export.graph.trace import trace_decoder
 from propulsion_export.pipeline.merge import merge
@@ -218,7 +218,7 @@ def test_model_whose_state_is_no_cache_is_refused_by_name():
     )
     model = transformers.MambaForCausalLM(settings).eval()
 
-    with pytest.raises(ToolError, match="MambaForCausalLM: keeps a state that is no cache of keys"):
+    with pytest.raises(BaseModelError, match="MambaForCausalLM: keeps a state that is no cache"):
         trace_decoder(model, trace_prompt(settings))
 
 
