@@ -8,6 +8,7 @@ from safetensors.numpy import save
 from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.adapters.names import BASE_NAME
 from propulsion_export.adapters.provenance import check_base
+from propulsion_export.adapters.settings import check_settings, problem_type_of
 from propulsion_export.adapters.specification import check_identity, read_adapters, source_of
 from propulsion_export.artifacts.artifact import Artifact, Tensors, digest_of
 from propulsion_export.artifacts.consistency import check_consistent
@@ -28,6 +29,8 @@ from propulsion_export.artifacts.locking import exclusive_lock
 from propulsion_export.artifacts.manifest import AdapterEntry, Manifest
 from propulsion_export.artifacts.staging import replace_file
 from propulsion_export.artifacts.tensor_names import BANK_INPUT, MODULES_INPUT
+from propulsion_export.base_model.config import read_settings
+from propulsion_export.base_model.settings import read_tokenizer_settings
 from propulsion_export.base_model.tasks import TASKS
 from propulsion_export.errors import (
     AdapterError,
@@ -56,8 +59,7 @@ def add_adapter(
     with exclusive_lock(artifact):
         read = _read_changeable(artifact)
         feeds = _fitted(read, new, allow_range=allow_range)
-        labels = labels_in(new, read.manifest.layout, read.manifest.base.labels)
-        entry = AdapterEntry(new.digest, source_of(adapter), new.size, None, labels)
+        entry = _entry(read.manifest, new, source_of(adapter))
         if read.manifest.mode == "bank":
             row = to_row(feeds, read.manifest.layout)
             read.open_bank().add(new.name, row, entry, replace=force)
@@ -65,11 +67,34 @@ def add_adapter(
         return _add(read, new.name, feeds, entry, force=force)
 
 
+def _entry(manifest: Manifest, new: Adapter, source: str) -> AdapterEntry:
+    base = manifest.base
+    room = _label_room(manifest) if base.own_head else None
+    labels = labels_in(new, manifest.layout, base.labels, room)
+    classifies = TASKS[manifest.task].prediction == "class"
+    kind = problem_type_of(new, base.problem_type) if classifies else None
+    return AdapterEntry(new.digest, source, new.size, None, labels, kind)
+
+
+def _label_room(manifest: Manifest) -> int | None:
+    """How many labels the head has room for; None without such a head."""
+    name = TASKS[manifest.task].labelled_output
+    widths = (spec.shape[-1] for spec in manifest.outputs if spec.name == name)
+    width = next(widths, None)
+    return width if isinstance(width, int) else None
+
+
 def _fitted(artifact: Artifact, new: Adapter, *, allow_range: bool) -> Tensors:
     """The packed inputs of an adapter, [D] each, after checking that it fits the artifact."""
     manifest = artifact.manifest
     _check_task(manifest, new)
     _check_head(manifest, new)
+    check_settings(
+        new,
+        read_settings(artifact.directory),
+        read_tokenizer_settings(artifact.directory),
+        str(artifact.directory),
+    )
     check_base(
         manifest.base.fingerprint,
         manifest.base.source,

@@ -10,11 +10,18 @@ from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.adapters.head_room import labels_of
 from propulsion_export.adapters.provenance import check_base
 from propulsion_export.adapters.scales import Array
+from propulsion_export.adapters.settings import check_settings
 from propulsion_export.artifacts.artifact import Artifact, Tensors
 from propulsion_export.artifacts.tensor_names import MODULES_INPUT
+from propulsion_export.base_model.config import read_settings
 from propulsion_export.base_model.loading import BaseModel, load_base
 from propulsion_export.base_model.model_fingerprint import fingerprint_of_model
 from propulsion_export.base_model.positions import longest_input
+from propulsion_export.base_model.settings import (
+    Settings,
+    read_tokenizer_settings,
+    set_in_config_,
+)
 from propulsion_export.base_model.tasks import TASKS
 from propulsion_export.base_model.tokenizer import read_tokenizer, text_inputs
 from propulsion_export.errors import BaseModelError, DataError, UsageError
@@ -49,6 +56,7 @@ def load_recorded_base(
         base.make_room_(count)
     for adapter in adapters:
         base.check_complete(adapter.modules)
+    _use_recorded_settings_(base, artifact, adapters)
     fingerprint = fingerprint_of_model(base.model)
     if difference := manifest.base.fingerprint.difference(fingerprint):
         raise BaseModelError(
@@ -60,12 +68,18 @@ def load_recorded_base(
 
 
 def make_batches(
-    base: BaseModel, inputs: Path | None, seed: int, *, short: bool
+    base: BaseModel,
+    inputs: Path | None,
+    seed: int,
+    *,
+    short: bool,
+    tokenizer: Path | None = None,
 ) -> tuple[Tensors, ...]:
     """Padded batches of at least 16 inputs: the texts of a file, or random tokens.
 
     Batches for a causal language model are padded on the left; batches for an encoder-decoder
-    also have tokens for its decoder.
+    also have tokens for its decoder. Texts are read with the tokenizer in the directory
+    `tokenizer`, or with the base model's.
 
     Raises:
         DataError: the file cannot be read, or has too few texts.
@@ -75,7 +89,7 @@ def make_batches(
     names = input_names(type(base.model), config)
     longest = REFERENCE_LENGTH if short else None
     if inputs is not None:
-        batches = _of_texts(base, inputs, names)
+        batches = _of_texts(base, inputs, names, tokenizer)
     elif TASKS[base.task].architecture == "decoder":
         batches = decoder_inputs(config, seed=seed, longest=longest)
     else:
@@ -133,8 +147,28 @@ def _label_room(
     return max(widths) if widths else labels_of(adapters, label_parameters)
 
 
-def _of_texts(base: BaseModel, inputs: Path, names: tuple[str, ...]) -> tuple[Tensors, ...]:
-    tokenizer = read_tokenizer(base.source)
+def _use_recorded_settings_(
+    base: BaseModel, artifact: Artifact, adapters: Sequence[Adapter]
+) -> None:
+    """Make the oracle pad with the token that the artifact's config.json names.
+
+    Raises:
+        AdapterError: an adapter was trained with other settings than the artifact has.
+    """
+    settings = read_settings(artifact.directory)
+    tokenizer = read_tokenizer_settings(artifact.directory)
+    for adapter in adapters:
+        check_settings(adapter, settings, tokenizer, str(artifact.directory))
+    padding = settings.get("pad_token_id")
+    if isinstance(padding, int):
+        set_in_config_(base.model.config, Settings({"pad_token_id": padding}))
+
+
+def _of_texts(
+    base: BaseModel, inputs: Path, names: tuple[str, ...], directory: Path | None
+) -> tuple[Tensors, ...]:
+    own = None if directory is None else read_tokenizer(directory)
+    tokenizer = own or read_tokenizer(base.source)
     if tokenizer is None:
         raise UsageError(f"--inputs: {base.source} has no tokenizer to read texts with")
     texts = read_texts(inputs)

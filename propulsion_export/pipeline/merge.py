@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 
-from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.adapters.provenance import adapter_tasks, base_source, check_base
 from propulsion_export.adapters.specification import check_identity, read_adapters, source_of
 from propulsion_export.artifacts.artifact import Artifact
@@ -20,11 +19,13 @@ from propulsion_export.base_model.config import (
     save_generation_settings,
 )
 from propulsion_export.base_model.loading import load_empty
+from propulsion_export.base_model.settings import write_tokenizer_settings
 from propulsion_export.base_model.tasks import TASKS, TaskName, resolve_task
 from propulsion_export.base_model.tokenizer import copy_tokenizer
 from propulsion_export.environment.machine import tool_versions
 from propulsion_export.environment.progress import Progress, silent
 from propulsion_export.errors import UsageError
+from propulsion_export.pipeline.base_settings import settle_
 from propulsion_export.scaling.attach import check_fits
 from propulsion_export.scaling.fold.checkpoint import fingerprint_of_checkpoint, fold_checkpoint
 from propulsion_export.scaling.fold.source import Checkpoint
@@ -72,6 +73,7 @@ def merge(
     check_identity(read)
     config = read_config(source, trust_remote_code=trust_remote_code)
     resolved = resolve_task(task, config.architectures or (), adapter_tasks([read]))
+    own = class_names(config)
     empty = load_empty(
         config, resolved, head=read.modules, labels=read.labels, trust_remote_code=trust_remote_code
     )
@@ -82,34 +84,37 @@ def merge(
     untie_as_stored_(parts)
     check_untied(empty, read, untie=untie)
     wanted = None if dtype == "keep" else getattr(torch, dtype)
-    progress(0.1, f"folding {read.size:,} scales into {source}")
+    settled = settle_(empty, [read], resolved, source)
+    progress(0.1, f"folding {read.size:,} scales into {source}{settled.note}")
     with staged_directory(output, marker=MANIFEST_FILE, force=force, inputs=inputs) as directory:
         written = fold_checkpoint(parts, read, directory, dtype=wanted, max_shard_size=shard_size)
         name = str(written).removeprefix("torch.")
         save_config(empty, directory, name)
         copy_tokenizer(source, directory)
+        write_tokenizer_settings(directory, settled.settings)
         save_generation_settings(source, resolved, directory)
         labelled = TASKS[resolved].labelled_output is not None
-        own = class_names(config) if labelled and not read.modules else None
-        base = BaseEntry(source, fingerprint, own)
-        manifest = _manifest(read, source_of(adapter), base, resolved, name)
+        base = BaseEntry(source, fingerprint, own if labelled else None, True, settled.base)
+        labels = labels_in(read, {}, base.labels, config.num_labels)
+        entry = AdapterEntry(
+            read.digest, source_of(adapter), read.size, None, labels, *settled.adapters
+        )
+        manifest = _manifest(read.name, entry, base, resolved, name)
         artifact = Artifact.write(directory, manifest)
     progress(1.0, f"wrote {output}")
     return artifact.at(output)
 
 
 def _manifest(
-    adapter: Adapter, adapter_source: str, base: BaseEntry, task: TaskName, dtype: str
+    adapter: str, entry: AdapterEntry, base: BaseEntry, task: TaskName, dtype: str
 ) -> Manifest:
-    labels = labels_in(adapter, {}, base.labels)
-    entry = AdapterEntry(adapter.digest, adapter_source, adapter.size, None, labels)
     return Manifest(
         kind="merged",
         mode="folded",
         task=task,
         dtype=dtype,  # type: ignore[arg-type]
         base=base,
-        adapters={adapter.name: entry},
+        adapters={adapter: entry},
         tools=tool_versions(),
     )
 

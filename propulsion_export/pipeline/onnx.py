@@ -28,6 +28,7 @@ from propulsion_export.base_model.config import read_config, save_config, save_g
 from propulsion_export.base_model.loading import BaseModel, load_base
 from propulsion_export.base_model.model_fingerprint import fingerprint_of_model
 from propulsion_export.base_model.recorded_tokenizer import record_tokenizer
+from propulsion_export.base_model.settings import ProblemType, Settings, write_tokenizer_settings
 from propulsion_export.base_model.tasks import TaskName, resolve_task
 from propulsion_export.base_model.tokenizer import copy_tokenizer, read_tokenizer
 from propulsion_export.environment.machine import tool_versions
@@ -43,6 +44,7 @@ from propulsion_export.graph.build import (
 from propulsion_export.graph.files import write_graphs
 from propulsion_export.graph.signature import signature
 from propulsion_export.graph.slots import SlotOptions, head_parameters, slots_for
+from propulsion_export.pipeline.base_settings import settle_
 from propulsion_export.pipeline.mode_options import check_mode_options
 
 DEFAULT_MAX_LABELS = 16
@@ -109,15 +111,18 @@ def export_onnx(
     name: Dtype = str(wanted).removeprefix("torch.")  # type: ignore[assignment]
     if mode != "folded" and not allow_range:
         _check_ranges(adapters, name)
-    progress(0.2, f"tracing {type(base.model).__name__} in {name}")
+    settled = settle_(base.model, adapters, base.task, source, mode=mode, own_head=base.own_head)
+    progress(0.2, f"tracing {type(base.model).__name__} in {name}{settled.note}")
     filled = adapters or _slots(base, mode, slots)
     graphs = _build(base, filled, adapters, mode, wanted, opset=opset, untie=untie)
     progress(0.8, f"writing {output}")
     labels = default_labels(base, filled, graphs.layout)
-    recorded = BaseEntry(source, fingerprint, labels, own_head=base.own_head)
+    recorded = BaseEntry(source, fingerprint, labels, base.own_head, settled.base)
     with staged_directory(output, marker=MANIFEST_FILE, force=force, inputs=inputs) as directory:
-        entries = _entries(adapters, adapter, graphs, recorded)
-        _write(graphs, base, directory, name, entries)
+        room = base.room if base.own_head else None
+        classes = [labels_in(read, graphs.layout, labels, room) for read in adapters]
+        entries = _entries(adapters, adapter, graphs.mode, classes, settled.adapters)
+        _write(graphs, base, directory, name, entries, settled.settings)
         written = Artifact.write(directory, _manifest(graphs, base, recorded, entries, name))
     progress(1.0, f"wrote {output}")
     return written.at(output)
@@ -155,18 +160,21 @@ def _build(
 def _entries(
     adapters: Sequence[Adapter],
     specifications: Sequence[str | Path],
-    graphs: ExportedGraphs,
-    base: BaseEntry,
+    mode: Mode,
+    classes: Sequence[tuple[str, ...] | None],
+    problem_types: Sequence[ProblemType | None],
 ) -> dict[str, AdapterEntry]:
+    each = zip(adapters, specifications, classes, problem_types, strict=True)
     return {
         read.name: AdapterEntry(
             digest=read.digest,
             source=source_of(specification),
             size=read.size,
-            file=f"{ADAPTERS}/{read.name}.safetensors" if graphs.mode == "switchable" else None,
-            labels=labels_in(read, graphs.layout, base.labels),
+            file=f"{ADAPTERS}/{read.name}.safetensors" if mode == "switchable" else None,
+            labels=labels,
+            problem_type=problem_type,
         )
-        for read, specification in zip(adapters, specifications, strict=True)
+        for read, specification, labels, problem_type in each
     }
 
 
@@ -237,7 +245,8 @@ def _load(
     if count is None:
         return base
     if mode == "folded" or not base.own_head:
-        base.make_room_(count, adapters[0].labels or ())
+        same = base.own_head and count == len(base.own_labels)
+        base.make_room_(count, adapters[0].labels or (base.own_labels if same else ()))
     else:
         base.make_room_(max(count, len(base.own_labels)), base.own_labels)
     return base
@@ -269,12 +278,14 @@ def _write(
     directory: Path,
     dtype: str,
     entries: dict[str, AdapterEntry],
+    settings: Settings,
 ) -> None:
     """Everything in an artifact's directory but its manifest."""
     write_graphs(graphs.programs, directory)
     save_config(base.model, directory, dtype)
     copy_tokenizer(base.source, directory)
-    record_tokenizer(read_tokenizer(base.source), directory)
+    write_tokenizer_settings(directory, settings)
+    record_tokenizer(read_tokenizer(directory if settings.tokenizer else base.source), directory)
     save_generation_settings(base.source, base.task, directory)
     if graphs.mode == "bank":
         _write_bank(graphs, directory, entries)

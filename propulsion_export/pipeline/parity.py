@@ -94,11 +94,12 @@ def check_parity(
         drawn = [] if adapters or read.manifest.mode == "folded" else draw_adapters(read, seed)
         judged = drawn or adapters
         base = load_recorded_base(read, judged, model, trust_remote_code=trust_remote_code)
-        batches = make_batches(base, inputs, seed, short=name == "reference")
+        short = name == "reference"
+        batches = make_batches(base, inputs, seed, short=short, tokenizer=read.directory)
         subjects = _subjects(read, base, judged, drawn, batches, name, progress)
         progress(0.7, f"running {name}")
         checks = (
-            *_about_adapters(read, adapters, seed),
+            *_about_adapters(read, adapters, base, seed),
             *_judge(read, subjects, batches, candidate),
         )
         rows = sum(len(next(iter(batch.values()))) for batch in batches)
@@ -217,7 +218,9 @@ def _sample(names: Sequence[str], given: Collection[str], seed: int) -> list[str
     return [name for name in names if name in drawn]
 
 
-def _about_adapters(artifact: Artifact, adapters: Sequence[Adapter], seed: int) -> Iterator[Check]:
+def _about_adapters(
+    artifact: Artifact, adapters: Sequence[Adapter], base: BaseModel, seed: int
+) -> Iterator[Check]:
     """Checks of the adapters: how many are judged if not all, and the names of their classes."""
     entries = artifact.list_adapters()
     if len(adapters) < len(entries):
@@ -228,9 +231,11 @@ def _about_adapters(artifact: Artifact, adapters: Sequence[Adapter], seed: int) 
             f"{len(adapters)} of {len(entries)} adapters are judged, chosen with seed {seed}; "
             "-a NAME=DIR judges those that it names",
         )
+    own, layout = artifact.manifest.base, artifact.manifest.layout
+    room = base.room if own.own_head else None
     for adapter in adapters:
         recorded = entries[adapter.name].labels
-        expected = labels_in(adapter, artifact.manifest.layout, artifact.manifest.base.labels)
+        expected = labels_in(adapter, layout, own.labels, room)
         if expected is None and recorded is None:
             continue
         same = expected == recorded

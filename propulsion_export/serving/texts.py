@@ -5,9 +5,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from propulsion_export.artifacts.artifact import Artifact, Runner, Tensors
 from propulsion_export.base_model.config import read_settings
 from propulsion_export.base_model.positions import as_config, longest_input
+from propulsion_export.base_model.settings import ProblemType
 from propulsion_export.base_model.tasks import TASKS
 from propulsion_export.base_model.tokenizer import (
     encode_texts,
@@ -53,14 +56,16 @@ class Reader:
         contexts: Sequence[str],
         feeds: Mapping[str, Any],
         labels: Sequence[Sequence[str] | None],
+        problem_types: Sequence[ProblemType | None],
     ) -> Iterator[Answer]:
         """Answer texts in one batch.
 
         Args:
             texts: one text per row.
-            contexts: the text with the answer for each question; empty for other tasks.
+            contexts: the second text of each row, with the answer to a question; may be empty.
             feeds: the adapters' inputs.
             labels: the class names for each row.
+            problem_types: what the logits of each row mean.
         """
         with self.one_at_a_time:
             encoding = encode_texts(
@@ -70,7 +75,10 @@ class Reader:
                 limit=self.limit,
                 contexts=list(contexts) or None,
             )
-        outputs = self.run({**tensors_of(self.names, encoding), **feeds})
+        tensors = tensors_of(self.names, encoding)
+        if "token_type_ids" in tensors and not self._tells_texts_apart():
+            tensors["token_type_ids"] = np.zeros_like(tensors["token_type_ids"])
+        outputs = self.run({**tensors, **feeds})
         for row, source in enumerate(contexts or texts):
             outcome = Outcome(
                 source=source,
@@ -79,8 +87,14 @@ class Reader:
                 mask=encoding["attention_mask"][row].astype(bool),
                 outputs={name: values[row] for name, values in outputs.items()},
                 labels=labels[row],
+                problem_type=problem_types[row],
             )
             yield Answer(self._own(outcome), predict_row(self.task, outcome, self.tokenizer))
+
+    def _tells_texts_apart(self) -> bool:
+        """Whether a model sees which text of a pair a token is of: as in transformers' pipeline."""
+        names = self.tokenizer.model_input_names
+        return TASKS[self.task].prediction != "class" or "token_type_ids" in names
 
     def _own(self, outcome: Outcome) -> Tensors:
         """A row's outputs without those for padding, which depend on the rest of the batch."""

@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,14 @@ from safetensors import SafetensorError
 from torch import nn
 
 from propulsion_export.base_model.positions import longest_input
+from propulsion_export.base_model.settings import (
+    SINGLE_LABEL,
+    Settings,
+    set_in_config_,
+    set_in_tokenizer_,
+    settings_for_batches,
+    with_prefix_space,
+)
 from propulsion_export.errors import BaseModelError, first_line
 from propulsion_export.training.options import TrainOptions
 from propulsion_export.training.probe import leaks_in_a_block, looks_ahead
@@ -32,6 +40,7 @@ class TrainableBase:
             none for generated text.
         absent: module paths inside the base model whose weights are not in the checkpoint; they
             start at random, and are trained and saved like a head.
+        settings: what is set in `model` and `tokenizer` otherwise than in the base model's files.
     """
 
     name: str
@@ -39,6 +48,7 @@ class TrainableBase:
     tokenizer: Any
     heads: tuple[str, ...]
     absent: tuple[str, ...]
+    settings: Settings = field(default_factory=Settings)
 
 
 def load_trainable(
@@ -54,8 +64,9 @@ def load_trainable(
     name = _resolved(model)
     transformers.set_seed(options.seed)
     with _load_errors_as_ours(name):
-        tokenizer = _tokenizer(name, options)
-        config = _config(name, tokenizer, classes, options)
+        plain = _tokenizer(name, options)
+        tokenizer = _for_words(name, plain, options)
+        config = _config(name, classes, options)
         loaded, report = getattr(transformers, options.task_entry.auto_class).from_pretrained(
             name,
             config=config,
@@ -66,15 +77,16 @@ def load_trainable(
             trust_remote_code=options.trust_remote_code,
             output_loading_info=True,
         )
+    settings = _settings_(name, loaded, tokenizer, options, spaced=tokenizer is not plain)
     missing = sorted(report["missing_keys"])
     if options.task_entry.generates:
         _check_language_model(name, loaded, tokenizer, missing)
         _check_passages_apart(name, loaded, options)
-        return TrainableBase(name, loaded, tokenizer, heads=(), absent=())
+        return TrainableBase(name, loaded, tokenizer, heads=(), absent=(), settings=settings)
     heads = _heads(name, loaded)
     owners = {key.rpartition(".")[0] for key in missing}
     absent = sorted(owner for owner in owners if owner.split(".")[0] not in heads)
-    return TrainableBase(name, loaded, tokenizer, heads, tuple(absent))
+    return TrainableBase(name, loaded, tokenizer, heads, tuple(absent), settings)
 
 
 def attach_adapter(base: TrainableBase, classes: Sequence[str], options: TrainOptions) -> Any:
@@ -90,6 +102,8 @@ def attach_adapter(base: TrainableBase, classes: Sequence[str], options: TrainOp
         train_bias=options.train_bias,
         modules_to_save=list(saved) or None,
         labels=list(classes) or None,
+        model_settings=dict(base.settings.model) or None,
+        tokenizer_settings=dict(base.settings.tokenizer) or None,
     )
     model = get_peft_model(base.model, config)
     recorded = model.peft_config["default"]
@@ -127,26 +141,45 @@ def _load_errors_as_ours(name: str) -> Iterator[None]:
 def _tokenizer(name: str, options: TrainOptions) -> Any:
     trust = options.trust_remote_code
     tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
-    if options.task_entry.needs_offsets:
-        if not tokenizer.is_fast:
-            raise BaseModelError(
-                f"{name}: has a tokenizer that does not map tokens to words, expected "
-                "a fast tokenizer (tokenizer.json)"
-            )
-        if getattr(tokenizer, "add_prefix_space", None) is False:
-            # Byte-level tokenizers accept lists of words only if they add a space before each.
-            tokenizer = transformers.AutoTokenizer.from_pretrained(
-                name, trust_remote_code=trust, add_prefix_space=True
-            )
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token  # GPT-type models have no padding token
     if options.task_entry.generates:
         # Padding on the left would shift the positions, which count from the start of the row.
         tokenizer.padding_side = "right"
     return tokenizer
 
 
-def _config(name: str, tokenizer: Any, classes: Sequence[str], options: TrainOptions) -> Any:
+def _for_words(name: str, tokenizer: Any, options: TrainOptions) -> Any:
+    """The tokenizer for lists of words, where the task has them."""
+    if not options.task_entry.needs_offsets:
+        return tokenizer
+    if not tokenizer.is_fast:
+        raise BaseModelError(
+            f"{name}: has a tokenizer that does not map tokens to words, expected "
+            "a fast tokenizer (tokenizer.json)"
+        )
+    # Byte-level tokenizers accept lists of words only if they add a space before each.
+    return with_prefix_space(name, tokenizer, trust_remote_code=options.trust_remote_code)
+
+
+def _settings_(
+    name: str, model: Any, tokenizer: Any, options: TrainOptions, *, spaced: bool
+) -> Settings:
+    """Set in model and tokenizer what batches need; returns all that differs from their files."""
+    found = settings_for_batches(model, tokenizer, options.task, name)
+    set_in_config_(model.config, found)
+    set_in_tokenizer_(tokenizer, found)
+    if tokenizer.pad_token is None:
+        raise BaseModelError(
+            f"{name}: its tokenizer has neither a padding nor an end token, expected one to fill "
+            "up the shorter rows of a batch"
+        )
+    kind = {"problem_type": SINGLE_LABEL} if options.task_entry.prediction == "class" else {}
+    return Settings(
+        {**found.model, **kind},
+        {**found.tokenizer, **({"add_prefix_space": True} if spaced else {})},
+    )
+
+
+def _config(name: str, classes: Sequence[str], options: TrainOptions) -> Any:
     settings: dict[str, Any] = {"use_cache": False}
     if classes:
         settings = {
@@ -157,9 +190,7 @@ def _config(name: str, tokenizer: Any, classes: Sequence[str], options: TrainOpt
         name, trust_remote_code=options.trust_remote_code, **settings
     )
     if options.task_entry.prediction == "class":
-        config.problem_type = "single_label_classification"
-    if getattr(config, "pad_token_id", None) is None:
-        config.pad_token_id = tokenizer.pad_token_id
+        config.problem_type = SINGLE_LABEL
     return config
 
 
