@@ -48,7 +48,7 @@ def settings_in_use(
     found = Settings()
     if not TASKS[task].generates:  # which fills up with any token
         found = settings_for_batches(model, tokenizer, task, source)
-    number = found.model.get("pad_token_id", model.config.pad_token_id)
+    number = {**model.config.to_dict(), **found.model}.get("pad_token_id")
     if reads_padding(model, task) and joint.model.get("pad_token_id", number) != number:
         raise AdapterError(
             *(

@@ -170,7 +170,7 @@ def with_prefix_space(source: str, tokenizer: Any, *, trust_remote_code: bool = 
     Returns:
         `tokenizer` itself if it does so already, or cannot.
     """
-    if getattr(tokenizer, "add_prefix_space", None) is not False:
+    if not tokenizer.is_fast or getattr(tokenizer, "add_prefix_space", None) is not False:
         return tokenizer
     from transformers import AutoTokenizer
 
