@@ -80,6 +80,7 @@ def list_(console: Console, artifact: Path) -> None:
         name: {
             "scales": entry.size,
             "labels": entry.labels,
+            "problem_type": entry.problem_type,
             "digest": entry.digest,
             **ids.get(name, {}),
         }

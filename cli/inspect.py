@@ -55,6 +55,8 @@ def _describe(adapter: Any) -> dict[str, Any]:
         "name": adapter.name,
         "task": adapter.task,
         "labels": adapter.labels,
+        "model_settings": dict(adapter.model_settings),
+        "tokenizer_settings": dict(adapter.tokenizer_settings),
         "base": adapter.base,
         "base_fingerprint": adapter.fingerprint is not None,
         "digest": adapter.digest,

@@ -26,7 +26,7 @@ _SHOWN = 4  # numbers of an embedding that are printed
 @click.option(
     "--context",
     multiple=True,
-    help="Text that a question is about: one for all questions, or one for each.",
+    help="Text that a question is about, or the second text of a pair: one for all, or one each.",
 )
 @click.option(
     "--adapter",
@@ -101,6 +101,8 @@ def shown(prediction: Mapping[str, Any]) -> str:
     """A prediction as text for people, on one line."""
     if "generated" in prediction:
         return "\\n".join(prediction["generated"].splitlines())
+    if "problem_type" in prediction:
+        return _scores(prediction)
     if "label" in prediction:
         return f"{prediction['label']} ({prediction['score']:.1%})"
     if "tokens" in prediction:
@@ -113,6 +115,16 @@ def shown(prediction: Mapping[str, Any]) -> str:
     numbers = prediction["embedding"]
     first = " ".join(f"{number:g}" for number in numbers[:_SHOWN])
     return f"{first} ... ({len(numbers)} numbers, {prediction['pooling']}, --json has them all)"
+
+
+def _scores(prediction: Mapping[str, Any]) -> str:
+    """The outputs of a regression, or the labels of a text that may have several."""
+    scores = {one["label"]: one["score"] for one in prediction.get("scores", ())}
+    if prediction["problem_type"] == "regression":
+        several = " ".join(f"{label}={score:g}" for label, score in scores.items())
+        return several or f"{prediction['score']:g}"
+    found = ", ".join(f"{label} ({scores[label]:.1%})" for label in prediction["labels"])
+    return found or f"no label (likeliest: {prediction['label']}, {prediction['score']:.1%})"
 
 
 def _text(predictions: Sequence[Mapping[str, Any]], *, streamed: bool) -> str:

@@ -23,6 +23,7 @@ TOTALS = ("received", "answered", "wrong", "failed", "refused", "abandoned", "ba
 class Row:
     text: str
     adapter: str = "base"
+    context: str | None = None  # the second text of a pair, or the text that a question is about
 
 
 Answer = Reply | Exception
@@ -33,13 +34,27 @@ def answer(session: Session, rows: Sequence[Row]) -> list[Answer]:
     try:
         if any(not row.text.strip() for row in rows):
             raise UsageError("text: is empty, expected some words")
-        replies = session([row.text for row in rows], adapter=[row.adapter for row in rows])
+        replies = _replies(session, rows)
         return [_nan_error(reply) if reply.has_nan else reply for reply in replies]
     except PropulsionExportError as error:
         if len(rows) == 1:
             return [error]
         half = len(rows) // 2  # until a failing row is alone; a good row is computed once
         return answer(session, rows[:half]) + answer(session, rows[half:])
+
+
+def _replies(session: Session, rows: Sequence[Row]) -> list[Reply]:
+    """The session's replies, of single texts and of pairs, which no batch holds together."""
+    found: dict[int, Reply] = {}
+    for paired in (False, True):
+        numbers = [n for n, row in enumerate(rows) if (row.context is not None) == paired]
+        if numbers:
+            own = [rows[number] for number in numbers]
+            contexts = [row.context for row in own if row.context is not None]
+            adapters = [row.adapter for row in own]
+            replies = session([row.text for row in own], adapter=adapters, context=contexts)
+            found |= dict(zip(numbers, replies, strict=True))
+    return [found[number] for number in range(len(rows))]
 
 
 def _nan_error(reply: Reply) -> ArtifactError:

@@ -33,12 +33,11 @@ def encode(directory, texts, adapters):
     # An id of no adapter gives NaN, and an engine does not check ids at all.
     ids = [known[name]["id"] for name in adapters]
     id_feeds = {} if None in ids else {"adapter_ids": np.array(ids, np.int64)[:, None]}
-    labels = [known[name]["labels"] for name in adapters]
+    heads = [(known[name]["labels"], known[name]["problem_type"]) for name in adapters]
     # Some models need token_type_ids although their tokenizer does not return them.
     types = {"token_type_ids": np.zeros_like(tokens["input_ids"])}
     types |= {"task_type_ids": types["token_type_ids"]}  # of ERNIE: zero, as in transformers
-    types |= {"task_type_ids": types["token_type_ids"]}  # of ERNIE: zero, as in transformers
-    return {**types, **tokens, **id_feeds}, tokens["attention_mask"], labels
+    return {**types, **tokens, **id_feeds}, tokens["attention_mask"], heads
 
 
 def sentences(directory, tokenizer):
@@ -73,20 +72,30 @@ def infer(client, name, tensors):
 
 
 def predict(client, directory, texts, adapters):
-    """For each text its label, a label for each token or its embedding; else outputs' shapes."""
-    tensors, mask, labels = encode(directory, texts, adapters)
+    """For each text its label or labels, a label for each token, an embedding, or numbers.
+
+    For other tasks the outputs' shapes.
+    """
+    tensors, mask, heads = encode(directory, texts, adapters)
     outputs = infer(client, directory.name, tensors)
     if "last_hidden_state" in outputs:
         return embed(directory, outputs["last_hidden_state"], mask)
-    if "logits" not in outputs or None in labels:
+    if "logits" not in outputs or any(names is None for names, _ in heads):
         return [
             {name: values[row].shape for name, values in outputs.items()}
             for row in range(len(texts))
         ]
     answers = []
-    for row, names in enumerate(labels):
+    for row, (names, kind) in enumerate(heads):
         # Heads with fewer labels are padded: the adapter's own come first.
-        best = outputs["logits"][row][..., : len(names)].argmax(-1)
+        logits = outputs["logits"][row][..., : len(names)]
+        if kind == "regression":
+            answers.append(logits.tolist())
+            continue
+        if kind == "multi_label_classification":  # a logit above 0 is a probability above 0.5
+            answers.append([name for name, logit in zip(names, logits, strict=True) if logit >= 0])
+            continue
+        best = logits.argmax(-1)
         answers.append([names[one] for one in best[mask[row] == 1]] if best.ndim else names[best])
     return answers
 

@@ -47,6 +47,9 @@ class Adapter:
         fingerprint: the fingerprint of that base model; None for adapters of other tools.
         task: a task such as `text-classification`; None if the adapter names none.
         labels: class names in the order of the logits; None if the adapter names none.
+        model_settings: what training changed in the base model's config.json, such as
+            `pad_token_id`, and the `problem_type` of its head.
+        tokenizer_settings: what it changed in tokenizer_config.json, such as `pad_token`.
     """
 
     name: str
@@ -58,6 +61,8 @@ class Adapter:
     fingerprint: Fingerprint | None = None
     task: TaskName | None = None
     labels: tuple[str, ...] | None = None
+    model_settings: Mapping[str, Any] = field(default_factory=dict)
+    tokenizer_settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def size(self) -> int:
@@ -104,6 +109,8 @@ class Adapter:
             fingerprint=found.fingerprint,
             task=task_of_peft(found.task_type),
             labels=found.labels,
+            model_settings=found.model_settings,
+            tokenizer_settings=found.tokenizer_settings,
         )
 
     def write(self, directory: Path) -> None:
@@ -163,6 +170,8 @@ class Adapter:
             "base_model_name_or_path": self.base,
             "base_fingerprint": self.fingerprint.to_json() if self.fingerprint else None,
             "labels": list(self.labels) if self.labels else None,
+            "model_settings": dict(self.model_settings) or None,
+            "tokenizer_settings": dict(self.tokenizer_settings) or None,
             "scaled_modules": len(self.scales),
             "task_type": TASKS[self.task].peft_type if self.task in TASKS else None,
             "inference_mode": True,

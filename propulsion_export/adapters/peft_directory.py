@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 
 from propulsion_export.adapters.scales import Array, Scale, Side
 from propulsion_export.base_model.fingerprint import Fingerprint
+from propulsion_export.base_model.settings import wrong_model_settings, wrong_tokenizer_settings
 from propulsion_export.environment.hub_files import refuse_pointers
 from propulsion_export.environment.permissions import check_permission
 from propulsion_export.errors import AdapterError
@@ -47,6 +48,8 @@ class PeftDirectory:
     fingerprint: Fingerprint | None
     task_type: str
     labels: tuple[str, ...] | None
+    model_settings: Mapping[str, Any]
+    tokenizer_settings: Mapping[str, Any]
 
 
 def read_peft_directory(directory: Path) -> PeftDirectory:
@@ -74,6 +77,7 @@ def read_peft_directory(directory: Path) -> PeftDirectory:
         )
     _check_complete(directory, config, scales)
     rest = _saved_modules(directory, rest)
+    _check_settings(directory, config)
     biases = _strip(rest, BIAS_SUFFIX)
     _check_finite(directory, rest)
     _check_biases(directory, scales, biases)
@@ -95,6 +99,8 @@ def read_peft_directory(directory: Path) -> PeftDirectory:
         fingerprint=_fingerprint(directory, config),
         task_type=str(config.get("task_type")),
         labels=_labels(directory, config),
+        model_settings=config.get("model_settings") or {},
+        tokenizer_settings=config.get("tokenizer_settings") or {},
     )
 
 
@@ -279,6 +285,18 @@ def _check_complete(
             f"{directory / PEFT_WEIGHTS}: holds vectors for {len(scales)} modules, expected "
             f"{_short(expected)} by {PEFT_CONFIG}",
             remedy="Copy or save the adapter again.",
+        )
+
+
+def _check_settings(directory: Path, config: Mapping[str, Any]) -> None:
+    wrong = [
+        *wrong_model_settings(config.get("model_settings")),
+        *wrong_tokenizer_settings(config.get("tokenizer_settings")),
+    ]
+    if wrong:
+        raise AdapterError(
+            *(f"{directory / PEFT_CONFIG}: {finding}" for finding in wrong),
+            remedy="Was it written by a newer version?",
         )
 
 

@@ -10,6 +10,7 @@ from propulsion_export.adapters.names import BASE_NAME
 from propulsion_export.adapters.own_tokenizer import check_tokenizer
 from propulsion_export.adapters.provenance import check_base
 from propulsion_export.adapters.sentence_source import check_sentence_pipeline
+from propulsion_export.adapters.settings import check_settings, problem_type_of
 from propulsion_export.adapters.specification import check_identity, read_adapters, source_of
 from propulsion_export.artifacts.artifact import Artifact, Tensors, digest_of
 from propulsion_export.artifacts.consistency import check_consistent
@@ -31,6 +32,8 @@ from propulsion_export.artifacts.manifest import AdapterEntry, Manifest
 from propulsion_export.artifacts.merged_base import check_not_merged
 from propulsion_export.artifacts.staging import replace_file
 from propulsion_export.artifacts.tensor_names import BANK_INPUT, MODULES_INPUT
+from propulsion_export.base_model.config import read_settings
+from propulsion_export.base_model.settings import read_tokenizer_settings
 from propulsion_export.base_model.tasks import TASKS
 from propulsion_export.environment.hub_files import cached_repository
 from propulsion_export.errors import (
@@ -62,13 +65,29 @@ def add_adapter(
         check_sentence_pipeline(str(read.directory), read.manifest.task, source_of(adapter))
         check_tokenizer(new.name, Path(source_of(adapter)), read.directory)
         feeds = _fitted(read, new, allow_range=allow_range)
-        labels = labels_in(new, read.manifest.layout, read.manifest.base.labels)
-        entry = AdapterEntry(new.digest, source_of(adapter), new.size, None, labels)
+        entry = _entry(read.manifest, new, source_of(adapter))
         if read.manifest.mode == "bank":
             row = to_row(feeds, read.manifest.layout)
             read.open_bank().add(new.name, row, entry, replace=force)
             return read
         return _add(read, new.name, feeds, entry, force=force)
+
+
+def _entry(manifest: Manifest, new: Adapter, source: str) -> AdapterEntry:
+    base = manifest.base
+    room = _label_room(manifest) if base.own_head else None
+    labels = labels_in(new, manifest.layout, base.labels, room)
+    classifies = TASKS[manifest.task].prediction == "class"
+    kind = problem_type_of(new, base.problem_type) if classifies else None
+    return AdapterEntry(new.digest, source, new.size, None, labels, kind)
+
+
+def _label_room(manifest: Manifest) -> int | None:
+    """How many labels the head has room for; None without such a head."""
+    name = TASKS[manifest.task].labelled_output
+    widths = (spec.shape[-1] for spec in manifest.outputs if spec.name == name)
+    width = next(widths, None)
+    return width if isinstance(width, int) else None
 
 
 def _fitted(artifact: Artifact, new: Adapter, *, allow_range: bool) -> Tensors:
@@ -78,6 +97,12 @@ def _fitted(artifact: Artifact, new: Adapter, *, allow_range: bool) -> Tensors:
     _check_head(manifest, new)
     if Path(manifest.base.source).is_dir():  # it may be gone, and a hub is not asked here
         check_not_merged(manifest.base.source, [new])
+    check_settings(
+        new,
+        read_settings(artifact.directory),
+        read_tokenizer_settings(artifact.directory),
+        str(artifact.directory),
+    )
     check_base(
         manifest.base.fingerprint,
         manifest.base.source,

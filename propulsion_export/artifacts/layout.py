@@ -96,24 +96,38 @@ def pack(adapter: Adapter, layout: Layout, defaults: Tensors) -> dict[str, Array
 
 
 def labels_in(
-    adapter: Adapter, layout: Layout, base: tuple[str, ...] | None
+    adapter: Adapter,
+    layout: Layout,
+    base: tuple[str, ...] | None,
+    room: int | None = None,
 ) -> tuple[str, ...] | None:
     """The adapter's class names; `base`, the base model's, if it uses the base model's head.
 
-    They are `LABEL_0` and so on if its own head has no names but fewer rows than its slot: the
-    other logits are padding, which must never be predicted.
+    A head without names that is as wide as the checkpoint's own keeps the names of that one. Else
+    they are `LABEL_0` and so on if the head has fewer rows than its slot: the other logits are
+    padding, which must never be predicted.
+
+    Args:
+        adapter: the adapter.
+        layout: of the artifact's packed inputs.
+        base: the class names of the base model.
+        room: how many labels the head of the artifact has room for; None if `base` are not the
+            names of the checkpoint's own head.
     """
     if adapter.labels is not None:
         return adapter.labels
     if not adapter.modules:
         return base
-    room = {slot.path: slot.shape for slot in layout.get(MODULES_INPUT, ())}
+    shapes = {slot.path: slot.shape for slot in layout.get(MODULES_INPUT, ())}
     counts = {
         values.shape[0]
         for name, values in adapter.modules.items()
-        if name in room and values.shape != room[name]
+        if name in shapes and values.shape != shapes[name]
     }
-    return tuple(f"LABEL_{number}" for number in range(counts.pop())) if counts else None
+    count = counts.pop() if counts else None
+    if base is not None and room is not None and len(base) == (count or room):
+        return base
+    return None if count is None else tuple(f"LABEL_{number}" for number in range(count))
 
 
 def parts_of_one_side(layout: Layout) -> tuple[Layout, ...]:

@@ -18,6 +18,7 @@ from propulsion_export.artifacts.file_names import BASE_FEEDS, ENCODER_DECODER_F
 from propulsion_export.artifacts.tensor_names import PACKED_INPUTS
 from propulsion_export.artifacts.typed_json import convert
 from propulsion_export.base_model.fingerprint import Fingerprint
+from propulsion_export.base_model.settings import ProblemType
 from propulsion_export.base_model.tasks import TASKS, TaskName
 from propulsion_export.environment.hub_files import refuse_pointers
 from propulsion_export.errors import ArtifactError
@@ -74,7 +75,8 @@ class AdapterEntry:
 
     `file` holds the values of all packed inputs (switchable only); `source` is the directory the
     adapter was read from; `labels` are its class names in the order of the first `len(labels)`
-    logits, and the other logits are padding.
+    logits, and the other logits are padding; `problem_type` is what the logits mean in text
+    classification, None where nobody says.
     """
 
     digest: str
@@ -82,20 +84,23 @@ class AdapterEntry:
     size: int
     file: str | None = None
     labels: tuple[str, ...] | None = None
+    problem_type: ProblemType | None = None
 
 
 @dataclass(frozen=True)
 class BaseEntry:
     """The base model an artifact was made from: where it was read, and how to recognise it.
 
-    `labels` are the class names of the head that the base model has in the artifact. `own_head` is
-    false if the checkpoint has no head, so that the first adapter's is used.
+    `labels` are the class names of the head that the base model has in the artifact, and
+    `problem_type` is what its logits mean. `own_head` is false if the checkpoint has no head, so
+    that the first adapter's is used.
     """
 
     source: str
     fingerprint: Fingerprint
     labels: tuple[str, ...] | None = None
     own_head: bool = True
+    problem_type: ProblemType | None = None
 
 
 @dataclass(frozen=True)

@@ -83,6 +83,7 @@ class FastTokenizer:
         padding_side: where short rows are filled up, `left` or `right`.
         truncation_side: where long texts are cut, `left` or `right`.
         clean_up: whether decoding removes the spaces before punctuation.
+        model_input_names: the arrays that it returns unless told otherwise.
     """
 
     backend_tokenizer: "Tokenizer"
@@ -91,6 +92,7 @@ class FastTokenizer:
     padding_side: str = "right"
     truncation_side: str = "right"
     clean_up: bool = False
+    model_input_names: tuple[str, ...] = ("input_ids", "token_type_ids", "attention_mask")
     is_fast = True
 
     @cached_property
@@ -225,7 +227,16 @@ def _configured(
         truncation_side=config.get("truncation_side", truncation.get("direction", "right")),
         clean_up=bool(config.get("clean_up_tokenization_spaces"))
         and type(backend.model).__name__ != "BPE",
+        model_input_names=_input_names(config),
     )
+
+
+def _input_names(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """What tokenizer_config.json names, else what the tokenizer's class returns."""
+    if isinstance(config.get("model_input_names"), list):
+        return tuple(config["model_input_names"])
+    bert = str(config.get("tokenizer_class")).removesuffix("Fast") == "BertTokenizer"
+    return ("input_ids", *(("token_type_ids",) if bert else ()), "attention_mask")
 
 
 def _special_tokens(

@@ -148,7 +148,8 @@ def load_empty(
     """The model for `task` without its weights, on the meta device.
 
     Args:
-        config: the checkpoint's configuration, which gets the labels of the head.
+        config: the checkpoint's configuration, which gets the labels of the head, or keeps its own
+            if a head without names is as wide.
         task: one of `TASKS`.
         head: an adapter's saved modules by parameter name, which give the head's size.
         labels: the adapter's class names.
@@ -157,7 +158,7 @@ def load_empty(
     model_class = model_class_of(task)
     growing = label_parameters(model_class, config, task, trust_remote_code=trust_remote_code)
     count = next((v.shape[0] for name, v in head.items() if name in growing), None)
-    if count is not None:
+    if count is not None and (labels or count != config.num_labels):
         set_labels(config, labels or count)
     with torch.device("meta"), quiet():
         model = model_class.from_config(config, trust_remote_code=trust_remote_code)

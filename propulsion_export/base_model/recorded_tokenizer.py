@@ -34,6 +34,7 @@ def record_tokenizer(tokenizer: Any | None, directory: Path) -> None:
         "backend": backend,
         "special": {name: str(token) for name, token in special.items() if token is not None},
         "clean_up": clean_up and backend["model"]["type"] != "BPE",
+        "model_input_names": list(tokenizer.model_input_names),
         **{name: getattr(tokenizer, name) for name in _SETTINGS},
     }
     (directory / RECORD_FILE).write_text(json.dumps(content), encoding="utf-8")
@@ -55,6 +56,9 @@ def read_recorded_tokenizer(directory: Path) -> FastTokenizer | None:
         backend = Tokenizer.from_str(json.dumps(content["backend"]))
         settings = {name: content[name] for name in (*_SETTINGS, "clean_up")}
         special = dict(content["special"])
+        names = content.get("model_input_names")  # records of earlier versions lack them
+        if names is not None:
+            settings["model_input_names"] = tuple(names)
     except Exception as error:  # tokenizers raises plain exceptions
         raise ArtifactError(
             f"{file}: is no recorded tokenizer ({error})", remedy="Export again."

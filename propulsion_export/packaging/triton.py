@@ -100,7 +100,13 @@ def adapters_text(
     for name, number in ids.items():
         entry = entries.get(name)
         labels = base.labels if entry is None else entry.labels
-        adapters[name] = {"id": number, "labels": labels, "digest": entry and entry.digest}
+        kind = base.problem_type if entry is None else entry.problem_type
+        adapters[name] = {
+            "id": number,
+            "labels": labels,
+            "problem_type": kind,
+            "digest": entry and entry.digest,
+        }
     return json.dumps(adapters, indent=2, ensure_ascii=False) + "\n"
 
 

@@ -11,9 +11,11 @@ from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.adapters.head_room import labels_of
 from propulsion_export.adapters.provenance import absolute, check_base
 from propulsion_export.adapters.scales import Array
+from propulsion_export.adapters.settings import check_settings
 from propulsion_export.artifacts.artifact import Artifact, Tensors
 from propulsion_export.artifacts.merged_base import check_not_merged
 from propulsion_export.artifacts.tensor_names import MODULES_INPUT
+from propulsion_export.base_model.config import read_settings
 from propulsion_export.base_model.eos_pooling import pools_at_eos
 from propulsion_export.base_model.loading import BaseModel, load_base, model_class_of
 from propulsion_export.base_model.model_fingerprint import fingerprint_of_model
@@ -21,6 +23,11 @@ from propulsion_export.base_model.model_inputs import check_text_is_enough, extr
 from propulsion_export.base_model.positions import longest_input
 from propulsion_export.base_model.resizing import resize_embeddings_, resized_rows
 from propulsion_export.base_model.rope_switch import rope_switches
+from propulsion_export.base_model.settings import (
+    Settings,
+    read_tokenizer_settings,
+    set_in_config_,
+)
 from propulsion_export.base_model.tasks import TASKS
 from propulsion_export.base_model.token_ids import check_token_ids
 from propulsion_export.base_model.tokenizer import read_tokenizer, text_inputs
@@ -63,6 +70,7 @@ def load_recorded_base(
         base.make_room_(count)
     for adapter in adapters:
         base.check_complete(adapter.modules)
+    _use_recorded_settings_(base, artifact, adapters)
     fingerprint = fingerprint_of_model(base.model)
     if difference := manifest.base.fingerprint.difference(fingerprint):
         raise BaseModelError(
@@ -91,11 +99,13 @@ def make_batches(
     *,
     short: bool,
     trust_remote_code: bool = False,
+    directory: Path | None = None,
 ) -> tuple[Tensors, ...]:
     """Padded batches of at least 16 inputs: the texts of a file, or random tokens.
 
     Batches for a causal language model are padded on the left; batches for an encoder-decoder
-    also have tokens for its decoder.
+    also have tokens for its decoder. Texts are read with the tokenizer in
+    `directory`, or with the base model's.
 
     Raises:
         DataError: the file cannot be read, or has too few texts.
@@ -106,7 +116,9 @@ def make_batches(
     names = input_names(type(base.model), config)
     longest = REFERENCE_LENGTH if short else None
     if inputs is not None:
-        tokenizer = read_tokenizer(base.source, trust_remote_code=trust_remote_code)
+        places = [base.source] if directory is None else [str(directory), base.source]
+        found = (read_tokenizer(place, trust_remote_code=trust_remote_code) for place in places)
+        tokenizer = next((one for one in found if one is not None), None)
         batches = _of_texts(base, tokenizer, inputs, names)
     elif TASKS[base.task].architecture == "decoder":
         batches = decoder_inputs(config, seed=seed, longest=longest)
@@ -174,6 +186,23 @@ def _label_room(
     slots = artifact.manifest.layout.get(MODULES_INPUT, ())
     widths = [slot.shape[0] for slot in slots if slot.path in label_parameters]
     return max(widths) if widths else labels_of(adapters, label_parameters)
+
+
+def _use_recorded_settings_(
+    base: BaseModel, artifact: Artifact, adapters: Sequence[Adapter]
+) -> None:
+    """Make the oracle pad with the token that the artifact's config.json names.
+
+    Raises:
+        AdapterError: an adapter was trained with other settings than the artifact has.
+    """
+    settings = read_settings(artifact.directory)
+    tokenizer = read_tokenizer_settings(artifact.directory)
+    for adapter in adapters:
+        check_settings(adapter, settings, tokenizer, str(artifact.directory))
+    padding = settings.get("pad_token_id")
+    if isinstance(padding, int):
+        set_in_config_(base.model.config, Settings({"pad_token_id": padding}))
 
 
 def _of_texts(

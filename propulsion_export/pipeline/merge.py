@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 
-from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.adapters.own_tokenizer import tokenizer_source
 from propulsion_export.adapters.provenance import adapter_tasks, base_source, check_base
 from propulsion_export.adapters.sentence_source import sentence_source
@@ -25,12 +24,14 @@ from propulsion_export.base_model.config import (
 from propulsion_export.base_model.loading import load_empty, model_class_of
 from propulsion_export.base_model.resizing import resized_rows, set_embedding_rows
 from propulsion_export.base_model.sentence_modules import copy_sentence_pipeline
+from propulsion_export.base_model.settings import write_tokenizer_settings
 from propulsion_export.base_model.tasks import TASKS, TaskName, resolve_task
 from propulsion_export.base_model.token_ids import check_token_ids
-from propulsion_export.base_model.tokenizer import copy_tokenizer, read_tokenizer
+from propulsion_export.base_model.tokenizer import copy_tokenizer, tokenizer_to_record
 from propulsion_export.environment.machine import tool_versions
 from propulsion_export.environment.progress import Progress, silent
 from propulsion_export.errors import AdapterError, UsageError
+from propulsion_export.pipeline.base_settings import settle_
 from propulsion_export.scaling.attach import check_fits
 from propulsion_export.scaling.fold.checkpoint import fingerprint_of_checkpoint, fold_checkpoint
 from propulsion_export.scaling.fold.source import Checkpoint
@@ -90,6 +91,7 @@ def merge(
     )
     if rows is not None:
         set_embedding_rows(config, rows)
+    own = class_names(config)
     empty = load_empty(
         config, resolved, head=read.modules, labels=read.labels, trust_remote_code=trust_remote_code
     )
@@ -100,39 +102,43 @@ def merge(
     untie_as_stored_(parts)
     check_untied(empty, read, untie=untie)
     reads = tokenizer_source({read.name: Path(source_of(adapter))}, source)
-    if reads != source:
-        check_token_ids(reads, read_tokenizer(reads), config.to_dict(), AdapterError)
+    tokenizer = tokenizer_to_record(reads, trust_remote_code=trust_remote_code)
+    if reads != source and tokenizer is not None:
+        check_token_ids(reads, tokenizer, config.to_dict(), AdapterError)
     wanted = None if dtype == "keep" else getattr(torch, dtype)
-    progress(0.1, f"folding {read.size:,} scales into {source}")
+    settled = settle_(empty, [read], resolved, reads, tokenizer)
+    progress(0.1, f"folding {read.size:,} scales into {source}{settled.note}")
     with staged_directory(output, marker=MANIFEST_FILE, force=force, inputs=inputs) as directory:
         written = fold_checkpoint(parts, read, directory, dtype=wanted, max_shard_size=shard_size)
         name = str(written).removeprefix("torch.")
         save_config(empty, directory, name)
         copy_tokenizer(reads, directory)
+        write_tokenizer_settings(directory, settled.settings)
         if sentence is not None:
             copy_sentence_pipeline(sentence, directory)
         save_generation_settings(source, resolved, directory)
         labelled = TASKS[resolved].labelled_output is not None
-        own = class_names(config) if labelled and not read.modules else None
-        base = BaseEntry(source, fingerprint, own)
-        manifest = _manifest(read, source_of(adapter), base, resolved, name)
+        base = BaseEntry(source, fingerprint, own if labelled else None, True, settled.base)
+        labels = labels_in(read, {}, base.labels, config.num_labels)
+        entry = AdapterEntry(
+            read.digest, source_of(adapter), read.size, None, labels, *settled.adapters
+        )
+        manifest = _manifest(read.name, entry, base, resolved, name)
         artifact = Artifact.write(directory, manifest)
     progress(1.0, f"wrote {output}")
     return artifact.at(output)
 
 
 def _manifest(
-    adapter: Adapter, adapter_source: str, base: BaseEntry, task: TaskName, dtype: str
+    adapter: str, entry: AdapterEntry, base: BaseEntry, task: TaskName, dtype: str
 ) -> Manifest:
-    labels = labels_in(adapter, {}, base.labels)
-    entry = AdapterEntry(adapter.digest, adapter_source, adapter.size, None, labels)
     return Manifest(
         kind="merged",
         mode="folded",
         task=task,
         dtype=dtype,  # type: ignore[arg-type]
         base=base,
-        adapters={adapter.name: entry},
+        adapters={adapter: entry},
         tools=tool_versions(),
     )
 

@@ -34,6 +34,7 @@ from propulsion_export.base_model.model_inputs import check_inputs
 from propulsion_export.base_model.recorded_tokenizer import record_tokenizer
 from propulsion_export.base_model.resizing import resize_embeddings_, resized_rows
 from propulsion_export.base_model.sentence_modules import copy_sentence_pipeline
+from propulsion_export.base_model.settings import ProblemType, write_tokenizer_settings
 from propulsion_export.base_model.tasks import TASKS, TaskName, resolve_task
 from propulsion_export.base_model.token_ids import check_token_ids
 from propulsion_export.base_model.tokenizer import copy_tokenizer, tokenizer_to_record
@@ -51,6 +52,7 @@ from propulsion_export.graph.files import write_graphs
 from propulsion_export.graph.sample_outputs import check_computable
 from propulsion_export.graph.signature import signature
 from propulsion_export.graph.slots import SlotOptions, head_parameters, slots_for
+from propulsion_export.pipeline.base_settings import settle_
 from propulsion_export.pipeline.mode_options import check_mode_options
 
 DEFAULT_MAX_LABELS = 16
@@ -125,17 +127,23 @@ def export_onnx(
     name: Dtype = str(wanted).removeprefix("torch.")  # type: ignore[assignment]
     if mode != "folded" and not allow_range:
         _check_ranges(adapters, name)
-    progress(0.2, f"tracing {type(base.model).__name__} in {name}")
+    settled = settle_(
+        base.model, adapters, base.task, reads, tokenizer, mode=mode, own_head=base.own_head
+    )
+    progress(0.2, f"tracing {type(base.model).__name__} in {name}{settled.note}")
     filled = adapters or _slots(base, mode, slots)
     graphs = _build(base, filled, adapters, mode, wanted, opset=opset, untie=untie)
     progress(0.8, f"writing {output}")
     labels = default_labels(base, filled, graphs.layout)
-    recorded = BaseEntry(source, fingerprint, labels, own_head=base.own_head)
+    recorded = BaseEntry(source, fingerprint, labels, base.own_head, settled.base)
     with staged_directory(output, marker=MANIFEST_FILE, force=force, inputs=inputs) as directory:
-        entries = _entries(adapters, adapter, graphs, recorded)
-        copy_tokenizer(reads, directory)
+        room = base.room if base.own_head else None
+        classes = [labels_in(read, graphs.layout, labels, room) for read in adapters]
+        entries = _entries(adapters, adapter, graphs.mode, classes, settled.adapters)
         _write(graphs, base, directory, name, entries)
-        if reads != source:
+        copy_tokenizer(reads, directory)
+        write_tokenizer_settings(directory, settled.settings)
+        if reads != source or settled.settings.tokenizer:
             tokenizer = tokenizer_to_record(str(directory), trust_remote_code=trust_remote_code)
         record_tokenizer(tokenizer, directory)
         if sentence is not None:
@@ -211,18 +219,21 @@ def _build(
 def _entries(
     adapters: Sequence[Adapter],
     specifications: Sequence[str | Path],
-    graphs: ExportedGraphs,
-    base: BaseEntry,
+    mode: Mode,
+    classes: Sequence[tuple[str, ...] | None],
+    problem_types: Sequence[ProblemType | None],
 ) -> dict[str, AdapterEntry]:
+    each = zip(adapters, specifications, classes, problem_types, strict=True)
     return {
         read.name: AdapterEntry(
             digest=read.digest,
             source=source_of(specification),
             size=read.size,
-            file=f"{ADAPTERS}/{read.name}.safetensors" if graphs.mode == "switchable" else None,
-            labels=labels_in(read, graphs.layout, base.labels),
+            file=f"{ADAPTERS}/{read.name}.safetensors" if mode == "switchable" else None,
+            labels=labels,
+            problem_type=problem_type,
         )
-        for read, specification in zip(adapters, specifications, strict=True)
+        for read, specification, labels, problem_type in each
     }
 
 
@@ -294,7 +305,8 @@ def _load(
     if count is None:
         return base
     if mode == "folded" or not base.own_head:
-        base.make_room_(count, adapters[0].labels or ())
+        same = base.own_head and count == len(base.own_labels)
+        base.make_room_(count, adapters[0].labels or (base.own_labels if same else ()))
     else:
         base.make_room_(max(count, len(base.own_labels)), base.own_labels)
     return base

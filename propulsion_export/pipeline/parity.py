@@ -104,6 +104,7 @@ def check_parity(
             seed,
             short=name == "reference",
             trust_remote_code=trust_remote_code,
+            directory=read.directory,
         )
         subjects = _subjects(read, base, judged, drawn, batches, name, progress)
         progress(0.7, f"running {name}")
@@ -111,7 +112,7 @@ def check_parity(
             read, base, adapter, subjects, batches, candidate
         )
         checks = (
-            *_about_adapters(read, adapters, seed),
+            *_about_adapters(read, adapters, base, seed),
             *pooling,
             *_judge(read, subjects, batches, candidate),
         )
@@ -258,7 +259,9 @@ def _sample(names: Sequence[str], given: Collection[str], seed: int) -> list[str
     return [name for name in names if name in drawn]
 
 
-def _about_adapters(artifact: Artifact, adapters: Sequence[Adapter], seed: int) -> Iterator[Check]:
+def _about_adapters(
+    artifact: Artifact, adapters: Sequence[Adapter], base: BaseModel, seed: int
+) -> Iterator[Check]:
     """Checks of the adapters: how many are judged if not all, and the names of their classes."""
     entries = artifact.list_adapters()
     if len(adapters) < len(entries):
@@ -269,9 +272,11 @@ def _about_adapters(artifact: Artifact, adapters: Sequence[Adapter], seed: int) 
             f"{len(adapters)} of {len(entries)} adapters are judged, chosen with seed {seed}; "
             "-a NAME=DIR judges those that it names",
         )
+    own, layout = artifact.manifest.base, artifact.manifest.layout
+    room = base.room if own.own_head else None
     for adapter in adapters:
         recorded = entries[adapter.name].labels
-        expected = labels_in(adapter, artifact.manifest.layout, artifact.manifest.base.labels)
+        expected = labels_in(adapter, layout, own.labels, room)
         if expected is None and recorded is None:
             continue
         same = expected == recorded

@@ -37,7 +37,8 @@ def predict(
 ) -> list[dict[str, Any]]:
     """Predict for texts; returns one JSON object per text.
 
-    Besides `text` and `adapter` it holds, by task: `label` and `score`; `tokens`, a list of `word`,
+    Besides `text` and `adapter` it holds, by task: `label` and `score`, and for a regression or
+    several labels what `classify` says; `tokens`, a list of `word`,
     `label` (None for a given word that the model has not read) and `score`; `answer`, `start`,
     `end` (characters of the context) and `score`;
     `filled`, one word per mask; `embedding`; or, of text that is generated, `generated`, `tokens`
@@ -49,8 +50,8 @@ def predict(
         text: the texts; for question answering, the questions.
         inputs: file of more texts: one per line (.txt), or JSONL, CSV or Parquet with a column
             `text`, or the column that the task trains on; `tokens` holds lists of words.
-        context: for question answering, the text with the answer: one for all questions or one
-            for each.
+        context: for question answering, the text with the answer, for text classification the
+            second text of a pair: one for all texts or one for each.
         adapter: names, one for all texts or one for each; default: the only adapter of an artifact
             that is not a bank, else the base model.
         runner: the runtime; `auto`: the default for its kind and dtype.

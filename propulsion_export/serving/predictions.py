@@ -9,10 +9,14 @@ import numpy as np
 from propulsion_export.artifacts.artifact import Tensors
 from propulsion_export.base_model.sentence_pipeline import MEAN
 from propulsion_export.base_model.sentence_texts import SentenceTexts
+from propulsion_export.base_model.settings import ProblemType
 from propulsion_export.base_model.tasks import TASKS
 from propulsion_export.base_model.words import first_tokens, words_of
 
 NO_PIPELINE = "the base has no sentence pipeline: mean over the tokens"
+
+# The smallest probability of a label that a text is said to have, if it may have several.
+LABEL_THRESHOLD = 0.5
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ class Outcome:
         sentence: how an embedding is made of the tokens' vectors; None where the base has no
             sentence pipeline.
         words: the words that `source` was joined of; None for a text.
+        problem_type: what the logits of a text's classes mean; None where nobody says.
     """
 
     source: str
@@ -40,13 +45,14 @@ class Outcome:
     labels: Sequence[str] | None
     sentence: SentenceTexts | None = None
     words: Sequence[str] | None = None
+    problem_type: ProblemType | None = None
 
 
 def predict_row(task: str, outcome: Outcome, tokenizer: Any) -> dict[str, Any]:
     """The prediction for one row as plain JSON values."""
     match TASKS[task].prediction:
         case "class":
-            return _best(outcome.outputs["logits"], outcome.labels)
+            return classify(outcome.outputs["logits"], outcome.labels, outcome.problem_type)
         case "word classes":
             return {"tokens": _words(outcome)}
         case "span":
@@ -68,6 +74,46 @@ def _embedding(outcome: Outcome) -> dict[str, Any]:
         values = outcome.sentence.embed(hidden)
         pooling = {"pooling": outcome.sentence.pipeline.label}
     return {"embedding": [round(float(value), 6) for value in values], **pooling}
+
+
+def classify(
+    logits: Any, labels: Sequence[str] | None, problem_type: ProblemType | None
+) -> dict[str, Any]:
+    """The prediction for a text, as the text-classification pipeline of transformers computes it.
+
+    Args:
+        logits: of one text, [labels or more]; those behind the labels are padding.
+        labels: class names; None if there are none.
+        problem_type: what the logits mean; None: that the classes exclude each other.
+
+    Returns:
+        `label` and `score`: the likeliest class and its probability, by softmax, or, of a single
+        class, by sigmoid. With several labels that do not exclude each other also `problem_type`,
+        `scores`, each label with its own probability, and `labels`, those whose probability is
+        at least 0.5, likeliest first. In regression `score` is the output itself, with
+        `problem_type`, and with `scores` if there are several.
+    """
+    own = np.asarray(logits, dtype=np.float64)[: len(labels) if labels else None]
+    several = problem_type in ("regression", "multi_label_classification")
+    if len(own) > 1 and not several:
+        return _best(own, labels)
+    scores = own if problem_type == "regression" else _sigmoid(own)
+    names = list(labels) if labels else [f"LABEL_{number}" for number in range(len(own))]
+    scored = [
+        {"label": name, "score": round(float(score), 6)}
+        for name, score in zip(names, scores, strict=True)
+    ]
+    best = scored[int(scores.argmax())]
+    if not several:
+        return best
+    if problem_type == "regression":
+        return {"problem_type": problem_type, **best} | ({"scores": scored} if len(own) > 1 else {})
+    over = [names[n] for n in np.argsort(-scores, kind="stable") if scores[n] >= LABEL_THRESHOLD]
+    return {"problem_type": problem_type, **best, "labels": over, "scores": scored}
+
+
+def _sigmoid(logits: Any) -> Any:
+    return 1 / (1 + np.exp(-np.clip(logits, -700, None)))
 
 
 def _best(logits: Any, labels: Sequence[str] | None) -> dict[str, Any]:

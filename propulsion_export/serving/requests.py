@@ -78,12 +78,18 @@ def one_each(what: str, given: str | Sequence[str], count: int) -> Sequence[str]
 
 
 def contexts_for(task: str, given: str | Sequence[str], rows: int) -> Sequence[str]:
-    """The text with the answer for each row; empty for tasks other than question answering.
+    """The second text for each row: with the answer to a question, or of a pair to classify.
+
+    Returns:
+        A text for each row, or none at all; only question answering needs them.
 
     Raises:
-        UsageError: a question has no context, or another task has one.
+        UsageError: a question has no context, or a task that reads single texts has one.
     """
-    if TASKS[task].prediction == "span":
+    kind = TASKS[task].prediction
+    if kind == "class" and given:
+        return one_each("contexts", given, rows)
+    if kind == "span":
         if not given:
             raise UsageError(
                 f"{task}: no context is given, expected the text that holds the answer",
@@ -91,7 +97,9 @@ def contexts_for(task: str, given: str | Sequence[str], rows: int) -> Sequence[s
             )
         return one_each("contexts", given, rows)
     if given:
-        raise UsageError(f"context: is for question-answering, the artifact is for {task}")
+        raise UsageError(
+            f"context: is for question-answering or text-classification, the artifact is for {task}"
+        )
     return ()
 
 

@@ -24,6 +24,7 @@ from propulsion_export.artifacts.file_names import (
 from propulsion_export.artifacts.locking import shared_lock
 from propulsion_export.artifacts.manifest import ADD_ONE, Manifest, read_manifest
 from propulsion_export.artifacts.tensor_names import BANK_INPUT, IDS_INPUT
+from propulsion_export.base_model.settings import ProblemType
 from propulsion_export.errors import ArtifactError, unknown_adapters
 
 # Puts an array into a runtime's memory once, so that it is not sent there with every request.
@@ -38,11 +39,13 @@ class Choice:
         adapter: its name, `base` for none.
         version: digest of the adapter; replacing an adapter changes it.
         labels: its class names; None if there are none.
+        problem_type: what its logits mean in text classification; None where nobody says.
     """
 
     adapter: str
     version: str
     labels: tuple[str, ...] | None
+    problem_type: ProblemType | None = None
 
 
 @dataclass(frozen=True)
@@ -138,9 +141,9 @@ class PackedRoster:
         if name == BASE_NAME:
             places = (BASE_FEEDS, GRAPH_FILE, ENGINE_FILE, *manifest.graphs)
             version = next(manifest.files[file] for file in places if file in manifest.files)
-            return Choice(name, version, manifest.base.labels)
+            return Choice(name, version, manifest.base.labels, manifest.base.problem_type)
         entry = manifest.adapters[name]
-        return Choice(name, entry.digest, entry.labels)
+        return Choice(name, entry.digest, entry.labels, entry.problem_type)
 
 
 @dataclass(frozen=True)
@@ -209,8 +212,9 @@ class BankRoster:
 
     def _choice(self, name: str, row: BankRow) -> Choice:
         if name == BASE_NAME:
-            return Choice(name, row.checksum, self.artifact.manifest.base.labels)
-        return Choice(name, row.entry.digest, row.entry.labels)
+            base = self.artifact.manifest.base
+            return Choice(name, row.checksum, base.labels, base.problem_type)
+        return Choice(name, row.entry.digest, row.entry.labels, row.entry.problem_type)
 
 
 def _read_again(artifact: Artifact, before: Roster | None) -> Artifact:

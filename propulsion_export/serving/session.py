@@ -165,7 +165,8 @@ class Session:
                 text may be a list of its words; each gets a label.
             adapter: names, one for all rows or one for each; `base` for none; default: the only
                 adapter of an artifact that is not a bank, else the base model.
-            context: for question answering, the text with the answer: one for all or one for each.
+            context: for question answering, the text with the answer, for text classification the
+                second text of a pair: one for all or one for each.
             settings: how to generate text.
 
         Raises:
@@ -306,7 +307,9 @@ class Session:
     ) -> list[Reply]:
         beside = [contexts[row] for row in group.rows if contexts]
         labels = [choice.labels for choice in group.choices]
-        answers = reader.read([texts[row] for row in group.rows], beside, group.feeds, labels)
+        kinds = [choice.problem_type for choice in group.choices]
+        own = [texts[row] for row in group.rows]
+        answers = reader.read(own, beside, group.feeds, labels, kinds)
         return [
             self._reply(choice, answer.outputs, answer.prediction)
             for choice, answer in zip(group.choices, answers, strict=True)

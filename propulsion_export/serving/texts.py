@@ -5,6 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from propulsion_export.artifacts.artifact import Artifact, Runner, Tensors
 from propulsion_export.base_model.config import read_settings
 from propulsion_export.base_model.eos_pooling import check_eos, pools_at_eos
@@ -16,6 +18,7 @@ from propulsion_export.base_model.model_inputs import (
 from propulsion_export.base_model.positions import as_config, longest_input
 from propulsion_export.base_model.rope_switch import rope_switches, side_of
 from propulsion_export.base_model.sentence_texts import SentenceTexts, open_sentence_texts
+from propulsion_export.base_model.settings import ProblemType
 from propulsion_export.base_model.tasks import TASKS
 from propulsion_export.base_model.token_ids import (
     check_encoded,
@@ -77,14 +80,16 @@ class Reader:
         contexts: Sequence[str],
         feeds: Mapping[str, Any],
         labels: Sequence[Sequence[str] | None],
+        problem_types: Sequence[ProblemType | None],
     ) -> Iterator[Answer]:
         """Answer texts in one batch.
 
         Args:
             texts: one text per row, or the words of one.
-            contexts: the text with the answer for each question; empty for other tasks.
+            contexts: the second text of each row, with the answer to a question; may be empty.
             feeds: the adapters' inputs.
             labels: the class names for each row.
+            problem_types: what the logits of each row mean.
         """
         with self.one_at_a_time:
             encoding = encode_texts(
@@ -97,11 +102,14 @@ class Reader:
         check_encoded(encoding["input_ids"], self.rows)
         sides = [side_of(int(mask.sum()), self.switches) for mask in encoding["attention_mask"]]
         if len(set(sides)) > 1:
-            yield from self._read_by_side(sides, texts, contexts, feeds, labels)
+            yield from self._read_by_side(sides, texts, contexts, feeds, labels, problem_types)
             return
         if pools_at_eos(self.config, self.task):
             check_eos(encoding["input_ids"], self.config, self._as_read(texts))
-        outputs = self.run({**tensors_of(self.names, encoding), **feeds})
+        tensors = tensors_of(self.names, encoding)
+        if "token_type_ids" in tensors and not self._tells_texts_apart():
+            tensors["token_type_ids"] = np.zeros_like(tensors["token_type_ids"])
+        outputs = self.run({**tensors, **feeds})
         for row, source in enumerate(contexts or texts):
             outcome = Outcome(
                 source=joined(source),
@@ -112,6 +120,7 @@ class Reader:
                 labels=labels[row],
                 sentence=self.sentence,
                 words=None if isinstance(source, str) else source,
+                problem_type=problem_types[row],
             )
             yield Answer(self._own(outcome), predict_row(self.task, outcome, self.tokenizer))
 
@@ -127,6 +136,7 @@ class Reader:
         contexts: Sequence[str],
         feeds: Mapping[str, Any],
         labels: Sequence[Sequence[str] | None],
+        problem_types: Sequence[ProblemType | None],
     ) -> Iterator[Answer]:
         """Answer the rows of each side in a batch of their own; in the order of the texts."""
         answers: dict[int, Answer] = {}
@@ -137,9 +147,15 @@ class Reader:
                 [contexts[row] for row in rows if contexts],
                 feeds_of_rows(feeds, rows),
                 [labels[row] for row in rows],
+                [problem_types[row] for row in rows],
             )
             answers |= dict(zip(rows, own, strict=True))
         return iter([answers[row] for row in range(len(texts))])
+
+    def _tells_texts_apart(self) -> bool:
+        """Whether a model sees which text of a pair a token is of: as in transformers' pipeline."""
+        names = self.tokenizer.model_input_names
+        return TASKS[self.task].prediction != "class" or "token_type_ids" in names
 
     def _own(self, outcome: Outcome) -> Tensors:
         """A row's outputs without those for padding, which depend on the rest of the batch."""

@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,14 @@ from propulsion_export.base_model.model_inputs import (
 )
 from propulsion_export.base_model.positions import longest_input
 from propulsion_export.base_model.rope_switch import rope_switches
+from propulsion_export.base_model.settings import (
+    SINGLE_LABEL,
+    Settings,
+    set_in_config_,
+    set_in_tokenizer_,
+    settings_for_batches,
+    with_prefix_space,
+)
 from propulsion_export.base_model.token_ids import check_token_ids
 from propulsion_export.base_model.tokenizer import read_tokenizer
 from propulsion_export.environment.paths import user_path
@@ -44,6 +52,7 @@ class TrainableBase:
             none for generated text.
         absent: module paths inside the base model whose weights are not in the checkpoint; they
             start at random, and are trained and saved like a head.
+        settings: what is set in `model` and `tokenizer` otherwise than in the base model's files.
     """
 
     name: str
@@ -51,6 +60,7 @@ class TrainableBase:
     tokenizer: Any
     heads: tuple[str, ...]
     absent: tuple[str, ...]
+    settings: Settings = field(default_factory=Settings)
 
 
 def load_trainable(
@@ -67,8 +77,9 @@ def load_trainable(
     transformers.set_seed(options.seed)
     with _load_errors_as_ours(name):
         config = read_config(name, trust_remote_code=options.trust_remote_code)
-        tokenizer = _tokenizer(name, options)
-        _set_up_(config, tokenizer, classes, options)
+        plain = _tokenizer(name, options)
+        tokenizer = _for_words(name, plain, options)
+        _set_up_(config, classes, options)
         check_token_ids(name, tokenizer, config.to_dict())
     loaded, lacking = load_model(
         model_class_of(options.task),
@@ -77,6 +88,7 @@ def load_trainable(
         dtype=getattr(torch, options.dtype),
         trust_remote_code=options.trust_remote_code,
     )
+    settings = _settings_(name, loaded, tokenizer, options, spaced=tokenizer is not plain)
     generates = options.task_entry.generates
     check_inputs(type(loaded), loaded.config, name, generates=generates, images=True)
     check_text_is_enough(extra_inputs(loaded.config), name)
@@ -84,11 +96,11 @@ def load_trainable(
     if options.task_entry.generates:
         _check_language_model(name, loaded, tokenizer, missing)
         _check_passages_apart(name, loaded, options)
-        return TrainableBase(name, loaded, tokenizer, heads=(), absent=())
+        return TrainableBase(name, loaded, tokenizer, heads=(), absent=(), settings=settings)
     heads = _heads(name, loaded)
     owners = {key.rpartition(".")[0] for key in missing}
     absent = sorted(owner for owner in owners if owner.split(".")[0] not in heads)
-    return TrainableBase(name, loaded, tokenizer, heads, tuple(absent))
+    return TrainableBase(name, loaded, tokenizer, heads, tuple(absent), settings)
 
 
 def attach_adapter(base: TrainableBase, classes: Sequence[str], options: TrainOptions) -> Any:
@@ -104,6 +116,8 @@ def attach_adapter(base: TrainableBase, classes: Sequence[str], options: TrainOp
         train_bias=options.train_bias,
         modules_to_save=list(saved) or None,
         labels=list(classes) or None,
+        model_settings=dict(base.settings.model) or None,
+        tokenizer_settings=dict(base.settings.tokenizer) or None,
     )
     model = get_peft_model(base.model, config)
     recorded = model.peft_config["default"]
@@ -153,46 +167,58 @@ def _load_errors_as_ours(name: str) -> Iterator[None]:
 
 
 def _tokenizer(name: str, options: TrainOptions) -> Any:
-    trust = options.trust_remote_code
-    tokenizer = read_tokenizer(name, trust_remote_code=trust)
+    tokenizer = read_tokenizer(name, trust_remote_code=options.trust_remote_code)
     if tokenizer is None:
         raise BaseModelError(
             f"{name}: has no tokenizer files, expected a tokenizer to read texts with",
             remedy="Copy the tokenizer into the base model's directory, as tokenizer.json.",
         )
-    if options.task_entry.needs_offsets:
-        if not tokenizer.is_fast:
-            raise BaseModelError(
-                f"{name}: has a tokenizer that does not map tokens to words, expected "
-                "a fast tokenizer (tokenizer.json)"
-            )
-        if getattr(tokenizer, "add_prefix_space", None) is False and _adds_one_space(tokenizer):
-            # The first word then has the tokens that it has behind another.
-            tokenizer = read_tokenizer(name, trust_remote_code=trust, add_prefix_space=True)
-            assert tokenizer is not None
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token  # GPT-type models have no padding token
     if options.task_entry.generates:
         # Padding on the left would shift the positions, which count from the start of the row.
         tokenizer.padding_side = "right"
     return tokenizer
 
 
-def _adds_one_space(tokenizer: Any) -> bool:
-    """Whether a byte-level tokenizer would add a space to a text, and not to each piece of it."""
-    return type(tokenizer.backend_tokenizer.pre_tokenizer).__name__ == "ByteLevel"
+def _for_words(name: str, tokenizer: Any, options: TrainOptions) -> Any:
+    """The tokenizer for lists of words, where the task has them."""
+    if not options.task_entry.needs_offsets:
+        return tokenizer
+    if not tokenizer.is_fast:
+        raise BaseModelError(
+            f"{name}: has a tokenizer that does not map tokens to words, expected "
+            "a fast tokenizer (tokenizer.json)"
+        )
+    # The first word then has the tokens that it has behind another.
+    return with_prefix_space(name, tokenizer, trust_remote_code=options.trust_remote_code)
 
 
-def _set_up_(config: Any, tokenizer: Any, classes: Sequence[str], options: TrainOptions) -> None:
+def _settings_(
+    name: str, model: Any, tokenizer: Any, options: TrainOptions, *, spaced: bool
+) -> Settings:
+    """Set in model and tokenizer what batches need; returns all that differs from their files."""
+    found = settings_for_batches(model, tokenizer, options.task, name)
+    set_in_config_(model.config, found)
+    set_in_tokenizer_(tokenizer, found)
+    if tokenizer.pad_token is None:
+        raise BaseModelError(
+            f"{name}: its tokenizer has neither a padding nor an end token, expected one to fill "
+            "up the shorter rows of a batch"
+        )
+    kind = {"problem_type": SINGLE_LABEL} if options.task_entry.prediction == "class" else {}
+    return Settings(
+        {**found.model, **kind},
+        {**found.tokenizer, **({"add_prefix_space": True} if spaced else {})},
+    )
+
+
+def _set_up_(config: Any, classes: Sequence[str], options: TrainOptions) -> None:
     """Change a base model's configuration to what is trained."""
     if classes:
         set_labels(config, classes)
     else:
         config.use_cache = False
     if options.task_entry.prediction == "class":
-        config.problem_type = "single_label_classification"
-    if getattr(config, "pad_token_id", None) is None:
-        config.pad_token_id = tokenizer.pad_token_id
+        config.problem_type = SINGLE_LABEL
 
 
 def _check_language_model(name: str, model: Any, tokenizer: Any, missing: Sequence[str]) -> None:

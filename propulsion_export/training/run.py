@@ -63,6 +63,16 @@ class Objective:
     scores: Callable[[Any], dict[str, float]]
 
 
+def _notes_on(base: TrainableBase) -> list[str]:
+    padding = base.settings.model.get("pad_token_id")
+    if padding is None:
+        return []
+    return [
+        f"Rows are padded with token {padding}, which config.json does not name as pad_token_id; "
+        "the adapter records it."
+    ]
+
+
 class TrainingRun(ABC, Generic[Item]):
     """One run: encodes the data, trains the adapter, writes it with its metrics.
 
@@ -74,7 +84,7 @@ class TrainingRun(ABC, Generic[Item]):
         self, base: TrainableBase, data: Data[Item], options: TrainOptions, report: Progress
     ) -> None:
         self.base, self.data, self.options, self.report = base, data, options, report
-        self.notes: list[str] = []
+        self.notes = _notes_on(base)
         self.started = time.monotonic()
         self.longest = longest_text(base, options)
         self.rows = self.encoded()

@@ -7,6 +7,7 @@ from typing import Any
 
 from peft import PeftConfig, PeftType
 
+from propulsion_export.base_model.settings import wrong_model_settings, wrong_tokenizer_settings
 from propulsion_export.errors import UsageError
 
 PRESETS = ("all", "attention")
@@ -30,6 +31,9 @@ class PropulsionConfig(PeftConfig):  # type: ignore[misc]
         modules_to_save: modules trained and saved whole, such as a new classification head.
         labels: class names in the order of the logits, stored for the export.
         base_fingerprint: the base model's fingerprint as JSON; set when the adapter is attached.
+        model_settings: what training changed in the base model's config.json, such as
+            `pad_token_id`; its `problem_type` is set when the adapter is attached.
+        tokenizer_settings: what it changed in tokenizer_config.json, such as `pad_token`.
         scaled_modules: the number of vectors of the adapter, so that a lost one is noticed; set
             when the adapter is attached.
 
@@ -44,6 +48,8 @@ class PropulsionConfig(PeftConfig):  # type: ignore[misc]
     modules_to_save: list[str] | None = field(default=None)
     labels: list[str] | None = field(default=None)
     base_fingerprint: dict[str, Any] | None = field(default=None)
+    model_settings: dict[str, Any] | None = field(default=None)
+    tokenizer_settings: dict[str, Any] | None = field(default=None)
     scaled_modules: int | None = field(default=None)
 
     def __post_init__(self) -> None:
@@ -56,6 +62,8 @@ class PropulsionConfig(PeftConfig):  # type: ignore[misc]
             *_wrong_targets("target_modules", self.target_modules),
             *_wrong_targets("exclude_modules", self.exclude_modules),
             *_wrong_labels(self.labels),
+            *wrong_model_settings(self.model_settings),
+            *wrong_tokenizer_settings(self.tokenizer_settings),
         ]
         if findings:
             raise UsageError(*findings)

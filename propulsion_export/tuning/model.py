@@ -14,6 +14,7 @@ from propulsion_export.base_model.model_fingerprint import (
     fingerprint_of_model,
     has_readable_weights,
 )
+from propulsion_export.base_model.settings import PROBLEM_TYPES
 from propulsion_export.base_model.tasks import TASKS, task_of_peft
 from propulsion_export.errors import BaseModelError, UsageError
 from propulsion_export.scaling.expert_rules import expert_weights, is_experts
@@ -58,6 +59,7 @@ class PropulsionModel(BaseTuner):  # type: ignore[misc]
             for path in self._targets
             if is_excluded(peft_config, path) is None
         )
+        _record_problem_type(model, peft_config)
         if has_readable_weights(model):
             _record_or_check_fingerprint(model, peft_config)
 
@@ -128,6 +130,16 @@ def _check_unmerged(model: nn.Module) -> None:
             f"{merged[0]}: an adapter is merged, expected the base model's own weights",
             remedy="Call unmerge_adapter() before adding another adapter.",
         )
+
+
+def _record_problem_type(model: nn.Module, config: PropulsionConfig) -> None:
+    """Record what the labels to train on mean, which the base model's own file may not say."""
+    kind = getattr(getattr(model, "config", None), "problem_type", None)
+    task = task_of_peft(str(config.task_type))
+    if task is None or TASKS[task].prediction != "class" or config.inference_mode:
+        return
+    if kind in PROBLEM_TYPES:
+        config.model_settings = {"problem_type": kind, **(config.model_settings or {})}
 
 
 def _record_or_check_fingerprint(model: nn.Module, config: PropulsionConfig) -> None:

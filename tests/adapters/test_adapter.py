@@ -222,6 +222,8 @@ def test_the_file_format_is_exactly_this(tmp_path):
         "base_model_name_or_path": "some/base",
         "base_fingerprint": {"dtype": "float32", "entries": {"w": [0.5] * 8}},
         "labels": ["only"],
+        "model_settings": None,
+        "tokenizer_settings": None,
         "scaled_modules": 2,
         "task_type": "SEQ_CLS",
         "inference_mode": True,

@@ -183,6 +183,7 @@ def test_the_manifest_on_disk_is_exactly_this(switchable):
             "fingerprint": {"dtype": "float32", "entries": {"weight": [0.5] * 8}},
             "labels": None,
             "own_head": True,
+            "problem_type": None,
         },
         "adapters": {
             "topic": {
@@ -191,6 +192,7 @@ def test_the_manifest_on_disk_is_exactly_this(switchable):
                 "size": 3,
                 "file": TOPIC,
                 "labels": ["no", "yes"],
+                "problem_type": None,
             }
         },
         "inputs": [

@@ -410,5 +410,8 @@ def test_a_head_with_fewer_rows_than_the_room_has_labels_though_nobody_named_the
 
     assert labels_in(narrow, layout, ("no", "yes")) == ("LABEL_0", "LABEL_1")
     assert labels_in(wide, layout, ("no", "yes")) is None
+    assert labels_in(narrow, layout, ("no", "yes"), 5) == ("no", "yes")
+    assert labels_in(wide, layout, ("no", "yes"), 5) is None
+    assert labels_in(wide, layout, tuple("abcde"), 5) == tuple("abcde")
     assert labels_in(replace(narrow, labels=("a", "b")), layout, None) == ("a", "b")
     assert labels_in(Adapter("headless", {}), layout, ("no", "yes")) == ("no", "yes")

@@ -323,7 +323,7 @@ def test_clients_are_told_ids_labels_and_digests():
     told = json.loads(adapters_text({"base": 0, "a": 1, "b": 2}, entries, BASE))
 
     assert told == {
-        "base": {"id": 0, "labels": ["no", "yes"], "digest": None},
-        "a": {"id": 1, "labels": ["é", "y"], "digest": "sha256:a"},
-        "b": {"id": 2, "labels": None, "digest": "d"},
+        "base": {"id": 0, "labels": ["no", "yes"], "problem_type": None, "digest": None},
+        "a": {"id": 1, "labels": ["é", "y"], "problem_type": None, "digest": "sha256:a"},
+        "b": {"id": 2, "labels": None, "problem_type": None, "digest": "d"},
     }

@@ -114,9 +114,9 @@ def test_texts_come_from_a_file_too(switchable, tmp_path):
         ),
         ({"text": ["ba"], "runner": "torch"}, UsageError, "cannot run onnx artifacts"),
         (
-            {"text": ["ba"], "context": ["be"]},
+            {"text": ["ba"], "context": ["be", "bi"]},
             UsageError,
-            "context: is for question-answering, the artifact is for text-classification",
+            "2 contexts for 1 rows, expected one, or one each",
         ),
         (
             {"text": ["ba"], "top_k": 3, "max_new_tokens": 8},

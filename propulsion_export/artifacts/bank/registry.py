@@ -12,6 +12,7 @@ from propulsion_export.adapters.names import BASE_NAME, is_fit_name
 from propulsion_export.artifacts.file_names import ADAPTERS
 from propulsion_export.artifacts.manifest import ADD_ONE, AdapterEntry
 from propulsion_export.artifacts.rounding import numpy_dtype
+from propulsion_export.base_model.settings import PROBLEM_TYPES
 from propulsion_export.errors import ArtifactError, unknown_adapters
 
 BANK_FILE = f"{ADAPTERS}/bank.bin"  # `compact` writes bank-1.bin, then bank-2.bin and so on
@@ -206,6 +207,8 @@ def _row_of(directory: Path, state: BankState, columns: Sequence[Any]) -> BankRo
     try:
         read = AdapterEntry(**json.loads(entry))
         labels = None if read.labels is None else tuple(read.labels)
+        if read.problem_type not in (None, *PROBLEM_TYPES):
+            raise ValueError(f"problem_type is {read.problem_type!r}")
     except (TypeError, ValueError) as error:
         raise ArtifactError(
             f"{directory / REGISTRY_FILE}: the record of the adapter in row {number} is damaged "
