@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from propulsion_export.adapters.scales import Array, Scale, Side
+from propulsion_export.adapters.wrapped_modules import unwrapped
 from propulsion_export.base_model.fingerprint import Fingerprint
 from propulsion_export.errors import AdapterError
 
@@ -25,8 +26,6 @@ PREFIX = "base_model.model."
 VECTOR_SUFFIX = ".propulsion_z"
 BIAS_SUFFIX = ".propulsion_bias"
 IA3_SUFFIX = ".ia3_l"
-# Parts of the names of a module that PEFT wraps to train it whole: its copies, trained and frozen.
-TRAINED, ORIGINAL = ".modules_to_save.", ".original_module."
 FROZEN = ".base_layer."  # the part of the name of a scaled module's own parameters
 
 # Far above every usable degree: a power this large overflows or vanishes.
@@ -70,7 +69,7 @@ def read_peft_directory(directory: Path) -> PeftDirectory:
             f"{directory / PEFT_WEIGHTS}: holds no scale, expected one for each module"
         )
     _check_complete(directory, config, scales)
-    rest = _saved_modules(directory, rest)
+    rest = unwrapped(directory / PEFT_WEIGHTS, rest)
     biases = _strip(rest, BIAS_SUFFIX)
     _check_finite(directory, rest)
     _check_biases(directory, scales, biases)
@@ -93,29 +92,6 @@ def read_peft_directory(directory: Path) -> PeftDirectory:
         task_type=str(config.get("task_type")),
         labels=_labels(directory, config),
     )
-
-
-def _saved_modules(directory: Path, tensors: Mapping[str, Array]) -> dict[str, Array]:
-    """Tensors by the names that they have in the model.
-
-    With `save_embedding_layers`, PEFT writes a trained embedding under its name in the model and
-    again under that of its wrapper, and the frozen one beside it.
-    """
-    kept = {key: value for key, value in tensors.items() if ORIGINAL not in key}
-    wrapped = {key for key in kept if TRAINED in key}
-    named = {key.replace(TRAINED, "."): kept[key] for key in wrapped}
-    differing = [
-        key for key, value in named.items() if key in kept and not np.array_equal(kept[key], value)
-    ]
-    if differing:
-        raise AdapterError(
-            *(
-                f"{directory / PEFT_WEIGHTS}: {key} differs from its copy in modules_to_save"
-                for key in differing
-            ),
-            remedy="Save the adapter again with PEFT's save_pretrained.",
-        )
-    return {key: value for key, value in kept.items() if key not in wrapped} | named
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
