@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from propulsion_export.adapters.scales import Array, Scale, Side
+from propulsion_export.adapters.wrapped_modules import unwrapped
 from propulsion_export.base_model.fingerprint import Fingerprint
 from propulsion_export.base_model.settings import wrong_model_settings, wrong_tokenizer_settings
 from propulsion_export.environment.hub_files import refuse_pointers
@@ -28,8 +29,6 @@ PREFIX = "base_model.model."
 VECTOR_SUFFIX = ".propulsion_z"
 BIAS_SUFFIX = ".propulsion_bias"
 IA3_SUFFIX = ".ia3_l"
-# Parts of the names of a module that PEFT wraps to train it whole: its copies, trained and frozen.
-TRAINED, ORIGINAL = ".modules_to_save.", ".original_module."
 FROZEN = ".base_layer."  # the part of the name of a scaled module's own parameters
 
 # Far above every usable degree: a power this large overflows or vanishes.
@@ -76,8 +75,8 @@ def read_peft_directory(directory: Path) -> PeftDirectory:
             f"{directory / PEFT_WEIGHTS}: holds no scale, expected one for each module"
         )
     _check_complete(directory, config, scales)
-    rest = _saved_modules(directory, rest)
     _check_settings(directory, config)
+    rest = unwrapped(directory / PEFT_WEIGHTS, rest)
     biases = _strip(rest, BIAS_SUFFIX)
     _check_finite(directory, rest)
     _check_biases(directory, scales, biases)
@@ -102,29 +101,6 @@ def read_peft_directory(directory: Path) -> PeftDirectory:
         model_settings=config.get("model_settings") or {},
         tokenizer_settings=config.get("tokenizer_settings") or {},
     )
-
-
-def _saved_modules(directory: Path, tensors: Mapping[str, Array]) -> dict[str, Array]:
-    """Tensors by the names that they have in the model.
-
-    With `save_embedding_layers`, PEFT writes a trained embedding under its name in the model and
-    again under that of its wrapper, and the frozen one beside it.
-    """
-    kept = {key: value for key, value in tensors.items() if ORIGINAL not in key}
-    wrapped = {key for key in kept if TRAINED in key}
-    named = {key.replace(TRAINED, "."): kept[key] for key in wrapped}
-    differing = [
-        key for key, value in named.items() if key in kept and not np.array_equal(kept[key], value)
-    ]
-    if differing:
-        raise AdapterError(
-            *(
-                f"{directory / PEFT_WEIGHTS}: {key} differs from its copy in modules_to_save"
-                for key in differing
-            ),
-            remedy="Save the adapter again with PEFT's save_pretrained.",
-        )
-    return {key: value for key, value in kept.items() if key not in wrapped} | named
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
