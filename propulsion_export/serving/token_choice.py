@@ -40,7 +40,9 @@ class TokenChooser:
         if any(self._rules):
             scores = np.stack([self._score(row, own) for row, own in enumerate(scores)])
         self.lost |= np.isposinf(scores.max(-1)) | np.isnan(scores).any(-1)
-        picked = self._pick(np.where(self.lost[:, None], np.float32(0), scores))
+        if self.lost.any():
+            scores = np.where(self.lost[:, None], np.float32(0), scores)
+        picked = self._pick(scores)
         for row, token in zip(self._tokens, picked, strict=True):
             row.append(int(token))
         return picked
