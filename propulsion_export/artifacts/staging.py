@@ -278,8 +278,13 @@ _FORBIDDEN = {
     errno.ENOENT: "nothing can be created here",
     errno.EISDIR: "is a directory, expected a file to write",
 }
-# numpy's tofile reports a full disk without a number: `1000 requested and 10 written`.
-_UNNUMBERED = {errno.ENOSPC: re.compile(r"\d+ requested and \d+ written")}
+# Some report a full disk without a number: numpy's tofile, then torch.save.
+_UNNUMBERED = {
+    errno.ENOSPC: re.compile(
+        r"\d+ requested and \d+ written|unexpected pos \d+ vs \d+|iostream error"
+        r"|PytorchStreamWriter failed writing"
+    )
+}
 
 
 def _is(error: Exception, code: int) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import transformers
 
+from propulsion_export.artifacts.staging import disk_errors_in_words
 from propulsion_export.environment.progress import Progress
 from propulsion_export.errors import UsageError
 from propulsion_export.training.checkpoint_digests import check_best
@@ -120,6 +121,11 @@ class AdapterTrainer(transformers.Trainer):  # type: ignore[misc]
         elif self.args.should_save:
             directory = output_dir or self.args.output_dir
             self.model.save_pretrained(directory, save_embedding_layers=False)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        remedy = "Make room there, then continue with --resume."
+        with disk_errors_in_words(Path(self.args.output_dir), remedy=remedy):
+            super()._save_checkpoint(model, trial)
 
     def _load_best_model(self) -> None:
         # The Trainer's method goes on with the last epoch's weights if the file is not there.

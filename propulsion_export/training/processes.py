@@ -150,7 +150,12 @@ def _join(processes: Processes) -> None:
 
 def _on_cpu() -> bool:
     """Whether accelerate trains on CPUs here, where it reads more variables."""
-    return not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
+    try:
+        asked = parse_flag_from_env("ACCELERATE_USE_CPU")
+    except ValueError as error:
+        value = os.environ["ACCELERATE_USE_CPU"]
+        raise UsageError(f"ACCELERATE_USE_CPU is {value!r}, expected true or false") from error
+    return bool(asked) or not torch.accelerator.is_available()
 
 
 def _numbers(environment: Mapping[str, str]) -> dict[str, int]:

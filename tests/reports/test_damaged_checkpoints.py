@@ -9,10 +9,11 @@ import shutil
 from dataclasses import replace
 
 import pytest
+import torch
 from safetensors.numpy import load_file, save_file
 
 from propulsion_export.cli import main
-from propulsion_export.errors import AdapterError, BaseModelError
+from propulsion_export.errors import AdapterError, BaseModelError, UsageError
 from propulsion_export.training import TrainOptions, train
 
 KEPT = ".out.checkpoints"
@@ -224,6 +225,32 @@ def test_the_best_epoch_is_found_where_the_checkpoints_were_moved(
 
     assert resumed.metrics["kept_epoch"] == 1
     assert weights_of(tmp_path / "out") == weights_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0",
+        "basic_ios::clear: iostream error",
+    ],
+)
+def test_a_disk_that_is_full_at_a_checkpoint_is_one_line_and_can_be_continued(
+    text, whole, base, data, options, tmp_path, monkeypatch
+):
+    def save(content, file, **_):
+        if "checkpoint-4" in str(file):
+            raise RuntimeError(text)
+        return real(content, file)
+
+    real = torch.save
+    with monkeypatch.context() as full:
+        full.setattr(torch, "save", save)
+        with pytest.raises(UsageError, match=r"no space left .* continue with --resume\.$"):
+            train(base, data, tmp_path / "out", options=options)
+    resumed = train(base, data, tmp_path / "out", options=replace(options, resume=True))
+
+    assert "continued from checkpoint-2" in resumed.notes[0]
+    assert weights_of(tmp_path / "out") == whole
 
 
 def replace_bias(base):

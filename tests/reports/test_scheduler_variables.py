@@ -161,7 +161,12 @@ def exit_code(words):
 
 @pytest.mark.parametrize(
     "variables",
-    [{"RANK": "1"}, {"WORLD_SIZE": "4"}, {"OMPI_COMM_WORLD_RANK": "1"}],
+    [
+        {"RANK": "1"},
+        {"WORLD_SIZE": "4"},
+        {"OMPI_COMM_WORLD_RANK": "1"},
+        {"ACCELERATE_USE_CPU": "perhaps"},
+    ],
     ids=lambda variables: ",".join(variables),
 )
 def test_train_refuses_them_before_any_work(variables, words, tmp_path, monkeypatch, capsys):

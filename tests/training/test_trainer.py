@@ -15,6 +15,7 @@ import propulsion_export.training.loop as loop_module
 from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.errors import BaseModelError, DataError, UsageError
 from propulsion_export.training import TrainOptions, train
+from propulsion_export.training.checkpoint_digests import in_order
 from propulsion_export.training.classifying import ClassifierRun
 from propulsion_export.training.data import read_examples
 
@@ -335,7 +336,7 @@ def test_early_stopping_keeps_the_best_epoch(tiny_base, texts, options, tmp_path
     interrupted = Interrupt("epoch 2")
     with pytest.raises(KeyboardInterrupt):
         train(tiny_base, texts, tmp_path / "second", options=options, progress=interrupted)
-    (checkpoint,) = (tmp_path / ".second.checkpoints").glob("checkpoint-*")
+    checkpoint = in_order(tmp_path / ".second.checkpoints")[0]
     assert weights_of(checkpoint) == kept
 
 
