@@ -50,9 +50,9 @@ def _replies(session: Session, rows: Sequence[Row]) -> list[Reply]:
         numbers = [n for n, row in enumerate(rows) if (row.context is not None) == paired]
         if numbers:
             own = [rows[number] for number in numbers]
-            contexts = [row.context for row in own if row.context is not None]
+            pairs = {"context": [row.context or "" for row in own]} if paired else {}
             adapters = [row.adapter for row in own]
-            replies = session([row.text for row in own], adapter=adapters, context=contexts)
+            replies = session([row.text for row in own], adapter=adapters, **pairs)
             found |= dict(zip(numbers, replies, strict=True))
     return [found[number] for number in range(len(rows))]
 

@@ -229,7 +229,6 @@ def ignored(adapter, artifact, tmp_path):
         "--target auto": ([*export, "--no-engine"], "does nothing with --no-engine"),
         "--force": (parity, "does nothing without --report"),
         "--seed 0": ([*parity, "--inputs", texts], "does nothing with --inputs"),
-        "--context c": (run, "is for question-answering, the artifact is for text-classification"),
         "--max-new-tokens 128": (run, other_task),
         "--temperature 1": (run, other_task),
         "--top-k 1": (run, other_task),
@@ -247,7 +246,7 @@ def ignored(adapter, artifact, tmp_path):
     "option",
     [
         *("--untie", "--allow-range", "--placement all", "--max-labels 3", "--train-bias"),
-        *("--runtime auto", "--target auto", "--force", "--seed 0", "--context c"),
+        *("--runtime auto", "--target auto", "--force", "--seed 0"),
         *("--max-new-tokens 128", "--temperature 1", "--top-k 1", "--top-p 1", "--seed 1"),
         *("--head-learning-rate 0.01", "--no-head-only", "--packing"),
         *("--model-name a", "--max-batch-size 32"),
