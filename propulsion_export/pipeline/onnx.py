@@ -119,7 +119,6 @@ def export_onnx(
     sentence = sentence_source(source, base.task, list(map(source_of, adapter)))
     fingerprint = fingerprint_of_model(base.model)
     check_base(fingerprint, source, adapters)
-    check_computable(base)
     _resize_(base, adapters, mode, trust_remote_code=trust_remote_code)
     if tokenizer is not None:
         check_token_ids(reads, tokenizer, base.model.config.to_dict())
@@ -130,6 +129,7 @@ def export_onnx(
     settled = settle_(
         base.model, adapters, base.task, reads, tokenizer, mode=mode, own_head=base.own_head
     )
+    check_computable(base)
     progress(0.2, f"tracing {type(base.model).__name__} in {name}{settled.note}")
     filled = adapters or _slots(base, mode, slots)
     graphs = _build(base, filled, adapters, mode, wanted, opset=opset, untie=untie)

@@ -150,7 +150,7 @@ def test_ready_words_are_labelled_where_training_labels_them(make):
     [row], _ = encoded(tokenizer, WORDS)
     wanted = [place for place, number in enumerate(row["labels"]) if number != IGNORED]
 
-    [answer] = reader(tokenizer).read([WORDS], [], {}, [numbered(64)])
+    [answer] = reader(tokenizer).read([WORDS], [], {}, [numbered(64)], [None])
 
     given = answer.prediction["tokens"]
     assert [token["word"] for token in given] == WORDS
@@ -164,7 +164,7 @@ def test_words_of_a_text_are_labelled_where_training_labels_them(make):
     [row], _ = encoded(tokenizer, words)
     wanted = [place for place, number in enumerate(row["labels"]) if number != IGNORED]
 
-    [answer] = reader(tokenizer).read([" ".join(words)], [], {}, [numbered(64)])
+    [answer] = reader(tokenizer).read([" ".join(words)], [], {}, [numbered(64)], [None])
 
     found = answer.prediction["tokens"]
     assert [token["word"] for token in found] == words
@@ -190,7 +190,7 @@ def numbered(count):
 def test_a_word_that_is_cut_off_has_no_label():
     tokenizer = wrapped(word_piece())
 
-    [answer] = reader(tokenizer, limit=3).read([["cats", "the", "old"]], [], {}, [numbered(64)])
+    [answer] = reader(tokenizer, limit=3).read([["cats", "the", "old"]], [], {}, [numbered(64)], [None])
 
     assert [token["label"] for token in answer.prediction["tokens"]] == ["0", "2", None]
 
