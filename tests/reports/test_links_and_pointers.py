@@ -14,6 +14,8 @@ from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.artifacts.artifact import Artifact
 from propulsion_export.artifacts.changing import add_adapter, compact_bank, remove_adapter
 from propulsion_export.base_model.loading import load_base
+from propulsion_export.data.sources import read_rows
+from propulsion_export.data.texts import read_texts
 from propulsion_export.errors import (
     AdapterError,
     ArtifactError,
@@ -27,9 +29,7 @@ from propulsion_export.pipeline.merge import merge
 from propulsion_export.pipeline.onnx import export_onnx
 from propulsion_export.pipeline.parity import check_parity
 from propulsion_export.serving.session import Session
-from propulsion_export.serving.text_files import read_texts
 from propulsion_export.training import TrainOptions
-from propulsion_export.training.files import read_rows
 from propulsion_export.training.trainer import train
 
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'ab' * 32}\nsize 123456\n"
@@ -198,7 +198,7 @@ def test_texts_to_run_are_no_pointer(tmp_path):
     (tmp_path / "texts.txt").write_text(POINTER)
 
     with pytest.raises(DataError) as caught:
-        read_texts(tmp_path / "texts.txt")
+        read_texts(tmp_path / "texts.txt", "text-classification")
 
     _says_pointer(caught.value, tmp_path / "texts.txt")
 
