@@ -44,7 +44,7 @@ def sentences(directory, tokenizer):
     """How sentence-transformers embeds texts with this model; None where it does not say."""
     if not (directory / "modules.json").exists():
         return None
-    from propulsion_export.base_model.sentence_texts import open_sentence_texts  # loads no torch
+    from propulsion_export.base_model.sentences.texts import open_sentence_texts  # loads no torch
 
     return open_sentence_texts(directory, tokenizer)
 

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from propulsion_export.base_model.token_ids import named_tokens, numbers_of
-from propulsion_export.base_model.tokenizer import read_serving_tokenizer, read_tokenizer
-from propulsion_export.base_model.tokenizer_files import VOCABULARY_FILES
+from propulsion_export.base_model.tokenizer.files import VOCABULARY_FILES
+from propulsion_export.base_model.tokenizer.reading import read_serving_tokenizer, read_tokenizer
+from propulsion_export.base_model.tokenizer.token_ids import named_tokens, numbers_of
 from propulsion_export.errors import AdapterError
 
 # Files that hold no whole vocabulary.

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from propulsion_export.base_model.sentence_files import read_sentence_pipeline
-from propulsion_export.base_model.sentence_pipeline import SentencePipeline
+from propulsion_export.base_model.sentences.files import read_sentence_pipeline
+from propulsion_export.base_model.sentences.pipeline import SentencePipeline
 from propulsion_export.base_model.tasks import TASKS
 from propulsion_export.errors import AdapterError
 

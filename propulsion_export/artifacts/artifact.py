@@ -31,13 +31,13 @@ from propulsion_export.artifacts.manifest import (
 )
 from propulsion_export.artifacts.staging import replace_file
 from propulsion_export.artifacts.tensor_names import BANK_INPUT, IDS_INPUT
-from propulsion_export.base_model.recorded_tokenizer import RECORD_FILE
-from propulsion_export.base_model.sentence_modules import (
+from propulsion_export.base_model.sentences.modules import (
     MODULES_FILE,
     SETTINGS_FILE,
     TRANSFORMER_FILES,
 )
-from propulsion_export.base_model.tokenizer_files import VOCABULARY_FILES
+from propulsion_export.base_model.tokenizer.files import VOCABULARY_FILES
+from propulsion_export.base_model.tokenizer.recorded import RECORD_FILE
 from propulsion_export.environment.hub_files import leads_inside, refuse_pointers
 from propulsion_export.environment.paths import user_path
 from propulsion_export.environment.permissions import check_permission

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from propulsion_export.base_model.config import read_settings_file
 from propulsion_export.base_model.positions import BEHIND_PADDING
 from propulsion_export.base_model.tasks import TASKS
-from propulsion_export.base_model.tokenizer import read_tokenizer
+from propulsion_export.base_model.tokenizer.reading import read_tokenizer
 from propulsion_export.errors import BaseModelError
 
 if TYPE_CHECKING:

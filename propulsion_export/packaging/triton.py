@@ -19,8 +19,8 @@ from propulsion_export.artifacts.file_names import (
     WEIGHTS_FILE,
 )
 from propulsion_export.artifacts.manifest import AdapterEntry, BaseEntry
-from propulsion_export.base_model.sentence_modules import copy_sentence_pipeline
-from propulsion_export.base_model.tokenizer_files import TEMPLATE_DIRECTORY
+from propulsion_export.base_model.sentences.modules import copy_sentence_pipeline
+from propulsion_export.base_model.tokenizer.files import TEMPLATE_DIRECTORY
 from propulsion_export.graph.files import read_graph
 from propulsion_export.graph.ir_version import lower_ir_version_
 from propulsion_export.graph.passes.built_in_bank import BANK_FILE, BuildInBank

@@ -10,8 +10,8 @@ from propulsion_export.artifacts.artifact import Artifact
 from propulsion_export.artifacts.file_names import MANIFEST_FILE
 from propulsion_export.artifacts.manifest import EngineEntry, TensorSpec
 from propulsion_export.artifacts.tensor_names import BANK_INPUT
-from propulsion_export.base_model.sentence_files import read_sentence_pipeline
-from propulsion_export.base_model.sentence_pipeline import MEAN
+from propulsion_export.base_model.sentences.files import read_sentence_pipeline
+from propulsion_export.base_model.sentences.pipeline import MEAN
 from propulsion_export.base_model.tasks import TASKS, Architecture
 from propulsion_export.errors import UsageError
 

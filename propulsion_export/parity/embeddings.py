@@ -5,7 +5,7 @@ from dataclasses import replace
 from functools import partial
 
 from propulsion_export.artifacts.artifact import Runner, Tensors
-from propulsion_export.base_model.sentence_pipeline import SENTENCE, SentencePipeline
+from propulsion_export.base_model.sentences.pipeline import SENTENCE, SentencePipeline
 from propulsion_export.parity.reports.report import Check
 from propulsion_export.parity.subject import Subject
 

@@ -29,9 +29,9 @@ from propulsion_export.base_model.settings import (
     set_in_config_,
 )
 from propulsion_export.base_model.tasks import TASKS
-from propulsion_export.base_model.token_ids import check_token_ids
-from propulsion_export.base_model.tokenizer import read_tokenizer, text_inputs
-from propulsion_export.base_model.words import joined
+from propulsion_export.base_model.tokenizer.reading import read_tokenizer, text_inputs
+from propulsion_export.base_model.tokenizer.token_ids import check_token_ids
+from propulsion_export.base_model.tokenizer.words import joined
 from propulsion_export.data.texts import read_texts
 from propulsion_export.errors import BaseModelError, DataError, UsageError
 from propulsion_export.graph.sample_inputs import (

@@ -16,6 +16,7 @@ from propulsion_export.base_model.settings import (
     with_prefix_space,
 )
 from propulsion_export.base_model.tasks import TASKS
+from propulsion_export.pipeline.text_files import TextFiles
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,9 +48,7 @@ class Settled:
 def settle_(
     model: "PreTrainedModel",
     adapters: Sequence[Adapter],
-    task: str,
-    source: str,
-    tokenizer: Any | None,
+    texts: TextFiles,
     *,
     mode: Mode = "folded",
     own_head: bool = True,
@@ -59,9 +58,7 @@ def settle_(
     Args:
         model: the base model for the task; its weights are not read.
         adapters: those of the artifact; may be none.
-        task: one of `TASKS`.
-        source: path or name of what the tokenizer was read from.
-        tokenizer: as transformers loads it, whose padding token is set; None if there is none.
+        texts: the artifact's tokenizer, whose padding token is set.
         mode: how the artifact holds its adapters.
         own_head: whether the base model has its own head in the artifact.
 
@@ -69,6 +66,7 @@ def settle_(
         AdapterError: the settings contradict each other or the tokenizer.
         BaseModelError: the model needs a padding token and none can be it.
     """
+    task, tokenizer, source = texts.task, texts.tokenizer, texts.tokenizer_source
     found = settings_in_use(adapters, model, tokenizer, task, source)
     set_in_config_(model.config, found)
     if not adapters and mode != "folded" and _changes_words(task, source, tokenizer):

@@ -5,9 +5,7 @@ from pathlib import Path
 
 import torch
 
-from propulsion_export.adapters.own_tokenizer import tokenizer_source
 from propulsion_export.adapters.provenance import adapter_tasks, base_source, check_base
-from propulsion_export.adapters.sentence_source import sentence_source
 from propulsion_export.adapters.specification import check_identity, read_adapters, source_of
 from propulsion_export.artifacts.artifact import Artifact
 from propulsion_export.artifacts.file_names import MANIFEST_FILE
@@ -19,19 +17,15 @@ from propulsion_export.base_model.config import (
     class_names,
     read_config,
     save_config,
-    save_generation_settings,
 )
 from propulsion_export.base_model.loading import load_empty, model_class_of
 from propulsion_export.base_model.resizing import resized_rows, set_embedding_rows
-from propulsion_export.base_model.sentence_modules import copy_sentence_pipeline
-from propulsion_export.base_model.settings import write_tokenizer_settings
 from propulsion_export.base_model.tasks import TASKS, TaskName, resolve_task
-from propulsion_export.base_model.token_ids import check_token_ids
-from propulsion_export.base_model.tokenizer import copy_tokenizer, tokenizer_to_record
 from propulsion_export.environment.machine import tool_versions
 from propulsion_export.environment.progress import Progress, silent
-from propulsion_export.errors import AdapterError, UsageError
+from propulsion_export.errors import UsageError
 from propulsion_export.pipeline.base_settings import settle_
+from propulsion_export.pipeline.text_files import TextFiles
 from propulsion_export.scaling.attach import check_fits
 from propulsion_export.scaling.fold.checkpoint import fingerprint_of_checkpoint, fold_checkpoint
 from propulsion_export.scaling.fold.source import Checkpoint
@@ -80,7 +74,8 @@ def merge(
     check_not_merged(source, [read])
     config = read_config(source, trust_remote_code=trust_remote_code)
     resolved = resolve_task(task, config.architectures or (), adapter_tasks([read]))
-    sentence = sentence_source(source, resolved, [source_of(adapter)])
+    directories = {read.name: source_of(adapter)}
+    texts = TextFiles.find(source, resolved, directories, trust_remote_code=trust_remote_code)
     rows = resized_rows(
         read.name,
         read.modules,
@@ -101,22 +96,15 @@ def merge(
     check_fits(empty, read)
     untie_as_stored_(parts)
     check_untied(empty, read, untie=untie)
-    reads = tokenizer_source({read.name: Path(source_of(adapter))}, source)
-    tokenizer = tokenizer_to_record(reads, trust_remote_code=trust_remote_code)
-    if reads != source and tokenizer is not None:
-        check_token_ids(reads, tokenizer, config.to_dict(), AdapterError)
+    texts.check_tokens(config)
     wanted = None if dtype == "keep" else getattr(torch, dtype)
-    settled = settle_(empty, [read], resolved, reads, tokenizer)
+    settled = settle_(empty, [read], texts)
     progress(0.1, f"folding {read.size:,} scales into {source}{settled.note}")
     with staged_directory(output, marker=MANIFEST_FILE, force=force, inputs=inputs) as directory:
         written = fold_checkpoint(parts, read, directory, dtype=wanted, max_shard_size=shard_size)
         name = str(written).removeprefix("torch.")
         save_config(empty, directory, name)
-        copy_tokenizer(reads, directory)
-        write_tokenizer_settings(directory, settled.settings)
-        if sentence is not None:
-            copy_sentence_pipeline(sentence, directory)
-        save_generation_settings(source, resolved, directory)
+        texts.write(directory, settled.settings)
         labelled = TASKS[resolved].labelled_output is not None
         base = BaseEntry(source, fingerprint, own if labelled else None, True, settled.base)
         labels = labels_in(read, {}, base.labels, config.num_labels)

@@ -6,11 +6,8 @@ from pathlib import Path
 import torch
 
 from propulsion_export.adapters.adapter import Adapter
-from propulsion_export.adapters.head_room import labels_of
 from propulsion_export.adapters.names import BASE_NAME
-from propulsion_export.adapters.own_tokenizer import tokenizer_source
 from propulsion_export.adapters.provenance import adapter_tasks, base_source, check_base
-from propulsion_export.adapters.sentence_source import sentence_source
 from propulsion_export.adapters.specification import check_identity, read_adapters, source_of
 from propulsion_export.artifacts.artifact import Artifact
 from propulsion_export.artifacts.bank import Bank
@@ -27,20 +24,14 @@ from propulsion_export.artifacts.manifest import (
 )
 from propulsion_export.artifacts.merged_base import check_not_merged
 from propulsion_export.artifacts.staging import check_replaceable, staged_directory
-from propulsion_export.base_model.config import read_config, save_config, save_generation_settings
-from propulsion_export.base_model.loading import BaseModel, load_base, model_class_of
+from propulsion_export.base_model.config import read_config, save_config
+from propulsion_export.base_model.loading import BaseModel
 from propulsion_export.base_model.model_fingerprint import fingerprint_of_model
-from propulsion_export.base_model.model_inputs import check_inputs
-from propulsion_export.base_model.recorded_tokenizer import record_tokenizer
-from propulsion_export.base_model.resizing import resize_embeddings_, resized_rows
-from propulsion_export.base_model.sentence_modules import copy_sentence_pipeline
-from propulsion_export.base_model.settings import ProblemType, write_tokenizer_settings
-from propulsion_export.base_model.tasks import TASKS, TaskName, resolve_task
-from propulsion_export.base_model.token_ids import check_token_ids
-from propulsion_export.base_model.tokenizer import copy_tokenizer, tokenizer_to_record
+from propulsion_export.base_model.settings import ProblemType
+from propulsion_export.base_model.tasks import TaskName, resolve_task
 from propulsion_export.environment.machine import tool_versions
 from propulsion_export.environment.progress import Progress, silent
-from propulsion_export.errors import AdapterError, UsageError
+from propulsion_export.errors import UsageError
 from propulsion_export.graph.build import (
     ExportedGraphs,
     build_bank,
@@ -51,11 +42,11 @@ from propulsion_export.graph.build import (
 from propulsion_export.graph.files import write_graphs
 from propulsion_export.graph.sample_outputs import check_computable
 from propulsion_export.graph.signature import signature
-from propulsion_export.graph.slots import SlotOptions, head_parameters, slots_for
+from propulsion_export.graph.slots import SlotOptions, slots_for
+from propulsion_export.pipeline.base_room import load_with_room, resize_
 from propulsion_export.pipeline.base_settings import settle_
 from propulsion_export.pipeline.mode_options import check_mode_options
-
-DEFAULT_MAX_LABELS = 16
+from propulsion_export.pipeline.text_files import TextFiles
 
 
 def export_onnx(
@@ -113,22 +104,20 @@ def export_onnx(
     check_replaceable(output, marker=MANIFEST_FILE, force=force, inputs=inputs)
     check_not_merged(source, adapters)
     progress(0.05, f"loading {source}")
-    reads = _tokenizer_source(adapters, adapter, source)
-    tokenizer = tokenizer_to_record(reads, trust_remote_code=trust_remote_code)
-    base = _load(source, task, adapters, mode, slots, trust_remote_code=trust_remote_code)
-    sentence = sentence_source(source, base.task, list(map(source_of, adapter)))
+    config = read_config(source, trust_remote_code=trust_remote_code)
+    task = resolve_task(task, config.architectures or (), adapter_tasks(adapters))
+    directories = dict(zip((read.name for read in adapters), map(source_of, adapter), strict=True))
+    texts = TextFiles.find(source, task, directories, trust_remote_code=trust_remote_code)
+    base = load_with_room(source, task, adapters, mode, slots, trust_remote_code=trust_remote_code)
     fingerprint = fingerprint_of_model(base.model)
     check_base(fingerprint, source, adapters)
-    _resize_(base, adapters, mode, trust_remote_code=trust_remote_code)
-    if tokenizer is not None:
-        check_token_ids(reads, tokenizer, base.model.config.to_dict())
+    resize_(base, adapters, mode, trust_remote_code=trust_remote_code)
+    texts.check_tokens(base.model.config)
     wanted = base.model.dtype if dtype == "keep" else getattr(torch, dtype)
     name: Dtype = str(wanted).removeprefix("torch.")  # type: ignore[assignment]
     if mode != "folded" and not allow_range:
         _check_ranges(adapters, name)
-    settled = settle_(
-        base.model, adapters, base.task, reads, tokenizer, mode=mode, own_head=base.own_head
-    )
+    settled = settle_(base.model, adapters, texts, mode=mode, own_head=base.own_head)
     check_computable(base)
     progress(0.2, f"tracing {type(base.model).__name__} in {name}{settled.note}")
     filled = adapters or _slots(base, mode, slots)
@@ -141,50 +130,11 @@ def export_onnx(
         classes = [labels_in(read, graphs.layout, labels, room) for read in adapters]
         entries = _entries(adapters, adapter, graphs.mode, classes, settled.adapters)
         _write(graphs, base, directory, name, entries)
-        copy_tokenizer(reads, directory)
-        write_tokenizer_settings(directory, settled.settings)
-        if reads != source or settled.settings.tokenizer:
-            tokenizer = tokenizer_to_record(str(directory), trust_remote_code=trust_remote_code)
-        record_tokenizer(tokenizer, directory)
-        if sentence is not None:
-            copy_sentence_pipeline(sentence, directory)
+        texts.write(directory, settled.settings)
+        texts.record(directory, settled.settings)
         written = Artifact.write(directory, _manifest(graphs, base, recorded, entries, name))
     progress(1.0, f"wrote {output}")
     return written.at(output)
-
-
-def _tokenizer_source(
-    adapters: Sequence[Adapter], specifications: Sequence[str | Path], base: str
-) -> str:
-    """Where the tokenizer to copy is: beside an adapter that brings its own, else at `base`."""
-    directories = {
-        read.name: Path(source_of(specification))
-        for read, specification in zip(adapters, specifications, strict=True)
-    }
-    return tokenizer_source(directories, base)
-
-
-def _resize_(
-    base: BaseModel, adapters: Sequence[Adapter], mode: Mode, *, trust_remote_code: bool
-) -> None:
-    """Give the base model as many embeddings as the adapter to fold was trained with."""
-    for adapter in adapters:
-        rows = resized_rows(
-            adapter.name,
-            adapter.modules,
-            adapter.frozen,
-            model_class_of(base.task),
-            base.model.config,
-            trust_remote_code=trust_remote_code,
-        )
-        if rows is not None and mode != "folded":
-            raise AdapterError(
-                f"adapter {adapter.name}: its embeddings were resized to {rows} rows, expected the "
-                f"base model's own with --mode {mode}",
-                remedy="Export it on its own with --mode folded.",
-            )
-        if rows is not None:
-            resize_embeddings_(base.model, rows)
 
 
 def _check_ranges(adapters: Sequence[Adapter], dtype: Dtype) -> None:
@@ -282,56 +232,6 @@ def _check_slots(options: SlotOptions, mode: Mode, adapters: Sequence[Adapter]) 
     )
 
 
-def _load(
-    source: str,
-    task: str,
-    adapters: Sequence[Adapter],
-    mode: Mode,
-    slots: SlotOptions,
-    *,
-    trust_remote_code: bool,
-) -> BaseModel:
-    """The base model with the head to fold, or with room for its own and the largest."""
-    config = read_config(source, trust_remote_code=trust_remote_code)
-    task = resolve_task(task, config.architectures or (), adapter_tasks(adapters))
-    base = load_base(source, task=task, trust_remote_code=trust_remote_code)
-    check_inputs(type(base.model), base.model.config, source, generates=TASKS[task].generates)
-    for adapter in adapters:
-        base.check_complete(adapter.modules)
-    if not adapters:
-        _make_room_for_slots_(base, mode, slots)
-        return base
-    count = labels_of(adapters, base.label_parameters)
-    if count is None:
-        return base
-    if mode == "folded" or not base.own_head:
-        same = base.own_head and count == len(base.own_labels)
-        base.make_room_(count, adapters[0].labels or (base.own_labels if same else ()))
-    else:
-        base.make_room_(max(count, len(base.own_labels)), base.own_labels)
-    return base
-
-
-def _make_room_for_slots_(base: BaseModel, mode: Mode, slots: SlotOptions) -> None:
-    """Make the head as wide as adapters to come may need; without slots it must be complete."""
-    if mode == "folded" or not base.label_parameters:
-        base.check_complete(())
-        if slots.max_labels is not None:
-            raise UsageError(
-                f"--max-labels: {base.task} has no head that counts labels",
-                remedy="Leave it out, or give another --task.",
-            )
-        return
-    base.check_complete(head_parameters(base))
-    own = base.own_labels if base.own_head else ()
-    if slots.max_labels is not None and slots.max_labels < len(own):
-        raise UsageError(
-            f"--max-labels: {slots.max_labels}, expected at least the {len(own)} labels of the "
-            "base model's own head"
-        )
-    base.make_room_(max(slots.max_labels or DEFAULT_MAX_LABELS, len(own)), own)
-
-
 def _write(
     graphs: ExportedGraphs,
     base: BaseModel,
@@ -339,10 +239,9 @@ def _write(
     dtype: str,
     entries: dict[str, AdapterEntry],
 ) -> None:
-    """Everything in an artifact's directory but its manifest and tokenizer."""
+    """Everything in an artifact's directory but its manifest and what reads texts."""
     write_graphs(graphs.programs, directory)
     save_config(base.model, directory, dtype, for_graph=True)
-    save_generation_settings(base.source, base.task, directory)
     if graphs.mode == "bank":
         _write_bank(graphs, directory, entries)
     else:

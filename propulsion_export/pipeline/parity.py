@@ -14,7 +14,7 @@ from propulsion_export.artifacts.layout import labels_in
 from propulsion_export.artifacts.staging import check_replaceable, staged_directory
 from propulsion_export.artifacts.tensor_names import LOGITS
 from propulsion_export.base_model.loading import BaseModel
-from propulsion_export.base_model.sentence_files import read_sentence_pipeline
+from propulsion_export.base_model.sentences.files import read_sentence_pipeline
 from propulsion_export.base_model.tasks import TASKS
 from propulsion_export.environment.machine import tool_versions
 from propulsion_export.environment.progress import Progress, silent

@@ -7,7 +7,7 @@ from typing import Any
 from propulsion_export.artifacts.artifact import Artifact
 from propulsion_export.base_model.generation_settings import GenerationSettings
 from propulsion_export.base_model.tasks import TASKS
-from propulsion_export.base_model.words import joined
+from propulsion_export.base_model.tokenizer.words import joined
 from propulsion_export.data.texts import read_texts
 from propulsion_export.errors import ArtifactError, UsageError
 from propulsion_export.serving.generation import DEFAULT_NEW_TOKENS, OnText, Settings

@@ -16,12 +16,12 @@ from propulsion_export.base_model.positions import as_config, longest_input
 from propulsion_export.base_model.rope_switch import rope_switches
 from propulsion_export.base_model.special_tokens import SpecialTokens
 from propulsion_export.base_model.tasks import TASKS
-from propulsion_export.base_model.token_ids import (
+from propulsion_export.base_model.tokenizer.reading import read_serving_tokenizer
+from propulsion_export.base_model.tokenizer.token_ids import (
     check_encoded,
     check_token_ids,
     embedding_rows,
 )
-from propulsion_export.base_model.tokenizer import read_serving_tokenizer
 from propulsion_export.errors import ArtifactError, UsageError
 from propulsion_export.runners.decoding import (
     Choose,

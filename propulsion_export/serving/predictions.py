@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 
 from propulsion_export.artifacts.artifact import Tensors
-from propulsion_export.base_model.sentence_pipeline import MEAN
-from propulsion_export.base_model.sentence_texts import SentenceTexts
+from propulsion_export.base_model.sentences.pipeline import MEAN
+from propulsion_export.base_model.sentences.texts import SentenceTexts
 from propulsion_export.base_model.settings import ProblemType
 from propulsion_export.base_model.tasks import TASKS
-from propulsion_export.base_model.words import first_tokens, words_of
+from propulsion_export.base_model.tokenizer.words import first_tokens, words_of
 
 NO_PIPELINE = "the base has no sentence pipeline: mean over the tokens"
 

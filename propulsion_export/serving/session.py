@@ -20,7 +20,7 @@ from propulsion_export.base_model.model_inputs import extra_inputs
 from propulsion_export.base_model.positions import as_config
 from propulsion_export.base_model.rope_switch import rope_switches
 from propulsion_export.base_model.tasks import TASKS
-from propulsion_export.base_model.words import joined
+from propulsion_export.base_model.tokenizer.words import joined
 from propulsion_export.environment.paths import user_path
 from propulsion_export.errors import UnknownAdapterError, UsageError
 from propulsion_export.runners.decoding import recomputing

@@ -17,20 +17,20 @@ from propulsion_export.base_model.model_inputs import (
 )
 from propulsion_export.base_model.positions import as_config, longest_input
 from propulsion_export.base_model.rope_switch import rope_switches, side_of
-from propulsion_export.base_model.sentence_texts import SentenceTexts, open_sentence_texts
+from propulsion_export.base_model.sentences.texts import SentenceTexts, open_sentence_texts
 from propulsion_export.base_model.settings import ProblemType
 from propulsion_export.base_model.tasks import TASKS
-from propulsion_export.base_model.token_ids import (
-    check_encoded,
-    check_token_ids,
-    embedding_rows,
-)
-from propulsion_export.base_model.tokenizer import (
+from propulsion_export.base_model.tokenizer.reading import (
     encode_texts,
     read_serving_tokenizer,
     tensors_of,
 )
-from propulsion_export.base_model.words import joined
+from propulsion_export.base_model.tokenizer.token_ids import (
+    check_encoded,
+    check_token_ids,
+    embedding_rows,
+)
+from propulsion_export.base_model.tokenizer.words import joined
 from propulsion_export.errors import ArtifactError, UsageError
 from propulsion_export.runners.switching import feeds_of_rows
 from propulsion_export.serving.predictions import Outcome, predict_row

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from propulsion_export.base_model.words import first_tokens, joined
+from propulsion_export.base_model.tokenizer.words import first_tokens, joined
 from propulsion_export.training.data import Example
 
 IGNORED = -100  # the class number that torch's cross-entropy skips

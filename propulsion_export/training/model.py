@@ -30,8 +30,8 @@ from propulsion_export.base_model.settings import (
     settings_for_batches,
     with_prefix_space,
 )
-from propulsion_export.base_model.token_ids import check_token_ids
-from propulsion_export.base_model.tokenizer import read_tokenizer
+from propulsion_export.base_model.tokenizer.reading import read_tokenizer
+from propulsion_export.base_model.tokenizer.token_ids import check_token_ids
 from propulsion_export.environment.paths import user_path
 from propulsion_export.environment.permissions import check_permission
 from propulsion_export.errors import BaseModelError, UsageError, first_line

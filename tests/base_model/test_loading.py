@@ -11,7 +11,7 @@ import transformers
 from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.base_model import config as config_file
 from propulsion_export.base_model import loading as base
-from propulsion_export.base_model.tokenizer import copy_tokenizer, read_tokenizer
+from propulsion_export.base_model.tokenizer.reading import copy_tokenizer, read_tokenizer
 from propulsion_export.errors import BaseModelError
 
 LABELS = ("no", "yes", "maybe")

@@ -11,7 +11,7 @@ from transformers import (
     T5Config,
 )
 
-from propulsion_export.base_model.tokenizer import text_inputs
+from propulsion_export.base_model.tokenizer.reading import text_inputs
 from propulsion_export.graph.sample_inputs import (
     input_names,
     padded_left,

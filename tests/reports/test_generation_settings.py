@@ -17,7 +17,7 @@ from propulsion_export.base_model.generation_settings import (
     GenerationSettings,
     first_decoder_token,
 )
-from propulsion_export.base_model.tokenizer import read_serving_tokenizer
+from propulsion_export.base_model.tokenizer.reading import read_serving_tokenizer
 from propulsion_export.cli import main
 from propulsion_export.errors import ArtifactError
 from propulsion_export.pipeline.run import predict

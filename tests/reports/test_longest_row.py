@@ -114,7 +114,7 @@ def _generated(directory, text):
 
 
 def _lengths(directory):
-    from propulsion_export.base_model.tokenizer import read_serving_tokenizer
+    from propulsion_export.base_model.tokenizer.reading import read_serving_tokenizer
 
     return [len(read_serving_tokenizer(directory)(text)["input_ids"]) for text in TEXTS]
 

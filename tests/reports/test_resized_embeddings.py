@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.artifacts.changing import add_adapter
-from propulsion_export.base_model.tokenizer import read_tokenizer
+from propulsion_export.base_model.tokenizer.reading import read_tokenizer
 from propulsion_export.errors import AdapterError
 from propulsion_export.pipeline.merge import merge
 from propulsion_export.pipeline.onnx import export_onnx

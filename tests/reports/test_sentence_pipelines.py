@@ -21,8 +21,8 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.artifacts.artifact import Artifact
 from propulsion_export.artifacts.changing import add_adapter
-from propulsion_export.base_model.sentence_files import read_sentence_pipeline
-from propulsion_export.base_model.sentence_modules import copy_sentence_pipeline
+from propulsion_export.base_model.sentences.files import read_sentence_pipeline
+from propulsion_export.base_model.sentences.modules import copy_sentence_pipeline
 from propulsion_export.errors import AdapterError, BaseModelError
 from propulsion_export.pipeline.merge import merge
 from propulsion_export.pipeline.onnx import export_onnx

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from propulsion_export.base_model.fast_tokenizer import FastTokenizer
+from propulsion_export.base_model.tokenizer.fast import FastTokenizer
 from propulsion_export.pipeline.merge import merge
 from propulsion_export.serving.generation import Settings
 from propulsion_export.serving.session import Session

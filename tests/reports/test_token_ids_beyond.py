@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from propulsion_export.artifacts.artifact import Artifact
-from propulsion_export.base_model.token_ids import check_token_ids, embedding_rows
+from propulsion_export.base_model.tokenizer.token_ids import check_token_ids, embedding_rows
 from propulsion_export.errors import ArtifactError, BaseModelError, UsageError
 from propulsion_export.serving.session import Session
 

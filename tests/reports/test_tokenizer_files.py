@@ -9,8 +9,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from propulsion_export.base_model import tokenizer_files
-from propulsion_export.base_model.tokenizer import (
+from propulsion_export.base_model.tokenizer import files as tokenizer_files
+from propulsion_export.base_model.tokenizer.reading import (
     copy_tokenizer,
     read_serving_tokenizer,
     read_tokenizer,
@@ -225,7 +225,7 @@ def test_package_that_is_not_installed_is_named(kind, package, pieces, tmp_path)
         "hidden = lambda name, *rest: None if name == sys.argv[2] else real(name, *rest)\n"
         "util.find_spec = hidden\n"
         "sys.meta_path.insert(0, Hidden())\n"
-        "from propulsion_export.base_model.tokenizer import read_tokenizer\n"
+        "from propulsion_export.base_model.tokenizer.reading import read_tokenizer\n"
         "from propulsion_export.errors import UnavailableError\n"
         "try:\n    read_tokenizer(sys.argv[1])\n"
         "except UnavailableError as error:\n    print(error)\n"

@@ -22,7 +22,7 @@ from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.artifacts.artifact import Artifact
 from propulsion_export.artifacts.changing import add_adapter
 from propulsion_export.base_model.settings import settings_for_batches
-from propulsion_export.base_model.tokenizer import read_serving_tokenizer
+from propulsion_export.base_model.tokenizer.reading import read_serving_tokenizer
 from propulsion_export.errors import AdapterError, BaseModelError
 from propulsion_export.pipeline.merge import merge
 from propulsion_export.pipeline.onnx import export_onnx

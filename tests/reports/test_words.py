@@ -15,9 +15,9 @@ import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers.trainers import BpeTrainer
 
-from propulsion_export.base_model.fast_tokenizer import FastTokenizer
-from propulsion_export.base_model.tokenizer import read_tokenizer
-from propulsion_export.base_model.words import first_tokens, joined, words_of
+from propulsion_export.base_model.tokenizer.fast import FastTokenizer
+from propulsion_export.base_model.tokenizer.reading import read_tokenizer
+from propulsion_export.base_model.tokenizer.words import first_tokens, joined, words_of
 from propulsion_export.data.texts import read_texts
 from propulsion_export.errors import BaseModelError, DataError, UsageError
 from propulsion_export.pipeline.onnx import export_onnx

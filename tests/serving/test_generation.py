@@ -9,7 +9,7 @@ import pytest
 from worlds import World
 
 from propulsion_export.adapters.adapter import Adapter
-from propulsion_export.base_model.tokenizer import read_serving_tokenizer
+from propulsion_export.base_model.tokenizer.reading import read_serving_tokenizer
 from propulsion_export.cli import main
 from propulsion_export.errors import UnknownAdapterError, UsageError
 from propulsion_export.pipeline.run import predict

@@ -7,7 +7,7 @@ from safetensors.numpy import load_file, save_file
 from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.artifacts.artifact import Artifact
 from propulsion_export.artifacts.changing import remove_adapter
-from propulsion_export.base_model.tokenizer import read_tokenizer
+from propulsion_export.base_model.tokenizer.reading import read_tokenizer
 from propulsion_export.errors import ArtifactError, UnknownAdapterError, UsageError
 from propulsion_export.pipeline.run import predict
 from propulsion_export.serving import session

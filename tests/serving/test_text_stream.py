@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from propulsion_export.base_model.fast_tokenizer import FastTokenizer
+from propulsion_export.base_model.tokenizer.fast import FastTokenizer
 from propulsion_export.serving.text_stream import TextStream
 
 TEXTS = ["Grüße aus Köln! 👋🏽 Wie geht's?", "日本語 and\n\n  indented", "a  b   c", "x\ufffdy"]

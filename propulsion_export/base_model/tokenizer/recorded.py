@@ -9,8 +9,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from propulsion_export.base_model.fast_tokenizer import FastTokenizer, read_fast_tokenizer
-from propulsion_export.base_model.tokenizer_classes import NAMED
+from propulsion_export.base_model.tokenizer.classes import NAMED
+from propulsion_export.base_model.tokenizer.fast import FastTokenizer, read_fast_tokenizer
 from propulsion_export.errors import ArtifactError
 
 RECORD_FILE = "serving_tokenizer.json"

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from propulsion_export.base_model.config import read_settings_file
-from propulsion_export.base_model.sentence_modules import (
+from propulsion_export.base_model.sentences.modules import (
     PICKLED_FILE,
     SETTINGS_FILE,
     TRANSFORMER_FILES,
@@ -16,7 +16,7 @@ from propulsion_export.base_model.sentence_modules import (
     find_in,
     list_modules,
 )
-from propulsion_export.base_model.sentence_pipeline import (
+from propulsion_export.base_model.sentences.pipeline import (
     ACTIVATIONS,
     MODES,
     SENTENCE,

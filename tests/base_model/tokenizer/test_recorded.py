@@ -7,12 +7,12 @@ import pytest
 import transformers
 from tokenizers import pre_tokenizers
 
-from propulsion_export.base_model.recorded_tokenizer import (
+from propulsion_export.base_model.tokenizer.reading import encode_texts, read_serving_tokenizer
+from propulsion_export.base_model.tokenizer.recorded import (
     RECORD_FILE,
     read_recorded_tokenizer,
     record_tokenizer,
 )
-from propulsion_export.base_model.tokenizer import encode_texts, read_serving_tokenizer
 from propulsion_export.errors import ArtifactError
 
 TEXTS = ["the cat", "", "  two  spaces", "caf\u00e9 \u2603 \U0001f600", "<s>the</s> <|endoftext|>"]

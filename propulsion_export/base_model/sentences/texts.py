@@ -7,8 +7,8 @@ from typing import Any
 
 from propulsion_export.base_model.config import read_settings
 from propulsion_export.base_model.positions import as_config, longest_input
-from propulsion_export.base_model.sentence_files import read_sentence_pipeline
-from propulsion_export.base_model.sentence_pipeline import Array, SentencePipeline
+from propulsion_export.base_model.sentences.files import read_sentence_pipeline
+from propulsion_export.base_model.sentences.pipeline import Array, SentencePipeline
 from propulsion_export.errors import UsageError
 
 

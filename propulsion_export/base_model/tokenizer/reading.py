@@ -10,17 +10,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from propulsion_export.base_model.fast_tokenizer import read_fast_tokenizer
 from propulsion_export.base_model.model_inputs import ZERO_FOR_TEXTS
-from propulsion_export.base_model.recorded_tokenizer import read_recorded_tokenizer
-from propulsion_export.base_model.tokenizer_errors import (
+from propulsion_export.base_model.tokenizer.fast import read_fast_tokenizer
+from propulsion_export.base_model.tokenizer.files import tokenizer_files
+from propulsion_export.base_model.tokenizer.recorded import read_recorded_tokenizer
+from propulsion_export.base_model.tokenizer.unreadable import (
     OwnCodeError,
     lacks_vocabulary,
     missing_files,
     needs_packages,
     why_unreadable,
 )
-from propulsion_export.base_model.tokenizer_files import tokenizer_files
 from propulsion_export.environment.quiet import quiet
 from propulsion_export.errors import ArtifactError, BaseModelError, UnavailableError
 

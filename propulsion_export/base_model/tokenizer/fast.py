@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from propulsion_export.base_model.config import read_settings_file
-from propulsion_export.base_model.tokenizer_classes import NAMED, PARTS, fits
+from propulsion_export.base_model.tokenizer.classes import NAMED, PARTS, fits
 from propulsion_export.errors import UsageError
 
 if TYPE_CHECKING:

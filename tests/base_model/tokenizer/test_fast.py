@@ -12,12 +12,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer
 from transformers.models.auto import tokenization_auto
 
-from propulsion_export.base_model.fast_tokenizer import (
+from propulsion_export.base_model.tokenizer.fast import (
     OWN_CLASS,
     FastTokenizer,
     read_fast_tokenizer,
 )
-from propulsion_export.base_model.tokenizer import (
+from propulsion_export.base_model.tokenizer.reading import (
     encode_texts,
     read_serving_tokenizer,
     read_tokenizer,

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from propulsion_export.base_model.tokenizer_files import (
+from propulsion_export.base_model.tokenizer.files import (
     CONVERTED,
     TOKENIZER_CONFIG,
     class_called,

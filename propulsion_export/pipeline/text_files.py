@@ -1,0 +1,95 @@
+"""The files of an artifact that say how texts are read: tokenizer, pooling, generation settings."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from propulsion_export.adapters.own_tokenizer import tokenizer_source
+from propulsion_export.adapters.sentence_source import sentence_source
+from propulsion_export.base_model.config import save_generation_settings
+from propulsion_export.base_model.sentences.modules import copy_sentence_pipeline
+from propulsion_export.base_model.settings import Settings, write_tokenizer_settings
+from propulsion_export.base_model.tokenizer.reading import copy_tokenizer, tokenizer_to_record
+from propulsion_export.base_model.tokenizer.recorded import record_tokenizer
+from propulsion_export.base_model.tokenizer.token_ids import check_token_ids
+from propulsion_export.errors import AdapterError, BaseModelError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+@dataclass(frozen=True)
+class TextFiles:
+    """Where the files come from: the base model, or an adapter that brings its own.
+
+    Attributes:
+        base: path or name of the base model.
+        task: one of `TASKS`.
+        tokenizer_source: path or name of what the tokenizer is read from.
+        tokenizer: as transformers loads it; None where it cannot be loaded here, or there is none.
+        sentence_source: path or name of what the sentence pipeline is read from; None without one.
+        trust_remote_code: whether a tokenizer's own code may run.
+    """
+
+    base: str
+    task: str
+    tokenizer_source: str
+    tokenizer: Any | None
+    sentence_source: str | None
+    trust_remote_code: bool
+
+    @classmethod
+    def find(
+        cls, base: str, task: str, adapters: Mapping[str, str], *, trust_remote_code: bool
+    ) -> Self:
+        """Find and read them.
+
+        Args:
+            base: path or name of the base model.
+            task: one of `TASKS`.
+            adapters: the adapters' directories by name.
+            trust_remote_code: run a tokenizer's own code.
+
+        Raises:
+            AdapterError: the adapters need different tokenizers or sentence pipelines.
+            BaseModelError: a tokenizer or sentence pipeline cannot be read.
+        """
+        source = tokenizer_source({name: Path(each) for name, each in adapters.items()}, base)
+        return cls(
+            base=base,
+            task=task,
+            tokenizer_source=source,
+            tokenizer=tokenizer_to_record(source, trust_remote_code=trust_remote_code),
+            sentence_source=sentence_source(base, task, list(adapters.values())),
+            trust_remote_code=trust_remote_code,
+        )
+
+    def check_tokens(self, config: "PretrainedConfig") -> None:
+        """Refuse a tokenizer with tokens beyond the model's embedding.
+
+        Raises:
+            AdapterError: an adapter's tokenizer has such tokens.
+            BaseModelError: the base model's tokenizer has.
+        """
+        if self.tokenizer is None:
+            return
+        error = BaseModelError if self.tokenizer_source == self.base else AdapterError
+        check_token_ids(self.tokenizer_source, self.tokenizer, config.to_dict(), error)
+
+    def write(self, directory: Path, settings: Settings) -> None:
+        """Copy them into an artifact's directory, with the settings that differ from the files."""
+        copy_tokenizer(self.tokenizer_source, directory)
+        write_tokenizer_settings(directory, settings)
+        if self.sentence_source is not None:
+            copy_sentence_pipeline(self.sentence_source, directory)
+        save_generation_settings(self.base, self.task, directory)
+
+    def record(self, directory: Path, settings: Settings) -> None:
+        """Record the tokenizer for serving without transformers, in a directory written before."""
+        tokenizer = self.tokenizer
+        # The settings, and the class that config.json names, may make it another one.
+        if settings.tokenizer or self.tokenizer_source != self.base:
+            trust = self.trust_remote_code
+            tokenizer = tokenizer_to_record(str(directory), trust_remote_code=trust)
+        record_tokenizer(tokenizer, directory)
