@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from propulsion_export.pipeline.run import predict
     from propulsion_export.pipeline.trt import build_engine
     from propulsion_export.serving.generation import Settings
-    from propulsion_export.serving.session import Reply, Session
+    from propulsion_export.serving.loaded_model import Reply
+    from propulsion_export.serving.session import Session
     from propulsion_export.serving.token_sampling import Sampling
     from propulsion_export.training import TrainOptions, train
     from propulsion_export.tuning import PropulsionConfig
@@ -33,7 +34,7 @@ _HOMES = {
     "BuildOptions": "engine.options:BuildOptions",
     "ParityReport": "parity.reports.report:ParityReport",
     "PropulsionConfig": "tuning:PropulsionConfig",
-    "Reply": "serving.session:Reply",
+    "Reply": "serving.loaded_model:Reply",
     "Sampling": "serving.token_sampling:Sampling",
     "Session": "serving.session:Session",
     "Settings": "serving.generation:Settings",

@@ -1,7 +1,7 @@
 """Load a base model for a task, and refuse weights that are random because none are stored."""
 
 import inspect
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -206,11 +206,12 @@ def load_model(
         constructor: arguments of the model's class.
 
     Returns:
-        The model, and the names of parameters that the checkpoint lacks or has in another shape;
-        their values are random.
+        The model, and the names of parameters that the checkpoint lacks, or of its head that it has
+        in another shape; their values are random.
 
     Raises:
-        BaseModelError: the checkpoint cannot be loaded.
+        BaseModelError: the checkpoint cannot be loaded, or its weights have other shapes than its
+            config.json says.
     """
     try:
         with quiet():
@@ -232,8 +233,26 @@ def load_model(
             f"{source}: cannot be loaded ({first_line(error)})",
             remedy="Expected a complete transformers checkpoint in safetensors.",
         ) from error
+    _refuse_other_shapes(source, model, info["mismatched_keys"])
     mismatched = {entry[0] for entry in info["mismatched_keys"]}
     return model, (set(info["missing_keys"]) - recomputed_parameters(model)) | mismatched
+
+
+def _refuse_other_shapes(
+    source: str, model: PreTrainedModel, mismatched: Iterable[tuple[str, Any, Any]]
+) -> None:
+    """Refuse parameters inside the base model in another shape; a head may be for other labels."""
+    prefix = f"{model.base_model_prefix}." if hasattr(model, model.base_model_prefix) else ""
+    wrong = [
+        f"{source}: {name} has the shape {list(stored)}, expected {list(expected)} by config.json"
+        for name, stored, expected in mismatched
+        if name.startswith(prefix)
+    ]
+    if wrong:
+        raise BaseModelError(
+            *wrong,
+            remedy="Were its embeddings resized? Save the model with its config.json.",
+        )
 
 
 def _may_drop_pooler(model: PreTrainedModel) -> bool:

@@ -11,8 +11,9 @@ from propulsion_export.base_model.tokenizer.words import joined
 from propulsion_export.data.texts import read_texts
 from propulsion_export.errors import ArtifactError, UsageError
 from propulsion_export.serving.generation import DEFAULT_NEW_TOKENS, OnText, Settings
+from propulsion_export.serving.loaded_model import Reply
 from propulsion_export.serving.requests import contexts_for, one_each
-from propulsion_export.serving.session import Reply, Session
+from propulsion_export.serving.session import Session
 from propulsion_export.serving.token_sampling import Sampling
 
 _OF_SAMPLING = ("temperature", "top_k", "top_p")

@@ -3,33 +3,21 @@
 import os
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from propulsion_export.artifacts.artifact import Artifact, Tensors
+from propulsion_export.artifacts.artifact import Artifact
 from propulsion_export.artifacts.changing import add_adapter, remove_adapter
 from propulsion_export.artifacts.consistency import check_consistent
 from propulsion_export.artifacts.locking import shared_lock
-from propulsion_export.artifacts.tensor_names import BANK_INPUT, IDS_INPUT, PACKED_INPUTS
-from propulsion_export.base_model.config import read_settings
-from propulsion_export.base_model.generation_settings import GenerationSettings
-from propulsion_export.base_model.model_inputs import extra_inputs
-from propulsion_export.base_model.positions import as_config
-from propulsion_export.base_model.rope_switch import rope_switches
-from propulsion_export.base_model.tasks import TASKS
-from propulsion_export.base_model.tokenizer.words import joined
 from propulsion_export.environment.paths import user_path
 from propulsion_export.errors import UnknownAdapterError, UsageError
-from propulsion_export.runners.decoding import recomputing
-from propulsion_export.runners.opening import choose_runner, open_candidate, place_for
-from propulsion_export.serving.generation import Settings, Writer, open_writer
+from propulsion_export.runners.opening import choose_runner, place_for
+from propulsion_export.serving.generation import Settings
+from propulsion_export.serving.loaded_model import LoadedModel, Reply
 from propulsion_export.serving.requests import (
     Inputs,
-    Text,
-    as_given,
     check_texts,
     contexts_for,
     count_rows,
@@ -37,43 +25,12 @@ from propulsion_export.serving.requests import (
 )
 from propulsion_export.serving.roster import (
     BankRoster,
-    Choice,
     Group,
     PackedRoster,
     Roster,
 )
-from propulsion_export.serving.sides import check_sides, run_by_side
-from propulsion_export.serving.texts import Reader, open_reader
 
 _ROWS = 32  # most rows of a batch: what an engine takes by default
-
-
-@dataclass(frozen=True)
-class Reply:
-    """The outputs and the prediction for one row.
-
-    Attributes:
-        adapter: the name of the row's adapter; `base` for none.
-        version: digest of the adapter that was used; replacing an adapter changes it.
-        labels: class names, as many as there are logits; None if there are none.
-        outputs: the row's outputs by name, without the batch axis; empty for generated text.
-        prediction: the prediction for a text, as `run` prints it; None for tensors.
-    """
-
-    adapter: str
-    version: str
-    labels: tuple[str, ...] | None = None
-    outputs: Tensors = field(default_factory=dict)
-    prediction: Mapping[str, Any] | None = None
-
-    @property
-    def has_nan(self) -> bool:
-        """Whether an output is NaN or overflows to infinity: the prediction is meaningless.
-
-        Generated text stops there, and `prediction["stopped"]` is `nan`.
-        """
-        lost = self.prediction is not None and self.prediction.get("stopped") == "nan"
-        return lost or any(_is_lost(values) for values in self.outputs.values())
 
 
 class Session:
@@ -109,14 +66,9 @@ class Session:
         read = replace(read, directory=_bound(read.directory))
         check_consistent(read.directory, read.manifest)
         self._artifact = read
-        self._config = read_settings(read.directory)
         self._runner = choose_runner(read, runner)
-        extras = extra_inputs(as_config(self._config))
-        self._extras = {extra.name: extra for extra in extras}
         self._trusted = trust_remote_code
-        self._candidate = open_candidate(read, self._runner, trust_remote_code=trust_remote_code)
-        self._text: Reader | Writer | None = None
-        self._opening = threading.Lock()
+        self._model = LoadedModel(read, self._runner, trust_remote_code=trust_remote_code)
         self._place = place_for(self._runner)
         self._following = threading.Lock()
         self._process = os.getpid()
@@ -146,9 +98,7 @@ class Session:
         Raises:
             ArtifactError: the settings are damaged.
         """
-        if callable(self._candidate):
-            return {}
-        return GenerationSettings.read(self._artifact.directory).not_applied()
+        return self._model.settings_not_applied()
 
     def __call__(
         self,
@@ -179,17 +129,18 @@ class Session:
         self._check_process()
         rows = count_rows(inputs)
         if isinstance(inputs, Mapping):
-            tensors = self._tensors(inputs, context, settings)
-            check_sides(self._config, tensors, generates=not callable(self._candidate))
+            if context or settings is not None:
+                raise UsageError("context and settings go with texts, the inputs are tensors")
+            tensors = self._model.checked(inputs)
             groups = self._groups(adapter, rows, rows)
-            answers = [self._of_tensors(tensors, group) for group in groups]
+            answers = [self._model.answer_tensors(tensors, group) for group in groups]
         else:
             texts = [inputs] if isinstance(inputs, str) else list(inputs)
             check_texts(texts, self._artifact.manifest.task)
-            self._check_settings(settings)
+            self._model.check_settings(settings)
             contexts = contexts_for(self._artifact.manifest.task, context, rows)
             groups = self._groups(adapter, rows, _ROWS)
-            answers = self._of_texts(texts, contexts, groups, settings or Settings())
+            answers = self._model.answer_texts(texts, contexts, groups, settings or Settings())
         replies = {
             row: reply
             for group, answered in zip(groups, answers, strict=True)
@@ -257,100 +208,6 @@ class Session:
                 raise
         roster = self._roster
         return roster.groups(_names(adapter, rows, roster), most)
-
-    def _tensors(
-        self, inputs: Tensors, context: str | Sequence[str], settings: Settings | None
-    ) -> Tensors:
-        if context or settings is not None:
-            raise UsageError("context and settings go with texts, the inputs are tensors")
-        specs = self._artifact.manifest.inputs
-        extras = self._extras
-        if not callable(self._candidate):  # a generator makes the others itself
-            return as_given(inputs, {"input_ids", "attention_mask"}, {"decoder_input_ids"})
-        if not specs:  # a merged checkpoint
-            needed = {"input_ids", *extras}
-            return as_given(inputs, needed, {"attention_mask", "token_type_ids"}, extras)
-        names = {spec.name for spec in specs} - {*PACKED_INPUTS, BANK_INPUT, IDS_INPUT}
-        return as_given(inputs, names, set(), extras)
-
-    def _check_settings(self, settings: Settings | None) -> None:
-        if settings is not None and callable(self._candidate):
-            task = self._artifact.manifest.task
-            raise UsageError(f"settings: are for generating text, the artifact is for {task}")
-
-    def _of_tensors(self, inputs: Tensors, group: Group) -> list[Reply]:
-        run = self._candidate if callable(self._candidate) else recomputing(self._candidate)
-        rows = list(group.rows)
-        own = {name: values[rows] for name, values in inputs.items()}
-        outputs = run_by_side(run, own, group.feeds, rope_switches(self._config))
-        return [
-            self._reply(choice, {name: values[row] for name, values in outputs.items()})
-            for row, choice in enumerate(group.choices)
-        ]
-
-    def _of_texts(
-        self,
-        texts: Sequence[Text],
-        contexts: Sequence[str],
-        groups: Sequence[Group],
-        settings: Settings,
-    ) -> list[list[Reply]]:
-        text = self._open_text()
-        if isinstance(text, Reader):
-            return [self._read(text, texts, contexts, group) for group in groups]
-        # All are encoded first: one that cannot be a prompt is refused before any is answered.
-        prompts = [text.encode(joined(one), row) for row, one in enumerate(texts)]
-        return [self._write(text, prompts, group, settings) for group in groups]
-
-    def _read(
-        self, reader: Reader, texts: Sequence[Text], contexts: Sequence[str], group: Group
-    ) -> list[Reply]:
-        beside = [contexts[row] for row in group.rows if contexts]
-        labels = [choice.labels for choice in group.choices]
-        kinds = [choice.problem_type for choice in group.choices]
-        own = [texts[row] for row in group.rows]
-        answers = reader.read(own, beside, group.feeds, labels, kinds)
-        return [
-            self._reply(choice, answer.outputs, answer.prediction)
-            for choice, answer in zip(group.choices, answers, strict=True)
-        ]
-
-    def _write(
-        self, writer: Writer, prompts: Sequence[Sequence[int]], group: Group, settings: Settings
-    ) -> list[Reply]:
-        own = [prompts[row] for row in group.rows]
-        written = writer.write(own, group.rows, group.feeds, settings)
-        return [
-            Reply(choice.adapter, choice.version, prediction=prediction)
-            for choice, prediction in zip(group.choices, written, strict=True)
-        ]
-
-    def _open_text(self) -> Reader | Writer:
-        """The reader or writer, opened when the first text comes: tensors need no tokenizer."""
-        with self._opening:
-            if self._text is None:
-                model = self._candidate
-                artifact = self._artifact
-                self._text = (
-                    open_reader(artifact, model)
-                    if callable(model)
-                    else open_writer(artifact, model)
-                )
-            return self._text
-
-    def _reply(
-        self, choice: Choice, outputs: Tensors, prediction: Mapping[str, Any] | None = None
-    ) -> Reply:
-        """A reply whose logits are cut to the labels of the row's adapter; others may have more."""
-        name = TASKS[self._artifact.manifest.task].labelled_output
-        if name is not None and name in outputs and choice.labels:
-            outputs = {**outputs, name: outputs[name][..., : len(choice.labels)]}
-        return Reply(choice.adapter, choice.version, choice.labels, outputs, prediction)
-
-
-def _is_lost(values: Any) -> bool:
-    """Whether numbers are NaN, or infinite above; masks are infinite below."""
-    return bool((np.isnan(values) | np.isposinf(values)).any())
 
 
 def _open(directory: Path, runner: str, trusted: bool) -> Session:

@@ -261,3 +261,14 @@ def test_a_path_that_does_not_exist_is_told_without_asking_a_hub(source, monkeyp
 
     with pytest.raises(BaseModelError, match="does not exist, expected a directory"):
         config_file.read_config(source)
+
+
+@pytest.mark.parametrize("task", ["text-classification", "feature-extraction"])
+def test_weights_of_another_shape_inside_the_base_are_refused(task, tiny_checkpoint, tmp_path):
+    directory = shutil.copytree(tiny_checkpoint("bert", "feature-extraction"), tmp_path / "base")
+    file = directory / "config.json"
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps({**settings, "vocab_size": settings["vocab_size"] + 3}))
+
+    with pytest.raises(BaseModelError, match="word_embeddings.weight has the shape"):
+        base.load_base(str(directory), task=task)

@@ -736,7 +736,7 @@ def test_a_request_in_flight_keeps_the_bank_that_it_began_with(copied, world):
     gc.collect()
 
     assert [path.name for path in directory.glob("adapters/bank*.bin")] == ["bank-1.bin"]
-    for logits, reply in zip(before, session._of_tensors(inputs, group), strict=True):
+    for logits, reply in zip(before, session._model.answer_tensors(inputs, group), strict=True):
         np.testing.assert_array_equal(logits, reply.outputs["logits"])
     assert session(inputs, "three")[0].version == Adapter.read(world.five).digest
 
@@ -806,7 +806,8 @@ def test_one_thread_at_a_time_is_in_the_tokenizer(kind, banked, generative, monk
         def __enter__(self): ...
         def __exit__(self, *_): ...
 
-    session._text = replace(session._text, one_at_a_time=Open())
+    model = session._model
+    model._text = replace(model._text, one_at_a_time=Open())
     assert {str(e) for e in in_threads(8, lambda _: [
         session(texts, settings=settings) for _ in range(20)
     ])} == {"Already borrowed"}  # fmt: skip

@@ -1,0 +1,194 @@
+"""A loaded artifact's model: inputs and adapters of a request in, one reply per row out."""
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from propulsion_export.artifacts.artifact import Artifact, Tensors
+from propulsion_export.artifacts.tensor_names import BANK_INPUT, IDS_INPUT, PACKED_INPUTS
+from propulsion_export.base_model.config import read_settings
+from propulsion_export.base_model.generation_settings import GenerationSettings
+from propulsion_export.base_model.model_inputs import extra_inputs
+from propulsion_export.base_model.positions import as_config
+from propulsion_export.base_model.rope_switch import rope_switches
+from propulsion_export.base_model.tasks import TASKS
+from propulsion_export.base_model.tokenizer.words import joined
+from propulsion_export.errors import UsageError
+from propulsion_export.runners.decoding import recomputing
+from propulsion_export.runners.opening import open_candidate
+from propulsion_export.serving.generation import Settings, Writer, open_writer
+from propulsion_export.serving.requests import Text, as_given
+from propulsion_export.serving.roster import Choice, Group
+from propulsion_export.serving.sides import check_sides, run_by_side
+from propulsion_export.serving.texts import Reader, open_reader
+
+
+@dataclass(frozen=True)
+class Reply:
+    """The outputs and the prediction for one row.
+
+    Attributes:
+        adapter: the name of the row's adapter; `base` for none.
+        version: digest of the adapter that was used; replacing an adapter changes it.
+        labels: class names, as many as there are logits; None if there are none.
+        outputs: the row's outputs by name, without the batch axis; empty for generated text.
+        prediction: the prediction for a text, as `run` prints it; None for tensors.
+    """
+
+    adapter: str
+    version: str
+    labels: tuple[str, ...] | None = None
+    outputs: Tensors = field(default_factory=dict)
+    prediction: Mapping[str, Any] | None = None
+
+    @property
+    def has_nan(self) -> bool:
+        """Whether an output is NaN or overflows to infinity: the prediction is meaningless.
+
+        Generated text stops there, and `prediction["stopped"]` is `nan`.
+        """
+        lost = self.prediction is not None and self.prediction.get("stopped") == "nan"
+        return lost or any(_is_lost(values) for values in self.outputs.values())
+
+
+class LoadedModel:
+    """A model in its runtime; any number of threads may use it at the same time.
+
+    Args:
+        artifact: a checked artifact.
+        runner: the runtime, never `auto`.
+        trust_remote_code: run code that a merged checkpoint brings.
+
+    Raises:
+        UnavailableError: this machine cannot run it.
+    """
+
+    def __init__(self, artifact: Artifact, runner: str, *, trust_remote_code: bool) -> None:
+        self._artifact = artifact
+        self._config = read_settings(artifact.directory)
+        self._extras = {extra.name: extra for extra in extra_inputs(as_config(self._config))}
+        self._candidate = open_candidate(artifact, runner, trust_remote_code=trust_remote_code)
+        self._text: Reader | Writer | None = None
+        self._opening = threading.Lock()
+
+    def settings_not_applied(self) -> dict[str, Any]:
+        """See `Session.settings_not_applied`."""
+        if callable(self._candidate):
+            return {}
+        return GenerationSettings.read(self._artifact.directory).not_applied()
+
+    def checked(self, inputs: Tensors) -> Tensors:
+        """The model's own inputs as it takes them.
+
+        Raises:
+            UsageError: naming what is missing, unknown or of other dimensions or types, or rows
+                that cannot be computed together.
+        """
+        tensors = self._as_taken(inputs)
+        check_sides(self._config, tensors, generates=not callable(self._candidate))
+        return tensors
+
+    def _as_taken(self, inputs: Tensors) -> Tensors:
+        specs = self._artifact.manifest.inputs
+        extras = self._extras
+        if not callable(self._candidate):  # a generator makes the others itself
+            return as_given(inputs, {"input_ids", "attention_mask"}, {"decoder_input_ids"})
+        if not specs:  # a merged checkpoint
+            needed = {"input_ids", *extras}
+            return as_given(inputs, needed, {"attention_mask", "token_type_ids"}, extras)
+        names = {spec.name for spec in specs} - {*PACKED_INPUTS, BANK_INPUT, IDS_INPUT}
+        return as_given(inputs, names, set(), extras)
+
+    def check_settings(self, settings: Settings | None) -> None:
+        """Refuse settings for generating text where the model generates none.
+
+        Raises:
+            UsageError: it does not.
+        """
+        if settings is not None and callable(self._candidate):
+            task = self._artifact.manifest.task
+            raise UsageError(f"settings: are for generating text, the artifact is for {task}")
+
+    def answer_tensors(self, inputs: Tensors, group: Group) -> list[Reply]:
+        """Answer the rows of a group, given the model's inputs of all rows of the request."""
+        run = self._candidate if callable(self._candidate) else recomputing(self._candidate)
+        rows = list(group.rows)
+        own = {name: values[rows] for name, values in inputs.items()}
+        outputs = run_by_side(run, own, group.feeds, rope_switches(self._config))
+        return [
+            self._reply(choice, {name: values[row] for name, values in outputs.items()})
+            for row, choice in enumerate(group.choices)
+        ]
+
+    def answer_texts(
+        self,
+        texts: Sequence[Text],
+        contexts: Sequence[str],
+        groups: Sequence[Group],
+        settings: Settings,
+    ) -> list[list[Reply]]:
+        """Answer texts: for each group the replies to its rows.
+
+        Raises:
+            UsageError: there is no tokenizer, or a text cannot be a prompt.
+            UnavailableError: the tokenizer needs a package that is not installed.
+        """
+        text = self._open_text()
+        if isinstance(text, Reader):
+            return [self._read(text, texts, contexts, group) for group in groups]
+        # All are encoded first: one that cannot be a prompt is refused before any is answered.
+        prompts = [text.encode(joined(one), row) for row, one in enumerate(texts)]
+        return [self._write(text, prompts, group, settings) for group in groups]
+
+    def _read(
+        self, reader: Reader, texts: Sequence[Text], contexts: Sequence[str], group: Group
+    ) -> list[Reply]:
+        beside = [contexts[row] for row in group.rows if contexts]
+        labels = [choice.labels for choice in group.choices]
+        kinds = [choice.problem_type for choice in group.choices]
+        own = [texts[row] for row in group.rows]
+        answers = reader.read(own, beside, group.feeds, labels, kinds)
+        return [
+            self._reply(choice, answer.outputs, answer.prediction)
+            for choice, answer in zip(group.choices, answers, strict=True)
+        ]
+
+    def _write(
+        self, writer: Writer, prompts: Sequence[Sequence[int]], group: Group, settings: Settings
+    ) -> list[Reply]:
+        own = [prompts[row] for row in group.rows]
+        written = writer.write(own, group.rows, group.feeds, settings)
+        return [
+            Reply(choice.adapter, choice.version, prediction=prediction)
+            for choice, prediction in zip(group.choices, written, strict=True)
+        ]
+
+    def _open_text(self) -> Reader | Writer:
+        """The reader or writer, opened when the first text comes: tensors need no tokenizer."""
+        with self._opening:
+            if self._text is None:
+                model = self._candidate
+                artifact = self._artifact
+                self._text = (
+                    open_reader(artifact, model)
+                    if callable(model)
+                    else open_writer(artifact, model)
+                )
+            return self._text
+
+    def _reply(
+        self, choice: Choice, outputs: Tensors, prediction: Mapping[str, Any] | None = None
+    ) -> Reply:
+        """A reply whose logits are cut to the labels of the row's adapter; others may have more."""
+        name = TASKS[self._artifact.manifest.task].labelled_output
+        if name is not None and name in outputs and choice.labels:
+            outputs = {**outputs, name: outputs[name][..., : len(choice.labels)]}
+        return Reply(choice.adapter, choice.version, choice.labels, outputs, prediction)
+
+
+def _is_lost(values: Any) -> bool:
+    """Whether numbers are NaN, or infinite above; masks are infinite below."""
+    return bool((np.isnan(values) | np.isposinf(values)).any())
