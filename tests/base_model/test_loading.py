@@ -270,5 +270,5 @@ def test_weights_of_another_shape_inside_the_base_are_refused(task, tiny_checkpo
     settings = json.loads(file.read_text())
     file.write_text(json.dumps({**settings, "vocab_size": settings["vocab_size"] + 3}))
 
-    with pytest.raises(BaseModelError, match="word_embeddings.weight has the shape"):
+    with pytest.raises(BaseModelError, match=r"word_embeddings\.weight has the shape"):
         base.load_base(str(directory), task=task)
