@@ -1,4 +1,4 @@
-"""What happens to an artifact while it is served: threads, forks, links, replacement, any shape.
+"""What happens to an artifact while it is served: forks, links, replacement, requests of any shape.
 
 Whoever asks gets the answer that the version in the reply computes, or is told in words why not.
 """
@@ -18,11 +18,8 @@ from propulsion_export.artifacts import locking
 from propulsion_export.artifacts.artifact import Artifact
 from propulsion_export.artifacts.changing import add_adapter
 from propulsion_export.errors import ArtifactError, UsageError
-from propulsion_export.serving.generation import Settings
 from propulsion_export.serving.session import Session
 
-THREADS = 32
-TEXTS = ["ba be bi", "ko", "do re mi fa bol", "Ka ke. ki", "la ti lor", "na ne ni", "hi"]
 KINDS = ("switchable", "banked")
 
 forking = pytest.mark.filterwarnings(
@@ -35,47 +32,6 @@ def copied(switchable, banked, tmp_path):
     """`copied(kind)`: a copy that the test may change."""
     places = {"switchable": switchable, "banked": banked}
     return lambda kind: shutil.copytree(places[kind], tmp_path / kind)
-
-
-# Threads
-
-
-def in_threads(count, work):
-    """What `work(number)` returned or raised in threads that start together."""
-    found, barrier = [None] * count, threading.Barrier(count)
-
-    def run(number):
-        barrier.wait()
-        try:
-            found[number] = work(number)
-        except Exception as error:
-            found[number] = error
-
-    threads = [threading.Thread(target=run, args=(number,)) for number in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return found
-
-
-@pytest.mark.parametrize(
-    ("kind", "task"),
-    [("bert", "fill-mask"), ("bert", "token-classification"), ("t5", None), ("gpt2", None)],
-)
-def test_every_thread_of_one_session_gets_what_it_gets_alone(kind, task, exported):
-    session = Session(exported(kind, "bank", task=task))
-    settings = Settings(new_tokens=5) if kind in ("t5", "gpt2") else None
-    texts = [f"{text} [MASK]" if task == "fill-mask" else text for text in TEXTS]
-
-    def ask(number):
-        text, name = texts[number % len(texts)], ("one", "two", "base")[number % 3]
-        return [session(text, name, settings=settings)[0].prediction for _ in range(4)]
-
-    alone = [ask(number) for number in range(THREADS)]
-
-    assert in_threads(THREADS, ask) == alone
-    assert len({json.dumps(answers[0]) for answers in alone}) > 3
 
 
 # Forks
