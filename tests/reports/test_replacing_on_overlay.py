@@ -139,6 +139,7 @@ def test_an_error_meanwhile_gives_the_old_back(no_renaming, when, tmp_path, monk
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize("no_renaming", [errno.EXDEV], indirect=True)
 def test_a_kill_at_any_line_leaves_the_old_or_the_new(no_renaming, tmp_path):
     found = set()
     for count in range(10_000):

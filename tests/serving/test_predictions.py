@@ -10,7 +10,7 @@ from propulsion_export.artifacts.changing import remove_adapter
 from propulsion_export.base_model.tokenizer.reading import read_tokenizer
 from propulsion_export.errors import ArtifactError, UnknownAdapterError, UsageError
 from propulsion_export.pipeline.run import predict
-from propulsion_export.serving import session
+from propulsion_export.serving import loaded_model
 
 TEXTS = ["ba be bi", "ko", "do re mi fa bol"]
 LABELS = ("no", "yes", "maybe")
@@ -157,13 +157,13 @@ def test_many_texts_are_run_in_batches_and_predicted_as_alone(switchable, monkey
         for second in ("ko", "do re", "mi", "fa", "bol", "la")
     ]
     sizes = []
-    open_candidate = session.open_candidate
+    open_candidate = loaded_model.open_candidate
 
-    def counting(*arguments):
-        run = open_candidate(*arguments)
+    def counting(*arguments, **options):
+        run = open_candidate(*arguments, **options)
         return lambda tensors: sizes.append(len(tensors["input_ids"])) or run(tensors)
 
-    monkeypatch.setattr(session, "open_candidate", counting)
+    monkeypatch.setattr(loaded_model, "open_candidate", counting)
     together = predict(switchable, text=texts, adapter=["five"])
 
     assert sizes == [32, 10]
