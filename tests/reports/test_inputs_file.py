@@ -136,7 +136,7 @@ def test_a_file_without_one_such_column_is_refused(task, row, message, tmp_path)
         ("a.tsv", "text\n", "has the suffix '.tsv', expected one of .jsonl, .ndjson, .json, .csv"),
         ("a.txt", b"a\n\xffb", "byte 2 is not UTF-8 text"),
         ("a.txt.gz", b"a text", "cannot be read (Not a gzipped file"),
-        ("a.txt.gz", gzip.compress(b"a text")[:-9], "cannot be read (Compressed file ended"),
+        ("a.txt.gz", gzip.compress(b"a text", mtime=0)[:-9], "cannot be read (Compressed file ended"),
         ("b/a.jsonl", None, "does not exist"),
     ],
 )
