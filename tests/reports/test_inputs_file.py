@@ -19,6 +19,7 @@ from propulsion_export.training.data import Columns, read_examples
 TASK = "text-classification"
 TEXTS = ["a cat", "\u00e9t\u00e9 \u2028!", "NA"]
 ROWS = [{"text": text, "label": label} for text, label in zip(TEXTS, "xyx", strict=True)]
+CUT_SHORT = gzip.compress(b"a text", mtime=0)[:-9]
 MARK = "\ufeff"
 
 
@@ -136,7 +137,7 @@ def test_a_file_without_one_such_column_is_refused(task, row, message, tmp_path)
         ("a.tsv", "text\n", "has the suffix '.tsv', expected one of .jsonl, .ndjson, .json, .csv"),
         ("a.txt", b"a\n\xffb", "byte 2 is not UTF-8 text"),
         ("a.txt.gz", b"a text", "cannot be read (Not a gzipped file"),
-        ("a.txt.gz", gzip.compress(b"a text", mtime=0)[:-9], "cannot be read (Compressed file ended"),
+        ("a.txt.gz", CUT_SHORT, "cannot be read (Compressed file ended"),
         ("b/a.jsonl", None, "does not exist"),
     ],
 )
