@@ -17,6 +17,7 @@ import numpy.typing as npt
 from propulsion_export.adapters.names import BASE_NAME
 from propulsion_export.artifacts.bank import Bank, check_row, is_bank_file
 from propulsion_export.artifacts.file_names import (
+    ADAPTERS,
     BASE_FEEDS,
     ENCODER_DECODER_FILES,
     ENGINE_FILE,
@@ -232,7 +233,9 @@ def _check_files(directory: Path, manifest: Manifest) -> None:
             *(f"{directory / name}: has no digest in the manifest" for name in unrecorded),
             remedy="Copy the whole directory again, or export again.",
         )
-    refuse_pointers((directory / name for name in manifest.files), ArtifactError)
+    files = [directory / name for name in manifest.files]
+    in_bank = sorted((directory / ADAPTERS).glob("*")) if manifest.mode == "bank" else []
+    refuse_pointers([*files, *in_bank], ArtifactError)
     changed = [
         f"{directory / name}: its content is not what the manifest recorded"
         for name, digest in manifest.files.items()

@@ -117,6 +117,8 @@ def _differing(
     for name in sorted(recorded.keys() & found.keys()):
         for ours, theirs in zip(recorded[name], found[name], strict=True):
             # The comparison is false for NaN and infinity, which count as a difference.
+            if not math.isfinite(theirs):
+                return f"{name} holds {theirs}, expected finite weights"
             largest = max(abs(ours), abs(theirs))
             if not abs(ours - theirs) <= relative * largest + absolute < math.inf:
                 return f"{name} holds {theirs:.6g} where {ours:.6g} was recorded"

@@ -110,6 +110,7 @@ def load_base(
         BaseModelError: the checkpoint cannot be loaded.
     """
     config = read_config(source, trust_remote_code=trust_remote_code)
+    _refuse_halves(config, task)
     model_class = model_class_of(task)
     model, missing = load_model(
         model_class, source, config, dtype=dtype, trust_remote_code=trust_remote_code
@@ -137,6 +138,16 @@ def load_base(
     )
 
 
+def _refuse_halves(config: PretrainedConfig, task: str) -> None:
+    """Refuse the encoder of an encoder-decoder, which the auto class would load with a decoder."""
+    whole = getattr(transformers.AutoModel._model_mapping.get(type(config), None), "__name__", None)
+    halves = [name for name in config.architectures or () if name.endswith("EncoderModel")]
+    if halves and whole not in (None, *halves) and TASKS[task].prediction == "embedding":
+        raise BaseModelError(
+            f"{config.name_or_path}: is a {halves[0]}, a part of {whole}, expected the whole model"
+        )
+
+
 def load_empty(
     config: PretrainedConfig,
     task: str,
@@ -155,6 +166,7 @@ def load_empty(
         labels: the adapter's class names.
         trust_remote_code: run code that the checkpoint brings.
     """
+    _refuse_halves(config, task)
     model_class = model_class_of(task)
     growing = label_parameters(model_class, config, task, trust_remote_code=trust_remote_code)
     count = next((v.shape[0] for name, v in head.items() if name in growing), None)

@@ -14,6 +14,7 @@ from propulsion_export.data.rows import (
     wrong_text,
     wrong_words,
 )
+from propulsion_export.environment.hub_files import refuse_pointers
 from propulsion_export.errors import DataError
 
 
@@ -27,6 +28,7 @@ def read_texts(file: Path, task: str) -> list[str | list[str]]:
         DataError: the file is missing, empty or damaged; it has neither column, or both; a row has
             no text.
     """
+    refuse_pointers([file], DataError)
     rows = list(read_file(file) if file.suffix else read_lines(file))
     if not rows:
         raise DataError(f"{file}: is empty, expected at least one text")

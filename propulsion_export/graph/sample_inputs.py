@@ -8,6 +8,7 @@ from transformers import PretrainedConfig
 
 from propulsion_export.artifacts.artifact import Tensors
 from propulsion_export.base_model.model_inputs import extra_inputs
+from propulsion_export.errors import BaseModelError
 
 TRACED_ROWS = 3  # rows of the batch that a model is traced with
 
@@ -48,7 +49,22 @@ def padding_token(config: PretrainedConfig) -> int:
     """The token at positions that the attention mask hides: padding if the vocabulary has it."""
     token = config.pad_token_id
     # Some configurations say -1, or name a token that the embedding has no row for.
-    return token if token is not None and 0 <= token < config.vocab_size else 0
+    return token if token is not None and 0 <= token < vocabulary_size(config) else 0
+
+
+def vocabulary_size(config: PretrainedConfig) -> int:
+    """How many tokens a model has.
+
+    Raises:
+        BaseModelError: it has none: it reads characters by their code points.
+    """
+    size = getattr(config, "vocab_size", None)
+    if not isinstance(size, int):
+        raise BaseModelError(
+            f"{type(config).__name__}: has no vocab_size, expected a model that reads tokens",
+            remedy="merge takes it; run the merged checkpoint.",
+        )
+    return size
 
 
 def random_batch(
@@ -65,7 +81,8 @@ def random_batch(
     mask = (np.arange(shape[1]) < np.array(lengths)[:, None]).astype(np.int64)
     padding = padding_token(config)
     # Neither padding, wherever it stands, nor the first entries, special tokens in most models.
-    tokens = chooser.integers(config.vocab_size // 20, config.vocab_size - 1, shape)
+    size = vocabulary_size(config)
+    tokens = chooser.integers(size // 20, size - 1, shape)
     tokens += tokens >= padding
     tensors = {
         "input_ids": np.where(mask == 1, tokens, padding).astype(np.int64),

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.adapters.head_room import labels_of
 from propulsion_export.artifacts.manifest import Mode
+from propulsion_export.base_model.block_attention import check_one_attention
 from propulsion_export.base_model.loading import BaseModel, load_base, model_class_of
 from propulsion_export.base_model.model_inputs import check_inputs
 from propulsion_export.base_model.resizing import resize_embeddings_, resized_rows
@@ -39,6 +40,7 @@ def load_with_room(
         UsageError: the options for slots do not fit its head.
     """
     base = load_base(source, task=task, trust_remote_code=trust_remote_code)
+    check_one_attention(base.model.config, source)
     check_inputs(type(base.model), base.model.config, source, generates=TASKS[task].generates)
     for adapter in adapters:
         base.check_complete(adapter.modules)

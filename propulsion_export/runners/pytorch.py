@@ -12,6 +12,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from propulsion_export.artifacts.artifact import Artifact, Runner, Tensors
 from propulsion_export.artifacts.tensor_names import LOGITS, PAST, PRESENT
+from propulsion_export.base_model.block_attention import check_one_attention
 from propulsion_export.base_model.caches import check_cache
 from propulsion_export.base_model.eos_pooling import check_eos, pools_at_eos
 from propulsion_export.base_model.loading import load_base
@@ -35,6 +36,7 @@ def open_checkpoint(artifact: Artifact, *, trust_remote_code: bool = False) -> C
     merged.check_complete(())
     generates = TASKS[artifact.manifest.task].generates
     where, config = str(artifact.directory), merged.model.config
+    check_one_attention(config, where)
     check_inputs(type(merged.model), config, where, generates=generates, images=True)
     if rope_switches(merged.model.config.to_dict()):
         _compute_one_at_a_time(merged.model)

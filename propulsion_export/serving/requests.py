@@ -51,10 +51,8 @@ def check_texts(texts: Sequence[Text], task: str) -> None:
     for row, text in enumerate(texts, 1):
         if isinstance(text, list | tuple) and takes_words:
             findings += filter(None, [wrong_words(f"text {row}", text)])
-        elif not isinstance(text, str):
-            findings.append(f"text {row}: is {type(text).__name__}, expected a text")
-        elif any("\ud800" <= character <= "\udfff" for character in text):
-            findings.append(f"text {row}: holds half a character (a lone surrogate)")
+        elif wrong := _wrong_text(text):
+            findings.append(f"text {row}: {wrong}")
     if findings:
         raise UsageError(*findings)
 
@@ -87,6 +85,8 @@ def contexts_for(task: str, given: str | Sequence[str], rows: int) -> Sequence[s
         UsageError: a question has no context, or a task that reads single texts has one.
     """
     kind = TASKS[task].prediction
+    if given:
+        _check_contexts(given)
     if kind == "class" and given:
         return one_each("contexts", given, rows)
     if kind == "span":
@@ -101,6 +101,27 @@ def contexts_for(task: str, given: str | Sequence[str], rows: int) -> Sequence[s
             f"context: is for question-answering or text-classification, the artifact is for {task}"
         )
     return ()
+
+
+def _check_contexts(given: str | Sequence[str]) -> None:
+    contexts = [given] if isinstance(given, str) else given
+    if not isinstance(contexts, Sequence):
+        raise UsageError(f"context: is {type(given).__name__}, expected texts")
+    findings = [
+        f"context {row}: {wrong}"
+        for row, context in enumerate(contexts, 1)
+        if (wrong := _wrong_text(context))
+    ]
+    if findings:
+        raise UsageError(*findings)
+
+
+def _wrong_text(text: object) -> str | None:
+    if not isinstance(text, str):
+        return f"is {type(text).__name__}, expected a text"
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        return "holds half a character (a lone surrogate)"
+    return None
 
 
 def as_given(

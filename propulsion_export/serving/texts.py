@@ -99,6 +99,7 @@ class Reader:
                 limit=self.limit,
                 contexts=list(contexts) or None,
             )
+        _check_some_tokens(texts, encoding["attention_mask"])
         check_encoded(encoding["input_ids"], self.rows)
         sides = [side_of(int(mask.sum()), self.switches) for mask in encoding["attention_mask"]]
         if len(set(sides)) > 1:
@@ -164,6 +165,11 @@ class Reader:
             name: values[outcome.mask] if name in padded else values
             for name, values in outcome.outputs.items()
         }
+
+
+def _check_some_tokens(texts: Sequence[str | Sequence[str]], mask: Any) -> None:
+    if empty := [joined(text) for text, own in zip(texts, mask, strict=True) if not own.sum()]:
+        raise UsageError(*(f"text {text[:40]!r}: has no tokens, expected some" for text in empty))
 
 
 def open_reader(artifact: Artifact, run: Runner) -> Reader:

@@ -90,6 +90,8 @@ def checkpoints(
         torch.distributed.barrier()  # every process has looked before the first one changes them
     if found.latest:
         _check_same_run(directory, run)
+        if is_main:
+            _remove_passed_over(directory, found.latest)
     elif is_main:
         shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir(parents=True)
@@ -122,6 +124,16 @@ def _to_continue(directory: Path) -> Checkpoints:
             remedy="Restore one from a copy, or train without --resume.",
         )
     return Checkpoints(directory)
+
+
+def _remove_passed_over(directory: Path, latest: Path) -> None:
+    """Remove damaged checkpoints that the continued run writes again."""
+    there = in_order(directory)
+    for path in there[: there.index(latest)]:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def _check_same_run(directory: Path, run: RunDescription) -> None:

@@ -79,6 +79,7 @@ def read_examples(source: Path, columns: Columns) -> list[Example]:
     words = TASKS[columns.task].prediction == "word classes"
     parse = _token_example if words else _text_example
     examples = parse_rows(source, rows, lambda row: parse(row, text, label))
+    _check_kinds(source, rows, label)
     _check_distinct(source, rows, examples)
     return examples
 
@@ -170,6 +171,22 @@ def _token_example(row: Mapping[str, Any], text: str, label: str) -> Example | s
         if wrong := wrong_label(f"{label}[{position}]", name):
             return wrong
     return Example(words, [class_name(name) for name in labels])
+
+
+def _check_kinds(source: Path, rows: Sequence[DataRow], label: str) -> None:
+    """Refuse class numbers beside class names: files of which only some name their classes."""
+    first: dict[str, str] = {}
+    for where, row in rows:
+        for value in row[label] if isinstance(row[label], list) else [row[label]]:
+            if isinstance(value, int) and not isinstance(value, bool):
+                first.setdefault("number", f"{value!r} ({where})")
+            elif isinstance(value, str) and not _is_whole_number(value):
+                first.setdefault("name", f"{value!r} ({where})")
+    if len(first) == 2:
+        raise DataError(
+            f"{source}: the labels are class numbers such as {first['number']} and names such as "
+            f"{first['name']}, expected one of both"
+        )
 
 
 def _check_distinct(source: Path, rows: Sequence[DataRow], examples: Sequence[Example]) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from propulsion_export.base_model.tokenizer.words import first_tokens, joined
+from propulsion_export.errors import BaseModelError
 from propulsion_export.training.data import Example
 
 IGNORED = -100  # the class number that torch's cross-entropy skips
@@ -35,7 +36,7 @@ def encode(
     others `IGNORED`.
 
     Raises:
-        BaseModelError: a token holds parts of two words.
+        BaseModelError: a token holds parts of two words, or a text has no tokens.
     """
     numbers = {name: number for number, name in enumerate(classes)}
     encoded = tokenizer(
@@ -43,11 +44,22 @@ def encode(
         truncation=True,
         max_length=max_length,
     )
+    _check_tokens(examples, encoded["input_ids"])
     return [
         {name: values[index] for name, values in encoded.items()}
         | {"labels": _labels(example, numbers, encoded, index)}
         for index, example in enumerate(examples)
     ]
+
+
+def _check_tokens(examples: Sequence[Example], tokens: Sequence[Sequence[int]]) -> None:
+    empty = [example for example, own in zip(examples, tokens, strict=True) if not len(own)]
+    if empty:
+        raise BaseModelError(
+            f"the tokenizer of the base model reads no tokens in {len(empty)} of {len(examples)} "
+            f"texts, such as {joined(empty[0].text)[:40]!r}, expected some in each",
+            remedy="Is it the tokenizer that the model was trained with?",
+        )
 
 
 def _labels(example: Example, numbers: dict[str, int], encoded: Any, index: int) -> int | list[int]:

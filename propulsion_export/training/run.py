@@ -184,7 +184,8 @@ class TrainingRun(ABC, Generic[Item]):
             text = json.dumps(metrics, indent=2) + "\n"
             (partial / "metrics.json").write_text(text, encoding="utf-8")
             write_loss_curve(partial / "loss-curve.png", losses, metrics)
-            (partial / "README.md").write_text(model_card(metrics), encoding="utf-8")
+            card = model_card(metrics)  # a path in it may be no UTF-8
+            (partial / "README.md").write_text(card, encoding="utf-8", errors="replace")
 
     def _gathered(self) -> dict[str, torch.Tensor] | None:
         """The whole state if FSDP splits it over the processes, all of which must call this."""

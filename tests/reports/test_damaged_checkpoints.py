@@ -106,6 +106,11 @@ def change(file):
     file.write_bytes(content)
 
 
+def replace_by_directory(file):
+    file.unlink()
+    file.mkdir()
+
+
 def test_two_checkpoints_stay_and_the_best_ones_they_name(stopped, stopped_early):
     assert sorted(path.name for path in stopped.glob("checkpoint-*")) == [
         "checkpoint-2",
@@ -129,6 +134,7 @@ def test_two_checkpoints_stay_and_the_best_ones_they_name(stopped, stopped_early
         (truncate, "trainer_state.json"),
         (remove, "digests.json"),
         (truncate, "digests.json"),
+        (replace_by_directory, "rng_state.pth"),
     ],
 )
 def test_a_damaged_latest_checkpoint_is_passed_over_and_named(

@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 
 from propulsion_export.errors import DataError, UsageError
-from propulsion_export.serving.requests import check_texts
+from propulsion_export.serving.requests import check_texts, contexts_for
 from propulsion_export.training.data import Columns, Example, read_examples
 from propulsion_export.training.passages import Passage, read_passages
 
@@ -150,3 +150,9 @@ def test_columns_without_a_name_are_no_matter(tmp_path):
     (tmp_path / "data.csv").write_text("text,label,,\na,x,,\n")
 
     assert read_examples(tmp_path / "data.csv", TEXT) == [Example("a", "x")]
+
+
+@pytest.mark.parametrize("context", ["ab\udcff", ["a", "b\ud800"], 5, [5]])
+def test_a_context_that_is_no_text_is_refused(context):
+    with pytest.raises(UsageError, match=r"context( \d)?: (holds half a character|is int)"):
+        contexts_for("text-classification", context, 2)

@@ -243,3 +243,19 @@ def test_labels_that_differ_for_a_reader_are_as_many_classes(labels, classes, tm
     file.write_text("\n".join(json.dumps({"text": "a", "label": label}) for label in labels))
 
     assert classes_of(file, read_examples(file, TEXT)) == classes
+
+
+@pytest.mark.parametrize(
+    ("labels", "found"),
+    [
+        ([["neg", "pos"], [1, 0]], r"class numbers such as 1 \(.*\) and names such as 'neg' \("),
+        ([[3, 4], ["three", "four"]], "class numbers such as 3 .* and names such as 'three'"),
+    ],
+)
+def test_files_of_which_only_some_name_their_classes_are_refused(labels, found, tmp_path):
+    for name, own in zip("ab", labels, strict=True):
+        lines = (json.dumps({"text": f"{name} {one}", "label": one}) for one in own)
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+
+    with pytest.raises(DataError, match=found):
+        read_examples(tmp_path, Columns("text-classification"))

@@ -194,13 +194,25 @@ def test_a_pointer_in_the_place_of_data_is_called_one(name, tmp_path):
     _says_pointer(caught.value, file)
 
 
-def test_texts_to_run_are_no_pointer(tmp_path):
-    (tmp_path / "texts.txt").write_text(POINTER)
+@pytest.mark.parametrize("name", ["texts.txt", "texts", "texts.CSV"])
+def test_texts_to_run_are_no_pointer(name, tmp_path):
+    (tmp_path / name).write_text(POINTER)
 
     with pytest.raises(DataError) as caught:
-        read_texts(tmp_path / "texts.txt", "text-classification")
+        read_texts(tmp_path / name, "text-classification")
 
-    _says_pointer(caught.value, tmp_path / "texts.txt")
+    _says_pointer(caught.value, tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["bank.bin", "registry.sqlite"])
+def test_the_files_of_a_bank_are_no_pointers(name, banked, tmp_path):
+    directory = shutil.copytree(banked, tmp_path / "bank")
+    (directory / "adapters" / name).write_text(POINTER)
+
+    with pytest.raises(ArtifactError) as caught:
+        Artifact.read(directory)
+
+    _says_pointer(caught.value, directory / "adapters" / name)
 
 
 def test_a_pointer_that_is_not_needed_does_no_harm(world, tmp_path):

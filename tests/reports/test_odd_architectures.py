@@ -14,6 +14,7 @@ from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.adapters.scales import Scale
 from propulsion_export.artifacts.artifact import Artifact
 from propulsion_export.artifacts.manifest import Slot
+from propulsion_export.base_model.block_attention import check_one_attention
 from propulsion_export.base_model.caches import check_cache
 from propulsion_export.base_model.eos_pooling import _MODEL_TYPES, pools_at_eos
 from propulsion_export.base_model.loading import BaseModel, load_base
@@ -23,6 +24,7 @@ from propulsion_export.graph.build import _check_unused, build_bank, build_switc
 from propulsion_export.graph.eos_pooling import _last, reading_own_eos
 from propulsion_export.graph.files import write_graphs
 from propulsion_export.graph.passes.float32_detours import ComputeInFloat32
+from propulsion_export.graph.sample_inputs import trace_inputs
 from propulsion_export.graph.sample_outputs import check_computable
 from propulsion_export.graph.trace import _refuse_bounded, _refuse_fixed
 from propulsion_export.pipeline.merge import merge
@@ -485,6 +487,38 @@ def test_t5_for_features_is_refused_before_any_work(checkpoint, tmp_path):
     ):
         export_onnx([], tmp_path / "out", model=str(base), task="feature-extraction")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "head", "found"),
+    [
+        ("T5", "EncoderModel", "is a T5EncoderModel, a part of T5Model"),
+        ("UMT5", "EncoderModel", "is a UMT5EncoderModel, a part of UMT5Model"),
+    ],
+)
+def test_an_encoder_saved_alone_is_called_that(checkpoint, tmp_path, kind, head, found):
+    _, adapter = checkpoint(kind, head, "feature-extraction")
+
+    for command in (merge, lambda a, output: export_onnx([a], output)):
+        with pytest.raises(BaseModelError, match=found):
+            command(adapter, tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ["BigBird", "BigBirdPegasus"])
+def test_attention_that_changes_with_the_length_is_refused_by_name(kind):
+    config = getattr(transformers, f"{kind}Config")(max_position_embeddings=2048)
+    assert config.attention_type == "block_sparse"
+
+    with pytest.raises(BaseModelError, match=r"base: attends to blocks .* of more than 704 tokens"):
+        check_one_attention(config, "base")
+    config.attention_type = "original_full"
+    check_one_attention(config, "base")
+    check_one_attention(getattr(transformers, f"{kind}Config")(max_position_embeddings=512), "base")
+
+
+def test_a_model_that_reads_characters_is_refused_by_name():
+    with pytest.raises(BaseModelError, match="CanineConfig: has no vocab_size"):
+        trace_inputs(("input_ids", "attention_mask"), transformers.CanineConfig())
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from propulsion_export.base_model.tokenizer import files as tokenizer_files
+from propulsion_export.base_model.tokenizer.fast import read_fast_tokenizer
 from propulsion_export.base_model.tokenizer.reading import (
     copy_tokenizer,
     read_serving_tokenizer,
@@ -399,3 +400,17 @@ def test_packages_carry_the_files_too(folded, tmp_path):
 
 def test_missing_package_has_the_code_of_a_machine_that_cannot():
     assert (UnavailableError.exit_code, BaseModelError.exit_code) == (3, 4)
+
+
+@pytest.mark.parametrize("files", [["tokenizer.1.0.0.json"], ["tokenizer.4.0.0.json", "x.json"]])
+def test_a_tokenizer_of_another_file_is_not_read_from_tokenizer_json(
+    files, tiny_tokenizer, tmp_path
+):
+    """transformers picks a file by its own version, which serving does not know."""
+    directory = shutil.copytree(tiny_tokenizer, tmp_path / "tokenizer")
+    file = directory / "tokenizer_config.json"
+    before = read_fast_tokenizer(directory)
+    file.write_text(json.dumps({**json.loads(file.read_text()), "fast_tokenizer_files": files}))
+
+    assert before is not None
+    assert read_fast_tokenizer(directory) is None

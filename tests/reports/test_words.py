@@ -195,6 +195,19 @@ def test_a_word_that_is_cut_off_has_no_label():
     assert [token["label"] for token in answer.prediction["tokens"]] == ["0", "2", None]
 
 
+@pytest.mark.parametrize("text", [" ", "\u200b", "\t"])
+def test_a_text_without_tokens_is_refused_beside_one_that_has_some(text):
+    with pytest.raises(UsageError, match="has no tokens, expected some"):
+        list(reader(wrapped(word_piece())).read([text, "cat"], [], {}, [None] * 2, [None] * 2))
+
+
+def test_training_on_texts_without_tokens_is_refused():
+    examples = [Example("\u200b", "a"), Example("cat", "b")]
+
+    with pytest.raises(BaseModelError, match="reads no tokens in 1 of 2 texts"):
+        encode(examples, ["a", "b"], wrapped(word_piece()), 8)
+
+
 def test_a_token_of_two_words_is_refused():
     vocabulary = {"a": 0, " ": 1, "b": 2, "a ": 3, "a b": 4}
     tokenizer = Tokenizer(models.BPE(vocabulary, [("a", " "), ("a ", "b")]))

@@ -40,6 +40,7 @@ _REPAIRED_VOCABULARY = 100_000
 _UNKNOWN_SETTINGS = (
     "auto_map",
     "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output",
+    "fast_tokenizer_files",
     "fix_mistral_regex",
     "split_special_tokens",
 )
