@@ -174,19 +174,26 @@ def _token_example(row: Mapping[str, Any], text: str, label: str) -> Example | s
 
 
 def _check_kinds(source: Path, rows: Sequence[DataRow], label: str) -> None:
-    """Refuse class numbers beside class names: files of which only some name their classes."""
-    first: dict[str, str] = {}
+    """Refuse a directory in which one file has class numbers and another one class names."""
+    kinds: defaultdict[str, set[str]] = defaultdict(set)
     for where, row in rows:
-        for value in row[label] if isinstance(row[label], list) else [row[label]]:
-            if isinstance(value, int) and not isinstance(value, bool):
-                first.setdefault("number", f"{value!r} ({where})")
-            elif isinstance(value, str) and not _is_whole_number(value):
-                first.setdefault("name", f"{value!r} ({where})")
-    if len(first) == 2:
+        file = where.rpartition(", ")[0]  # empty where the source is one file
+        values = row[label] if isinstance(row[label], list) else [row[label]]
+        kinds[file] |= {_kind_of(value) for value in values}
+    numbered = next((file for file, found in kinds.items() if found == {"number"}), None)
+    named = next((file for file, found in kinds.items() if found == {"name"}), None)
+    if numbered is not None and named is not None:
         raise DataError(
-            f"{source}: the labels are class numbers such as {first['number']} and names such as "
-            f"{first['name']}, expected one of both"
+            f"{source}: {numbered} has class numbers and {named} class names, expected one of both",
+            remedy="Write the names in every file.",
         )
+
+
+def _kind_of(label: object) -> str:
+    if isinstance(label, bool):
+        return "truth"
+    named = isinstance(label, str) and not _is_whole_number(label)
+    return "name" if named else "number"
 
 
 def _check_distinct(source: Path, rows: Sequence[DataRow], examples: Sequence[Example]) -> None:
