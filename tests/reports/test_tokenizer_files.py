@@ -403,11 +403,9 @@ def test_missing_package_has_the_code_of_a_machine_that_cannot():
 
 
 @pytest.mark.parametrize("files", [["tokenizer.1.0.0.json"], ["tokenizer.4.0.0.json", "x.json"]])
-def test_a_tokenizer_of_another_file_is_not_read_from_tokenizer_json(
-    files, tiny_tokenizer, tmp_path
-):
+def test_a_tokenizer_in_another_file_is_read_by_transformers(files, tiny_checkpoint, tmp_path):
     """transformers picks a file by its own version, which serving does not know."""
-    directory = shutil.copytree(tiny_tokenizer, tmp_path / "tokenizer")
+    directory = shutil.copytree(tiny_checkpoint("bert", "feature-extraction"), tmp_path / "base")
     file = directory / "tokenizer_config.json"
     before = read_fast_tokenizer(directory)
     file.write_text(json.dumps({**json.loads(file.read_text()), "fast_tokenizer_files": files}))
