@@ -36,6 +36,7 @@ from propulsion_export.base_model.config import read_settings
 from propulsion_export.base_model.settings import read_tokenizer_settings
 from propulsion_export.base_model.tasks import TASKS
 from propulsion_export.environment.hub_files import cached_repository
+from propulsion_export.environment.paths import user_path
 from propulsion_export.errors import (
     AdapterError,
     ArtifactError,
@@ -220,7 +221,7 @@ def _commit(before: Artifact, manifest: Manifest) -> Artifact:
 
 
 def _read_changeable(artifact: Path | str) -> Artifact:
-    if cached_repository(Path(artifact).expanduser()) is not None:
+    if cached_repository(user_path(artifact)) is not None:
         raise ArtifactError(
             f"{artifact}: lies in a hub's cache, whose files other revisions share, expected a "
             "directory of its own to change",

@@ -8,6 +8,7 @@ from propulsion_export.adapters.provenance import absolute
 from propulsion_export.artifacts.file_names import MANIFEST_FILE
 from propulsion_export.artifacts.manifest import Manifest, read_manifest
 from propulsion_export.base_model.hub import locate
+from propulsion_export.environment.paths import user_path
 from propulsion_export.errors import BaseModelError
 
 
@@ -63,7 +64,7 @@ def _merges(source: str) -> Iterator[Manifest]:
 
 
 def _manifest_file(source: str) -> Path | None:
-    directory = Path(source).expanduser()
+    directory = user_path(source)
     if not directory.is_dir():
         return locate(source, MANIFEST_FILE)
     file = directory / MANIFEST_FILE

@@ -78,13 +78,13 @@ def read_config(source: str, *, trust_remote_code: bool = False) -> "PretrainedC
 
 def _remedy(source: str) -> str:
     """What helps when a configuration cannot be read without running code of the checkpoint."""
-    if AUTO_MAP in _settings_of(source, "config.json"):
+    if AUTO_MAP in settings_in(source, "config.json"):
         return "Read its code, then allow it with --trust-remote-code."
     return "Give its directory with -m."
 
 
-def _settings_of(source: str, name: str) -> dict[str, Any]:
-    """The settings in a file of a checkpoint; empty if it is missing or damaged."""
+def settings_in(source: str, name: str) -> dict[str, Any]:
+    """The settings in a JSON file of a checkpoint; empty where it has none or it is damaged."""
     file = locate(source, name)
     try:
         return read_settings_file(file) if file is not None else {}
@@ -100,7 +100,7 @@ def _refuse_adapter(source: str) -> None:
     """
     if locate(source, _ADAPTER_CONFIG) is None:
         return
-    base = _settings_of(source, _ADAPTER_CONFIG).get("base_model_name_or_path")
+    base = settings_in(source, _ADAPTER_CONFIG).get("base_model_name_or_path")
     raise BaseModelError(
         f"{source}: is an adapter (it has {_ADAPTER_CONFIG} and no config.json), expected a base "
         "model",
@@ -182,7 +182,7 @@ def _written_settings(config: "PretrainedConfig") -> dict[str, Any]:
 def _code(source: str, directory: Path) -> dict[str, Any]:
     """The `auto_map` of a checkpoint, whose modules are copied; empty if it brings no code."""
     # Not as transformers reads it, which makes references to a hub of all of them.
-    auto_map = _settings_of(source, "config.json").get(AUTO_MAP) if source else None
+    auto_map = settings_in(source, "config.json").get(AUTO_MAP) if source else None
     if auto_map is None:
         return {}
     copy_code(source, directory, auto_map)

@@ -76,12 +76,15 @@ class Fingerprint:
 
     def without(self, names: Collection[str]) -> "Fingerprint":
         """The fingerprint without weights of these names, which may have a head model's prefix."""
-        kept = {
-            name: values
-            for name, values in self.entries.items()
-            if not any(other == name or other.endswith(f".{name}") for other in names)
-        }
-        return replace(self, entries=kept)
+        entries, vectors = (
+            {
+                name: values
+                for name, values in kept.items()
+                if not any(other == name or other.endswith(f".{name}") for other in names)
+            }
+            for kept in (self.entries, self.vectors)
+        )
+        return replace(self, entries=entries, vectors=vectors)
 
     def to_json(self) -> dict[str, Any]:
         """The fingerprint as plain JSON values."""

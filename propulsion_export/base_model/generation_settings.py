@@ -147,12 +147,12 @@ def first_decoder_token(directory: Path) -> int:
     Raises:
         ArtifactError: the model's files name none, or no number.
     """
-    names = ("decoder_start_token_id", "decoder_start_token_id", "bos_token_id")
-    files = (GENERATION_CONFIG, "config.json", GENERATION_CONFIG)
-    found = (
-        read_settings_file(directory / file).get(name)
-        for file, name in zip(files, names, strict=True)
+    places = (
+        (GENERATION_CONFIG, "decoder_start_token_id"),
+        ("config.json", "decoder_start_token_id"),
+        (GENERATION_CONFIG, "bos_token_id"),
     )
+    found = (read_settings_file(directory / file).get(name) for file, name in places)
     token: Any = next((token for token in found if token is not None), None)
     if isinstance(token, list) and len(set(token)) == 1:
         token = token[0]

@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from propulsion_export.environment.hub_files import refuse_pointers
 from propulsion_export.environment.quiet import quiet
@@ -39,6 +39,12 @@ def _found(source: str, name: str) -> Path | None:
     except OSError:  # neither a directory nor a possible name
         return None
     return Path(file) if file is not None else None
+
+
+def leads_inside(name: str) -> bool:
+    """Whether the name of a file stays inside the model that it is a file of."""
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts and bool(path.name)
 
 
 def copy_files(names: Sequence[str], source: str, directory: Path) -> None:

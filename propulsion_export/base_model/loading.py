@@ -3,7 +3,6 @@
 import inspect
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from propulsion_export.base_model.config import class_names, read_config, set_la
 from propulsion_export.base_model.recomputed import recomputed_parameters
 from propulsion_export.base_model.tasks import TASKS
 from propulsion_export.environment.hub_files import refuse_pointers
+from propulsion_export.environment.paths import user_path
 from propulsion_export.environment.permissions import check_permission
 from propulsion_export.environment.quiet import quiet
 from propulsion_export.errors import BaseModelError, first_line
@@ -240,7 +240,7 @@ def load_model(
             )
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         check_permission(source, BaseModelError)
-        refuse_pointers(sorted(Path(source).expanduser().glob("*.safetensors")), BaseModelError)
+        refuse_pointers(sorted(user_path(source).glob("*.safetensors")), BaseModelError)
         raise BaseModelError(
             f"{source}: cannot be loaded ({first_line(error)})",
             remedy="Expected a complete transformers checkpoint in safetensors.",

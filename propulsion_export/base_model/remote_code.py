@@ -5,11 +5,11 @@ hub, which stays there. Modules lie beside each other and import each other by `
 """
 
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from propulsion_export.base_model.hub import locate
+from propulsion_export.base_model.hub import leads_inside, locate
 from propulsion_export.errors import BaseModelError
 
 AUTO_MAP = "auto_map"
@@ -42,40 +42,59 @@ def modules_of(source: str, auto_map: Any) -> dict[str, Path]:
     Raises:
         BaseModelError: as for `copy_code`.
     """
-    from transformers.dynamic_module_utils import get_relative_imports
-
     found: dict[str, Path] = {}
-    wanted = sorted(_own_modules(auto_map))
-    while wanted:
-        name = wanted.pop()
-        if name in found:
-            continue
-        found[name] = _file(source, name)
-        beside = PurePosixPath(name).parent
-        wanted += [f"{beside / module}.py" for module in get_relative_imports(found[name])]
+    for name, file in _needed(source, auto_map):
+        if file is None:
+            raise _missing(source, name)
+        found[name] = file
     return found
 
 
-def _own_modules(auto_map: Any) -> set[str]:
-    """The files of the modules that are the model's own; those on a hub are left out."""
-    references: Iterable[Any] = auto_map.values() if isinstance(auto_map, Mapping) else ()
+def present_modules(source: str, auto_map: Any) -> dict[str, Path]:
+    """As `modules_of`, of those modules that the model has."""
+    return {name: file for name, file in _needed(source, auto_map) if file is not None}
+
+
+def own_modules(auto_map: Any) -> list[str]:
+    """The files of the modules that are the model's own, such as `code.py`, in their order.
+
+    Those on a hub are left out.
+
+    Args:
+        auto_map: as for `copy_code`; or references alone, as old tokenizers have them.
+    """
+    references: Iterable[Any] = auto_map.values() if isinstance(auto_map, Mapping) else [auto_map]
     flat = [
         reference
         for value in references
         for reference in (value if isinstance(value, list | tuple) else [value])
     ]
     named = [text for text in flat if isinstance(text, str) and "--" not in text and "." in text]
-    return {f"{text.rpartition('.')[0]}.py" for text in named}
+    return list(dict.fromkeys(f"{text.rpartition('.')[0]}.py" for text in named))
 
 
-def _file(source: str, name: str) -> Path:
-    place = PurePosixPath(name)
-    if place.is_absolute() or ".." in place.parts:
-        raise BaseModelError(f"{source}: {AUTO_MAP} names {name}, expected a module of the model")
-    file = locate(source, name)
-    if file is None:
-        raise BaseModelError(
-            f"{source}: has no {name}, expected the code that its {AUTO_MAP} needs",
-            remedy="Copy the whole model again.",
-        )
-    return file
+def _needed(source: str, auto_map: Any) -> Iterator[tuple[str, Path | None]]:
+    """Each module that an `auto_map` names or that another imports; None where it is missing."""
+    from transformers.dynamic_module_utils import get_relative_imports
+
+    seen: set[str] = set()
+    wanted = sorted(own_modules(auto_map))
+    while wanted:
+        name = wanted.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        file = locate(source, name) if leads_inside(name) else None
+        yield name, file
+        if file is not None:
+            beside = PurePosixPath(name).parent
+            wanted += [f"{beside / module}.py" for module in get_relative_imports(file)]
+
+
+def _missing(source: str, name: str) -> BaseModelError:
+    if not leads_inside(name):
+        return BaseModelError(f"{source}: {AUTO_MAP} names {name}, expected a module of the model")
+    return BaseModelError(
+        f"{source}: has no {name}, expected the code that its {AUTO_MAP} needs",
+        remedy="Copy the whole model again.",
+    )

@@ -17,11 +17,10 @@ from propulsion_export.artifacts.merged_base import check_not_merged
 from propulsion_export.artifacts.tensor_names import MODULES_INPUT
 from propulsion_export.base_model.config import read_settings
 from propulsion_export.base_model.eos_pooling import pools_at_eos
-from propulsion_export.base_model.loading import BaseModel, load_base, model_class_of
+from propulsion_export.base_model.loading import BaseModel, load_base
 from propulsion_export.base_model.model_fingerprint import fingerprint_of_model
 from propulsion_export.base_model.model_inputs import check_text_is_enough, extra_inputs
 from propulsion_export.base_model.positions import longest_input
-from propulsion_export.base_model.resizing import resize_embeddings_, resized_rows
 from propulsion_export.base_model.rope_switch import rope_switches
 from propulsion_export.base_model.settings import (
     Settings,
@@ -41,6 +40,7 @@ from propulsion_export.graph.sample_inputs import (
     with_one_eos,
 )
 from propulsion_export.runners.opening import REFERENCE_LENGTH
+from propulsion_export.scaling.resizing import resize_for_
 
 FEWEST_INPUTS = 16
 _LONGEST = 48
@@ -79,16 +79,7 @@ def load_recorded_base(
         )
     check_base(fingerprint, source, adapters)
     for adapter in adapters:
-        rows = resized_rows(
-            adapter.name,
-            adapter.modules,
-            adapter.frozen,
-            model_class_of(base.task),
-            base.model.config,
-            trust_remote_code=trust_remote_code,
-        )
-        if rows is not None:
-            resize_embeddings_(base.model, rows)
+        resize_for_(base, adapter, trust_remote_code=trust_remote_code)
     return base
 
 

@@ -6,12 +6,12 @@ from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.adapters.head_room import labels_of
 from propulsion_export.artifacts.manifest import Mode
 from propulsion_export.base_model.block_attention import check_one_attention
-from propulsion_export.base_model.loading import BaseModel, load_base, model_class_of
+from propulsion_export.base_model.loading import BaseModel, load_base
 from propulsion_export.base_model.model_inputs import check_inputs
-from propulsion_export.base_model.resizing import resize_embeddings_, resized_rows
 from propulsion_export.base_model.tasks import TASKS
 from propulsion_export.errors import AdapterError, UsageError
 from propulsion_export.graph.slots import SlotOptions, head_parameters
+from propulsion_export.scaling.resizing import resize_for_
 
 DEFAULT_MAX_LABELS = 16
 
@@ -87,19 +87,10 @@ def resize_(
         AdapterError: an adapter with other embeddings than the base model's is not to be folded.
     """
     for adapter in adapters:
-        rows = resized_rows(
-            adapter.name,
-            adapter.modules,
-            adapter.frozen,
-            model_class_of(base.task),
-            base.model.config,
-            trust_remote_code=trust_remote_code,
-        )
+        rows = resize_for_(base, adapter, trust_remote_code=trust_remote_code)
         if rows is not None and mode != "folded":
             raise AdapterError(
                 f"adapter {adapter.name}: its embeddings were resized to {rows} rows, expected the "
                 f"base model's own with --mode {mode}",
                 remedy="Export it on its own with --mode folded.",
             )
-        if rows is not None:
-            resize_embeddings_(base.model, rows)

@@ -18,8 +18,7 @@ from propulsion_export.base_model.config import (
     read_config,
     save_config,
 )
-from propulsion_export.base_model.loading import load_empty, model_class_of
-from propulsion_export.base_model.resizing import resized_rows, set_embedding_rows
+from propulsion_export.base_model.loading import load_empty
 from propulsion_export.base_model.tasks import TASKS, TaskName, resolve_task
 from propulsion_export.environment.machine import tool_versions
 from propulsion_export.environment.progress import Progress, silent
@@ -31,6 +30,7 @@ from propulsion_export.scaling.fold.checkpoint import fingerprint_of_checkpoint,
 from propulsion_export.scaling.fold.source import Checkpoint
 from propulsion_export.scaling.fold.stored import StoredParts, untie_as_stored_
 from propulsion_export.scaling.fold.ties import check_untied
+from propulsion_export.scaling.resizing import resized_rows, set_embedding_rows
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
@@ -76,14 +76,7 @@ def merge(
     resolved = resolve_task(task, config.architectures or (), adapter_tasks([read]))
     directories = {read.name: source_of(adapter)}
     texts = TextFiles.find(source, resolved, directories, trust_remote_code=trust_remote_code)
-    rows = resized_rows(
-        read.name,
-        read.modules,
-        read.frozen,
-        model_class_of(resolved),
-        config,
-        trust_remote_code=trust_remote_code,
-    )
+    rows = resized_rows(read, resolved, config, trust_remote_code=trust_remote_code)
     if rows is not None:
         set_embedding_rows(config, rows)
     own = class_names(config)

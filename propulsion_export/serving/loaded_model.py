@@ -23,7 +23,7 @@ from propulsion_export.serving.generation import Settings, Writer, open_writer
 from propulsion_export.serving.requests import Text, as_given
 from propulsion_export.serving.roster import Choice, Group
 from propulsion_export.serving.sides import check_sides, run_by_side
-from propulsion_export.serving.texts import Reader, open_reader
+from propulsion_export.serving.texts import Reader, TextRow, open_reader
 
 
 @dataclass(frozen=True)
@@ -146,11 +146,13 @@ class LoadedModel:
     def _read(
         self, reader: Reader, texts: Sequence[Text], contexts: Sequence[str], group: Group
     ) -> list[Reply]:
-        beside = [contexts[row] for row in group.rows if contexts]
-        labels = [choice.labels for choice in group.choices]
-        kinds = [choice.problem_type for choice in group.choices]
-        own = [texts[row] for row in group.rows]
-        answers = reader.read(own, beside, group.feeds, labels, kinds)
+        rows = [
+            TextRow(
+                texts[row], contexts[row] if contexts else None, choice.labels, choice.problem_type
+            )
+            for row, choice in zip(group.rows, group.choices, strict=True)
+        ]
+        answers = reader.read(rows, group.feeds)
         return [
             self._reply(choice, answer.outputs, answer.prediction)
             for choice, answer in zip(group.choices, answers, strict=True)

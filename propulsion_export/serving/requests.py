@@ -8,7 +8,7 @@ from propulsion_export.adapters.scales import Array
 from propulsion_export.artifacts.artifact import Tensors
 from propulsion_export.base_model.model_inputs import ExtraInput
 from propulsion_export.base_model.tasks import TASKS
-from propulsion_export.data.rows import wrong_words
+from propulsion_export.data.rows import half_character, wrong_words
 from propulsion_export.errors import UsageError
 
 Text = str | Sequence[str]  # a text, or the words of one
@@ -51,8 +51,8 @@ def check_texts(texts: Sequence[Text], task: str) -> None:
     for row, text in enumerate(texts, 1):
         if isinstance(text, list | tuple) and takes_words:
             findings += filter(None, [wrong_words(f"text {row}", text)])
-        elif wrong := _wrong_text(text):
-            findings.append(f"text {row}: {wrong}")
+        else:
+            findings += filter(None, [_wrong_text(f"text {row}", text)])
     if findings:
         raise UsageError(*findings)
 
@@ -108,20 +108,18 @@ def _check_contexts(given: str | Sequence[str]) -> None:
     if not isinstance(contexts, Sequence):
         raise UsageError(f"context: is {type(given).__name__}, expected texts")
     findings = [
-        f"context {row}: {wrong}"
+        wrong
         for row, context in enumerate(contexts, 1)
-        if (wrong := _wrong_text(context))
+        if (wrong := _wrong_text(f"context {row}", context))
     ]
     if findings:
         raise UsageError(*findings)
 
 
-def _wrong_text(text: object) -> str | None:
+def _wrong_text(place: str, text: object) -> str | None:
     if not isinstance(text, str):
-        return f"is {type(text).__name__}, expected a text"
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        return "holds half a character (a lone surrogate)"
-    return None
+        return f"{place}: is {type(text).__name__}, expected a text"
+    return half_character(f"{place}:", text)
 
 
 def as_given(

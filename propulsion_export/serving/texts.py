@@ -37,6 +37,23 @@ from propulsion_export.serving.predictions import Outcome, predict_row
 
 
 @dataclass(frozen=True)
+class TextRow:
+    """One text to answer.
+
+    Attributes:
+        text: the text, or its words.
+        context: the second text: with the answer to a question, or of a pair; else None.
+        labels: the class names of the row's adapter; None where it has none.
+        problem_type: what the row's logits mean.
+    """
+
+    text: str | Sequence[str]
+    context: str | None = None
+    labels: Sequence[str] | None = None
+    problem_type: ProblemType | None = None
+
+
+@dataclass(frozen=True)
 class Answer:
     """The model's outputs for one text, without padding, and the prediction."""
 
@@ -57,7 +74,7 @@ class Reader:
         sentence: how embeddings are made; None for other tasks, and without a pipeline.
         switches: lengths above which the model's rotary frequencies are others; rows on two sides
             of one are computed apart, because the longest row of a batch decides for all.
-        rows: how many tokens the model has embeddings for; None where it does not say.
+        embeddings: how many tokens the model has embeddings for; None where it does not say.
         config: the model's configuration.
         one_at_a_time: held while encoding: a call sets how the tokenizer cuts and pads, and some
             versions of tokenizers raise "Already borrowed" if another thread encodes meanwhile.
@@ -70,88 +87,69 @@ class Reader:
     task: str
     sentence: SentenceTexts | None = None
     switches: tuple[int, ...] = ()
-    rows: int | None = None
+    embeddings: int | None = None
     config: Any = None
     one_at_a_time: threading.Lock = field(default_factory=threading.Lock)
 
-    def read(
-        self,
-        texts: Sequence[str | Sequence[str]],
-        contexts: Sequence[str],
-        feeds: Mapping[str, Any],
-        labels: Sequence[Sequence[str] | None],
-        problem_types: Sequence[ProblemType | None],
-    ) -> Iterator[Answer]:
+    def read(self, rows: Sequence[TextRow], feeds: Mapping[str, Any]) -> Iterator[Answer]:
         """Answer texts in one batch.
 
         Args:
-            texts: one text per row, or the words of one.
-            contexts: the second text of each row, with the answer to a question; may be empty.
+            rows: the texts; all have a context, or none has.
             feeds: the adapters' inputs.
-            labels: the class names for each row.
-            problem_types: what the logits of each row mean.
         """
+        texts = self._as_read(rows)
+        contexts = [row.context for row in rows if row.context is not None]
         with self.one_at_a_time:
             encoding = encode_texts(
                 self.names,
                 self.tokenizer,
-                self._as_read(texts),
+                texts,
                 limit=self.limit,
-                contexts=list(contexts) or None,
+                contexts=contexts or None,
             )
-        _check_some_tokens(texts, encoding["attention_mask"])
-        check_encoded(encoding["input_ids"], self.rows)
+        _check_some_tokens(rows, encoding["attention_mask"])
+        check_encoded(encoding["input_ids"], self.embeddings)
         sides = [side_of(int(mask.sum()), self.switches) for mask in encoding["attention_mask"]]
         if len(set(sides)) > 1:
-            yield from self._read_by_side(sides, texts, contexts, feeds, labels, problem_types)
+            yield from self._read_by_side(sides, rows, feeds)
             return
         if pools_at_eos(self.config, self.task):
-            check_eos(encoding["input_ids"], self.config, self._as_read(texts))
+            check_eos(encoding["input_ids"], self.config, texts)
         tensors = tensors_of(self.names, encoding)
         if "token_type_ids" in tensors and not self._tells_texts_apart():
             tensors["token_type_ids"] = np.zeros_like(tensors["token_type_ids"])
         outputs = self.run({**tensors, **feeds})
-        for row, source in enumerate(contexts or texts):
+        for index, row in enumerate(rows):
+            source = row.text if row.context is None else row.context
             outcome = Outcome(
                 source=joined(source),
-                tokens=encoding.encodings[row] if encoding.encodings else None,
-                ids=encoding["input_ids"][row],
-                mask=encoding["attention_mask"][row].astype(bool),
-                outputs={name: values[row] for name, values in outputs.items()},
-                labels=labels[row],
+                tokens=encoding.encodings[index] if encoding.encodings else None,
+                ids=encoding["input_ids"][index],
+                mask=encoding["attention_mask"][index].astype(bool),
+                outputs={name: values[index] for name, values in outputs.items()},
+                labels=row.labels,
                 sentence=self.sentence,
                 words=None if isinstance(source, str) else source,
-                problem_type=problem_types[row],
+                problem_type=row.problem_type,
             )
             yield Answer(self._own(outcome), predict_row(self.task, outcome, self.tokenizer))
 
-    def _as_read(self, texts: Sequence[str | Sequence[str]]) -> list[str]:
+    def _as_read(self, rows: Sequence[TextRow]) -> list[str]:
         """Each text as the model reads it: words joined, behind the sentence pipeline's prompt."""
-        read = [joined(text) for text in texts]
+        read = [joined(row.text) for row in rows]
         return self.sentence.with_prompt(read) if self.sentence else read
 
     def _read_by_side(
-        self,
-        sides: Sequence[int],
-        texts: Sequence[str | Sequence[str]],
-        contexts: Sequence[str],
-        feeds: Mapping[str, Any],
-        labels: Sequence[Sequence[str] | None],
-        problem_types: Sequence[ProblemType | None],
+        self, sides: Sequence[int], rows: Sequence[TextRow], feeds: Mapping[str, Any]
     ) -> Iterator[Answer]:
         """Answer the rows of each side in a batch of their own; in the order of the texts."""
         answers: dict[int, Answer] = {}
         for side in set(sides):
-            rows = [row for row, other in enumerate(sides) if other == side]
-            own = self.read(
-                [texts[row] for row in rows],
-                [contexts[row] for row in rows if contexts],
-                feeds_of_rows(feeds, rows),
-                [labels[row] for row in rows],
-                [problem_types[row] for row in rows],
-            )
-            answers |= dict(zip(rows, own, strict=True))
-        return iter([answers[row] for row in range(len(texts))])
+            own = [index for index, other in enumerate(sides) if other == side]
+            read = self.read([rows[index] for index in own], feeds_of_rows(feeds, own))
+            answers |= dict(zip(own, read, strict=True))
+        return iter([answers[index] for index in range(len(rows))])
 
     def _tells_texts_apart(self) -> bool:
         """Whether a model sees which text of a pair a token is of: as in transformers' pipeline."""
@@ -167,8 +165,8 @@ class Reader:
         }
 
 
-def _check_some_tokens(texts: Sequence[str | Sequence[str]], mask: Any) -> None:
-    if empty := [joined(text) for text, own in zip(texts, mask, strict=True) if not own.sum()]:
+def _check_some_tokens(rows: Sequence[TextRow], mask: Any) -> None:
+    if empty := [joined(row.text) for row, own in zip(rows, mask, strict=True) if not own.sum()]:
         raise UsageError(*(f"text {text[:40]!r}: has no tokens, expected some" for text in empty))
 
 

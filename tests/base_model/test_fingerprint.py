@@ -199,6 +199,15 @@ def test_small_matrices_and_vectors_have_eight_entries_too(shape):
     assert len(entries) == 8
 
 
+def test_weights_left_out_are_left_out_of_matrices_and_vectors():
+    weights = weights_of(3) | {"classifier.weight": torch.ones(2, 7), "norm.weight": torch.ones(7)}
+
+    left = Fingerprint.of(weights).without({"model.norm.weight", "model.classifier.weight"})
+
+    assert left.entries.keys() == weights_of(3).keys()
+    assert not left.vectors
+
+
 def test_of_many_vectors_the_norms_are_chosen():
     norms = {f"layer.{index}.norm.weight": torch.randn(4) for index in range(40)}
     biases = {f"layer.{index}.dense.bias": torch.randn(4) for index in range(40)}

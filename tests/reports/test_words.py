@@ -23,7 +23,7 @@ from propulsion_export.pipeline.onnx import export_onnx
 from propulsion_export.pipeline.run import predict
 from propulsion_export.serving.requests import check_texts
 from propulsion_export.serving.session import Session
-from propulsion_export.serving.texts import Reader
+from propulsion_export.serving.texts import Reader, TextRow
 from propulsion_export.training import TrainOptions, train
 from propulsion_export.training.data import Example
 from propulsion_export.training.encode import IGNORED, encode
@@ -148,7 +148,7 @@ def test_ready_words_are_labelled_where_training_labels_them(make):
     [row], _ = encoded(tokenizer, WORDS)
     wanted = [place for place, number in enumerate(row["labels"]) if number != IGNORED]
 
-    [answer] = reader(tokenizer).read([WORDS], [], {}, [numbered(64)], [None])
+    [answer] = reader(tokenizer).read([TextRow(WORDS, labels=numbered(64))], {})
 
     given = answer.prediction["tokens"]
     assert [token["word"] for token in given] == WORDS
@@ -162,7 +162,7 @@ def test_words_of_a_text_are_labelled_where_training_labels_them(make):
     [row], _ = encoded(tokenizer, words)
     wanted = [place for place, number in enumerate(row["labels"]) if number != IGNORED]
 
-    [answer] = reader(tokenizer).read([" ".join(words)], [], {}, [numbered(64)], [None])
+    [answer] = reader(tokenizer).read([TextRow(" ".join(words), labels=numbered(64))], {})
 
     found = answer.prediction["tokens"]
     assert [token["word"] for token in found] == words
@@ -189,7 +189,7 @@ def test_a_word_that_is_cut_off_has_no_label():
     tokenizer = wrapped(word_piece())
 
     words = ["cats", "the", "old"]
-    [answer] = reader(tokenizer, limit=3).read([words], [], {}, [numbered(64)], [None])
+    [answer] = reader(tokenizer, limit=3).read([TextRow(words, labels=numbered(64))], {})
 
     assert [token["label"] for token in answer.prediction["tokens"]] == ["0", "2", None]
 
@@ -197,7 +197,7 @@ def test_a_word_that_is_cut_off_has_no_label():
 @pytest.mark.parametrize("text", [" ", "\u200b", "\t"])
 def test_a_text_without_tokens_is_refused_beside_one_that_has_some(text):
     with pytest.raises(UsageError, match="has no tokens, expected some"):
-        list(reader(wrapped(word_piece())).read([text, "cat"], [], {}, [None] * 2, [None] * 2))
+        list(reader(wrapped(word_piece())).read([TextRow(text), TextRow("cat")], {}))
 
 
 def test_training_on_texts_without_tokens_is_refused():

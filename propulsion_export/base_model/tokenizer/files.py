@@ -6,13 +6,13 @@ that a checkpoint brings.
 
 import ast
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
-from propulsion_export.base_model.config import read_settings_file
-from propulsion_export.base_model.hub import locate
+from propulsion_export.base_model.config import settings_in
+from propulsion_export.base_model.hub import leads_inside, locate
+from propulsion_export.base_model.remote_code import AUTO_MAP, present_modules
 from propulsion_export.environment.quiet import quiet
-from propulsion_export.errors import PropulsionExportError
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 _TEMPLATES = ("chat_template.jinja", "chat_template.json")
@@ -66,21 +66,12 @@ def tokenizer_files(source: str) -> dict[str, Path]:
     if not found:
         return {}
     settings = settings_in(source, TOKENIZER_CONFIG)
-    modules = _modules(source, settings)
+    modules = present_modules(source, settings.get(AUTO_MAP))
     names = [*_versioned(settings), *_named_by_classes(source, settings)]
     for module in modules.values():
         names += _named_in_code(module)
     names += [*_TEMPLATES, *_more_templates(source)]
     return found | modules | _located(source, names)
-
-
-def settings_in(source: str, name: str) -> dict[str, Any]:
-    """The settings in a JSON file of a checkpoint; empty where it has none or it is damaged."""
-    file = locate(source, name)
-    try:
-        return {} if file is None else read_settings_file(file)
-    except (ValueError, OSError, PropulsionExportError):
-        return {}
 
 
 def class_names(source: str, settings: Mapping[str, Any]) -> list[str]:
@@ -111,44 +102,10 @@ def required_files(tokenizer_class: Any) -> list[str]:
     return [name for argument, name in named.items() if argument not in _OPTIONAL]
 
 
-def code_of(settings: Mapping[str, Any]) -> list[str]:
-    """The module files that tokenizer_config.json names in this checkpoint, such as `tok.py`."""
-    mapped = settings.get("auto_map") or {}
-    values = mapped.values() if isinstance(mapped, dict) else [mapped]
-    flat = [name for value in values for name in (value if isinstance(value, list) else [value])]
-    # `owner/name--module.Class` is code of another repository.
-    references = [name for name in flat if isinstance(name, str) and "--" not in name]
-    return list(dict.fromkeys(f"{name.rpartition('.')[0]}.py" for name in references))
-
-
-def _modules(source: str, settings: Mapping[str, Any]) -> dict[str, Path]:
-    """The modules of a tokenizer's own code, with those that they import from beside them."""
-    found: dict[str, Path] = {}
-    waiting = code_of(settings)
-    while waiting:
-        name = waiting.pop()
-        for path in _located(source, [name]).values() if name not in found else ():
-            found[name] = path
-            folder = PurePosixPath(name).parent
-            waiting += [str(folder / f"{other}.py") for other in _imported_beside(path)]
-    return found
-
-
-def _imported_beside(module: Path) -> list[str]:
-    from transformers.dynamic_module_utils import get_relative_imports
-
-    return list(get_relative_imports(module))
-
-
 def _located(source: str, names: Iterable[str]) -> dict[str, Path]:
-    inside = [name for name in dict.fromkeys(names) if _leads_inside(name)]
+    inside = [name for name in dict.fromkeys(names) if leads_inside(name)]
     located = {name: locate(source, name) for name in inside}
     return {name: path for name, path in located.items() if path is not None}
-
-
-def _leads_inside(name: str) -> bool:
-    path = PurePosixPath(name)
-    return not path.is_absolute() and ".." not in path.parts and bool(path.name)
 
 
 def _versioned(settings: Mapping[str, Any]) -> list[str]:

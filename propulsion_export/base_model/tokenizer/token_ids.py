@@ -5,8 +5,9 @@ from typing import Any
 
 import numpy.typing as npt
 
+from propulsion_export.base_model.config import settings_in
 from propulsion_export.base_model.tokenizer.classes import NAMED
-from propulsion_export.base_model.tokenizer.files import TOKENIZER_CONFIG, settings_in
+from propulsion_export.base_model.tokenizer.files import TOKENIZER_CONFIG
 from propulsion_export.errors import BaseModelError, InvalidInputError, UsageError
 
 # How a configuration names the number of embeddings; FSMT's vocab_size is that of its decoder.

@@ -7,14 +7,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from propulsion_export.base_model.config import settings_in
+from propulsion_export.base_model.remote_code import AUTO_MAP, own_modules
 from propulsion_export.base_model.tokenizer.files import (
     CONVERTED,
     TOKENIZER_CONFIG,
     class_called,
     class_names,
-    code_of,
     required_files,
-    settings_in,
 )
 from propulsion_export.errors import (
     BaseModelError,
@@ -24,10 +24,8 @@ from propulsion_export.errors import (
 )
 
 _SENTENCEPIECE_ENDINGS = (".model", ".spm")
-_PACKAGES = {
-    "google": "protobuf",
-    "google.protobuf": "protobuf",
-}  # whose name to install differs from the name to import
+# Whose name to install differs from the name to import.
+_PACKAGES = {"google": "protobuf", "google.protobuf": "protobuf"}
 _COPY_AGAIN = "Copy it again, or save the tokenizer again with its save_pretrained."
 
 
@@ -58,7 +56,7 @@ def why_unreadable(
     for name, tokenizer_class in known.items():
         if missing := missing_files(tokenizer_class, files):
             return lacks_vocabulary(source, name, missing)
-    if names and names[0] not in known and "auto_map" not in settings:
+    if names and names[0] not in known and AUTO_MAP not in settings:
         return BaseModelError(
             f"{source}: names the tokenizer class {names[0]}, which the transformers installed "
             f"does not have ({reason})",
@@ -72,9 +70,10 @@ def why_unreadable(
 
 def needs_own_code(source: str) -> OwnCodeError:
     """The error where a tokenizer's own code is not allowed to run."""
-    modules = ", ".join(code_of(settings_in(source, TOKENIZER_CONFIG))) or "of another repository"
+    modules = own_modules(settings_in(source, TOKENIZER_CONFIG).get(AUTO_MAP))
+    shown = ", ".join(modules) or "of another repository"
     return OwnCodeError(
-        f"{source}: its tokenizer is code of its own ({modules}), which is not run unless that is "
+        f"{source}: its tokenizer is code of its own ({shown}), which is not run unless that is "
         "allowed",
         remedy="Give --trust-remote-code where the command has it, or save the tokenizer as a fast "
         "one (tokenizer.json).",
@@ -167,9 +166,7 @@ def _protobuf_error(files: Mapping[str, Path]) -> str | None:
     models = _sentencepiece_files(files)
     if not models or any(_sentencepiece_error(path) for path in models):
         return None
-    from google.protobuf.runtime_version import (
-        VersionError,
-    )
+    from google.protobuf.runtime_version import VersionError
     from transformers.convert_slow_tokenizer import import_protobuf
 
     try:

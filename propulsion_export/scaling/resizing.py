@@ -1,23 +1,39 @@
 """Give a model the number of embeddings that an adapter was trained with."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
+from propulsion_export.adapters.adapter import Adapter
+from propulsion_export.base_model.loading import BaseModel, model_class_of
 from propulsion_export.environment.quiet import quiet
 from propulsion_export.errors import AdapterError
 
 Shape = tuple[int, ...]
 
 
+def resize_for_(
+    base: BaseModel, adapter: Adapter, *, trust_remote_code: bool = False
+) -> int | None:
+    """Give a base model as many embeddings as an adapter brings, in place.
+
+    The values of the new ones are arbitrary: the adapter replaces them.
+
+    Returns, raises: as for `resized_rows`.
+    """
+    rows = resized_rows(adapter, base.task, base.model.config, trust_remote_code=trust_remote_code)
+    if rows is not None:
+        with quiet():
+            base.model.resize_token_embeddings(rows, mean_resizing=False)
+        base.model.requires_grad_(False)
+    return rows
+
+
 def resized_rows(
-    adapter: str,
-    modules: Mapping[str, Any],
-    frozen: Mapping[str, Shape],
-    model_class: Any,
+    adapter: Adapter,
+    task: str,
     config: PretrainedConfig,
     *,
     trust_remote_code: bool = False,
@@ -25,10 +41,8 @@ def resized_rows(
     """The number of embeddings that an adapter brings; None where it is the model's own.
 
     Args:
-        adapter: the adapter's name, for messages.
-        modules: its saved modules by parameter name.
-        frozen: the shapes of its copies of frozen parameters by name.
-        model_class: the auto class of the task.
+        adapter: the adapter, with its saved modules and its copies of frozen parameters.
+        task: the task that the base model is loaded for.
         config: the base model's configuration, which is not changed.
         trust_remote_code: run code that the base model brings.
 
@@ -36,12 +50,14 @@ def resized_rows(
         AdapterError: it brings only some of the parameters that have a row for each token, or
             scales a resized one.
     """
-    saved = {name: tuple(values.shape) for name, values in modules.items() if values.ndim > 1}
-    stored = {**saved, **frozen}
+    saved = {
+        name: tuple(values.shape) for name, values in adapter.modules.items() if values.ndim > 1
+    }
+    stored = {**saved, **adapter.frozen}
     rows = getattr(config.get_text_config(), "vocab_size", None)
     if not stored or not isinstance(rows, int):
         return None
-    shapes = _token_shapes(model_class, config, rows, trust_remote_code=trust_remote_code)
+    shapes = _token_shapes(model_class_of(task), config, rows, trust_remote_code=trust_remote_code)
     brought = {name: shape for name, shape in stored.items() if name in shapes}
     found = {shape[0] for name, shape in brought.items() if shape != shapes[name]}
     if not found:
@@ -49,7 +65,7 @@ def resized_rows(
     lacking = sorted(shapes.keys() - saved.keys())
     if lacking or len(found) > 1:
         raise AdapterError(
-            f"adapter {adapter}: its embeddings were resized from {rows} to "
+            f"adapter {adapter.name}: its embeddings were resized from {rows} to "
             f"{' and '.join(map(str, sorted(found)))} rows, expected all of "
             f"{', '.join(sorted(shapes))} in that size and without a scale",
             remedy="Resize the base model, save it, and train on that.",
@@ -60,13 +76,6 @@ def resized_rows(
 def set_embedding_rows(config: PretrainedConfig, rows: int) -> None:
     """Say in a configuration how many tokens the model has embeddings for."""
     config.get_text_config().vocab_size = rows
-
-
-def resize_embeddings_(model: PreTrainedModel, rows: int) -> None:
-    """Resize a model's embeddings, in place; the caller replaces their values."""
-    with quiet():
-        model.resize_token_embeddings(rows, mean_resizing=False)
-    model.requires_grad_(False)
 
 
 def _token_shapes(
