@@ -39,7 +39,14 @@ COMMANDS = {
     "doctor": "Show what this machine can do, and what is missing.",
 }
 # The extra that installs a module; other modules come with the package itself.
-_EXTRAS = {"onnxruntime": "cpu", "tensorrt": "tensorrt", "tensorrt_rtx": "rtx", "polygraphy": "rtx"}
+_EXTRAS = {
+    "gguf": "gguf",
+    "onnxruntime": "cpu",
+    "onnxruntime_genai": "genai",
+    "polygraphy": "rtx",
+    "tensorrt": "tensorrt",
+    "tensorrt_rtx": "rtx",
+}
 # Come with the plain install; an environment that only serves lacks them.
 _PLAIN = {"torch", "transformers", "peft", "onnx", "onnx_ir", "onnxscript", "datasets"}
 # Errors caused by a path, a disk or a limit, not by this tool.

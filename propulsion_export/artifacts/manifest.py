@@ -30,6 +30,8 @@ ADD_ONE = "`propulsion-export adapter add` adds one."  # a remedy for an unknown
 ArtifactKind = Literal["merged", "onnx", "engine"]
 Mode = Literal["folded", "switchable", "bank"]
 Dtype = Literal["float32", "float16", "bfloat16"]
+Exporter = Literal["transformers", "genai"]
+ExecutionProvider = Literal["cpu", "cuda", "dml", "webgpu"]
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,28 @@ class EngineEntry:
 
 
 @dataclass(frozen=True)
+class QuantizationEntry:
+    """How the weights of the base model's linear layers are quantised in a graph.
+
+    Attributes:
+        bits: of a weight; integers are symmetric, weight = scale * integer.
+        form: `matmulnbits`, ONNX Runtime's operator, or `qdq`, a DequantizeLinear before each
+            MatMul, which TensorRT takes too.
+        block_size: how many weights along a layer's input share a scale; 0: one scale for each
+            output channel.
+        accuracy_level: of MatMulNBits, in what it computes: 1 float32, 4 int8 activations, 0 the
+            runtime's choice; None in the form `qdq`.
+        activations: the dtype that the inputs of linear layers are quantised to in the graph.
+    """
+
+    bits: Literal[4, 8]
+    form: Literal["matmulnbits", "qdq"]
+    block_size: int
+    accuracy_level: int | None = None
+    activations: Literal["int8"] | None = None
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The content of `propulsion.json`.
 
@@ -134,6 +158,10 @@ class Manifest:
         adapters: the adapters by name; exactly one when folded, none in a bank, whose registry
             has them.
         files: the digest, `sha256:…`, of each file by its path inside the directory.
+        exporter: what produced the graph: transformers' exporter, or onnxruntime-genai's builder,
+            whose graphs read rows that are padded on the right.
+        execution_provider: of ONNX Runtime, for which the graph was built.
+        quantization: how the base model's weights are quantised; None where they are not.
     """
 
     kind: ArtifactKind
@@ -149,6 +177,9 @@ class Manifest:
     engine: EngineEntry | None = None
     tools: dict[str, str] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
+    exporter: Exporter = "transformers"
+    execution_provider: ExecutionProvider = "cpu"
+    quantization: QuantizationEntry | None = None
 
     def to_json(self) -> str:
         """The manifest as JSON text, keys in the order above."""

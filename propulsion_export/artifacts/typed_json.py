@@ -30,7 +30,7 @@ def convert(kind: Any, value: Any, where: str) -> Any:
     if kind is TaskName or origin is Literal:
         known = tuple(TASKS) if kind is TaskName else arguments
         if value not in known:
-            raise ValueError(f"{where} is {value!r}, expected one of {', '.join(known)}")
+            raise ValueError(f"{where} is {value!r}, expected one of {', '.join(map(str, known))}")
         return value
     if origin in (typing.Union, types.UnionType):
         return _convert_union(arguments, value, where)

@@ -170,6 +170,9 @@ def test_the_manifest_on_disk_is_exactly_this(switchable):
         "engine",
         "tools",
         "files",
+        "exporter",
+        "execution_provider",
+        "quantization",
     ]
     assert value.pop("files").keys() == {"model.onnx", BASE_FEEDS, TOPIC}
     assert value == {
@@ -214,6 +217,9 @@ def test_the_manifest_on_disk_is_exactly_this(switchable):
             ]
         },
         "engine": None,
+        "exporter": "transformers",
+        "execution_provider": "cpu",
+        "quantization": None,
         "tools": {"torch": "2.13.0"},
     }
 
