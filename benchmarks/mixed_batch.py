@@ -38,8 +38,8 @@ from propulsion_export.artifacts.layout import packed_inputs, to_row
 from propulsion_export.artifacts.manifest import AdapterEntry
 from propulsion_export.artifacts.tensor_names import BANK_INPUT, IDS_INPUT
 from propulsion_export.base_model.loading import load_base
-from propulsion_export.graph.build import optimise
 from propulsion_export.graph.files import write_graph
+from propulsion_export.graph.optimise import optimise
 from propulsion_export.graph.passes.dimensions import NameDimensions
 from propulsion_export.graph.sample_inputs import TRACED_ROWS, input_names, trace_inputs
 from propulsion_export.graph.trace import trace

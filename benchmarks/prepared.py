@@ -10,8 +10,8 @@ import torch
 from propulsion_export import Adapter, export_onnx
 from propulsion_export.adapters.scales import Scale
 from propulsion_export.base_model.model_fingerprint import fingerprint_of_model
-from propulsion_export.graph.build import optimise
 from propulsion_export.graph.files import write_graph
+from propulsion_export.graph.optimise import optimise
 from propulsion_export.graph.passes.dimensions import NameDimensions
 from propulsion_export.graph.sample_inputs import input_names, trace_inputs
 from propulsion_export.graph.trace import trace

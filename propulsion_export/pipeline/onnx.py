@@ -37,11 +37,11 @@ from propulsion_export.graph.build import (
     build_bank,
     build_folded,
     build_switchable,
-    default_labels,
 )
 from propulsion_export.graph.files import write_graphs
 from propulsion_export.graph.sample_outputs import check_computable
 from propulsion_export.graph.signature import signature
+from propulsion_export.graph.slot_plan import default_labels
 from propulsion_export.graph.slots import SlotOptions, slots_for
 from propulsion_export.pipeline.base_room import load_with_room, resize_
 from propulsion_export.pipeline.base_settings import settle_

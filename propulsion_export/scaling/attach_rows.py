@@ -38,7 +38,7 @@ def attached_rows(model: nn.Module, layout: Layout) -> Iterator[None]:
         UsageError: parts of the layout cannot differ from row to row, all of them named; when the
             model runs: an output of a module does not keep the rows of the batch apart.
     """
-    _check_possible(model, layout)
+    check_possible(model, layout)
     rows = _Rows(layout)
     undo: list[Any] = [
         model.register_forward_pre_hook(rows.take, with_kwargs=True).remove,
@@ -87,7 +87,12 @@ class _Rows:
         return values * _beside(values, self.get(SCALES_INPUT, slot), slot.path)
 
 
-def _check_possible(model: nn.Module, layout: Layout) -> None:
+def check_possible(model: nn.Module, layout: Layout) -> None:
+    """Refuse a layout with parts that cannot differ from row to row.
+
+    Raises:
+        UsageError: naming all of them.
+    """
     experts = [
         f"{slot.path}: scales experts, whose weights all tokens share, so a row of a batch cannot "
         "have its own"
@@ -109,6 +114,11 @@ def _check_possible(model: nn.Module, layout: Layout) -> None:
     ]
     if experts or others:
         raise UsageError(*experts, *others, remedy=_REMEDY)
+
+
+def takes_detours(layout: Layout) -> bool:
+    """Whether the scale of some slot acts elsewhere than on its module's output, see `_DETOURS`."""
+    return any(slot.path.rpartition(".")[2] in _DETOURS for slot in layout.get(SCALES_INPUT, ()))
 
 
 def _reason_against(model: nn.Module, path: str) -> str | None:

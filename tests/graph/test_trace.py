@@ -16,8 +16,8 @@ from propulsion_export.artifacts.file_names import ENCODER_DECODER_FILES
 from propulsion_export.artifacts.manifest import Slot
 from propulsion_export.artifacts.tensor_names import LOGITS
 from propulsion_export.errors import ToolError, UnavailableError
-from propulsion_export.graph.build import optimise
 from propulsion_export.graph.files import write_graph, write_graphs
+from propulsion_export.graph.optimise import optimise
 from propulsion_export.graph.passes.cache import NameCache
 from propulsion_export.graph.passes.defaults import SetDefaults
 from propulsion_export.graph.passes.dimensions import NameDimensions

@@ -20,12 +20,13 @@ from propulsion_export.base_model.eos_pooling import _MODEL_TYPES, pools_at_eos
 from propulsion_export.base_model.loading import BaseModel, load_base
 from propulsion_export.base_model.model_fingerprint import fingerprint_of_model
 from propulsion_export.errors import AdapterError, BaseModelError, DataError, ToolError
-from propulsion_export.graph.build import _check_unused, build_bank, build_switchable
+from propulsion_export.graph.build import build_bank, build_switchable
 from propulsion_export.graph.eos_pooling import _last, reading_own_eos
 from propulsion_export.graph.files import write_graphs
 from propulsion_export.graph.passes.float32_detours import ComputeInFloat32
 from propulsion_export.graph.sample_inputs import trace_inputs
 from propulsion_export.graph.sample_outputs import check_computable
+from propulsion_export.graph.scaled import check_unused
 from propulsion_export.graph.trace import _refuse_bounded, _refuse_fixed
 from propulsion_export.pipeline.merge import merge
 from propulsion_export.pipeline.onnx import export_onnx
@@ -249,11 +250,11 @@ def test_a_lost_tensor_that_acts_is_still_an_error(squeeze):
     layout = {"propulsion_scales": slots}
     read, dead, _ = slots
 
-    _check_unused(base_of(model), layout, {"propulsion_scales": [dead]})
+    check_unused(base_of(model), layout, {"propulsion_scales": [dead]})
     with pytest.raises(AdapterError, match=r"pooler\.dense: does not act on the output"):
-        _check_unused(base_of(model), {"propulsion_scales": (dead,)}, {"propulsion_scales": [dead]})
+        check_unused(base_of(model), {"propulsion_scales": (dead,)}, {"propulsion_scales": [dead]})
     with pytest.raises(ToolError, match=r"word_embeddings.propulsion_scale: is in no traced graph"):
-        _check_unused(base_of(model), layout, {"propulsion_scales": [read, dead]})
+        check_unused(base_of(model), layout, {"propulsion_scales": [read, dead]})
 
 
 # Classifiers that read the end-of-sequence token.
