@@ -1,5 +1,6 @@
 """`propulsion-export onnx`: export to ONNX, and compare with PyTorch."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
@@ -11,6 +12,7 @@ from .options import (
     mode_option,
     model_option,
     output_options,
+    quantisation_options,
     task_option,
     trust_option,
     untie_option,
@@ -20,6 +22,7 @@ from .verdict import exit_code, verdict_line
 if TYPE_CHECKING:
     from propulsion_export.artifacts.artifact import Artifact
     from propulsion_export.artifacts.manifest import Mode
+    from propulsion_export.pipeline.quantisation_options import QuantizationForm, QuantizedType
 
 
 class ExportArguments(TypedDict):
@@ -30,6 +33,12 @@ class ExportArguments(TypedDict):
     task: str
     dtype: str
     opset: int
+    quantize: "QuantizedType | None"
+    quantization_form: "QuantizationForm | None"
+    block_size: int | None
+    accuracy_level: int | None
+    quantize_activations: bool
+    calibration: Path | None
     untie: bool
     allow_range: bool
     placement: str | None
@@ -58,6 +67,7 @@ class ExportArguments(TypedDict):
 @click.option(
     "--opset", type=click.IntRange(18, 23), default=20, show_default=True, help="ONNX version."
 )
+@quantisation_options
 @untie_option
 @click.option("--allow-range", is_flag=True, help="Accept scales that the dtype rounds badly.")
 @click.option(
@@ -114,13 +124,16 @@ def _summary(artifact: "Artifact") -> tuple[dict[str, Any], str]:
     """The artifact as JSON and as one line."""
     manifest, names = artifact.manifest, sorted(artifact.list_adapters())
     size = size_of(artifact.directory)
+    quantised = manifest.quantization
     value = {
         "artifact": str(artifact.directory),
         "bytes": size,
         "mode": manifest.mode,
         "dtype": manifest.dtype,
+        "quantization": asdict(quantised) if quantised else None,
         "adapters": names,
     }
     adapters = ", ".join(names) or "no adapters"
-    line = f"{artifact.directory}: {manifest.mode}, {manifest.dtype}, {human_size(size)}"
+    kind = f"int{quantised.bits} ({quantised.form}), " if quantised else ""
+    line = f"{artifact.directory}: {manifest.mode}, {kind}{manifest.dtype}, {human_size(size)}"
     return value, f"{line}, {adapters}"

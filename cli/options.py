@@ -70,6 +70,46 @@ trust_option = click.option(
     "--trust-remote-code", is_flag=True, help="Run code from the model directory."
 )
 
+_QUANTISATION = (
+    click.option(
+        "--quantize",
+        type=click.Choice(["int4", "int8"]),
+        help="Quantise the weights of linear layers; adapters change their scales only.",
+    ),
+    click.option(
+        "--quantization-form",
+        type=click.Choice(["matmulnbits", "qdq"]),
+        help="Operators: ONNX Runtime's own, or QDQ, for TensorRT too.  [default: matmulnbits]",
+    ),
+    click.option(
+        "--block-size",
+        type=click.IntRange(min=2),
+        help="Weights that share a scale.  [default: 32; int8 in qdq: all of an output channel]",
+    ),
+    click.option(
+        "--accuracy-level",
+        type=click.IntRange(0, 4),
+        help="Of matmulnbits: compute in 1 float32, 4 int8; 0: the runtime chooses.  [default: 4]",
+    ),
+    click.option(
+        "--quantize-activations",
+        is_flag=True,
+        help="Quantise what linear layers read, too (int8 in qdq).",
+    ),
+    click.option(
+        "--calibration",
+        type=FILE,
+        help="Texts that the range of activations is measured on: .txt, or JSONL with `text`.",
+    ),
+)
+
+
+def quantisation_options(function: Callable[P, R]) -> Callable[P, R]:
+    """Add `--quantize` and what says how."""
+    for option in reversed(_QUANTISATION):
+        function = option(function)
+    return function
+
 
 def output_options(function: Callable[P, R]) -> Callable[P, R]:
     """Add `-o` and `--force`."""

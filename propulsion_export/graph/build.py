@@ -1,6 +1,6 @@
 """Build the finished graphs of an export: a producer, perhaps quantisation, a mode."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -8,31 +8,27 @@ import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from propulsion_export.adapters.adapter import Adapter
+from propulsion_export.adapters.head_room import with_room
 from propulsion_export.artifacts.artifact import Tensors
 from propulsion_export.artifacts.layout import Layout, width_of
 from propulsion_export.artifacts.manifest import Mode
-from propulsion_export.artifacts.tensor_names import ROWS_INPUT, SCALES_INPUT
+from propulsion_export.artifacts.tensor_names import MODULES_INPUT, ROWS_INPUT, SCALES_INPUT
 from propulsion_export.base_model.loading import BaseModel
 from propulsion_export.graph.modes import (
     can_become_bank,
     gathered,
     to_bank,
     to_folded,
+    to_quantised_folded,
     to_switchable,
 )
+from propulsion_export.graph.quantisation.quantise import Quantisation
 from propulsion_export.graph.sample_inputs import TRACED_ROWS
 from propulsion_export.graph.scaled import ScaledGraphs, trace_scaled, without_effect
 from propulsion_export.graph.slot_plan import feeds_of, plan_slots
 from propulsion_export.graph.task_graphs import trace_task
 from propulsion_export.scaling.attach_rows import attached_rows, check_possible, takes_detours
 from propulsion_export.scaling.fold.model import fold_
-
-# Changes the weights of a graph as it was traced, in place; scales and their Muls stay.
-Quantise = Callable[[ir.Model], None]
-
-
-def unchanged(program: ir.Model) -> None:
-    """Leave the weights of a graph as they are."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +49,22 @@ class ExportedGraphs:
 
 
 def build_folded(
-    base: BaseModel, adapter: Adapter | None, dtype: torch.dtype, *, opset: int, untie: bool
+    base: BaseModel,
+    adapter: Adapter | None,
+    dtype: torch.dtype,
+    *,
+    opset: int,
+    untie: bool,
+    quantisation: Quantisation | None = None,
 ) -> ExportedGraphs:
-    """Fold the adapter, if there is one, into the model of `base`, in `dtype`, and trace that."""
+    """Fold the adapter, if there is one, into the model of `base`, in `dtype`, and trace that.
+
+    With a quantisation, the base model is traced and quantised, and the adapter is folded into the
+    quantisation scales.
+    """
+    if quantisation is not None:
+        programs = _folded_into_integers(base, adapter, dtype, opset, quantisation)
+        return ExportedGraphs("folded", programs, {}, {})
     if adapter is None:
         base.model.to(dtype)
     else:
@@ -71,7 +80,7 @@ def build_switchable(
     dtype: torch.dtype,
     *,
     opset: int,
-    quantise: Quantise = unchanged,
+    quantisation: Quantisation | None = None,
 ) -> ExportedGraphs:
     """Trace `base` in `dtype` with everything that adapters bring as optional packed inputs.
 
@@ -82,12 +91,12 @@ def build_switchable(
         adapters: the exported ones; may be none.
         dtype: of weights and activations.
         opset: ONNX opset version.
-        quantise: changes the weights of each graph before it gets its mode.
+        quantisation: of each graph's weights, before it gets its mode.
     """
     layout, defaults = plan_slots(base, slots, dtype)
     base.model.to(dtype)
     scaled = trace_scaled(base, layout, defaults, opset=opset)
-    _quantise(scaled.programs, quantise)
+    _quantise(scaled.programs, layout, quantisation)
     feeds = feeds_of(adapters, layout, defaults)
     return ExportedGraphs("switchable", to_switchable(scaled), layout, feeds)
 
@@ -99,7 +108,7 @@ def build_bank(
     dtype: torch.dtype,
     *,
     opset: int,
-    quantise: Quantise = unchanged,
+    quantisation: Quantisation | None = None,
 ) -> ExportedGraphs:
     """Trace `base` in `dtype` so that each row of a batch chooses its adapter from a bank.
 
@@ -112,11 +121,11 @@ def build_bank(
     programs = None
     if set(layout) == {SCALES_INPUT} and not takes_detours(layout):
         scaled = trace_scaled(base, layout, defaults, opset=opset)
-        _quantise(scaled.programs, quantise)
+        _quantise(scaled.programs, layout, quantisation)
         programs = to_bank(scaled) if can_become_bank(scaled) else None
     if programs is None:
         programs = _trace_rows(base, layout, opset=opset)
-        _quantise(programs, quantise)
+        _quantise(programs, layout, quantisation)
         programs = {name: gathered(program) for name, program in programs.items()}
     return ExportedGraphs("bank", programs, layout, feeds_of(adapters, layout, defaults))
 
@@ -137,6 +146,32 @@ def _reads_rows(program: ir.Model) -> bool:
     return any(value.name == ROWS_INPUT and value.uses() for value in program.graph.inputs)
 
 
-def _quantise(programs: Mapping[str, ir.Model], quantise: Quantise) -> None:
+def _quantise(
+    programs: Mapping[str, ir.Model], layout: Layout, quantisation: Quantisation | None
+) -> None:
+    """Quantise the base model's weights, in place; what adapters save whole stays as it is."""
+    if quantisation is None:
+        return
+    saved = {slot.path for slot in layout.get(MODULES_INPUT, ())}
     for program in programs.values():
-        quantise(program)
+        quantisation.apply_(program, saved)
+
+
+def _folded_into_integers(
+    base: BaseModel,
+    adapter: Adapter | None,
+    dtype: torch.dtype,
+    opset: int,
+    quantisation: Quantisation,
+) -> dict[str, ir.Model]:
+    if adapter is None:
+        base.model.to(dtype)
+        scaled = ScaledGraphs(trace_task(base, opset=opset), {}, {}, {})
+        _quantise(scaled.programs, {}, quantisation)
+        return to_folded(scaled)
+    layout, defaults = plan_slots(base, [adapter], dtype)
+    base.model.to(dtype)
+    scaled = trace_scaled(base, layout, defaults, opset=opset)
+    _quantise(scaled.programs, layout, quantisation)
+    roomy = with_room(adapter, base.room, base.label_parameters)
+    return to_quantised_folded(scaled, roomy)

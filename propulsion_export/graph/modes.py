@@ -9,6 +9,7 @@ import onnx_ir as ir
 import torch
 from onnx_ir.tensor_adapters import TorchTensor
 
+from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.artifacts.tensor_names import ROWS_INPUT, SCALES_INPUT
 from propulsion_export.graph.optimise import optimise
 from propulsion_export.graph.passes.defaults import SetDefaults
@@ -16,7 +17,9 @@ from propulsion_export.graph.passes.gather_rows import GatherRows
 from propulsion_export.graph.passes.packing import PackInitializers
 from propulsion_export.graph.passes.removing import RemoveScales
 from propulsion_export.graph.passes.scale_rows import ScalesToRows
+from propulsion_export.graph.quantisation import FoldScales
 from propulsion_export.graph.scaled import ScaledGraphs
+from propulsion_export.scaling.attach import initializer_name
 
 
 def to_folded(
@@ -34,6 +37,25 @@ def to_folded(
         RemoveScales(tuple(scaled.parts.get(SCALES_INPUT, ())))(program)
         if parameters is not None:
             _set_weights_(program, parameters)
+        optimise(program)
+    return programs
+
+
+def to_quantised_folded(scaled: ScaledGraphs, adapter: Adapter) -> dict[str, ir.Model]:
+    """The quantised graphs with an adapter folded into their scales, by file name.
+
+    Args:
+        scaled: the graphs, their weights quantised.
+        adapter: with a tensor for every slot; heads have the size of their slots.
+    """
+    scales = {
+        initializer_name(path, scale.side, scale.values.ndim): scale.values
+        for path, scale in adapter.scales.items()
+    }
+    biases = {f"{path}.bias": bias for path, bias in adapter.biases.items()}
+    programs = _copies(scaled)
+    for program in programs.values():
+        FoldScales(scales, {**biases, **adapter.modules})(program)
         optimise(program)
     return programs
 

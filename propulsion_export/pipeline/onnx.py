@@ -1,6 +1,7 @@
 """`onnx`: a base model and adapters become a graph, the adapters folded in or switchable."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -39,6 +40,7 @@ from propulsion_export.graph.build import (
     build_switchable,
 )
 from propulsion_export.graph.files import write_graphs
+from propulsion_export.graph.quantisation.quantise import Quantisation
 from propulsion_export.graph.sample_outputs import check_computable
 from propulsion_export.graph.signature import signature
 from propulsion_export.graph.slot_plan import default_labels
@@ -46,6 +48,12 @@ from propulsion_export.graph.slots import SlotOptions, slots_for
 from propulsion_export.pipeline.base_room import load_with_room, resize_
 from propulsion_export.pipeline.base_settings import settle_
 from propulsion_export.pipeline.mode_options import check_mode_options
+from propulsion_export.pipeline.quantisation_options import (
+    QuantisationOptions,
+    QuantizationForm,
+    QuantizedType,
+)
+from propulsion_export.pipeline.quantising import describe, quantisation_of
 from propulsion_export.pipeline.text_files import TextFiles
 
 
@@ -58,6 +66,12 @@ def export_onnx(
     task: str = "auto",
     dtype: str = "keep",
     opset: int = DEFAULT_OPSET,
+    quantize: QuantizedType | None = None,
+    quantization_form: QuantizationForm | None = None,
+    block_size: int | None = None,
+    accuracy_level: int | None = None,
+    quantize_activations: bool = False,
+    calibration: Path | None = None,
     untie: bool = False,
     allow_range: bool = False,
     placement: str | None = None,
@@ -79,7 +93,17 @@ def export_onnx(
             `bank`, each row of a batch chooses its own.
         task: which head the graph has; `auto`: the adapters' or the checkpoint's.
         dtype: `keep`, `float32`, `bfloat16` or `float16`, of weights and activations.
-        opset: ONNX opset version.
+        opset: ONNX opset version; int4 and blocks in the form `qdq` raise it to 21.
+        quantize: `int4` or `int8`, for the weights of linear layers; the base model's are quantised
+            once, adapters change their scales only.
+        quantization_form: `matmulnbits`, ONNX Runtime's operator (the default), or `qdq`, which
+            TensorRT takes too.
+        block_size: how many weights along a layer's input share a scale; default: 32, or all of
+            them for int8 in the form `qdq`.
+        accuracy_level: in what MatMulNBits computes, 1: float32, 4: int8 activations (the default).
+        quantize_activations: quantise what linear layers read, too (int8 in the form `qdq`).
+        calibration: file of texts, at least 16, to measure the range of activations on, with the
+            base model and with each adapter.
         untie: give a scaled weight that is shared with another module a copy of its own (folded).
         allow_range: accept scales that the dtype rounds badly (switchable, bank).
         placement: without adapters, the modules that get slots: `attention`, `all` (the default)
@@ -94,6 +118,12 @@ def export_onnx(
     Raises:
         PropulsionExportError: as its subclasses say; nothing is left at `output` then.
     """
+    quantising = QuantisationOptions(
+        quantize, quantization_form, block_size, accuracy_level, quantize_activations, calibration
+    )
+    scheme = quantising.scheme()
+    quantising.check_dtype(dtype)
+    quantising.check_untie(untie)
     check_mode_options(mode, untie=untie, allow_range=allow_range, adapters=len(adapter))
     adapters = read_adapters(adapter)
     _check_adapters(adapters, mode)
@@ -115,13 +145,21 @@ def export_onnx(
     texts.check_tokens(base.model.config)
     wanted = base.model.dtype if dtype == "keep" else getattr(torch, dtype)
     name: Dtype = str(wanted).removeprefix("torch.")  # type: ignore[assignment]
+    quantising.check_dtype(name)
     if mode != "folded" and not allow_range:
         _check_ranges(adapters, name)
     settled = settle_(base.model, adapters, texts, mode=mode, own_head=base.own_head)
     check_computable(base)
-    progress(0.2, f"tracing {type(base.model).__name__} in {name}{settled.note}")
+    quantisation = quantisation_of(
+        base, adapters, scheme, calibration, trust_remote_code=trust_remote_code
+    )
+    opset = max(opset, quantisation.opset) if quantisation else opset
+    note = describe(scheme, opset) + settled.note
+    progress(0.2, f"tracing {type(base.model).__name__} in {name}{note}")
     filled = adapters or _slots(base, mode, slots)
-    graphs = _build(base, filled, adapters, mode, wanted, opset=opset, untie=untie)
+    graphs = _build(
+        base, filled, adapters, mode, wanted, opset=opset, untie=untie, quantisation=quantisation
+    )
     progress(0.8, f"writing {output}")
     labels = default_labels(base, filled, graphs.layout)
     recorded = BaseEntry(source, fingerprint, labels, base.own_head, settled.base)
@@ -132,7 +170,8 @@ def export_onnx(
         _write(graphs, base, directory, name, entries)
         texts.write(directory, settled.settings)
         texts.record(directory, settled.settings)
-        written = Artifact.write(directory, _manifest(graphs, base, recorded, entries, name))
+        manifest = _manifest(graphs, base, recorded, entries, name)
+        written = Artifact.write(directory, replace(manifest, quantization=scheme))
     progress(1.0, f"wrote {output}")
     return written.at(output)
 
@@ -158,12 +197,13 @@ def _build(
     *,
     opset: int,
     untie: bool,
+    quantisation: Quantisation | None,
 ) -> ExportedGraphs:
     if mode == "folded":
         first = next(iter(adapters), None)
-        return build_folded(base, first, dtype, opset=opset, untie=untie)
+        return build_folded(base, first, dtype, opset=opset, untie=untie, quantisation=quantisation)
     build = build_switchable if mode == "switchable" else build_bank
-    return build(base, slots, adapters, dtype, opset=opset)
+    return build(base, slots, adapters, dtype, opset=opset, quantisation=quantisation)
 
 
 def _entries(

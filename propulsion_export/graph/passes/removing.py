@@ -27,7 +27,7 @@ class RemoveScales(ir.passes.InPlacePass):
         scales = self._scales(model)
         for scale in scales:
             for product in list(products_by(scale)):
-                _bypass(graph, product.node.outputs[0], product.other)
+                bypass(graph, product.node.outputs[0], product.other)
                 graph.remove(product.node, safe=True)
             _remove_chain(graph, scale)
             graph.initializers.pop(str(scale.name))
@@ -38,7 +38,7 @@ class RemoveScales(ir.passes.InPlacePass):
         return [initializers[name] for name in self.names if name in initializers]
 
 
-def _bypass(graph: ir.Graph, scaled: ir.Value, value: ir.Value) -> None:
+def bypass(graph: ir.Graph, scaled: ir.Value, value: ir.Value) -> None:
     """Use `value` for `scaled` everywhere; an output of the graph keeps its name."""
     if scaled.is_graph_output():
         name = scaled.name
