@@ -14,6 +14,13 @@ def check_operators(model: ir.Model, name: str) -> None:
     Raises:
         UnavailableError: the model, called `name`, has an operator that TensorRT lacks.
     """
+    packed = next((node for node in model.graph if node.op_type == "MatMulNBits"), None)
+    if packed is not None:
+        raise UnavailableError(
+            f"{name}: its node {packed.name!r} is a MatMulNBits, ONNX Runtime's own operator, "
+            "expected integers behind a DequantizeLinear",
+            remedy="Export it again with --exporter transformers --quantization-form qdq.",
+        )
     adding = [
         f"{name}: its node {node.name!r} is a ScatterElements that adds up, as in a mixture of "
         "experts, which TensorRT cannot build; expected a model without experts"

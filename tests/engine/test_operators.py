@@ -13,6 +13,21 @@ graph (float[4] counts, int64[9] experts, float[9] ones) => (float[4] counted) {
 }
 """
 
+PACKED = """
+<ir_version: 10, opset_import: ["" : 20, "com.microsoft" : 1]>
+graph (float[n, 16] x, uint8[8, 1, 8] integers, float[8, 1] scales) => (float[n, 8] y) {
+    [dense] y = com.microsoft.MatMulNBits <K = 16, N = 8, bits = 4, block_size = 16>
+        (x, integers, scales)
+}
+"""
+
+
+def test_integers_of_onnx_runtimes_own_operator_are_refused_with_the_form_that_builds():
+    remedy = r"Tiny: its node 'dense'.*--quantization-form qdq"
+
+    with pytest.raises(UnavailableError, match=remedy):
+        check_operators(ir.from_onnx_text(PACKED), "Tiny")
+
 
 @pytest.mark.parametrize("reduction", ["", ', reduction = "none"'])
 def test_a_scatter_that_adds_is_refused_by_the_names_of_model_and_node(reduction):

@@ -10,20 +10,19 @@ from functools import cache
 
 import numpy as np
 import pytest
+from tiny_models import save_tokenizer
 
-from propulsion_export.adapters.names import BASE_NAME
 from propulsion_export.adapters.scales import Scale
 from propulsion_export.artifacts.artifact import Artifact
 from propulsion_export.artifacts.file_names import GRAPH_FILE
-from propulsion_export.artifacts.manifest import QuantizationEntry
 from propulsion_export.base_model.model_fingerprint import fingerprint_of_model
-from propulsion_export.errors import UsageError
+from propulsion_export.engine import BuildOptions
 from propulsion_export.graph.files import read_graph
-from propulsion_export.graph.quantisation import dequantise, quantised_weights
+from propulsion_export.graph.quantisation import quantised_weights
 from propulsion_export.pipeline.onnx import export_onnx
+from propulsion_export.pipeline.trt import build_engine
 from propulsion_export.runners.decoding import generate, greedy
 from propulsion_export.runners.opening import choose_runner, open_candidate
-from tiny_models import save_tokenizer
 
 TASKS = {"bert": "text-classification", "llama": "text-generation"}
 SIZES = {"hidden_size": 64, "intermediate_size": 128}
@@ -95,6 +94,7 @@ def quantised(quantised_world, shared):
     return make
 
 
+RTX = BuildOptions(runtime="tensorrt-rtx", targets=("sm_86", "sm_89", "sm_120"))
 EXPORTER: dict[str, str] = {}
 FORMS["w8a8"] = FORMS["qdq-8"] | {"quantize_activations": True}
 
@@ -144,3 +144,27 @@ def test_the_base_is_quantised_once_for_every_mode(kind, form, quantised):
         if (weight.scales != read["bank"][parameter].scales).any()
     ]
     assert 10 < len(changed) < len(read["bank"])  # all but the head, which has no scale
+
+
+ENGINES = {"w4a16": "qdq-4", "w8a16": "qdq-8", "w8a8": "w8a8"}
+QUICK = {("bert", "switchable", "w4a16"), ("bert", "folded", "w8a8"), ("llama", "bank", "w8a16")}
+MATRIX = [
+    pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
+    for case in itertools.product(TASKS, MODES, ENGINES)
+]
+
+
+@pytest.mark.parametrize(("kind", "mode", "precision"), MATRIX)
+def test_quantised_graphs_become_engines_for_every_target(
+    kind, mode, precision, quantised, tmp_path
+):
+    pytest.importorskip("tensorrt_rtx", reason="an engine is built")
+    directory = quantised(kind, mode, ENGINES[precision], "float16")
+
+    built = build_engine(directory, tmp_path / "engine", RTX)
+
+    assert built.path.stat().st_size > 10_000
+    assert built.manifest.engine.targets == RTX.targets
+    assert built.manifest.quantization == Artifact.read(directory).manifest.quantization
+    scales = [w.scales for w in quantised_weights(read_graph(directory, GRAPH_FILE)).values()]
+    assert all((each > 0).all() for each in scales)

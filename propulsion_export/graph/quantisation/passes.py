@@ -27,7 +27,9 @@ class QuantiseWeights(ir.passes.InPlacePass):
 
     A weight that is used twice, as ALBERT's are, is quantised once. One that an embedding shares
     stays beside its integers, in floating point. New nodes and initializers are named by the
-    parameter and an ending, in the manner of ONNX Runtime's quantiser: see `reading`.
+    parameter and an ending, in the manner of ONNX Runtime's quantiser: `…weight_DQ_Q4` and
+    `…weight_DQ_scales` are read by the node `…weight/DQ_Q4`, since TensorRT gives an initializer's
+    name to a layer.
 
     Attributes:
         scheme: bits, form and block size; activations are `activations.QuantiseActivations`.
@@ -57,7 +59,7 @@ class QuantiseWeights(ir.passes.InPlacePass):
                 done[layer.parameter] = self._constants(model.graph, layer)
             constants, number = done[layer.parameter], uses[layer.parameter]
             put = _put_dequantised if self.scheme.form == "qdq" else _put_matmulnbits
-            name = f"{constants[0].name}{f'.{number}' if number else ''}"
+            name = f"{layer.parameter}/{self._kind}{f'.{number}' if number else ''}"
             put(model.graph, layer, constants, self.scheme, name)
             uses[layer.parameter] += 1
         if self.scheme.form == "matmulnbits":
@@ -74,12 +76,15 @@ class QuantiseWeights(ir.passes.InPlacePass):
         bits, block = self.scheme.bits, self.scheme.block_size
         if self.scheme.form == "matmulnbits":
             integers, scales = quantise_for_matmulnbits(layer.matrix(), bits, block)
-            ending = f"_Q{bits}"
         else:
             integers, scales = _dequantised_by_operator(layer.matrix(), self.scheme)
-            ending = f"_DQ_Q{bits}"
-        named = {ending: integers, f"{ending.rpartition('Q')[0]}scales": scales}
-        return [add_constant(graph, f"{layer.parameter}{e}", v) for e, v in named.items()]
+        named = {self._kind: integers, f"{self._kind[:-2]}scales": scales}
+        return [add_constant(graph, f"{layer.parameter}_{e}", v) for e, v in named.items()]
+
+    @property
+    def _kind(self) -> str:
+        """How ONNX Runtime's quantiser ends the names of what it makes."""
+        return f"{'DQ_' if self.scheme.form == 'qdq' else ''}Q{self.scheme.bits}"
 
 
 def check_quantisable(

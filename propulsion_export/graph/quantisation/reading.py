@@ -11,8 +11,9 @@ from propulsion_export.adapters.scales import Array
 from propulsion_export.errors import ArtifactError
 from propulsion_export.graph.quantisation.weights import QuantisedWeight, unpack_matmulnbits
 
-# `<parameter>_Q4`, `<parameter>_DQ_Q8`; a further use of the weight has a number behind it.
-_ENDING = re.compile(r"(_DQ)?_Q[48](\.\d+|_\d+)?$")
+# `<parameter>/Q4`, `<parameter>/DQ_Q8`; a further use of the weight has a number behind it. The
+# builder of onnxruntime-genai writes `<MatMul>_Q4`.
+_ENDING = re.compile(r"[/_](DQ_)?Q[48]([._]\d+)?$")
 
 
 class Part(NamedTuple):
