@@ -2,10 +2,10 @@
 
     python benchmarks/quantised_encoder.py [--adapter DIR] [--rounds 20]
 
-Trains the demo's topic adapter on all-MiniLM-L6-v2 (or takes one that is trained), exports it folded
-and switchable over the float32 base and over quantised ones, and prints for each the accuracy on the
-held-out texts, the size of the graph's weights, and the time of a batch as a ratio to float32. Ends
-with 1 if an int4 or int8 base costs the adapter more than two points.
+Trains the demo's topic adapter on all-MiniLM-L6-v2 (or takes one that is trained), exports it
+folded and switchable over the float32 base and over quantised ones, and prints for each the
+accuracy on the held-out texts, the size of the graph's weights, and the time of a batch as a ratio
+to float32. Ends with 1 if an int4 or int8 base costs the adapter more than two points.
 """
 
 import argparse
@@ -21,11 +21,10 @@ from propulsion_export import Artifact, Session, export_onnx, train
 from propulsion_export.runners.onnxruntime import onnxruntime_runner
 from propulsion_export.training.options import TrainOptions
 
-SAMPLES = Path(__file__).parent.parent / "samples"
-sys.path.insert(0, str(SAMPLES))
+sys.path.insert(0, str(Path(__file__).parent.parent / "samples"))
 from minilm import model_directory
 
-DATA = SAMPLES / "data"
+DATA = Path(__file__).parent.parent / "samples" / "data"
 MOST_LOST = 0.02
 BASES = {
     "float32": {},

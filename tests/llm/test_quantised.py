@@ -24,8 +24,16 @@ from propulsion_export.pipeline.trt import build_engine
 from propulsion_export.runners.decoding import generate, greedy
 from propulsion_export.runners.opening import choose_runner, open_candidate
 
-TASKS = {"bert": "text-classification", "llama": "text-generation"}
-SIZES = {"hidden_size": 64, "intermediate_size": 128}
+TASKS = {
+    "bert": "text-classification",
+    "llama": "text-generation",
+    "t5": "text2text-generation",
+}
+SIZES = {
+    "bert": {"hidden_size": 64, "intermediate_size": 128},
+    "llama": {"hidden_size": 64, "intermediate_size": 128},
+    "t5": {"d_model": 64, "d_ff": 128},
+}
 DEGREE = 15
 PROMPTS = [[11, 42, 7, 65, 23], [50, 9, 31], [8, 90, 77, 16, 29, 33, 60, 71]]
 STEPS = 24
@@ -36,6 +44,7 @@ FORMS = {
     "qdq-4": {"quantize": "int4", "quantization_form": "qdq"},
     "qdq-8": {"quantize": "int8", "quantization_form": "qdq"},
 }
+W8A8 = FORMS["qdq-8"] | {"quantize_activations": True}
 
 
 @pytest.fixture(scope="session")
@@ -48,9 +57,9 @@ def quantised_world(shared, tiny_model, random_adapter):
     @cache
     def make(kind):
         def fill(root):
-            model = tiny_model(kind, TASKS[kind], **SIZES)
+            model = tiny_model(kind, TASKS[kind], **SIZES[kind])
             model.save_pretrained(root / "base")
-            save_tokenizer(root / "base", generative=kind == "llama")
+            save_tokenizer(root / "base", generative=kind != "bert")
             for seed, name in ((1, "one"), (2, "two")):
                 made = random_adapter(model, seed, name, task=TASKS[kind])
                 made = replace(
@@ -82,9 +91,7 @@ def quantised(quantised_world, shared):
     def make(kind, mode, form, dtype="float32"):
         world = quantised_world(kind)
         adapters = [world / "one"] if mode == "folded" else [world / "one", world / "two"]
-        more = FORMS[form]
-        if form == "w8a8":
-            more = more | {"calibration": texts_file(world)}
+        more = FORMS.get(form) or W8A8 | {"calibration": texts_file(world)}
 
         def fill(directory):
             export_onnx(adapters, directory / mode, mode=mode, dtype=dtype, **EXPORTER, **more)
@@ -96,7 +103,6 @@ def quantised(quantised_world, shared):
 
 RTX = BuildOptions(runtime="tensorrt-rtx", targets=("sm_86", "sm_89", "sm_120"))
 EXPORTER: dict[str, str] = {}
-FORMS["w8a8"] = FORMS["qdq-8"] | {"quantize_activations": True}
 
 
 def texts_file(world):
@@ -115,42 +121,62 @@ def tokens_of(directory, adapter=None):
     return np.stack(list(itertools.islice(generate(model, feeds, greedy), STEPS)), axis=1)
 
 
-@pytest.mark.parametrize("form", ["matmulnbits-4", "qdq-8"])
-def test_greedy_tokens_of_folded_switchable_and_bank_agree(form, quantised):
-    folded = tokens_of(quantised("llama", "folded", form))
+slow = pytest.mark.slow
+FOLDED_IN = [
+    pytest.param("llama", "switchable", "matmulnbits-4"),
+    *(
+        pytest.param(kind, mode, form, marks=slow)
+        for kind, mode, form in itertools.product(("llama", "t5"), MODES[1:], FORMS)
+        if (mode, form) != ("switchable", "matmulnbits-4")
+    ),
+]
 
-    for mode in ("switchable", "bank"):
-        directory = quantised("llama", mode, form)
-        np.testing.assert_array_equal(tokens_of(directory, "one"), folded)
-        assert (tokens_of(directory, "two") != folded).any()
-        assert (tokens_of(directory) != folded).any()
+
+@pytest.mark.parametrize(("kind", "mode", "form"), FOLDED_IN)
+def test_greedy_tokens_of_folded_and_of_switchable_and_bank_agree(kind, mode, form, quantised):
+    folded, other = tokens_of(quantised(kind, "folded", form)), quantised(kind, mode, form)
+
+    np.testing.assert_array_equal(tokens_of(other, "one"), folded)
+    assert (tokens_of(other, "two") != folded).any()
+    assert (tokens_of(other) != folded).any()
 
 
-@pytest.mark.parametrize("kind", TASKS)
-@pytest.mark.parametrize("form", ["matmulnbits-4", "qdq-8"])
+ONCE = [
+    pytest.param("llama", "matmulnbits-4"),
+    *(
+        pytest.param(kind, form, marks=slow)
+        for kind, form in itertools.product(TASKS, ("matmulnbits-4", "qdq-8"))
+        if (kind, form) != ("llama", "matmulnbits-4")
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "form"), ONCE)
 def test_the_base_is_quantised_once_for_every_mode(kind, form, quantised):
-    graphs = {mode: read_graph(quantised(kind, mode, form), GRAPH_FILE) for mode in MODES}
+    folded, switchable = (
+        {
+            file: quantised_weights(read_graph(directory, file))
+            for file in Artifact.read(directory).manifest.graphs or (GRAPH_FILE,)
+        }
+        for directory in (quantised(kind, mode, form) for mode in ("folded", "switchable"))
+    )
 
-    read = {mode: quantised_weights(graph) for mode, graph in graphs.items()}
-
-    assert len(read["folded"]) > 10
-    for mode in ("switchable", "bank"):
-        assert read[mode].keys() == read["folded"].keys()
-        for parameter, weight in read[mode].items():
-            assert weight.integers.tobytes() == read["folded"][parameter].integers.tobytes()
-    changed = [
-        parameter
-        for parameter, weight in read["folded"].items()
-        if (weight.scales != read["bank"][parameter].scales).any()
-    ]
-    assert 10 < len(changed) < len(read["bank"])  # all but the head, which has no scale
+    assert folded.keys() == switchable.keys()
+    for file, weights in switchable.items():
+        assert len(weights) > 10
+        assert weights.keys() == folded[file].keys()
+        changed = 0
+        for parameter, weight in weights.items():
+            assert weight.integers.tobytes() == folded[file][parameter].integers.tobytes()
+            changed += bool((weight.scales != folded[file][parameter].scales).any())
+        assert changed >= len(weights) - 2  # all but the heads
 
 
 ENGINES = {"w4a16": "qdq-4", "w8a16": "qdq-8", "w8a8": "w8a8"}
 QUICK = {("bert", "switchable", "w4a16"), ("bert", "folded", "w8a8"), ("llama", "bank", "w8a16")}
 MATRIX = [
-    pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
-    for case in itertools.product(TASKS, MODES, ENGINES)
+    pytest.param(*case, marks=() if case in QUICK else slow)
+    for case in itertools.product(("bert", "llama"), MODES, ENGINES)
 ]
 
 
