@@ -226,9 +226,8 @@ def _advance(base: BaseModel, stack: Stack, place: int, run: _Run) -> None:
         cache = new_cache(base)
         if cache is not None and past is not None:
             _fill_cache_(cache, len(stack.layers), place, past)
-        with _only(stack.layers, place, previous) as returned:
-            with suppress(_ReachedError):
-                run.outputs.append(forward(base, piece, cache))
+        with _only(stack.layers, place, previous) as returned, suppress(_ReachedError):
+            run.outputs.append(forward(base, piece, cache))
         run.returned.append(returned[0])
         if cache is not None:
             past = (cache.layers[place].keys, cache.layers[place].values)
