@@ -203,8 +203,9 @@ def _histogram(errors: Sequence[Array]) -> tuple[int, ...]:
     reaching = np.zeros(len(DECADES), np.int64)
     for part in _parts(errors):
         reaching[0] += np.count_nonzero(part > 0)
-        counts = list(takewhile(bool, (np.count_nonzero(part >= edge) for edge in inner)))
-        reaching[1 : len(counts) + 1] += counts
+        counts = takewhile(bool, (np.count_nonzero(part >= edge) for edge in inner))
+        for place, count in enumerate(counts, 1):
+            reaching[place] += count
     return tuple(map(int, reaching[:-1] - reaching[1:]))
 
 
