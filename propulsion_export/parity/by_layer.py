@@ -2,13 +2,8 @@
 
 The weights of a checkpoint stay in its file, where safetensors maps them. One layer at a time is
 filled with them, at the precision to compute in, and every pass of every state goes through it
-before the next layer is filled. For layer k the model's own forward runs, but the layers before k
-only return what layer k - 1 has returned before, and the pass ends behind layer k. So each layer
-gets exactly the arguments that the model gives it, and computes the very numbers that it computes
+before the next layer is filled, see `stacks`. Each layer computes the very numbers that it computes
 in the whole model. What a state has in common with one before it is taken from that one.
-
-The model must be one stack of layers that read nothing of other layers but the output of the one
-before. What another layer would read wrongly is NaN here, so that it cannot pass unseen.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,10 +13,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
 from transformers import DynamicCache
 
-from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.artifacts.artifact import Tensors
 from propulsion_export.base_model.loading import BaseModel
 from propulsion_export.base_model.model_fingerprint import output_embeddings
@@ -35,6 +28,7 @@ from propulsion_export.parity.forwards import (
     new_cache,
     precision,
 )
+from propulsion_export.parity.stacks import Stack, find_stack, first_change, returning
 from propulsion_export.scaling.attach import attached
 
 Fill = Callable[[Sequence[nn.Module]], AbstractContextManager[None]]
@@ -42,14 +36,6 @@ Fill = Callable[[Sequence[nn.Module]], AbstractContextManager[None]]
 
 class _ReachedError(Exception):
     """The layer whose output is wanted has computed it."""
-
-
-@dataclass(frozen=True)
-class Stack:
-    """The layers of a model, in the order they run, and the path of their list."""
-
-    path: str
-    layers: nn.ModuleList
 
 
 @dataclass
@@ -86,21 +72,16 @@ def stack_of(model: Any) -> Stack:
     """The layers of a model.
 
     Raises:
-        UsageError: it has another number of stacks than one, or layers that share keys and values.
+        UsageError: it is not one stack of layers.
     """
-    count, shared = model.config.num_hidden_layers, getattr(model.config, "num_kv_shared_layers", 0)
-    found = [
-        Stack(path, module)
-        for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == count
-    ]
-    if len(found) == 1 and not model.config.is_encoder_decoder and not shared:
-        return found[0]
-    raise UsageError(
-        f"--low-memory: {type(model).__name__} is not one stack of {count} layers that read "
-        "nothing of each other but the output of the one before",
-        remedy="Leave it out.",
-    )
+    stack = find_stack(model)
+    if stack is None:
+        raise UsageError(
+            f"--low-memory: {type(model).__name__} is not one stack of layers that read nothing "
+            "of each other but the output of the one before",
+            remedy="Leave it out.",
+        )
+    return stack
 
 
 @contextmanager
@@ -145,23 +126,6 @@ def emptied(model: nn.Module, device: str, dtype: torch.dtype) -> Iterator[Fill]
     finally:
         for _, table, tensors in own:
             table |= tensors
-
-
-def first_change(model: nn.Module, stack: Stack, adapter: Adapter) -> int:
-    """The first layer that an adapter changes; their number if it changes only what follows."""
-    scaled = [path for path, scale in adapter.scales.items() if (scale.values != 1).any()]
-    changed = [*scaled, *adapter.biases, *adapter.modules]
-    places = (_place_of(path, model, stack) for path in changed)
-    return min(places, default=len(stack.layers))
-
-
-def _place_of(path: str, model: Any, stack: Stack) -> int:
-    """The layer that has a module or parameter; 0 for what runs before them, or may."""
-    inner = model.base_model_prefix
-    if hasattr(model, inner) and not path.startswith(f"{inner}."):
-        return len(stack.layers)
-    names = (f"{stack.path}.{place}." for place in range(len(stack.layers)))
-    return next((place for place, name in enumerate(names) if path.startswith(name)), 0)
 
 
 def _known(work: Work) -> list[Forwards]:
@@ -226,7 +190,7 @@ def _advance(base: BaseModel, stack: Stack, place: int, run: _Run) -> None:
         cache = new_cache(base)
         if cache is not None and past is not None:
             _fill_cache_(cache, len(stack.layers), place, past)
-        with _only(stack.layers, place, previous) as returned, suppress(_ReachedError):
+        with _only(stack, place, previous) as returned, suppress(_ReachedError):
             run.outputs.append(forward(base, piece, cache))
         run.returned.append(returned[0])
         if cache is not None:
@@ -244,32 +208,24 @@ def _fill_cache_(
 
 
 @contextmanager
-def _only(layers: nn.ModuleList, place: int, previous: Any) -> Iterator[list[Any]]:
-    """Let only one layer compute, the ones before it return, and the pass end behind it.
+def _only(stack: Stack, place: int, previous: Any) -> Iterator[list[Any]]:
+    """Let only one layer compute, and the pass end behind it; the value gets what it returns.
 
-    The value gets what the layer returns. The last layer's pass goes on to the end of the model.
+    The last layer's pass goes on to the end of the model.
     """
+    layer = stack.layers[place]
     returned: list[Any] = []
-    layer, unread = layers[place], tree_map(_without_values, previous)
     compute = layer.forward
 
-    def last(*arguments: Any, **named: Any) -> Any:
+    def recorded(*arguments: Any, **named: Any) -> Any:
         returned.append(compute(*arguments, **named))
-        if place < len(layers) - 1:
+        if place < len(stack.layers) - 1:
             raise _ReachedError
         return returned[0]
 
-    stubs = [*[lambda *_, **__: unread] * (place - 1), *[lambda *_, **__: previous] * (place > 0)]
-    try:
-        for each, stub in zip(layers, [*stubs, last], strict=False):
-            each.forward = stub
-        yield returned
-    finally:
-        for each in layers[: place + 1]:
-            del each.forward
-
-
-def _without_values(value: Any) -> Any:
-    if isinstance(value, torch.Tensor) and value.is_floating_point():
-        return torch.full((), torch.nan, dtype=value.dtype, device=value.device).expand(value.shape)
-    return value
+    with returning(stack, place, previous):
+        layer.forward = recorded
+        try:
+            yield returned
+        finally:
+            del layer.forward

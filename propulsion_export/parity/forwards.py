@@ -16,6 +16,7 @@ from propulsion_export.artifacts.tensor_names import LOGITS
 from propulsion_export.base_model.loading import BaseModel
 from propulsion_export.base_model.tasks import TASKS
 from propulsion_export.parity.float64 import float64_throughout
+from propulsion_export.parity.prefixes import Prefixes
 from propulsion_export.runners.decoding import pieces_of, positions
 from propulsion_export.runners.pytorch import (
     output_arrays,
@@ -65,15 +66,20 @@ class Compute(Protocol):
 
 
 def compute_whole(device: str) -> Compute:
-    """Compute with the whole model in memory, on `device`."""
+    """Compute with the whole model in memory, on `device`.
+
+    A pass begins at the first layer that its adapter changes, where another state has run the same
+    pass before with all layers before it unchanged.
+    """
 
     def compute(base: BaseModel, works: Sequence[Work], dtype: torch.dtype) -> list[list[Tensors]]:
         base.model.to(device, dtype)
+        prefixes = Prefixes.of(base.model, [work.adapter for work in works])
         results = []
         with precision(dtype):
             for work in works:
                 with attached(base.model, work.adapter):
-                    results.append([_run(base, item) for item in work.items])
+                    results.append([_run(base, work, item, prefixes) for item in work.items])
         return results
 
     return compute
@@ -136,8 +142,12 @@ def collected(outputs: Sequence[dict[str, Any]]) -> Tensors:
     return {LOGITS: np.concatenate([each[LOGITS] for each in arrays], axis=1)}
 
 
-def _run(base: BaseModel, item: Item) -> Tensors:
+def _run(base: BaseModel, work: Work, item: Item, prefixes: Prefixes) -> Tensors:
     if not isinstance(item, Forwards):
         return item(torch_candidate(base.model, base.task))
-    cache = new_cache(base)
-    return collected([forward(base, piece, cache) for piece in item.pieces])
+
+    def compute() -> Tensors:
+        cache = new_cache(base)
+        return collected([forward(base, piece, cache) for piece in item.pieces])
+
+    return compute() if len(item.pieces) > 1 else prefixes.run(compute, item, work.adapter)
