@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import DynamicCache
@@ -53,7 +54,8 @@ def compute_by_layer(device: str) -> Compute:
     It leaves the model of `base` as it was, and takes only passes that are known beforehand.
 
     Raises:
-        UsageError: the model is not one stack of layers; raised when computing.
+        UsageError: raised when computing; the model is not one stack of layers, or its layers read
+            more of each other than the output of the one before.
     """
 
     def compute(base: BaseModel, works: Sequence[Work], dtype: torch.dtype) -> list[list[Tensors]]:
@@ -63,7 +65,7 @@ def compute_by_layer(device: str) -> Compute:
             for place in range(len(stack.layers)):
                 with fill(_needed(base.model, stack, place)):
                     _through_layer(base, stack, place, works, runs)
-        return [[collected(run.outputs) for run in each] for each in runs]
+        return [[_numbers(collected(run.outputs), base) for run in each] for each in runs]
 
     return compute
 
@@ -76,12 +78,23 @@ def stack_of(model: Any) -> Stack:
     """
     stack = find_stack(model)
     if stack is None:
-        raise UsageError(
-            f"--low-memory: {type(model).__name__} is not one stack of layers that read nothing "
-            "of each other but the output of the one before",
-            remedy="Leave it out.",
-        )
+        raise _no_stack(model)
     return stack
+
+
+def _no_stack(model: Any) -> UsageError:
+    return UsageError(
+        f"--low-memory: {type(model).__name__} is not one stack of layers that read nothing of "
+        "each other but the output of the one before",
+        remedy="Leave it out.",
+    )
+
+
+def _numbers(outputs: Tensors, base: BaseModel) -> Tensors:
+    """The outputs, unless nothing of one is a number, as where a layer reads one that is empty."""
+    if any(values.size and np.isnan(values).all() for values in outputs.values()):
+        raise _no_stack(base.model)
+    return outputs
 
 
 @contextmanager
