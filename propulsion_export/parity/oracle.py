@@ -162,7 +162,7 @@ def _asked_truths(
         for adapter in filter(None, (state.unscaled, state.attach)):
             wanted.setdefault(effect_of(adapter), (adapter, [outputs]))
         questions = wanted[effect_of(state.attach)][1]
-        questions += filter(None, (inside, going.get(state.name)))
+        questions += [q for q in (inside, going.get(state.name)) if q and q not in questions]
     answers = _ask(plan, wanted, torch.float64)
     subjects = []
     for state in states:
@@ -210,9 +210,10 @@ def _ask(
         Work(adapter, [item for question in questions for item in question.items])
         for adapter, questions in map(wanted.__getitem__, order)
     ]
+    found = _computed(plan, works, dtype)
     answers = {}
-    for name, found in zip(order, _computed(plan, works, dtype), strict=True):
-        remaining = iter(found)
+    for name in reversed(order):
+        remaining = iter(found.pop())  # outputs are large: what has been read is let go
         answers[name] = {
             question: question.read([next(remaining) for _ in question.items])
             for question in wanted[name][1]
