@@ -41,6 +41,18 @@ if TYPE_CHECKING:
 @click.option("--report", type=DIRECTORY, help="Directory for parity.json and parity.html.")
 @click.option("--junit", type=FILE, help="JUnit XML for a CI.")
 @click.option("--force", is_flag=True, help="Replace an earlier --report.")
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="Where PyTorch computes; auto: a GPU with room for the model if there is one.",
+)
+@click.option(
+    "--low-memory",
+    is_flag=True,
+    help="Let PyTorch compute layer by layer, for a model that memory does not hold in float64.",
+)
 @trust_option
 @console_options
 def command(
@@ -55,6 +67,8 @@ def command(
     report: Path | None,
     junit: Path | None,
     force: bool,
+    device: str,
+    low_memory: bool,
     trust_remote_code: bool,
 ) -> int:
     """Compare an artifact with PyTorch: does it compute the same?
@@ -79,6 +93,8 @@ def command(
             seed=seed,
             report=report,
             force=force,
+            device=device,
+            low_memory=low_memory,
             trust_remote_code=trust_remote_code,
             progress=progress,
         )

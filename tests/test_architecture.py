@@ -198,6 +198,8 @@ def test_no_module_is_a_drawer_for_everything():
 TAKES_ANY_KEYWORD = {
     f"{PACKAGE}.training.head:_cached_outputs.cached": "replaces forward() of any base model",
     f"{PACKAGE}.graph.trace:trace_encoder_decoder.lambda": "replaces forward() of any base model",
+    f"{PACKAGE}.parity.stacks:returning.lambda": "replaces forward() of any base model's layers",
+    f"{PACKAGE}.parity.by_layer:_only.recorded": "replaces forward() of any base model's layer",
 }
 FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
 SCOPES = FUNCTIONS | ast.Lambda | ast.ClassDef

@@ -7,8 +7,9 @@ roundoff of the precision times the size of the output, so that a lucky zero doe
 good artifact.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 import numpy as np
 
@@ -21,6 +22,7 @@ FACTOR = 4.0
 UNIT_ROUNDOFF = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 # Bins of the error histograms: decades of the absolute error, for the pictures.
 DECADES = tuple(range(-16, 5))
+_CACHED = 2**17  # elements
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ def hidden_positions(
 ) -> list[Array]:
     """Batch by batch, True where the attention mask hides the position an element belongs to."""
     if not has_positions(name, inputs, oracle):
-        return [np.zeros(batch[name].shape, np.bool_) for batch in oracle]
+        return [np.broadcast_to(np.False_, batch[name].shape) for batch in oracle]
     hidden = []
     for feeds, batch in zip(inputs, oracle, strict=True):
         mask = feeds["attention_mask"] == 0
@@ -134,7 +136,7 @@ def _compare_output(
     errors = _pooled_errors(name, hidden, oracle, candidate)
     reference_errors = _pooled_errors(name, hidden, oracle, reference)
     sizes = zip(hidden, oracle, strict=True)
-    scale = _largest([np.where(here, 0.0, np.abs(batch[name])) for here, batch in sizes])
+    scale = _largest([_without(here, np.abs(batch[name])) for here, batch in sizes])
     own = _largest(reference_errors)
     floor = UNIT_ROUNDOFF[dtype] * scale
     return OutputErrors(
@@ -158,10 +160,19 @@ def _pooled_errors(
     pooled = []
     for here, expected, actual in zip(hidden, oracle, other, strict=True):
         with np.errstate(invalid="ignore"):  # infinity minus infinity
-            difference = np.abs(actual[name].astype(np.float64) - expected[name])
-        difference = np.where(here & np.isfinite(difference), 0.0, difference)
-        pooled.append(np.where(np.isfinite(difference), difference, np.nan))
+            difference = np.subtract(actual[name], expected[name], dtype=np.float64)
+        np.abs(difference, out=difference)
+        if not np.isfinite(difference.max(initial=0)):  # one that is not finite is the maximum
+            difference[~np.isfinite(difference)] = np.nan
+            here = here & np.isfinite(difference)
+        pooled.append(_without(here, difference))
     return pooled
+
+
+def _without(here: Array, values: Array) -> Array:
+    """The same values, in place, with 0 where `here` is true."""
+    np.copyto(values, 0.0, where=here)
+    return values
 
 
 def _largest(batches: Sequence[Array]) -> float:
@@ -187,8 +198,19 @@ def _worst(
 
 
 def _histogram(errors: Sequence[Array]) -> tuple[int, ...]:
-    values = np.concatenate([batch.reshape(-1) for batch in errors])
-    values = values[np.isfinite(values) & (values > 0)]
-    edges = [10.0**decade for decade in DECADES]
-    counts, _ = np.histogram(np.clip(values, edges[0], edges[-1]), bins=edges)
-    return tuple(int(count) for count in counts)
+    """Elements above 0 per decade; the first and the last one hold what lies beyond them too."""
+    inner = [10.0**decade for decade in DECADES[1:-1]]
+    reaching = np.zeros(len(DECADES), np.int64)
+    for part in _parts(errors):
+        reaching[0] += np.count_nonzero(part > 0)
+        counts = takewhile(bool, (np.count_nonzero(part >= edge) for edge in inner))
+        for place, count in enumerate(counts, 1):
+            reaching[place] += count
+    return tuple(map(int, reaching[:-1] - reaching[1:]))
+
+
+def _parts(errors: Sequence[Array]) -> Iterator[Array]:
+    """All elements in parts that fit a processor's cache."""
+    for batch in errors:
+        flat = batch.reshape(-1)
+        yield from np.array_split(flat, max(1, flat.size // _CACHED))

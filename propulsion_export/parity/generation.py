@@ -38,14 +38,23 @@ def continue_greedily(generator: Generator, feeds: Tensors, steps: int) -> tuple
     margins: list[Array] = []
 
     def choose(logits: Array) -> Array:
-        best = np.partition(logits.astype(np.float64), -2, axis=-1)[:, -2:]
-        with np.errstate(invalid="ignore"):  # infinity minus infinity
-            margins.append(best[:, 1] - best[:, 0])
-        return greedy(logits)
+        tokens, margin = greedy_choice(logits)
+        margins.append(margin)
+        return tokens
 
     going = generate(generator, feeds, choose)
     tokens = [next(going) for _ in range(steps)]
     return np.stack(tokens, axis=1), np.stack(margins, axis=1)
+
+
+def greedy_choice(logits: Array) -> tuple[Array, Array]:
+    """The likeliest tokens of logits [rows, vocabulary] and their margins, both [rows].
+
+    See `continue_greedily`.
+    """
+    best = np.partition(logits.astype(np.float64), -2, axis=-1)[..., -2:]
+    with np.errstate(invalid="ignore"):  # infinity minus infinity
+        return greedy(logits), best[..., 1] - best[..., 0]
 
 
 def judge_generation(
@@ -111,7 +120,9 @@ def _greedy(subject: Subject, candidate: Generator, allowed: float) -> Check:
     torch = subject.continuation
     assert torch is not None
     prompts, steps = torch.tokens.shape
-    tokens, margins = continue_greedily(candidate, {**torch.prompt, **subject.feeds}, steps)
+    tokens, margins = torch.candidate or continue_greedily(
+        candidate, {**torch.prompt, **subject.feeds}, steps
+    )
     # Logits that are not finite have a likeliest token too, and it may be the right one.
     lost = np.flatnonzero(~np.isfinite(margins).all(0))
     passed, findings = not len(lost), [f"logits are not finite at step {step}" for step in lost[:1]]

@@ -12,15 +12,20 @@ class Continuation:
 
     Attributes:
         prompt: `input_ids` and `attention_mask`, padded, int64 [prompts, length].
-        tokens: tokens of the float64 oracle, every prompt alone; int64 [prompts, steps].
+        tokens: tokens of the float64 oracle, every prompt alone; int64 [prompts, steps]. Behind the
+            first that is not the candidate's, if it is given: what the oracle chooses after the
+            candidate's.
         margins: difference of the oracle's two best logits; float64 [prompts, steps].
         reference: tokens of PyTorch at the artifact's precision; int64 [prompts, steps].
+        candidate: the candidate's tokens and margins, see `generation.continue_greedily`; None
+            where it has yet to be run.
     """
 
     prompt: Tensors
     tokens: Array
     margins: Array
     reference: Array
+    candidate: tuple[Array, Array] | None = None
 
 
 @dataclass(frozen=True)

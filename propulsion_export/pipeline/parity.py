@@ -3,6 +3,7 @@
 import random
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -21,9 +22,10 @@ from propulsion_export.environment.progress import Progress, silent
 from propulsion_export.errors import AdapterError, UnavailableError, UsageError, unknown_adapters
 from propulsion_export.graph.signature import check_signature
 from propulsion_export.parity.cases import judge
+from propulsion_export.parity.devices import check_device, choose_compute
 from propulsion_export.parity.drawn import draw_adapters, feeds_for_drawn
 from propulsion_export.parity.embeddings import check_pooling, embedding, with_embeddings
-from propulsion_export.parity.generation import judge_generation
+from propulsion_export.parity.generation import continue_greedily, judge_generation
 from propulsion_export.parity.inputs import load_recorded_base, make_batches
 from propulsion_export.parity.mixing import judge_mixed
 from propulsion_export.parity.oracle import GREEDY_STEPS, compute_oracle
@@ -48,6 +50,8 @@ def check_parity(
     seed: int | None = None,
     report: Path | None = None,
     force: bool = False,
+    device: str = "auto",
+    low_memory: bool = False,
     trust_remote_code: bool = False,
     progress: Progress = silent,
 ) -> ParityReport:
@@ -65,11 +69,16 @@ def check_parity(
             where the artifact has slots and no adapter; default: 0.
         report: directory to write `parity.json` and `parity.html` to.
         force: replace an earlier report.
+        device: where PyTorch computes: `cpu`, `cuda`, or `auto`, a GPU with room for the model if
+            there is one.
+        low_memory: let PyTorch compute with one layer of the model in memory at a time.
         trust_remote_code: run code that the base model brings.
         progress: called with the share done and what is being done.
 
     Raises:
-        UsageError: an option is given that does nothing with the others.
+        UsageError: an option is given that does nothing with the others, or cannot be used with
+            the model.
+        UnavailableError: there is no GPU for `device="cuda"`.
         PropulsionExportError: nothing could be compared because an input is damaged, missing or
             does not belong together. What this machine cannot run is in `report.not_run`.
     """
@@ -83,6 +92,7 @@ def check_parity(
         _check_report_place(report, _recorded_sources(read), force=force)
     check_signature(read)
     name = choose_runner(read, runner)
+    check_device(device)
     adapters = _adapters(read, adapter, seed)
     verdict = ParityReport(
         artifact=str(artifact),
@@ -106,7 +116,17 @@ def check_parity(
             trust_remote_code=trust_remote_code,
             directory=read.directory,
         )
-        subjects = _subjects(read, base, judged, drawn, batches, name, progress)
+        subjects = compute_oracle(
+            read,
+            base,
+            judged,
+            batches,
+            progress,
+            steps=REFERENCE_LENGTH if name == "reference" else GREEDY_STEPS,
+            feeds=feeds_for_drawn(read, drawn) if drawn else None,
+            compute=choose_compute(base, device, low_memory=low_memory),
+            draft=None if callable(candidate) else partial(continue_greedily, candidate),
+        )
         progress(0.7, f"running {name}")
         pooling, subjects, candidate = _with_embeddings(
             read, base, adapter, subjects, batches, candidate
@@ -149,21 +169,6 @@ def _check_report_place(report: Path | None, inputs: Sequence[Path | str], *, fo
     """Refuse a report directory that must not be replaced, or that holds an input."""
     if report is not None:
         check_replaceable(report, marker=REPORT_FILE, force=force, inputs=inputs)
-
-
-def _subjects(
-    artifact: Artifact,
-    base: BaseModel,
-    adapters: Sequence[Adapter],
-    drawn: Sequence[Adapter],
-    batches: Sequence[Tensors],
-    runner: str,
-    progress: Progress,
-) -> list[Subject]:
-    """What PyTorch computes for every adapter and for the base model."""
-    steps = REFERENCE_LENGTH if runner == "reference" else GREEDY_STEPS
-    feeds = feeds_for_drawn(artifact, drawn) if drawn else None
-    return compute_oracle(artifact, base, adapters, batches, progress, steps=steps, feeds=feeds)
 
 
 def _with_embeddings(

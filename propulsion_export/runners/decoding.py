@@ -200,7 +200,7 @@ def replaying(generator: Generator) -> Runner:
     def replay(feeds: Tensors) -> Tensors:
         opening = generator.open(feeds)
         state, parts = opening.decoder.start(len(opening.tokens)), []
-        for start, end in _pieces(opening.tokens.shape[1]):
+        for start, end in pieces_of(opening.tokens.shape[1]):
             piece = opening.tokens[:, start:end], opening.mask[:, start:end]
             logits, state = opening.decoder.step(state, *piece)
             parts.append(logits)
@@ -274,7 +274,8 @@ def pad_left(rows: Sequence[Array], padding: int) -> dict[str, Array]:
     return {"input_ids": tokens, "attention_mask": mask}
 
 
-def _pieces(length: int) -> list[tuple[int, int]]:
+def pieces_of(length: int) -> list[tuple[int, int]]:
+    """Start and end of the steps in which `replaying` reads a sequence."""
     single = min(3, length - 1)
     pair = min(2, length - 1 - single)
     ends = [length - single - pair, length - single, *range(length - single + 1, length + 1)]

@@ -2,7 +2,8 @@
 
 import inspect
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -115,21 +116,33 @@ def torch_runner(model: Any) -> Runner:
     device = next(model.parameters()).device
 
     def run(inputs: Tensors) -> Tensors:
-        try:
-            with torch.inference_mode():
-                outputs = model(**_on(device, inputs))
-        except (IndexError, RuntimeError) as error:
-            shapes = ", ".join(f"{name} {list(np.shape(v))}" for name, v in inputs.items())
-            raise ToolError(
-                f"{type(model).__name__}: the model failed on inputs {shapes} ({error})"
-            ) from error
-        return {
-            name: _to_numpy(value)
-            for name, value in outputs.items()
-            if isinstance(value, torch.Tensor)
-        }
+        with torch_errors(model, inputs), torch.inference_mode():
+            return output_arrays(model(**tensors_on(device, inputs)))
 
     return run
+
+
+@contextmanager
+def torch_errors(model: Any, inputs: Tensors) -> Iterator[None]:
+    """Name the model and its inputs when it fails on them.
+
+    Raises:
+        ToolError: the model failed inside the block.
+    """
+    try:
+        yield
+    except (IndexError, RuntimeError) as error:
+        shapes = ", ".join(f"{name} {list(np.shape(v))}" for name, v in inputs.items())
+        raise ToolError(
+            f"{type(model).__name__}: the model failed on inputs {shapes} ({error})"
+        ) from error
+
+
+def output_arrays(outputs: Mapping[str, Any]) -> Tensors:
+    """The tensors among a model's outputs as arrays."""
+    return {
+        name: _to_numpy(value) for name, value in outputs.items() if isinstance(value, torch.Tensor)
+    }
 
 
 def torch_decoder_runner(model: Any) -> Runner:
@@ -141,23 +154,40 @@ def torch_decoder_runner(model: Any) -> Runner:
         BaseModelError: the model keeps a state other than keys and values; the runner raises it
             when the model returns no cache.
     """
+    step = torch_step(model)
+
+    def run(inputs: Tensors) -> Tensors:
+        cache = _cache(tensors_on(model.device, inputs), "", model.dtype)
+        logits = step(inputs, cache)
+        return {LOGITS: _to_numpy(logits), **dict(_present(cache, ""))}
+
+    return run
+
+
+def torch_step(model: Any) -> Callable[[Tensors, DynamicCache], torch.Tensor]:
+    """One step of a causal language model: its logits; the step lengthens the cache in place.
+
+    Raises:
+        BaseModelError: the model keeps a state other than keys and values; the step raises it when
+            the model returns no cache.
+    """
     check_cache(model)
-    name = type(model).__name__
     taken = ["input_ids", "attention_mask"]
     if "position_ids" in inspect.signature(model.forward).parameters:
         taken.append("position_ids")
 
-    def run(inputs: Tensors) -> Tensors:
-        tensors = _on(model.device, inputs)
+    def step(inputs: Tensors, cache: DynamicCache) -> torch.Tensor:
+        given = tensors_on(model.device, {name: inputs[name] for name in taken})
         with torch.inference_mode():
-            cache = _cache(tensors, "", model.dtype)
-            given = {name: tensors[name] for name in taken}
             outputs = model(**given, cache=cache, use_cache=True)
         if outputs.get("cache") is None:
-            raise BaseModelError(f"{name}: returns no cache, expected a model that generates text")
-        return {LOGITS: _to_numpy(outputs.logits), **dict(_present(cache, ""))}
+            raise BaseModelError(
+                f"{type(model).__name__}: returns no cache, expected a model that generates text"
+            )
+        logits: torch.Tensor = outputs.logits
+        return logits
 
-    return run
+    return step
 
 
 def torch_encoder_runner(model: Any) -> Runner:
@@ -178,7 +208,7 @@ def torch_cross_decoder_runner(model: Any) -> Runner:
     """
 
     def run(inputs: Tensors) -> Tensors:
-        tensors = _on(model.device, inputs)
+        tensors = tensors_on(model.device, inputs)
         with torch.inference_mode():
             own, cross = (_cache(tensors, part, model.dtype) for part in ("decoder.", "encoder."))
             outputs = model(
@@ -196,7 +226,8 @@ def torch_cross_decoder_runner(model: Any) -> Runner:
     return run
 
 
-def _on(device: torch.device, inputs: Tensors) -> dict[str, torch.Tensor]:
+def tensors_on(device: torch.device, inputs: Tensors) -> dict[str, torch.Tensor]:
+    """Arrays as tensors on a device."""
     return {
         name: torch.from_numpy(np.asarray(values)).to(device) for name, values in inputs.items()
     }

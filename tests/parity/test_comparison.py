@@ -168,6 +168,23 @@ def test_margin_is_the_share_of_the_allowed_error_that_is_left():
     assert judge(zero, zero, batches([[1e-30]])).margin == -math.inf
 
 
+@settings(deadline=None, max_examples=100, derandomize=True)
+@given(
+    exponents=st.lists(st.floats(-20, 8), max_size=40),
+    others=st.lists(st.sampled_from([0.0, np.nan, np.inf, 1e-16, 1e-9, 1e4, 1e5]), max_size=9),
+)
+def test_histograms_are_numpys(exponents, others):
+    errors = np.array([*(10.0**each for each in exponents), *others, 1.0])
+    oracle = batches(np.zeros_like(errors))
+
+    found = judge(oracle, batches(errors), batches(errors)).histogram
+
+    edges = 10.0 ** np.array(DECADES, float)
+    counted = errors[np.isfinite(errors) & (errors > 0)]
+    expected, _ = np.histogram(np.clip(counted, edges[0], edges[-1]), bins=edges)
+    assert found == tuple(expected)
+
+
 def test_histograms_count_errors_by_decade():
     oracle = batches([[0.0, 0.0, 0.0]])
 

@@ -1,0 +1,147 @@
+"""What is asked of PyTorch for the oracle, by architecture, and how to read the answers.
+
+| architecture | in float64 | at the artifact's precision |
+|---|---|---|
+| encoder | the batches | the batches |
+| decoder | rows alone, see `alone` | the batches, stepwise with a cache |
+| encoder-decoder | rows alone | the batches, stepwise with a cache |
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from propulsion_export.adapters.scales import Array
+from propulsion_export.artifacts.artifact import Tensors
+from propulsion_export.artifacts.tensor_names import LOGITS
+from propulsion_export.base_model.eos_pooling import check_eos, pools_at_eos
+from propulsion_export.base_model.loading import BaseModel
+from propulsion_export.base_model.tasks import TASKS
+from propulsion_export.parity.alone import grouped, in_batches, rows_of, run_alone, ungrouped
+from propulsion_export.parity.continuing import Drafted
+from propulsion_export.parity.forwards import Forwards, Item, decoder_pass
+from propulsion_export.parity.generation import padded_inside
+from propulsion_export.runners.decoding import recomputing, replaying
+
+
+@dataclass(frozen=True, eq=False)
+class Question:
+    """Items to compute, and how to read the value wanted from their outputs."""
+
+    items: Sequence[Item]
+    read: Callable[[Sequence[Tensors]], Any]
+
+
+def outputs_in_float64(base: BaseModel, batches: Sequence[Tensors], *, together: bool) -> Question:
+    """The outputs of every batch; rows of a decoder run together only if asked to.
+
+    Raises:
+        PaddingChangesRowsError: raised on reading, if rows that ran together changed each other.
+    """
+    if _architecture(base) == "decoder":
+        alone = _rows_alone(rows_of(batches), together=together)
+        return Question(alone.items, lambda found: tuple(in_batches(alone.read(found), batches)))
+    if _architecture(base) == "encoder-decoder":
+        return Question([_alone(batch) for batch in batches], tuple)
+    return _of_encoder(base, batches)
+
+
+def own_outputs(base: BaseModel, batches: Sequence[Tensors]) -> Question:
+    """The outputs of every batch as PyTorch computes them in practice."""
+    if _architecture(base) == "decoder":
+        tokens = [(batch["input_ids"], batch["attention_mask"]) for batch in batches]
+        return Question([decoder_pass(*each, stepwise=True) for each in tokens], tuple)
+    if _architecture(base) == "encoder-decoder":
+        return Question([_stepwise(batch) for batch in batches], tuple)
+    return _of_encoder(base, batches)
+
+
+def logits_padded_inside(batch: Tensors) -> Question:
+    """The logits of a decoder for a batch padded inside; None if some are not finite."""
+    padded = padded_inside(batch)
+    mask = padded["attention_mask"]
+
+    def finite(found: Sequence[Tensors]) -> Array | None:
+        logits: Array = found[0][LOGITS]
+        return logits if np.isfinite(logits[mask == 1]).all() else None
+
+    return Question([decoder_pass(padded["input_ids"], mask)], finite)
+
+
+def continuation(base: BaseModel, draft: Drafted, *, together: bool) -> Question:
+    """The oracle's `Continuation` behind every prompt alone.
+
+    Raises:
+        PaddingChangesRowsError: as by `outputs_in_float64`.
+    """
+    if _architecture(base) == "decoder":
+        alone = _rows_alone(draft.whole, together=together)
+        return Question(alone.items, lambda found: draft.continuation(alone.read(found)))
+    return Question([_alone(draft.begun)], lambda found: draft.continuation(found[0][LOGITS]))
+
+
+def own_choices(base: BaseModel, draft: Drafted) -> Question:
+    """The tokens, int64 [prompts, steps], that PyTorch itself chooses behind padded prompts."""
+    item: Item
+    if _architecture(base) == "decoder":
+        item = decoder_pass(draft.padded["input_ids"], draft.padded["attention_mask"])
+    else:
+        item = _in_one_step(draft.begun)
+    return Question([item], lambda found: draft.chosen(found[0][LOGITS]))
+
+
+def _architecture(base: BaseModel) -> str:
+    return TASKS[base.task].architecture
+
+
+def _rows_alone(rows: Sequence[Array], *, together: bool) -> Question:
+    """The logits of every row, [length, vocabulary]."""
+    arranged = grouped(rows) if together else ungrouped(rows)
+    probe = arranged.probe
+    if probe is None:
+        return Question(arranged.forwards, arranged.logits)
+    return Question([*arranged.forwards, probe], arranged.checked_logits)
+
+
+def _of_encoder(base: BaseModel, batches: Sequence[Tensors]) -> Question:
+    """A classifier that reads end-of-sequence tokens takes one row at a time."""
+    split = [_passes(base, batch) for batch in batches]
+
+    def read(found: Sequence[Tensors]) -> tuple[Tensors, ...]:
+        remaining = iter(found)
+        return tuple(_joined([next(remaining) for _ in each]) for each in split)
+
+    return Question([item for each in split for item in each], read)
+
+
+def _passes(base: BaseModel, batch: Tensors) -> list[Forwards]:
+    if not pools_at_eos(base.model.config, base.task):
+        return [Forwards((batch,))]
+    check_eos(batch["input_ids"], base.model.config)
+    rows = range(len(batch["input_ids"]))
+    return [Forwards(({n: v[row : row + 1] for n, v in batch.items()},)) for row in rows]
+
+
+def _joined(parts: Sequence[Tensors]) -> Tensors:
+    """Outputs of single rows as outputs of the batch; those without rows are left out."""
+    if len(parts) == 1:
+        return parts[0]
+    return {
+        name: np.concatenate([part[name] for part in parts])
+        for name, values in parts[0].items()
+        if len(values) == 1
+    }
+
+
+def _alone(batch: Tensors) -> Item:
+    return lambda generator: run_alone(recomputing(generator), batch)
+
+
+def _stepwise(batch: Tensors) -> Item:
+    return lambda generator: replaying(generator)(batch)
+
+
+def _in_one_step(batch: Tensors) -> Item:
+    return lambda generator: recomputing(generator)(batch)
