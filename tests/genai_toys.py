@@ -5,7 +5,7 @@ and those of q, k and v are one Mul behind the packed projection.
 
 | fixture | gives |
 |---|---|
-| `genai_world` | `genai_world(kind)`: a base model and two adapters for it, `one` and `two`, on disk |
+| `genai_world` | `genai_world(kind)`: a base model and two adapters, `one` and `two`, on disk |
 | `genai_artifact` | `genai_artifact(kind, mode)`: an artifact of both; copy it before changing it |
 
 KINDS are llama, gemma2 and qwen3 (a layer with a window of 8), lfm2 (a convolution) and hunyuan

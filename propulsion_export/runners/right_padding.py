@@ -123,5 +123,5 @@ def _joined(parts: Sequence[tuple[Sequence[int], Any]]) -> Array:
     count = sum(len(rows) for rows, _ in arrays)
     whole = np.zeros((count, *map(int, sizes)), arrays[0][1].dtype)
     for rows, values in arrays:
-        whole[(rows, *map(slice, values.shape[1:]))] = values
+        whole[np.ix_(rows, *map(range, values.shape[1:]))] = values
     return whole

@@ -19,8 +19,8 @@ from propulsion_export.runners.decoding import (
     Decoder,
     DecoderState,
     Generator,
-    last_of_rows,
 )
+from propulsion_export.runners.padding import last_of_rows
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Generating with graphs of onnxruntime-genai's builder: ragged prompts, mixed rows, every cache."""
+"""Graphs of onnxruntime-genai's builder generate: ragged prompts, mixed rows, every cache."""
 
 import numpy as np
 import pytest
