@@ -2,7 +2,6 @@
 
 import re
 import shutil
-from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
@@ -21,10 +20,15 @@ def failed(report):
 @pytest.mark.parametrize(
     ("kind", "mode"),
     [
-        *((kind, "bank") for kind in KINDS),
-        ("llama", "switchable"),
-        ("gemma2", "switchable"),
-        ("llama", "folded"),
+        ("llama", "bank"),
+        pytest.param("llama", "switchable", marks=pytest.mark.slow),
+        pytest.param("llama", "folded", marks=pytest.mark.slow),
+        # PyTorch itself cannot be judged with lfm2's states, see `base_model.caches`.
+        *(
+            pytest.param(kind, "bank", marks=pytest.mark.slow)
+            for kind in KINDS[1:]
+            if kind != "lfm2"
+        ),
     ],
 )
 def test_right_artifact_passes_every_case(kind, mode, genai_artifact):
@@ -107,8 +111,8 @@ def open_the_window(graph):
     ("kind", "mistake", "cases"),
     [
         ("llama", swap_query_and_key, {"parity", "effect"}),
-        ("llama", drop_one_scale, {"parity"}),
-        ("llama", scale_the_residual, {"parity", "effect"}),
+        pytest.param("llama", drop_one_scale, {"parity"}, marks=pytest.mark.slow),
+        pytest.param("llama", scale_the_residual, {"parity"}, marks=pytest.mark.slow),
     ],
 )
 def test_mistake_about_the_scales_fails(kind, mistake, cases, planted):
@@ -119,41 +123,30 @@ def test_mistake_about_the_scales_fails(kind, mistake, cases, planted):
     assert "base" not in {name for _, name in found}  # the base model has scales of one
 
 
+@pytest.mark.slow
 def test_wrong_window_fails_for_the_base_model_too(planted):
     report = check_parity(planted("gemma2", halve_the_window))
 
     assert failed(report) >= {("parity", name) for name in ("base", "one", "two")}
 
 
+@pytest.mark.slow
 def test_window_that_is_left_out_fails(planted):
     report = check_parity(planted("gemma2", open_the_window))
 
     assert not report.passed
 
 
-@pytest.mark.parametrize("mode", ["switchable", "bank"])
-def test_adapter_that_is_dropped_or_another_fails(mode, genai_artifact, tmp_path):
-    directory = shutil.copytree(genai_artifact("llama", mode), tmp_path / "planted")
-    artifact = Artifact.read(directory)
-    if mode == "bank":
-        rows = artifact.open_bank().rows()
-        file = artifact.open_bank().find_file()
-        values = np.fromfile(file, np.float32)
-        width = values.size // 3
-        one, two = rows["one"].number, rows["two"].number
-        values = values.reshape(3, width)
-        values[[one, two]] = values[[two, one]]
-        values.tofile(file)
-        with pytest.raises(Exception, match="checksum|row"):
-            check_parity(directory)
-        return
-    shutil.copyfile(directory / "adapters/base.safetensors", directory / "adapters/one.safetensors")
-    shutil.copyfile(
-        genai_artifact("llama") / "adapters/one.safetensors", directory / "adapters/two.safetensors"
-    )
-    Artifact.write(directory, replace(artifact.manifest))
+@pytest.mark.slow
+def test_adapter_that_is_dropped_or_another_fails(genai_artifact, tmp_path):
+    right = genai_artifact("llama") / "adapters"
+    directory = shutil.copytree(right.parent, tmp_path / "planted")
+    for planted, source in (("one", "base"), ("two", "one")):
+        file = directory / "adapters" / f"{planted}.safetensors"
+        shutil.copyfile(right / f"{source}.safetensors", file)
+    Artifact.write(directory, Artifact.read(right.parent).manifest)
 
     found = failed(check_parity(directory))
 
-    assert found >= {("parity", "one"), ("effect", "one"), ("parity", "two"), ("effect", "two")}
+    assert found >= {(case, name) for case in ("parity", "effect") for name in ("one", "two")}
     assert "base" not in {name for _, name in found}
