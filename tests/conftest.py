@@ -3,7 +3,7 @@
 import gc
 import logging
 
-pytest_plugins = ["shared", "tiny_models", "worlds"]
+pytest_plugins = ["shared", "tiny_models", "worlds", "genai_toys"]
 
 
 def pytest_collection_finish():

@@ -21,6 +21,7 @@ from propulsion_export.artifacts.file_names import (
     BASE_FEEDS,
     ENCODER_DECODER_FILES,
     ENGINE_FILE,
+    GENAI_CONFIG_FILE,
     GRAPH_FILE,
     MANIFEST_FILE,
 )
@@ -54,6 +55,7 @@ _READ = (
     "pytorch_model*.bin*",
     "config.json",
     "generation_config.json",
+    GENAI_CONFIG_FILE,
     RECORD_FILE,
     *(MODULES_FILE, SETTINGS_FILE, *TRANSFORMER_FILES),
     *VOCABULARY_FILES,
@@ -258,6 +260,8 @@ def _needed(manifest: Manifest) -> list[str]:
         needed.append("model.safetensors")
     if manifest.mode == "switchable":
         needed.append(BASE_FEEDS)
+    if manifest.pads_right:
+        needed.append(GENAI_CONFIG_FILE)
     return needed
 
 

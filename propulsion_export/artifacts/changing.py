@@ -16,6 +16,7 @@ from propulsion_export.artifacts.artifact import Artifact, Tensors, digest_of
 from propulsion_export.artifacts.consistency import check_consistent
 from propulsion_export.artifacts.file_names import (
     ADAPTERS,
+    ADAPTERS_FILE,
     BASE_FEEDS,
     GENAI_CONFIG_FILE,
     ONNX_ADAPTER_SUFFIX,
@@ -238,9 +239,7 @@ def _read_changeable(artifact: Path | str) -> Artifact:
             f"{artifact}: has its adapters built into the engine, expected them as inputs",
             remedy="Change the ONNX export it was made from, and build that again.",
         )
-    if any(name.endswith(ONNX_ADAPTER_SUFFIX) for name in read.manifest.files) or (
-        GENAI_CONFIG_FILE in read.manifest.files
-    ):
+    if _is_package(read.manifest):
         raise ArtifactError(
             f"{artifact}: is a package for ONNX Runtime, which keeps its adapters in files of "
             "their own",
@@ -248,6 +247,14 @@ def _read_changeable(artifact: Path | str) -> Artifact:
         )
     check_consistent(read.directory, read.manifest)
     return read
+
+
+def _is_package(manifest: Manifest) -> bool:
+    """Whether it holds copies of its adapters in other formats, which would not follow."""
+    copies = any(name.endswith(ONNX_ADAPTER_SUFFIX) for name in manifest.files)
+    # The builder's own graphs have the configuration from the start.
+    packaged = GENAI_CONFIG_FILE in manifest.files and not manifest.pads_right
+    return copies or packaged or ADAPTERS_FILE in manifest.files
 
 
 def _takes_adapters(manifest: Manifest) -> bool:

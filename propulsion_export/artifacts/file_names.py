@@ -16,5 +16,8 @@ WEIGHTS_FILE = f"{GRAPH_FILE}.data"  # the weights of all graphs in the director
 ENGINE_FILE = "model.engine"
 ADAPTERS = "adapters"
 BASE_FEEDS = f"{ADAPTERS}/{BASE_NAME}.safetensors"
+# In packages: the id of each adapter of a bank, and the bank as an array for numpy.
+ADAPTERS_FILE = f"{ADAPTERS}.json"
+BANK_ARRAY_FILE = "propulsion_bank.npy"
 GENAI_CONFIG_FILE = "genai_config.json"
 ONNX_ADAPTER_SUFFIX = ".onnx_adapter"

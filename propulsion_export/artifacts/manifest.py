@@ -181,6 +181,11 @@ class Manifest:
     execution_provider: ExecutionProvider = "cpu"
     quantization: QuantizationEntry | None = None
 
+    @property
+    def pads_right(self) -> bool:
+        """Whether the rows of a batch are padded at their end, as genai's decoders need them."""
+        return self.exporter == "genai"
+
     def to_json(self) -> str:
         """The manifest as JSON text, keys in the order above."""
         value = {"schema_version": SCHEMA_VERSION} | asdict(self)

@@ -16,3 +16,6 @@ ROWS_INPUT = "propulsion_rows"
 
 # A decoder's cache going in and coming out, and its logits.
 PAST, PRESENT, LOGITS = "past_key_values", "present", "logits"
+# States of a decoder of a fixed size beside the cache, `past.N.conv` and `present.N.conv`.
+PAST_STATE = "past"
+STATE_KINDS = ("conv", "recurrent")

@@ -17,7 +17,7 @@ from propulsion_export.artifacts.staging import replace_file
 from propulsion_export.artifacts.tensor_names import BANK_INPUT
 from propulsion_export.base_model.config import read_settings
 from propulsion_export.engine.network import Network, parse, specs_of
-from propulsion_export.engine.operators import check_operators
+from propulsion_export.engine.operators import check_exporter, check_operators
 from propulsion_export.engine.options import BuildOptions, check_options
 from propulsion_export.engine.profiles import Profile, choose_profiles, longest_sequence
 from propulsion_export.engine.targets import (
@@ -75,13 +75,15 @@ def write_engine(
         UsageError: options that contradict each other, the model or the target.
         UnavailableError: the runtime is not installed, this machine lacks the GPU it needs, or
             TensorRT has no engine for such a model: an encoder-decoder, a mixture of experts.
-        ArtifactError: the artifact is not ONNX, or keeps weights outside its directory.
+        ArtifactError: the artifact is not ONNX, keeps weights outside its directory, or has
+            operators of ONNX Runtime that TensorRT lacks.
         ToolError: TensorRT refuses the graph, drops a part of it or builds nothing.
     """
     if artifact.manifest.kind != "onnx":
         raise ArtifactError(
             f"{artifact.directory}: is a {artifact.manifest.kind} artifact, expected onnx"
         )
+    check_exporter(artifact)
     _check_one_graph(artifact)
     job = _plan_job(artifact, options)
     report = progress or (lambda _: None)

@@ -2,8 +2,23 @@
 
 import onnx_ir as ir
 
-from propulsion_export.errors import UnavailableError
+from propulsion_export.artifacts.artifact import Artifact
+from propulsion_export.errors import ArtifactError, UnavailableError
 from propulsion_export.graph.files import all_graphs
+
+
+def check_exporter(artifact: Artifact) -> None:
+    """Refuse a graph of onnxruntime-genai's builder, made of ONNX Runtime's own operators.
+
+    Raises:
+        ArtifactError: it is one.
+    """
+    if artifact.manifest.exporter == "genai":
+        raise ArtifactError(
+            f"{artifact.directory}: is a graph of onnxruntime-genai's builder, with operators of "
+            "ONNX Runtime (GroupQueryAttention) that TensorRT lacks",
+            remedy="Export with --exporter transformers.",
+        )
 
 
 def check_operators(model: ir.Model, name: str) -> None:

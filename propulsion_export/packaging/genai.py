@@ -6,8 +6,16 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from propulsion_export.artifacts.artifact import Artifact
-from propulsion_export.artifacts.file_names import GENAI_CONFIG_FILE, GRAPH_FILE
+from propulsion_export.artifacts.bank import Bank, check_row
+from propulsion_export.artifacts.file_names import (
+    ADAPTERS_FILE,
+    BANK_ARRAY_FILE,
+    GENAI_CONFIG_FILE,
+    GRAPH_FILE,
+)
 from propulsion_export.artifacts.manifest import TensorSpec
 from propulsion_export.artifacts.tensor_names import LOGITS, PAST, PRESENT
 from propulsion_export.base_model.config import read_config
@@ -19,6 +27,7 @@ from propulsion_export.errors import UsageError
 from propulsion_export.packaging.copying import copy_artifact_files
 from propulsion_export.packaging.layouts import PackageOptions, WritePackage
 from propulsion_export.packaging.onnx_adapter import write_adapter_files
+from propulsion_export.packaging.triton import adapters_text, rows_in_use
 
 # Where a model has no positions to run out of (ALiBi), onnxruntime-genai still wants a limit.
 _UNLIMITED = 32768
@@ -34,22 +43,17 @@ def plan(artifact: Artifact, options: PackageOptions) -> WritePackage:
     """Check that onnxruntime-genai can run the artifact; return what writes the package.
 
     Raises:
-        UsageError: the artifact is no export of a causal language model, a bank, or in bfloat16.
+        UsageError: the artifact is no export of a causal language model, or in bfloat16.
     """
     del options
     _check_fits(artifact)
 
     def write(directory: Path) -> Iterable[str]:
         copy_artifact_files(artifact, artifact.manifest.files, directory)
-        config = read_config(str(directory))
-        longest = getattr(config, "max_position_embeddings", None) or _UNLIMITED
-        # The runtime does not compute a text again where its rotary frequencies change.
-        longest = min(longest, *rope_switches(config.to_dict()), longest)
-        special = SpecialTokens.read(directory)
-        content = genai_config(artifact.manifest.inputs, config, special, longest=longest)
-        content["search"] |= _search(GenerationSettings.read(directory))
-        text = json.dumps(content, indent=2) + "\n"
-        (directory / GENAI_CONFIG_FILE).write_text(text, encoding="utf-8")
+        if not artifact.manifest.pads_right:  # the builder's graphs have theirs
+            _write_config(artifact, directory)
+        if artifact.manifest.mode == "bank":
+            return _write_bank(artifact, directory)
         return write_adapter_files(artifact, directory)
 
     return write
@@ -60,6 +64,38 @@ def next_command(directory: Path, adapters: Sequence[str]) -> str:
     del adapters
     code = f"import onnxruntime_genai as og; og.Model({str(directory)!r})"
     return f"python -c {shlex.quote(code)}"
+
+
+def _write_config(artifact: Artifact, directory: Path) -> None:
+    config = read_config(str(directory))
+    longest = getattr(config, "max_position_embeddings", None) or _UNLIMITED
+    # The runtime does not compute a text again where its rotary frequencies change.
+    longest = min(longest, *rope_switches(config.to_dict()), longest)
+    special = SpecialTokens.read(directory)
+    content = genai_config(artifact.manifest.inputs, config, special, longest=longest)
+    content["search"] |= _search(GenerationSettings.read(directory))
+    text = json.dumps(content, indent=2) + "\n"
+    (directory / GENAI_CONFIG_FILE).write_text(text, encoding="utf-8")
+
+
+def _write_bank(artifact: Artifact, directory: Path) -> Iterable[str]:
+    """Write the bank, also as an array for numpy, the id of each adapter, and the manifest.
+
+    Returns:
+        The names of the adapters.
+    """
+    artifact.open_bank().copy(directory)
+    snapshot = Bank.open(directory).snapshot()
+    rows = rows_in_use(snapshot)
+    for row in rows.values():
+        check_row(row, snapshot.values)
+    np.save(directory / BANK_ARRAY_FILE, snapshot.values)
+    ids = {name: row.number for name, row in rows.items()}
+    entries = {name: row.entry for name, row in snapshot.rows.items()}
+    text = adapters_text(ids, entries, artifact.manifest.base)
+    (directory / ADAPTERS_FILE).write_text(text, encoding="utf-8")
+    Artifact.write(directory, artifact.manifest)
+    return ids
 
 
 def genai_config(
@@ -119,9 +155,6 @@ def _check_fits(artifact: Artifact) -> None:
         if task.architecture == "encoder-decoder":
             found += ", and of encoder-decoders those of speech and Marian alone"
         remedy = "Serve it with ONNX Runtime itself."
-    elif manifest.mode == "bank":
-        found = "is a bank, whose rows onnxruntime-genai has no way to choose"
-        remedy = "Export with --mode switchable."
     elif manifest.dtype == "bfloat16":
         found = "is in bfloat16, for which ONNX Runtime's CPU provider has no kernels"
         remedy = "Export with --dtype float32 or float16."

@@ -13,6 +13,7 @@ from propulsion_export.adapters.names import BASE_NAME
 from propulsion_export.artifacts.artifact import Artifact, digest_of
 from propulsion_export.artifacts.bank import BankRow, Snapshot, check_row
 from propulsion_export.artifacts.file_names import (
+    ADAPTERS_FILE,
     ENGINE_FILE,
     GRAPH_FILE,
     MANIFEST_FILE,
@@ -29,8 +30,6 @@ from propulsion_export.packaging.layouts import PackageOptions, WritePackage
 from propulsion_export.packaging.triton_config import config_text, plan_model
 
 CONFIG_FILE = "config.pbtxt"
-# Beside the configuration: Triton warns of directories there that are no version.
-ADAPTERS_FILE = "adapters.json"
 VERSION = "1"
 
 
@@ -54,6 +53,7 @@ def plan(artifact: Artifact, options: PackageOptions) -> WritePackage:
         copy_sentence_pipeline(artifact.directory, place)
         ids, entries = _write_model(artifact, version / model.file)
         text = adapters_text(ids, entries, artifact.manifest.base)
+        # Beside the configuration: Triton warns of directories there that are no version.
         (place / ADAPTERS_FILE).write_text(text, encoding="utf-8")
         _record(artifact, directory)
         return ids

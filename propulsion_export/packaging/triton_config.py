@@ -18,7 +18,7 @@ from propulsion_export.errors import UsageError
 DEFAULT_MAX_BATCH_SIZE = 32
 # Remedies for the architectures that Triton's backends cannot generate with.
 _GENERATIVE: dict[Architecture, str] = {
-    "decoder": "Export with --mode switchable or folded, and package with --layout genai.",
+    "decoder": "Package it with --layout genai.",
     "encoder-decoder": "Serve it with ONNX Runtime itself.",
 }
 _BACKENDS = {"onnx": ("onnxruntime", "model.onnx"), "engine": ("tensorrt", "model.plan")}

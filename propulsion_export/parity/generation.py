@@ -7,11 +7,14 @@
 | padding inside | so are rows padded between prompt and continuation |
 | greedy | greedy generation gives the oracle's tokens, from finite logits |
 
+A graph that cannot read padding between tokens is not judged with any.
+
 Where greedy tokens differ, the oracle's two best tokens must have been closer than two allowed
 errors: a tie that rounding may decide either way.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 
@@ -27,6 +30,8 @@ from propulsion_export.runners.decoding import (
     recomputing,
     replaying,
 )
+
+_NO_GAPS = "; the graph reads no padding inside a row, so that is not judged"
 
 
 def continue_greedily(generator: Generator, feeds: Tensors, steps: int) -> tuple[Array, Array]:
@@ -69,13 +74,15 @@ def judge_generation(
         allowed: the allowed error of a logit, from the parity case.
     """
     once, stepwise = recomputing(candidate), replaying(candidate)
+    note = "" if candidate.reads_gaps else _NO_GAPS
     oracle = subject.oracle[0][LOGITS]
     yield _case("recomputing", subject, once, batch, oracle, allowed)
     if "decoder_input_ids" not in batch:
         ended = padded_inside(batch, behind=0)
         expected = _moved(oracle, batch["attention_mask"], ended["attention_mask"])
-        yield _case("right padding", subject, once, ended, expected, allowed)
-    if subject.inside is not None:
+        check = _case("right padding", subject, once, ended, expected, allowed)
+        yield replace(check, detail=check.detail + note)
+    if subject.inside is not None and candidate.reads_gaps:
         inside = padded_inside(batch)
         yield _case("padding inside", subject, stepwise, inside, subject.inside, allowed)
     yield _greedy(subject, candidate, allowed)

@@ -3,12 +3,14 @@
 A decoder is a runner that takes `input_ids` and `position_ids` [batch, new], `attention_mask`
 [batch, past + new] and a cache, `past_key_values.N.key` and `.value` [batch, heads, past, width],
 and returns `logits` [batch, new, vocabulary] and the longer cache, `present.N.key` and `.value`.
+It may have no positions, and other states beside the cache: `past.N.conv` and `present.N.conv`.
 The decoder of an encoder-decoder also takes the output of the encoder.
+`right_padding` has the decoders whose rows are padded at their end.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 
@@ -16,7 +18,14 @@ from propulsion_export.adapters.scales import Array
 from propulsion_export.artifacts.artifact import Runner, Tensors
 from propulsion_export.artifacts.manifest import TensorSpec
 from propulsion_export.artifacts.rounding import numpy_dtype
-from propulsion_export.artifacts.tensor_names import LOGITS, PAST, PRESENT
+from propulsion_export.artifacts.tensor_names import (
+    LOGITS,
+    PAST,
+    PAST_STATE,
+    PRESENT,
+    STATE_KINDS,
+)
+from propulsion_export.runners.padding import last_of_rows, pad_left, pad_right, positions
 
 # Chooses a token [batch] from the logits [batch, vocabulary] of the last position.
 Choose = Callable[[Array], Array]
@@ -28,7 +37,8 @@ class DecoderState:
 
     Attributes:
         mask: int64 [batch, read]; 0 where a row is padded.
-        cache: keys and values by input name, [batch, heads, read, width].
+        cache: keys, values and other states by input name, [batch, heads, read, width]; arrays
+            where the runtime keeps them, which numpy can read.
     """
 
     mask: Array
@@ -54,7 +64,7 @@ class Decoder:
         cache = {
             spec.name: np.zeros(_empty(batch, spec), numpy_dtype(spec.dtype))
             for spec in self.inputs
-            if spec.name.startswith(f"{PAST}.")
+            if spec.name.startswith((f"{PAST}.", f"{PAST_STATE}."))
         }
         return DecoderState(np.zeros((batch, 0), np.int64), cache)
 
@@ -83,24 +93,62 @@ class Decoder:
             }
         )
         longer = {
-            name.replace(PRESENT, PAST, 1): values
+            past_name(name): values
             for name, values in outputs.items()
             if name.startswith(f"{PRESENT}.")
         }
         return outputs[LOGITS], DecoderState(whole, {**state.cache, **longer})
 
+    def read(self, tokens: Array, mask: Array) -> tuple[Array, DecoderState]:
+        """Read the first tokens of all rows; see `step`."""
+        return self.step(self.start(len(tokens)), tokens, mask)
+
+    def replay(self, tokens: Array, mask: Array) -> Array:
+        """Read whole rows in several steps, as in generation; returns the logits of all steps.
+
+        Most of the tokens first, then two at once, then three one by one.
+        """
+        state, parts = self.start(len(tokens)), []
+        for start, end in pieces_of(tokens.shape[1]):
+            logits, state = self.step(state, tokens[:, start:end], mask[:, start:end])
+            parts.append(logits)
+        return np.concatenate(parts, axis=1)
+
 
 @dataclass(frozen=True)
 class Opening:
-    """A decoder and the prompt it reads first: `tokens` and `mask`, int64 [batch, length]."""
+    """A decoder and the prompt it reads first.
+
+    Attributes:
+        decoder: at work on the rows of the prompt.
+        tokens: int64 [batch, length].
+        mask: int64 [batch, length], 0 for padding.
+        given: the mask of the prompt as it was given, where its padding has been moved; else None.
+    """
 
     decoder: Decoder
     tokens: Array
     mask: Array
+    given: Array | None = None
+
+    def as_given(self, logits: Array) -> Array:
+        """Logits [batch, length, …] of the prompt, each where its token was given."""
+        if self.given is None:
+            return logits
+        moved = np.zeros((*self.given.shape, *logits.shape[2:]), logits.dtype)
+        moved[self.given == 1] = logits[self.mask == 1]
+        return moved
 
 
 class Generator(Protocol):
-    """A generative model, ready for any batch."""
+    """A generative model, ready for any batch.
+
+    `reads_gaps` says whether rows may have padding between their tokens; where they may not, it is
+    taken out.
+    """
+
+    @property
+    def reads_gaps(self) -> bool: ...
 
     def open(self, feeds: Tensors) -> Opening:
         """Start from `input_ids` and `attention_mask` [batch, length] and an adapter's inputs.
@@ -122,9 +170,10 @@ class CausalModel:
 
     run: Runner
     inputs: Sequence[TensorSpec] = ()
+    reads_gaps: ClassVar[bool] = True
 
     def open(self, feeds: Tensors) -> Opening:
-        rest = _without(feeds, "input_ids", "attention_mask")
+        rest = without(feeds, "input_ids", "attention_mask")
         decoder = Decoder(self.run, self.inputs, rest)
         return Opening(decoder, feeds["input_ids"], feeds["attention_mask"])
 
@@ -139,9 +188,10 @@ class EncoderDecoder:
     encode: Runner
     decode: Runner
     start: int
+    reads_gaps: ClassVar[bool] = True
 
     def open(self, feeds: Tensors) -> Opening:
-        rest = _without(feeds, "input_ids", "attention_mask", "decoder_input_ids")
+        rest = without(feeds, "input_ids", "attention_mask", "decoder_input_ids")
         mask = feeds["attention_mask"]
         encoded = self.encode({"input_ids": feeds["input_ids"], "attention_mask": mask, **rest})
         hidden = encoded["last_hidden_state"]
@@ -152,8 +202,7 @@ class EncoderDecoder:
 
     def pad(self, rows: Sequence[Array], padding: int) -> dict[str, Array]:
         # An encoder with a table of positions counts them from the left, padding or not.
-        flipped = pad_left([row[::-1] for row in rows], padding)
-        return {name: values[:, ::-1].copy() for name, values in flipped.items()}
+        return pad_right(rows, padding)
 
 
 def generate(generator: Generator, feeds: Tensors, choose: Choose) -> Iterator[Array]:
@@ -178,33 +227,29 @@ def go_on(opening: Opening, choose: Choose, stopped: Callable[[], Array]) -> Ite
         stopped: called after each token; which rows have stopped, bool [batch], or [1] for all.
     """
     decoder = opening.decoder
-    state = decoder.start(len(opening.tokens))
-    logits, state = decoder.step(state, opening.tokens, opening.mask)
+    logits, state = decoder.read(opening.tokens, opening.mask)
+    last = last_of_rows(logits, opening.mask)
     while True:
-        tokens = choose(logits[:, -1])
+        tokens = choose(last)
         yield tokens
         over = np.broadcast_to(stopped(), tokens.shape)
         if over.all():
             return
         going = np.where(over, 0, 1)[:, None]
         logits, state = decoder.step(state, tokens[:, None], going)
+        last = logits[:, -1]
 
 
 def replaying(generator: Generator) -> Runner:
-    """Run a generative model on whole sequences in several steps, as in generation.
+    """Run a generative model on whole sequences in several steps, see `Decoder.replay`.
 
-    Most of the sequence first, then two tokens at once, then three one by one. The runner takes the
-    inputs of `Generator.open` and returns the logits [batch, length, vocabulary] of all steps.
+    The runner takes the inputs of `Generator.open` and returns the logits
+    [batch, length, vocabulary] of all steps.
     """
 
     def replay(feeds: Tensors) -> Tensors:
         opening = generator.open(feeds)
-        state, parts = opening.decoder.start(len(opening.tokens)), []
-        for start, end in pieces_of(opening.tokens.shape[1]):
-            piece = opening.tokens[:, start:end], opening.mask[:, start:end]
-            logits, state = opening.decoder.step(state, *piece)
-            parts.append(logits)
-        return {LOGITS: np.concatenate(parts, axis=1)}
+        return {LOGITS: opening.as_given(opening.decoder.replay(opening.tokens, opening.mask))}
 
     return replay
 
@@ -214,9 +259,8 @@ def recomputing(generator: Generator) -> Runner:
 
     def recompute(feeds: Tensors) -> Tensors:
         opening = generator.open(feeds)
-        state = opening.decoder.start(len(opening.tokens))
-        logits, _ = opening.decoder.step(state, opening.tokens, opening.mask)
-        return {LOGITS: logits}
+        logits, _ = opening.decoder.read(opening.tokens, opening.mask)
+        return {LOGITS: opening.as_given(logits)}
 
     return recompute
 
@@ -237,10 +281,10 @@ def row_by_row(run: Runner) -> Runner:
     return each
 
 
-def positions(mask: Array) -> Array:
-    """Position of every token, int64 of the mask's shape: padding does not count."""
-    counted: Array = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
-    return counted
+def past_name(present: str) -> str:
+    """The input that takes an output of the cache in the next step."""
+    kind = present.rpartition(".")[2]
+    return present.replace(PRESENT, PAST_STATE if kind in STATE_KINDS else PAST, 1)
 
 
 def greedy(logits: Array) -> Array:
@@ -263,15 +307,9 @@ def alone(batch: Tensors, row: int) -> Tensors:
     }
 
 
-def pad_left(rows: Sequence[Array], padding: int) -> dict[str, Array]:
-    """Rows of different lengths as `input_ids` and `attention_mask`, int64 [rows, longest]."""
-    longest = max(len(row) for row in rows)
-    tokens = np.full((len(rows), longest), padding, np.int64)
-    mask = np.zeros_like(tokens)
-    for index, row in enumerate(rows):
-        tokens[index, longest - len(row) :] = row
-        mask[index, longest - len(row) :] = 1
-    return {"input_ids": tokens, "attention_mask": mask}
+def without(feeds: Tensors, *names: str) -> dict[str, Array]:
+    """The feeds but those of these names."""
+    return {name: values for name, values in feeds.items() if name not in names}
 
 
 def pieces_of(length: int) -> list[tuple[int, int]]:
@@ -282,9 +320,6 @@ def pieces_of(length: int) -> list[tuple[int, int]]:
     return [piece for piece in zip([0, *ends], ends, strict=False) if piece[0] < piece[1]]
 
 
-def _without(feeds: Tensors, *names: str) -> dict[str, Array]:
-    return {name: values for name, values in feeds.items() if name not in names}
-
-
-def _empty(batch: int, spec: TensorSpec) -> tuple[int, int, int, int]:
-    return batch, int(spec.shape[1]), 0, int(spec.shape[3])
+def _empty(batch: int, spec: TensorSpec) -> tuple[int, ...]:
+    """The shape of a state before the first token: nothing along a length that grows."""
+    return batch, *(size if isinstance(size, int) else 0 for size in spec.shape[1:])

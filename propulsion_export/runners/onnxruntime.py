@@ -12,9 +12,20 @@ from propulsion_export.adapters.scales import Array
 from propulsion_export.artifacts.artifact import Artifact, Runner, Tensors
 from propulsion_export.artifacts.consistency import differences, inconsistent
 from propulsion_export.artifacts.manifest import GraphEntry, TensorSpec
+from propulsion_export.artifacts.tensor_names import PRESENT
 from propulsion_export.errors import ToolError, UnavailableError, first_line
 
-_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "dml": "DmlExecutionProvider",
+    "webgpu": "WebGpuExecutionProvider",
+}
+_REMEDIES = {
+    "CUDAExecutionProvider": "Run: pip install 'propulsion-export[gpu]'.",
+    "DmlExecutionProvider": "Run it where onnxruntime-directml is installed, on Windows.",
+    "WebGpuExecutionProvider": "Run it where ONNX Runtime was built with WebGPU.",
+}
 _DTYPES = {"float": "float32", "double": "float64"}  # the others have the manifest's names
 _BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16
 _NO_BFLOAT16 = "ONNX Runtime has no bfloat16 kernels for this provider"
@@ -22,23 +33,35 @@ _NO_BFLOAT16 = "ONNX Runtime has no bfloat16 kernels for this provider"
 
 @dataclass(frozen=True)
 class _Placed:
-    """An array in the memory where ONNX Runtime computes; on the CPU, that of `array` itself."""
+    """An array in the memory where ONNX Runtime computes.
+
+    `array`: the array whose memory it is on the CPU; None if ONNX Runtime made it.
+    """
 
     value: Any
-    array: Array
+    array: Array | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.array.shape
+        return tuple(self.value.shape())
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
+        del copy  # a runtime's memory is always copied
+        array: Array = self.value.numpy() if self.array is None else self.array
+        return array if dtype is None else array.astype(dtype)
 
 
 def open_graph(path: Path, artifact: Artifact, device: str) -> Runner:
     """Run a graph of an artifact on `cpu` or `cuda`; see `onnxruntime_runner`.
 
+    On the `cpu` a graph that was built for another provider runs in that one.
+
     Raises:
+        UnavailableError: ONNX Runtime has no such provider here.
         ArtifactError: the graph has other inputs or outputs than the manifest declares.
     """
-    session = _open_session(path, _PROVIDERS[device])
+    built_for = artifact.manifest.execution_provider
+    session = _open_session(path, _PROVIDERS[built_for if device == "cpu" else device])
     _check_signature(session, path.name, artifact)
     return _runner(session, path)
 
@@ -59,10 +82,11 @@ def _runner(session: Any, path: Path) -> Runner:
     known = {value.name for value in session.get_inputs()}
     known |= {value.name for value in session.get_overridable_initializers()}
     names = [output.name for output in session.get_outputs()]
+    cached = any(name.startswith(f"{PRESENT}.") for name in names)
 
     def run(inputs: Tensors) -> Tensors:
         feeds = {name: values for name, values in inputs.items() if name in known}
-        bound = any(isinstance(values, _Placed) for values in feeds.values())
+        bound = cached or any(isinstance(values, _Placed) for values in feeds.values())
         try:
             found = _run_bound(session, feeds, names) if bound else session.run(names, feeds)
         except Exception as error:
@@ -99,7 +123,7 @@ def _open_session(path: Path, provider: str) -> Any:
         raise UnavailableError(
             f"ONNX Runtime here has no {provider}, only "
             f"{', '.join(onnxruntime.get_available_providers())}",
-            remedy="Run: pip install 'propulsion-export[gpu]'.",
+            remedy=_REMEDIES.get(provider, ""),
         )
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # it would log every optional input to stderr
@@ -152,15 +176,26 @@ def _threads() -> int:
     return min(int(first), os.cpu_count() or 1) if first.isdecimal() else 0
 
 
-def _run_bound(session: Any, feeds: Mapping[str, Any], outputs: Sequence[str]) -> list[Array]:
-    """Run with IO binding, which does not copy the arrays that are placed already."""
+def _run_bound(session: Any, feeds: Mapping[str, Any], outputs: Sequence[str]) -> list[Any]:
+    """Run with IO binding, which does not copy the arrays that are placed already.
+
+    A cache stays where ONNX Runtime made it, to be fed again in the next step.
+    """
     binding = session.io_binding()
-    for name, values in feeds.items():
-        if isinstance(values, _Placed):
-            binding.bind_ortvalue_input(name, values.value)
-        else:
-            binding.bind_cpu_input(name, np.ascontiguousarray(values))
+    placed = {name: _as_placed(values) for name, values in feeds.items()}
+    for name, values in placed.items():
+        binding.bind_ortvalue_input(name, values.value)
     for name in outputs:
         binding.bind_output(name)
     session.run_with_iobinding(binding)
-    return binding.copy_outputs_to_cpu()  # type: ignore[no-any-return]
+    found = zip(outputs, binding.get_outputs(), strict=True)
+    return [
+        _Placed(value) if name.startswith(f"{PRESENT}.") else value.numpy() for name, value in found
+    ]
+
+
+def _as_placed(values: Any) -> _Placed:
+    if isinstance(values, _Placed):
+        return values
+    placed: _Placed = place(np.ascontiguousarray(values), "cpu")
+    return placed

@@ -11,12 +11,15 @@ import numpy as np
 from propulsion_export.adapters.scales import Array
 from propulsion_export.artifacts.artifact import Artifact, Runner, Tensors
 from propulsion_export.artifacts.file_names import ENCODER_DECODER_FILES
+from propulsion_export.artifacts.genai_config import with_cache_sizes
+from propulsion_export.artifacts.manifest import Manifest
 from propulsion_export.artifacts.tensor_names import IDS_INPUT, PAST
 from propulsion_export.base_model.generation_settings import first_decoder_token
 from propulsion_export.base_model.tasks import TASKS
 from propulsion_export.environment.machine import cuda_devices
 from propulsion_export.errors import UnavailableError, UsageError
-from propulsion_export.runners.decoding import Candidate, CausalModel, EncoderDecoder
+from propulsion_export.runners.decoding import Candidate, CausalModel, EncoderDecoder, Generator
+from propulsion_export.runners.right_padding import RightPaddedModel
 from propulsion_export.runners.table import RUNTIMES, runtimes_of
 
 # The reference evaluator computes in Python: larger graphs and longer inputs take minutes.
@@ -32,19 +35,28 @@ def choose_runner(artifact: Artifact, runner: str) -> str:
     """
     manifest = artifact.manifest
     possible = runtimes_of(manifest.kind)
+    if manifest.pads_right:  # with operators that onnx's own evaluator lacks
+        possible = tuple(name for name in possible if name != "reference")
     if runner != "auto":
         if runner not in possible:
             raise UsageError(
-                f"--runner {runner}: cannot run {manifest.kind} artifacts, expected "
+                f"--runner {runner}: cannot run {_shown(manifest)}, expected "
                 f"{' or '.join(possible)}"
             )
         return runner
-    if manifest.kind != "onnx" or manifest.dtype != "bfloat16":
+    if manifest.execution_provider == "cuda":
+        return "onnxruntime-cuda"
+    if manifest.kind != "onnx" or manifest.dtype != "bfloat16" or manifest.pads_right:
         return possible[0]
     if cuda_devices():
         return "onnxruntime-cuda"
     size = sum(file.stat().st_size for file in artifact.directory.glob("*.onnx*"))
     return "reference" if size <= _REFERENCE_BYTES else possible[0]
+
+
+def _shown(manifest: Manifest) -> str:
+    made = " of onnxruntime-genai's builder" if manifest.pads_right else ""
+    return f"{manifest.kind} artifacts{made}"
 
 
 def open_candidate(artifact: Artifact, name: str, *, trust_remote_code: bool = False) -> Candidate:
@@ -60,7 +72,7 @@ def open_candidate(artifact: Artifact, name: str, *, trust_remote_code: bool = F
         return candidate
     architecture = TASKS[artifact.manifest.task].architecture
     if architecture == "decoder":
-        return CausalModel(_open(artifact, name, artifact.path), artifact.manifest.inputs)
+        return _open_decoder(artifact, name)
     if architecture == "encoder-decoder":
         encode, first, later = (
             _open(artifact, name, artifact.directory / file) for file in ENCODER_DECODER_FILES
@@ -68,6 +80,15 @@ def open_candidate(artifact: Artifact, name: str, *, trust_remote_code: bool = F
         start = first_decoder_token(artifact.directory)
         return EncoderDecoder(encode, _by_cache(first, later), start)
     return _open(artifact, name, artifact.path)
+
+
+def _open_decoder(artifact: Artifact, name: str) -> Generator:
+    """A causal language model, whose rows are padded on the side that its graph needs."""
+    manifest = artifact.manifest
+    if manifest.pads_right:
+        sized = with_cache_sizes(manifest.inputs, artifact.directory)
+        return RightPaddedModel(_open(artifact, name, artifact.path), sized)
+    return CausalModel(_open(artifact, name, artifact.path), manifest.inputs)
 
 
 def place_for(name: str) -> Callable[[Array], Any]:

@@ -14,7 +14,13 @@ import numpy as np
 from propulsion_export.adapters.scales import Array
 from propulsion_export.artifacts.tensor_names import IDS_INPUT
 from propulsion_export.base_model.rope_switch import side_of
-from propulsion_export.runners.decoding import Choose, Decoder, DecoderState, Generator
+from propulsion_export.runners.decoding import (
+    Choose,
+    Decoder,
+    DecoderState,
+    Generator,
+)
+from propulsion_export.runners.padding import last_of_rows
 
 
 @dataclass(frozen=True)
@@ -91,15 +97,15 @@ class SwitchingGenerator:
         batch = self._generator.pad(texts, self._padding)
         opening = self._generator.open({**batch, **self._feeds_of(rows)})
         decoder = opening.decoder
-        logits, state = decoder.step(decoder.start(len(rows)), opening.tokens, opening.mask)
-        self._keep(rows, logits)
+        logits, state = decoder.read(opening.tokens, opening.mask)
+        self._keep(rows, last_of_rows(logits, opening.mask))
         return _Part(rows, side, decoder, state)
 
     def _read(self, part: _Part, tokens: Array, over: Array) -> _Part:
         rows = list(part.rows)
         going = np.where(over[rows], 0, 1)[:, None]
         logits, state = part.decoder.step(part.state, tokens[rows][:, None], going)
-        self._keep(rows, logits)
+        self._keep(rows, logits[:, -1])
         return _Part(rows, part.side, part.decoder, state)
 
     def _only(self, part: _Part, rows: Sequence[int]) -> _Part:
@@ -107,9 +113,9 @@ class SwitchingGenerator:
         if len(rows) == len(part.rows):
             return part
         chosen = [part.rows.index(row) for row in rows]
-        cache = {name: values[chosen] for name, values in part.state.cache.items()}
+        cache = {name: np.asarray(values)[chosen] for name, values in part.state.cache.items()}
         batch = {
-            name: np.zeros((len(rows), 1), np.int64) for name in ("input_ids", "attention_mask")
+            name: np.ones((len(rows), 1), np.int64) for name in ("input_ids", "attention_mask")
         }
         decoder = self._generator.open({**batch, **self._feeds_of(rows)}).decoder
         return _Part(rows, part.side, decoder, DecoderState(part.state.mask[chosen], cache))
@@ -117,12 +123,16 @@ class SwitchingGenerator:
     def _feeds_of(self, rows: Sequence[int]) -> dict[str, Any]:
         return feeds_of_rows(self._feeds, rows)
 
-    def _keep(self, rows: Sequence[int], logits: Array) -> None:
-        self._logits |= dict(zip(rows, logits[:, -1], strict=True))
+    def _keep(self, rows: Sequence[int], last: Array) -> None:
+        self._logits |= dict(zip(rows, last, strict=True))
 
 
 def feeds_of_rows(feeds: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any]:
-    """The adapters' inputs for some rows of a batch: each row of a bank's has its own number."""
+    """The adapters' inputs for some rows of a batch: each row of a bank's has its own number.
+
+    A single number is that of all rows.
+    """
     return {
-        name: values[list(rows)] if name == IDS_INPUT else values for name, values in feeds.items()
+        name: values[list(rows)] if name == IDS_INPUT and len(values) > 1 else values
+        for name, values in feeds.items()
     }

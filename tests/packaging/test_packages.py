@@ -203,7 +203,6 @@ def test_it_holds_all_that_the_server_reads_and_can_be_moved(served, tmp_path):
     [
         ({"task": "feature-extraction"}, "is for feature-extraction, expected text-generation"),
         ({"dtype": "bfloat16"}, r"bfloat16, .* Export with --dtype float32 or float16"),
-        ({"mode": "bank", "adapters": {}}, r"is a bank, .* Export with --mode switchable"),
     ],
 )
 def test_what_the_server_cannot_run_is_refused_by_name(change, message, served, tmp_path):
