@@ -6,6 +6,7 @@ A model that is not refused here may still be refused later: its graph is compar
 from typing import Any
 
 from propulsion_export.errors import ToolError
+from propulsion_export.graph.genai.options import GenaiOptions
 
 REMEDY = "Export with --exporter transformers."
 
@@ -36,16 +37,17 @@ _FAILING = {
     "Gemma3ForCausalLM": "reads rope settings that transformers 5 keeps for each kind of layer",
     "Gemma4ForCausalLM": "reads a setting that transformers 5 does not have (global_head_dim)",
 }
+_STEP = 16  # of GroupQueryAttention's head size and rotary dimension on the CPU
 _EXPERTS = ("GptOssForCausalLM", "Lfm2MoeForCausalLM")
 
 
-def builder_class(config: Any, model: str, bits: int | None = None) -> str:
+def builder_class(config: Any, model: str, options: GenaiOptions) -> str:
     """The name of the builder's class for a model.
 
     Args:
         config: transformers' configuration of the model.
         model: the name of its class in transformers.
-        bits: of quantised weights, None without.
+        options: of the builder.
 
     Raises:
         ToolError: the builder does not know the model, or is known to get it wrong.
@@ -53,7 +55,7 @@ def builder_class(config: Any, model: str, bits: int | None = None) -> str:
     if (name := _CLASSES.get(model)) is None:
         reason = _FAILING.get(model, "does not know this architecture")
         raise ToolError(f"{model}: onnxruntime-genai's builder {reason}", remedy=REMEDY)
-    if found := _known_mistake(config, model, bits):
+    if found := _known_mistake(config, model, options):
         raise ToolError(f"{model}: onnxruntime-genai's builder {found}", remedy=REMEDY)
     original = getattr(config, "original_max_position_embeddings", None)
     if model == "Phi3ForCausalLM" and original not in (None, config.max_position_embeddings):
@@ -61,12 +63,19 @@ def builder_class(config: Any, model: str, bits: int | None = None) -> str:
     return name
 
 
-def _known_mistake(config: Any, model: str, bits: int | None) -> str | None:
+def _known_mistake(config: Any, model: str, options: GenaiOptions) -> str | None:
     """What the builder does wrong, where no attribute of the graph mends it; None if nothing."""
     if model == "PhiForCausalLM" and getattr(config, "qk_layernorm", False):
         return "leaves out the norms of queries and keys (qk_layernorm)"
     if model == "SmolLM3ForCausalLM" and 0 in config.no_rope_layers:
         return "fails on layers without rotary embedding (no_rope_layers)"
-    if bits is not None and model in _EXPERTS:
+    if options.bits is not None and model in _EXPERTS:
         return "quantises experts in a form that is not checked here"
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    rotary = int(width * (getattr(config, "partial_rotary_factor", None) or 1))
+    if options.execution_provider == "cpu" and (width % _STEP or rotary % _STEP):
+        return (
+            f"makes attention of heads of {width} with {rotary} rotated channels, which ONNX "
+            f"Runtime's CPU provider computes for multiples of {_STEP} only"
+        )
     return None

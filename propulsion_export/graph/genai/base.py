@@ -6,11 +6,11 @@ from pathlib import Path
 
 import onnx_ir as ir
 import torch
+from transformers import PreTrainedModel
 
 from propulsion_export.artifacts.layout import Layout
 from propulsion_export.artifacts.manifest import Dtype
-from propulsion_export.base_model.loading import BaseModel
-from propulsion_export.graph.genai.builder import build_graph
+from propulsion_export.graph.genai.builder import build_graph, check_possible
 from propulsion_export.graph.genai.mends import mend_graph_
 from propulsion_export.graph.genai.nodes import Nodes
 from propulsion_export.graph.genai.options import GenaiOptions
@@ -36,13 +36,15 @@ class BaseGraph:
     """The graph of a base model.
 
     Attributes:
-        program: the graph; its weights are those of the model, which must live on.
+        model: what it was built from, cast to `dtype`.
+        program: the graph; its weights are those of `model`, which must live on.
         nodes: its nodes by module path.
         dtype: of weights that are not quantised, and of activations.
         write_config: writes `genai_config.json` into a directory that has the tokenizer and the
             generation settings.
     """
 
+    model: PreTrainedModel
     program: ir.Model
     nodes: Nodes
     dtype: Dtype
@@ -53,25 +55,26 @@ class BaseGraph:
         return insert_slots_(self.nodes, layout, self.dtype)
 
 
-def base_graph(base: BaseModel, dtype: torch.dtype, options: GenaiOptions) -> BaseGraph:
-    """Build the graph of a model as it is now, cast to `dtype`, and mend what is known to be wrong.
+def base_graph(model: PreTrainedModel, dtype: torch.dtype, options: GenaiOptions) -> BaseGraph:
+    """Build the graph of a model, which is cast to `dtype`, and mend what is known to be wrong.
 
     Raises:
         UnavailableError: onnxruntime-genai is missing.
         UsageError: the execution provider has no kernels for `dtype`.
         ToolError: the builder does not know the model, or fails on it.
     """
-    base.model.to(dtype)
     name: Dtype = str(dtype).removeprefix("torch.")  # type: ignore[assignment]
-    built = build_graph(base.model, name, options)
-    nodes = Nodes(base.model, built.program)
-    mend_graph_(nodes, base.model, name)
+    check_possible(model, name, options)
+    model.to(dtype)
+    built = build_graph(model, name, options)
+    nodes = Nodes(model, built.program)
+    mend_graph_(nodes, model, name)
     _name_dimensions_(built.program, built.head_size)
-    return BaseGraph(built.program, nodes, name, built.write_config)
+    return BaseGraph(model, built.program, nodes, name, built.write_config)
 
 
 def scaled_graph(
-    base: BaseModel, layout: Layout, dtype: torch.dtype, options: GenaiOptions
+    model: PreTrainedModel, layout: Layout, dtype: torch.dtype, options: GenaiOptions
 ) -> tuple[ir.Model, Layout]:
     """The graph of a base model with an initializer for each slot of a layout.
 
@@ -83,7 +86,7 @@ def scaled_graph(
         AdapterError: a slot has no node.
         PropulsionExportError: as `base_graph` says.
     """
-    graph = base_graph(base, dtype, options)
+    graph = base_graph(model, dtype, options)
     return graph.program, graph.insert_slots_(layout)
 
 

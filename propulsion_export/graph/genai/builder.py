@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
+from torch import nn
 from transformers import PreTrainedModel
 
 from propulsion_export.artifacts.file_names import GENAI_CONFIG_FILE
@@ -63,17 +64,31 @@ def build_graph(model: PreTrainedModel, dtype: Dtype, options: GenaiOptions) -> 
         UsageError: the execution provider has no kernels for `dtype`.
         ToolError: the builder does not know the model, or fails on it.
     """
-    name = builder_class(model.config, type(model).__name__, options.bits)
-    options.check_dtype(dtype)
+    name = check_possible(model, dtype, options)
     builders = _builders()
     with _refusals(model), quiet_while_tracing():
-        own = _shared_copy(model)
+        own = shared_copy(model)
         maker = _maker(getattr(builders, name), own, dtype, options)
         mend_builder_(maker)
         maker.make_model("")
         program = maker.model if options.bits is None else maker.to_nbits()
         program.graph.sort()
     return BuiltGraph(program, maker.head_size, partial(_write_config, maker, own.config))
+
+
+def check_possible(model: PreTrainedModel, dtype: Dtype, options: GenaiOptions) -> str:
+    """Refuse what is known to fail, before any work.
+
+    Returns:
+        The name of the builder's class.
+
+    Raises:
+        UsageError: the execution provider has no kernels for `dtype`.
+        ToolError: the builder does not know the model, or is known to get it wrong.
+    """
+    name = builder_class(model.config, type(model).__name__, options)
+    options.check_dtype(dtype)
+    return name
 
 
 def _maker(kind: Any, own: PreTrainedModel, dtype: Dtype, options: GenaiOptions) -> Any:
@@ -106,10 +121,17 @@ def _rope_init(kind: Any) -> Callable[[Any, Any], None]:
     return make_rope_init
 
 
-def _shared_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of the modules that shares the tensors: the builder takes modules apart."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+def shared_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of the modules that shares the values of the tensors.
+
+    The builder takes modules apart; and what is folded into the copy, or cast, stays in the copy.
+    """
+    shared: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
+    shared |= {
+        id(parameter): nn.Parameter(parameter.data, requires_grad=False)
+        for parameter in model.parameters()
+    }
+    return copy.deepcopy(model, shared)
 
 
 def _write_config(maker: Any, config: Any, directory: Path) -> None:

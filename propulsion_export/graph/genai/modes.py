@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
 from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.artifacts.artifact import Tensors
@@ -14,6 +15,7 @@ from propulsion_export.artifacts.tensor_names import ROWS_INPUT
 from propulsion_export.base_model.loading import BaseModel
 from propulsion_export.graph.build import ExportedGraphs, _feeds, _plan
 from propulsion_export.graph.genai.base import BaseGraph, base_graph
+from propulsion_export.graph.genai.builder import shared_copy
 from propulsion_export.graph.genai.options import GenaiOptions
 from propulsion_export.graph.genai.scaled import neighbours, slot_name
 from propulsion_export.graph.passes.defaults import SetDefaults
@@ -29,10 +31,12 @@ class GenaiGraphs:
 
     Attributes:
         exported: as transformers' exporter would give it.
+        model: what it was built from, with the adapter folded in if the graph has it so.
         write_config: writes `genai_config.json` into a directory that has the tokenizer.
     """
 
     exported: ExportedGraphs
+    model: PreTrainedModel
     write_config: Callable[[Path], None]
 
 
@@ -44,14 +48,16 @@ def build_folded(
     *,
     untie: bool,
 ) -> GenaiGraphs:
-    """Fold the adapter, if there is one, into the model of `base`, in `dtype`, and build that."""
-    if adapter is None:
-        base.model.to(dtype)
-    else:
-        fold_(base.model, adapter, dtype=dtype, untie=untie)
-    graph = base_graph(base, dtype, options)
+    """Fold the adapter, if there is one, into a copy of the model, in `dtype`, and build that.
+
+    The model of `base` stays as it is, here and in the other modes.
+    """
+    model = shared_copy(base.model)
+    if adapter is not None:
+        fold_(model, adapter, dtype=dtype, untie=untie)
+    graph = base_graph(model, dtype, options)
     exported = ExportedGraphs("folded", {GRAPH_FILE: graph.program}, {}, {})
-    return GenaiGraphs(exported, graph.write_config)
+    return GenaiGraphs(exported, graph.model, graph.write_config)
 
 
 def build_switchable(
@@ -69,7 +75,7 @@ def build_switchable(
     SetDefaults(defaults)(program)
     feeds = _feeds(adapters, layout, defaults)
     exported = ExportedGraphs("switchable", {GRAPH_FILE: program}, layout, feeds)
-    return GenaiGraphs(exported, graph.write_config)
+    return GenaiGraphs(exported, graph.model, graph.write_config)
 
 
 def build_bank(
@@ -87,14 +93,14 @@ def build_bank(
     GatherRows(ROWS_INPUT)(program)
     feeds = _feeds(adapters, layout, defaults)
     exported = ExportedGraphs("bank", {GRAPH_FILE: program}, layout, feeds)
-    return GenaiGraphs(exported, graph.write_config)
+    return GenaiGraphs(exported, graph.model, graph.write_config)
 
 
 def _scaled(
     base: BaseModel, slots: Sequence[Adapter], dtype: torch.dtype, options: GenaiOptions
 ) -> tuple[BaseGraph, Layout, Tensors, Layout]:
     """The graph, the layout of the packed inputs, their defaults, and the layout in the graph."""
-    graph = base_graph(base, dtype, options)
+    graph = base_graph(shared_copy(base.model), dtype, options)
     beside = neighbours(graph.nodes, base.model, slots)
     layout, defaults = _plan(base, [*slots, beside] if beside else slots, dtype)
     return graph, layout, defaults, graph.insert_slots_(layout)

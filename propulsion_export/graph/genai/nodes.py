@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import onnx_ir as ir
-from torch import nn
 
 from propulsion_export.graph.genai.editing import behind_
 from propulsion_export.scaling.layer_rules import layer_kind, output_width
@@ -144,7 +143,7 @@ class Nodes:
             node = self.bias(place) or self.product(place)
         return None if node is None else node.outputs[0]
 
-    def _expected(self, path: str, module: nn.Module, model: Any) -> Iterator[Place]:
+    def _expected(self, path: str, module: Any, model: Any) -> Iterator[Place]:
         width = output_width(module)
         if match := _LAYER.fullmatch(path):
             yield from self._in_layer(f"/model/layers.{match[1]}", match[2], width)

@@ -89,8 +89,10 @@ def neighbours(nodes: Nodes, model: Any, adapters: Sequence[Adapter]) -> Adapter
     }
     biased = {path for adapter in adapters for path in adapter.biases}
     shared = _modules_by_node(nodes)
-    scales = {path: Scale(np.ones(output_width(module))) for path, module in
-              ((path, model.get_submodule(path)) for path in _beside(scaled, shared))}
+    scales = {
+        path: Scale(np.ones(output_width(module)))
+        for path, module in ((path, model.get_submodule(path)) for path in _beside(scaled, shared))
+    }
     biases = {
         path: model.get_submodule(path).bias.detach().double().cpu().numpy()
         for path in _beside(biased, shared)
@@ -192,6 +194,7 @@ def _add_(nodes: Nodes, part: _Part, bias: ir.Value) -> None:
         index = _NORM_BIAS[norm.op_type]
         own = norm.inputs[index]
         assert own is not None
+        assert own.dtype is not None
         zeros = np.zeros(bias.shape.numpy() if bias.shape else (), own.dtype.numpy())
         _replace_(nodes.graph, norm, index, add_constant(nodes.graph, f"{own.name}.zero", zeros))
         nodes.add_(part.place, bias)
