@@ -137,15 +137,14 @@ def shared_copy(model: PreTrainedModel) -> PreTrainedModel:
 def _write_config(maker: Any, config: Any, directory: Path) -> None:
     maker.model_name_or_path = str(directory)
     switches = rope_switches(config.to_dict())
-    try:
-        with quiet_while_tracing():
-            maker.make_genai_config(copy.deepcopy(config), {}, str(directory))
-    except ValueError as error:
-        raise ToolError(
-            f"the model has no end-of-text token, which onnxruntime-genai needs "
-            f"({first_line(error)})",
-            remedy=f"Name eos_token_id in the base model's generation_config.json, or: {REMEDY}",
-        ) from error
+    own = copy.deepcopy(config)
+    with quiet_while_tracing():
+        try:
+            maker.make_genai_config(own, {}, str(directory))
+        except ValueError:  # nobody names a token that ends a text, so none does
+            own.eos_token_id = []
+            own.pad_token_id = own.pad_token_id or 0
+            maker.make_genai_config(own, {}, str(directory))
     file = directory / GENAI_CONFIG_FILE
     content = json.loads(file.read_text(encoding="utf-8"))
     # The runtime does not compute a text again where its rotary frequencies change.
