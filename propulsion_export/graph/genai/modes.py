@@ -13,15 +13,16 @@ from propulsion_export.artifacts.file_names import GRAPH_FILE
 from propulsion_export.artifacts.layout import Layout
 from propulsion_export.artifacts.tensor_names import ROWS_INPUT
 from propulsion_export.base_model.loading import BaseModel
-from propulsion_export.graph.build import ExportedGraphs, _feeds, _plan
+from propulsion_export.graph.build import ExportedGraphs
 from propulsion_export.graph.genai.base import BaseGraph, base_graph
 from propulsion_export.graph.genai.builder import shared_copy
 from propulsion_export.graph.genai.options import GenaiOptions
-from propulsion_export.graph.genai.scaled import neighbours, slot_name
+from propulsion_export.graph.genai.scaled import neighbours
 from propulsion_export.graph.passes.defaults import SetDefaults
 from propulsion_export.graph.passes.gather_rows import GatherRows
 from propulsion_export.graph.passes.packing import PackInitializers
 from propulsion_export.graph.passes.slice_rows import SliceRows
+from propulsion_export.graph.slot_plan import feeds_of, parts_of, plan_slots
 from propulsion_export.scaling.fold.model import fold_
 
 
@@ -70,10 +71,10 @@ def build_switchable(
     """Build the graph of `base` with everything that adapters bring as optional packed inputs."""
     graph, layout, defaults, inside = _scaled(base, slots, dtype, options)
     program = graph.program
-    for packed, parts in inside.items():
-        PackInitializers(packed, {slot_name(packed, slot): slot for slot in parts})(program)
+    for packed, parts in parts_of(inside).items():
+        PackInitializers(packed, parts)(program)
     SetDefaults(defaults)(program)
-    feeds = _feeds(adapters, layout, defaults)
+    feeds = feeds_of(adapters, layout, defaults)
     exported = ExportedGraphs("switchable", {GRAPH_FILE: program}, layout, feeds)
     return GenaiGraphs(exported, graph.model, graph.write_config)
 
@@ -88,10 +89,10 @@ def build_bank(
     """Build the graph of `base` so that each row of a batch chooses its adapter from a bank."""
     graph, layout, defaults, inside = _scaled(base, slots, dtype, options)
     program = graph.program
-    parts = {slot_name(packed, slot): slot for packed, each in inside.items() for slot in each}
+    parts = {name: slot for each in parts_of(inside).values() for name, slot in each.items()}
     SliceRows(ROWS_INPUT, parts)(program)
     GatherRows(ROWS_INPUT)(program)
-    feeds = _feeds(adapters, layout, defaults)
+    feeds = feeds_of(adapters, layout, defaults)
     exported = ExportedGraphs("bank", {GRAPH_FILE: program}, layout, feeds)
     return GenaiGraphs(exported, graph.model, graph.write_config)
 
@@ -102,5 +103,5 @@ def _scaled(
     """The graph, the layout of the packed inputs, their defaults, and the layout in the graph."""
     graph = base_graph(shared_copy(base.model), dtype, options)
     beside = neighbours(graph.nodes, base.model, slots)
-    layout, defaults = _plan(base, [*slots, beside] if beside else slots, dtype)
+    layout, defaults = plan_slots(base, [*slots, beside] if beside else slots, dtype)
     return graph, layout, defaults, graph.insert_slots_(layout)

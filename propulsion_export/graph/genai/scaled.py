@@ -19,7 +19,7 @@ from propulsion_export.graph.genai.architectures import REMEDY
 from propulsion_export.graph.genai.editing import scale_input_
 from propulsion_export.graph.genai.nodes import Nodes, Place
 from propulsion_export.graph.passes.constants import add_constant
-from propulsion_export.scaling.attach import initializer_name
+from propulsion_export.graph.slot_plan import slot_name
 from propulsion_export.scaling.layer_rules import output_width
 
 # Where the operators of norms have their bias.
@@ -63,13 +63,6 @@ def insert_slots_(nodes: Nodes, layout: Layout, dtype: str) -> Layout:
             act(nodes, parts[0], _initializer(nodes.graph, slot_name(packed, slot), values))
         found[packed] = tuple(sorted(slots, key=lambda slot: slot.offset))
     return {packed: found[packed] for packed in layout}
-
-
-def slot_name(packed: str, slot: Slot) -> str:
-    """The name of a slot's initializer."""
-    if packed == SCALES_INPUT:
-        return initializer_name(slot.path, slot.side, len(slot.shape))
-    return f"{slot.path}.bias"
 
 
 def neighbours(nodes: Nodes, model: Any, adapters: Sequence[Adapter]) -> Adapter | None:
