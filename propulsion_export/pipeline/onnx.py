@@ -37,7 +37,6 @@ from propulsion_export.environment.progress import Progress, silent
 from propulsion_export.errors import UsageError
 from propulsion_export.graph.build import ExportedGraphs
 from propulsion_export.graph.files import write_graphs
-from propulsion_export.graph.sample_outputs import check_computable
 from propulsion_export.graph.signature import signature
 from propulsion_export.graph.slot_plan import default_labels
 from propulsion_export.graph.slots import SlotOptions, slots_for
@@ -162,7 +161,6 @@ def export_onnx(
     if mode != "folded" and not allow_range:
         _check_ranges(adapters, name)
     settled = settle_(base.model, adapters, texts, mode=mode, own_head=base.own_head)
-    check_computable(base)
     quantisation = quantisation_of(
         base, adapters, scheme, calibration, trust_remote_code=trust_remote_code
     )

@@ -32,6 +32,7 @@ from propulsion_export.graph.build import (
 )
 from propulsion_export.graph.genai import modes as genai
 from propulsion_export.graph.genai.options import GenaiOptions
+from propulsion_export.graph.sample_outputs import check_computable
 from propulsion_export.parity.built_graph import check_built_graph
 
 ExporterChoice = Literal["auto", "transformers", "genai"]
@@ -130,6 +131,7 @@ def produce(wanted: Wanted, options: GraphOptions) -> Produced:
 def _by_transformers(wanted: Wanted, options: GraphOptions, reason: str) -> Produced:
     base, slots, adapters, dtype = wanted.base, wanted.slots, wanted.adapters, wanted.dtype
     opset = options.opset
+    check_computable(base)
     if wanted.mode == "folded":
         first = next(iter(adapters), None)
         graphs = build_folded(base, first, dtype, opset=opset, untie=options.untie)
