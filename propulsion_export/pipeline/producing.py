@@ -107,10 +107,13 @@ def produce(wanted: Wanted, options: GraphOptions) -> Produced:
 
     Raises:
         UsageError: an option does nothing with this exporter.
+        BaseModelError: PyTorch's side of a comparison is not possible; not with `genai`.
         PropulsionExportError: as the exporters say. With `auto`, transformers' exporter produces
             what the builder refuses, unless an execution provider is asked for.
     """
     provider = options.genai.execution_provider
+    if options.exporter != "genai":
+        check_computable(wanted.base)
     if options.exporter == "transformers":
         if provider != "cpu":
             raise UsageError(
@@ -131,7 +134,6 @@ def produce(wanted: Wanted, options: GraphOptions) -> Produced:
 def _by_transformers(wanted: Wanted, options: GraphOptions, reason: str) -> Produced:
     base, slots, adapters, dtype = wanted.base, wanted.slots, wanted.adapters, wanted.dtype
     opset = options.opset
-    check_computable(base)
     if wanted.mode == "folded":
         first = next(iter(adapters), None)
         graphs = build_folded(base, first, dtype, opset=opset, untie=options.untie)
