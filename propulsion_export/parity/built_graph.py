@@ -14,11 +14,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from propulsion_export.adapters.scales import Array
-from propulsion_export.artifacts.artifact import Runner, Tensors
+from propulsion_export.artifacts.artifact import Runner
 from propulsion_export.artifacts.file_names import GRAPH_FILE, WEIGHTS_FILE
 from propulsion_export.artifacts.tensor_names import LOGITS, PAST, PRESENT
 from propulsion_export.environment.quiet import quiet
 from propulsion_export.errors import ToolError
+from propulsion_export.graph.genai.base import BaseGraph
+from propulsion_export.graph.genai.dequantised import dequantised, quantised_nodes
 from propulsion_export.parity.comparison import FACTOR, UNIT_ROUNDOFF
 from propulsion_export.runners.onnxruntime import onnxruntime_runner
 
@@ -26,12 +28,34 @@ _STEPS = 3  # tokens decoded one at a time behind the prompt
 _PROMPT = 9  # tokens, or more, so that a window is passed
 _LONGEST = 512  # a window beyond that is read from the graph only, where computing takes long
 _LAYER = re.compile(r"/model/layers\.(\d+)/")
+_LEVEL, _FLOAT32 = "accuracy_level", 1  # of MatMulNBits, to compute in float32
 _REMEDY = "Export with --exporter transformers."
 
 
-def check_built_graph(
-    model: PreTrainedModel, program: ir.Model, feeds: Tensors | None = None
-) -> None:
+def check_base_graph(graph: BaseGraph) -> None:
+    """Refuse a graph of onnxruntime-genai's builder that is not the model it was built from.
+
+    A quantised one is compared with the dequantised weights, and computes in float32 for that:
+    what the runtime rounds activations to is no mistake of the graph.
+
+    Raises:
+        ToolError: the graph computes something else, or does not run.
+    """
+    nodes = quantised_nodes(graph.program)
+    model = dequantised(graph) if nodes else graph.model
+    levels = [node.attributes.pop(_LEVEL, None) for node in nodes]
+    try:
+        for node in nodes:
+            node.attributes[_LEVEL] = ir.AttrInt64(_LEVEL, _FLOAT32)
+        check_built_graph(model, graph.program)
+    finally:
+        for node, level in zip(nodes, levels, strict=True):
+            del node.attributes[_LEVEL]
+            if level is not None:
+                node.attributes[_LEVEL] = level
+
+
+def check_built_graph(model: PreTrainedModel, program: ir.Model) -> None:
     """Refuse a graph whose logits are not those of the model.
 
     The oracle is the model in float64, one layer at a time, so that memory does not double. The
@@ -40,7 +64,6 @@ def check_built_graph(
     Args:
         model: in the graph's dtype.
         program: a decoder with a cache, to be run by ONNX Runtime on the CPU.
-        feeds: inputs for adapters that the graph requires, by name.
 
     Raises:
         ToolError: the graph computes something else, or does not run.
@@ -50,7 +73,7 @@ def check_built_graph(
     tokens = _tokens(model.config)
     with tempfile.TemporaryDirectory(prefix="propulsion-export-") as place, torch.inference_mode():
         ir.save(program, Path(place) / GRAPH_FILE, external_data=WEIGHTS_FILE)
-        found = _decoded(onnxruntime_runner(Path(place) / GRAPH_FILE), program, tokens, feeds or {})
+        found = _decoded(onnxruntime_runner(Path(place) / GRAPH_FILE), program, tokens)
         with quiet():
             own = _logits(model, tokens)
             with _in_float64(model):
@@ -102,7 +125,7 @@ def _logits(model: PreTrainedModel, tokens: Array) -> Array:
     return values
 
 
-def _decoded(run: Runner, program: ir.Model, tokens: Array, extra: Tensors) -> Array:
+def _decoded(run: Runner, program: ir.Model, tokens: Array) -> Array:
     """The logits of all tokens, float64: a prompt at once, then one token at a time."""
     inputs = {str(value.name): value for value in program.graph.inputs}
     cache = {
@@ -118,7 +141,6 @@ def _decoded(run: Runner, program: ir.Model, tokens: Array, extra: Tensors) -> A
             "attention_mask": np.ones((1, end), np.int64),
             "position_ids": np.arange(begin, end)[None],
             **cache,
-            **extra,
         }
         outputs = run({name: feeds[name] for name in inputs if name in feeds})
         found.append(outputs[LOGITS].astype(np.float64))

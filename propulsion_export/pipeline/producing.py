@@ -1,21 +1,15 @@
 """Produce graphs by transformers' exporter or onnxruntime-genai's builder."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from propulsion_export.adapters.adapter import Adapter
-from propulsion_export.adapters.names import BASE_NAME
-from propulsion_export.artifacts.artifact import Tensors
-from propulsion_export.artifacts.file_names import GRAPH_FILE
-from propulsion_export.artifacts.layout import to_row
-from propulsion_export.artifacts.manifest import DEFAULT_OPSET, Exporter, Mode
-from propulsion_export.artifacts.tensor_names import BANK_INPUT, IDS_INPUT
+from propulsion_export.artifacts.manifest import DEFAULT_OPSET, ExecutionProvider, Exporter, Mode
 from propulsion_export.base_model.loading import BaseModel
 from propulsion_export.errors import (
     AdapterError,
@@ -32,8 +26,9 @@ from propulsion_export.graph.build import (
 )
 from propulsion_export.graph.genai import modes as genai
 from propulsion_export.graph.genai.options import GenaiOptions
+from propulsion_export.graph.quantisation.quantise import Quantisation
 from propulsion_export.graph.sample_outputs import check_computable
-from propulsion_export.parity.built_graph import check_built_graph
+from propulsion_export.parity.built_graph import check_base_graph
 
 ExporterChoice = Literal["auto", "transformers", "genai"]
 _ASKED = "asked for"
@@ -111,7 +106,7 @@ def produce(wanted: Wanted, options: GraphOptions) -> Produced:
         PropulsionExportError: as the exporters say. With `auto`, transformers' exporter produces
             what the builder refuses, unless an execution provider is asked for.
     """
-    provider = options.genai.execution_provider
+    provider = options.execution_provider
     if options.exporter != "genai":
         check_computable(wanted.base)
     if options.exporter == "transformers":
@@ -133,38 +128,53 @@ def produce(wanted: Wanted, options: GraphOptions) -> Produced:
 
 def _by_transformers(wanted: Wanted, options: GraphOptions, reason: str) -> Produced:
     base, slots, adapters, dtype = wanted.base, wanted.slots, wanted.adapters, wanted.dtype
-    opset = options.opset
+    opset, quantisation = options.opset, options.quantisation
     if wanted.mode == "folded":
-        first = next(iter(adapters), None)
-        graphs = build_folded(base, first, dtype, opset=opset, untie=options.untie)
+        graphs = build_folded(
+            base,
+            next(iter(adapters), None),
+            dtype,
+            opset=opset,
+            untie=options.untie,
+            quantisation=quantisation,
+        )
     else:
         build = build_switchable if wanted.mode == "switchable" else build_bank
-        graphs = build(base, slots, adapters, dtype, opset=opset)
+        graphs = build(base, slots, adapters, dtype, opset=opset, quantisation=quantisation)
     return Produced(graphs, base.model, "transformers", reason)
 
 
 def _by_genai(wanted: Wanted, options: GraphOptions, reason: str) -> Produced:
-    base, slots, adapters, dtype = wanted.base, wanted.slots, wanted.adapters, wanted.dtype
-    if options.opset != DEFAULT_OPSET:
-        raise UsageError(
-            f"--opset: {options.opset}, which onnxruntime-genai's builder has no choice of",
-            remedy="Leave it out, or give --exporter transformers.",
-        )
+    base, slots, adapters = wanted.base, wanted.slots, wanted.adapters
+    request = _request(wanted, options)
     if wanted.mode == "folded":
         first = next(iter(adapters), None)
-        made = genai.build_folded(base, first, dtype, options.genai, untie=options.untie)
+        made = genai.build_folded(base, first, request, untie=options.untie)
+    elif wanted.mode == "switchable":
+        made = genai.build_switchable(base, slots, adapters, request)
     else:
-        modes = {"switchable": genai.build_switchable, "bank": genai.build_bank}
-        made = modes[wanted.mode](base, slots, adapters, dtype, options.genai)
-    if options.genai.execution_provider == "cpu":
-        program = made.exported.programs[GRAPH_FILE]
-        check_built_graph(made.model, program, _base_feeds(made.exported))
+        made = genai.build_bank(base, slots, adapters, request)
     return Produced(made.exported, made.model, "genai", reason, made.write_config)
 
 
-def _base_feeds(graphs: ExportedGraphs) -> Tensors:
-    """What a graph requires besides tokens to compute as the base model."""
-    if graphs.mode != "bank":
-        return {}
-    row = to_row(graphs.feeds[BASE_NAME], graphs.layout)
-    return {BANK_INPUT: row[None], IDS_INPUT: np.zeros(1, np.int64)}
+def _request(wanted: Wanted, options: GraphOptions) -> genai.Request:
+    """What the builder is asked for; what it has no choice of is refused."""
+    scheme = options.quantisation.scheme if options.quantisation else None
+    found = []
+    if options.opset != DEFAULT_OPSET:
+        found.append(
+            f"--opset: {options.opset}, of which onnxruntime-genai's builder has no choice"
+        )
+    if scheme is not None and scheme.form != "matmulnbits":
+        found.append(
+            f"--quantization-form: {scheme.form}, where onnxruntime-genai's builder has matmulnbits"
+        )
+    if found:
+        raise UsageError(*found, remedy="Leave it out, or give --exporter transformers.")
+    provider = options.execution_provider
+    build = GenaiOptions(provider)
+    if scheme is not None:
+        build = GenaiOptions(provider, scheme.bits, scheme.block_size, scheme.accuracy_level)
+    if provider != "cpu":
+        return genai.Request(wanted.dtype, build)
+    return genai.Request(wanted.dtype, build, check_base_graph)

@@ -10,20 +10,17 @@ from functools import cache
 
 import numpy as np
 import pytest
+from tiny_models import save_tokenizer
 
-from propulsion_export.adapters.names import BASE_NAME
 from propulsion_export.adapters.scales import Scale
 from propulsion_export.artifacts.artifact import Artifact
 from propulsion_export.artifacts.file_names import GRAPH_FILE
-from propulsion_export.artifacts.manifest import QuantizationEntry
 from propulsion_export.base_model.model_fingerprint import fingerprint_of_model
-from propulsion_export.errors import UsageError
 from propulsion_export.graph.files import read_graph
-from propulsion_export.graph.quantisation import dequantise, quantised_weights
+from propulsion_export.graph.quantisation import quantised_weights
 from propulsion_export.pipeline.onnx import export_onnx
 from propulsion_export.runners.decoding import generate, greedy
 from propulsion_export.runners.opening import choose_runner, open_candidate
-from tiny_models import save_tokenizer
 
 TASKS = {"bert": "text-classification", "llama": "text-generation"}
 SIZES = {"hidden_size": 64, "intermediate_size": 128}

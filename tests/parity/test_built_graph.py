@@ -55,7 +55,7 @@ def test_a_window_too_long_to_be_computed_is_read_from_the_graph():
 
 def test_a_folded_graph_is_compared_with_the_folded_model():
     model, adapter = make("llama"), adapter_for(make("llama"))
-    made = modes.build_folded(base_of(model), adapter, torch.float32, GenaiOptions(), untie=False)
+    made = modes.build_folded(base_of(model), adapter, modes.Request(torch.float32), untie=False)
     program = made.exported.programs["model.onnx"]
     check_built_graph(made.model, program)
     with pytest.raises(ToolError, match="is not the model"):

@@ -10,8 +10,10 @@ from tiny_models import save_tokenizer
 
 from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.artifacts.artifact import Artifact
+from propulsion_export.artifacts.manifest import QuantizationEntry
 from propulsion_export.cli import main
 from propulsion_export.errors import AdapterError, ToolError, UsageError
+from propulsion_export.graph.quantisation.quantise import Quantisation
 from propulsion_export.graph.signature import check_signature
 from propulsion_export.packaging.onnx_adapter import write_adapter_files
 from propulsion_export.pipeline import producing
@@ -179,6 +181,31 @@ def test_a_graph_for_another_provider_is_written_and_says_so(llama, checkpoint, 
     assert artifact.manifest.execution_provider == "cuda"
     config = json.loads((tmp_path / "out" / "genai_config.json").read_text())
     assert "cuda" in config["model"]["decoder"]["session_options"]["provider_options"][0]
+
+
+@pytest.mark.parametrize("mode", ["folded", "switchable", "bank"])
+def test_quantised_weights_are_recorded_and_generate(mode, llama, checkpoint, tmp_path):
+    artifact, (exporter, _) = export(
+        checkpoint(llama), tmp_path / "out", mode=mode, quantize="int4", accuracy_level=1
+    )
+    assert exporter == "genai"
+    entry = artifact.manifest.quantization
+    assert (entry.bits, entry.form, entry.block_size, entry.accuracy_level) == (
+        4, "matmulnbits", 32, 1
+    )  # fmt: skip
+    check_signature(Artifact.read(tmp_path / "out"))
+    if mode != "bank":
+        assert greedy_in_genai(tmp_path / "out")[: len(PROMPT)] == PROMPT
+
+
+def test_a_form_that_the_builder_lacks_is_left_to_transformers(monkeypatch):
+    monkeypatch.setattr(producing, "build_folded", lambda *_, **__: "traced")
+    scheme = QuantizationEntry(4, "qdq", 32)
+    wanted = producing.Wanted(base_of(make("llama")), [], [], "folded", torch.float32)
+    options = producing.GraphOptions(quantisation=Quantisation(scheme))
+    produced = producing.produce(wanted, options)
+    assert produced.exporter == "transformers"
+    assert "--quantization-form: qdq" in produced.reason
 
 
 def test_the_command_says_which_exporter_it_took(llama, checkpoint, tmp_path, capsys):

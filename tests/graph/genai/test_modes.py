@@ -15,10 +15,11 @@ from propulsion_export.graph.genai.options import GenaiOptions
 EXACT = 1e-5  # relative; PyTorch's own error in float32 is up to 3e-6 in these models
 PLACEMENTS = ("", "embed_tokens", "q_proj", "o_proj", "gate", "down", "norm", "lm_head")
 OPTIONS = GenaiOptions()
+REQUEST = modes.Request(torch.float32, OPTIONS)
 
 
 def switchable(model, *adapters):
-    made = modes.build_switchable(base_of(model), adapters, adapters, torch.float32, OPTIONS)
+    made = modes.build_switchable(base_of(model), adapters, adapters, REQUEST)
     return made.exported.programs["model.onnx"], made.exported
 
 
@@ -43,7 +44,7 @@ def test_switchable_graph_computes_the_base_model_and_each_adapter(name, tmp_pat
 def test_folded_graph_computes_the_adapter_in_as_many_nodes_as_the_base(name, tmp_path):
     model, tokens = make(name), some_tokens()
     adapter = adapter_for(model, 1, "proj" if name != "phi" else "fc")
-    made = modes.build_folded(base_of(model), adapter, torch.float32, OPTIONS, untie=False)
+    made = modes.build_folded(base_of(model), adapter, REQUEST, untie=False)
     program = made.exported.programs["model.onnx"]
 
     assert distance(decoded(program, tokens, tmp_path), oracle(model, tokens, adapter)) < EXACT
@@ -54,7 +55,7 @@ def test_folded_graph_computes_the_adapter_in_as_many_nodes_as_the_base(name, tm
 def test_each_row_of_a_bank_has_its_own_adapter(name, tmp_path):
     model, tokens = make(name), some_tokens(rows=3)
     adapters = adapter_for(model, 1), adapter_for(model, 2)
-    made = modes.build_bank(base_of(model), adapters, adapters, torch.float32, OPTIONS)
+    made = modes.build_bank(base_of(model), adapters, adapters, REQUEST)
     exported = made.exported
     rows = [to_row(exported.feeds[each], exported.layout) for each in ("base", "tuned1", "tuned2")]
 
@@ -118,7 +119,7 @@ def test_the_base_model_stays_as_it_is():
     paths = [path for path, _ in model.named_modules()]
     adapter = adapter_for(model)
 
-    modes.build_folded(base_of(model), adapter, torch.float32, OPTIONS, untie=False)
+    modes.build_folded(base_of(model), adapter, REQUEST, untie=False)
 
     assert [path for path, _ in model.named_modules()] == paths
     after = model.state_dict()

@@ -14,7 +14,7 @@ from propulsion_export.graph.genai.options import GenaiOptions
 
 def built(model, adapter, *, dtype=torch.float32, **options):
     made = modes.build_switchable(
-        base_of(model), [adapter], [adapter], dtype, GenaiOptions(**options)
+        base_of(model), [adapter], [adapter], modes.Request(dtype, GenaiOptions(**options))
     )
     return made.exported.programs["model.onnx"], made.exported
 
