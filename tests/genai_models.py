@@ -54,7 +54,28 @@ _GRANITE = {
     "logits_scaling": 2.0,
     "attention_multiplier": 0.3,
 }
+_HYBRID = _GRANITE | {
+    "attention_bias": False,
+    "layer_types": ["attention", "attention"],
+    "num_local_experts": 0,
+    "shared_intermediate_size": 96,
+    "position_embedding_type": "rope",
+}
+_LONGROPE = _rope(
+    "longrope",
+    type="longrope",
+    short_factor=[1 + index / 10 for index in range(8)],
+    long_factor=[2 + index / 10 for index in range(8)],
+)
 _LFM2 = {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}
+_LFM2_MOE = {
+    "layer_types": ["conv", "full_attention"],
+    "num_dense_layers": 1,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+}
+_GPT_OSS = {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 10}
 # By name: the beginning of the names of the classes, and the settings.
 MODELS = {
     "llama": ("Llama", {}),
@@ -74,15 +95,19 @@ MODELS = {
     "phi": ("Phi", {"num_key_value_heads": 4, **_WHOLE}),
     "phi3": ("Phi3", _LONG_CONTEXT),
     "phi3-windowed": ("Phi3", {"sliding_window": 10, **_LONG_CONTEXT}),
+    "phi3-longrope": ("Phi3", {"original_max_position_embeddings": 64, **_LONGROPE}),
     "gemma": ("Gemma", {"hidden_size": 80}),
     "gemma2": ("Gemma2", {"sliding_window": 10, "query_pre_attn_scalar": 16, "hidden_size": 80}),
     "granite": ("Granite", _GRANITE),
+    "granite-hybrid": ("GraniteMoeHybrid", _HYBRID),
     "olmo": ("Olmo", {}),
     "nemotron": ("Nemotron", {"mlp_bias": True, "attention_bias": True, **_WHOLE}),
     "smollm3": ("SmolLM3", {"no_rope_layers": [1, 1]}),
     "ernie": ("Ernie4_5", {"use_bias": True}),
     "hunyuan": ("HunYuanDenseV1", {}),
     "lfm2": ("Lfm2", _LFM2),
+    "lfm2-moe": ("Lfm2Moe", _LFM2_MOE),
+    "gpt-oss": ("GptOss", _GPT_OSS),
 }
 
 
@@ -133,6 +158,8 @@ def some_tokens(rows=1, length=24):
 def oracle(model, tokens, adapter=None):
     """The logits of PyTorch in float64, with an adapter attached as in training."""
     model = copy.deepcopy(model).double()
+    if model._can_set_experts_implementation():
+        model.set_experts_implementation("eager")  # the others have no float64
     with attached(model, adapter or Adapter("none", scales={})), torch.no_grad():
         return model(torch.from_numpy(tokens)).logits.numpy()
 

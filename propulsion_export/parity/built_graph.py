@@ -163,7 +163,10 @@ def _present(past: str) -> str:
 @contextmanager
 def _in_float64(model: PreTrainedModel) -> Iterator[None]:
     """Let each layer compute in float64; outside its own call its weights are as they were."""
-    hooks = []
+    hooks: list[Any] = []
+    experts = getattr(model.config, "_experts_implementation", None)
+    if model._can_set_experts_implementation():
+        model.set_experts_implementation("eager")  # the others have no float64
     for unit in _units(model):
         kept: dict[torch.Tensor, torch.Tensor] = {}
         hooks.append(unit.register_forward_pre_hook(lambda each, _, k=kept: _widen_(each, k)))
@@ -173,6 +176,8 @@ def _in_float64(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
+        if model._can_set_experts_implementation():
+            model.set_experts_implementation(experts)
 
 
 def _units(model: nn.Module) -> list[nn.Module]:

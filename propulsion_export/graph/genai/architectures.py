@@ -33,9 +33,13 @@ _CLASSES = {
     "SmolLM3ForCausalLM": "SmolLM3Model",
 }
 # Names that the builder of 0.18 has but fails on, as transformers 5 configures these models.
+_NESTED_ROPE = "reads rope settings that transformers 5 keeps for each kind of layer"
+_GLOBAL_HEADS = "reads a setting that transformers 5 does not have (global_head_dim)"
 _FAILING = {
-    "Gemma3ForCausalLM": "reads rope settings that transformers 5 keeps for each kind of layer",
-    "Gemma4ForCausalLM": "reads a setting that transformers 5 does not have (global_head_dim)",
+    "Gemma3ForCausalLM": _NESTED_ROPE,
+    "Gemma3ForConditionalGeneration": _NESTED_ROPE,
+    "Gemma4ForCausalLM": _GLOBAL_HEADS,
+    "Gemma4ForConditionalGeneration": _GLOBAL_HEADS,
 }
 _STEP = 16  # of GroupQueryAttention's head size and rotary dimension on the CPU
 _EXPERTS = ("GptOssForCausalLM", "Lfm2MoeForCausalLM")

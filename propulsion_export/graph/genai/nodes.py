@@ -41,6 +41,7 @@ _LINEARS = {
     "mlp.fc1": "mlp/fc1",
     "mlp.fc2": "mlp/fc2",
     "shared_mlp.output_linear": "mlp/down_proj",
+    "feed_forward.gate": "moe/router",
     "feed_forward.w1": "mlp/gate_proj",
     "feed_forward.w2": "mlp/down_proj",
     "feed_forward.w3": "mlp/up_proj",
