@@ -13,7 +13,7 @@ from propulsion_export.graph.genai.base import base_graph
 from propulsion_export.graph.genai.options import GenaiOptions
 
 EXACT = 1e-5  # relative; PyTorch's own error in float32 is up to 3e-6 in these models
-PLACEMENTS = ("", "embed_tokens", "q_proj", "o_proj", "gate", "down", "norm", "lm_head")
+PLACEMENTS = ("", "embed_tokens", "self_attn.q", "o_proj", "gate", "down", "norm", "lm_head")
 OPTIONS = GenaiOptions()
 REQUEST = modes.Request(torch.float32, OPTIONS)
 
@@ -72,13 +72,23 @@ def test_each_row_of_a_bank_has_its_own_adapter(name, tmp_path):
         assert distance(found[row : row + 1], expected) < EXACT
 
 
+def test_a_row_with_another_rows_adapter_is_caught(tmp_path):
+    model, tokens = make("llama"), some_tokens()
+    adapters = adapter_for(model, 1), adapter_for(model, 2)
+    made = modes.build_bank(base_of(model), adapters, adapters, REQUEST)
+    exported = made.exported
+    rows = [to_row(exported.feeds[each], exported.layout) for each in ("tuned1", "tuned2")]
+    program, ids = exported.programs["model.onnx"], np.array([1])
+    found = decoded(program, tokens, tmp_path, propulsion_bank=np.stack(rows), adapter_ids=ids)
+    assert distance(found, oracle(model, tokens, adapters[0])) > 0.1
+
+
 @pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize("name", ["llama", "phi3", "gemma2"])
 def test_each_placement_alone_is_exact(name, placement, tmp_path):
     model, tokens = make(name), some_tokens()
     adapter = adapter_for(model, 3, placement)
-    if not adapter.scales:
-        pytest.skip("this architecture has no such module")
+    assert adapter.scales
     program, exported = switchable(model, adapter)
     found = decoded(program, tokens, tmp_path, **exported.feeds[adapter.name])
     assert distance(found, oracle(model, tokens, adapter)) < EXACT
