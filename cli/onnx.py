@@ -21,7 +21,8 @@ from .verdict import exit_code, verdict_line
 
 if TYPE_CHECKING:
     from propulsion_export.artifacts.artifact import Artifact
-    from propulsion_export.artifacts.manifest import Mode
+    from propulsion_export.artifacts.manifest import ExecutionProvider, Exporter, Mode
+    from propulsion_export.pipeline.producing import ExporterChoice
     from propulsion_export.pipeline.quantisation_options import QuantizationForm, QuantizedType
 
 
@@ -33,6 +34,8 @@ class ExportArguments(TypedDict):
     task: str
     dtype: str
     opset: int
+    exporter: "ExporterChoice"
+    execution_provider: "ExecutionProvider"
     quantize: "QuantizedType | None"
     quantization_form: "QuantizationForm | None"
     block_size: int | None
@@ -66,6 +69,21 @@ class ExportArguments(TypedDict):
 @dtype_option
 @click.option(
     "--opset", type=click.IntRange(18, 23), default=20, show_default=True, help="ONNX version."
+)
+@click.option(
+    "--exporter",
+    type=click.Choice(["auto", "transformers", "genai"]),
+    default="auto",
+    show_default=True,
+    help="What makes the graph. transformers: any architecture, also for TensorRT; genai: "
+    "onnxruntime-genai's builder, fused attention for ONNX Runtime; auto: genai where it can.",
+)
+@click.option(
+    "--execution-provider",
+    type=click.Choice(["cpu", "cuda", "dml", "webgpu"]),
+    default="cpu",
+    show_default=True,
+    help="Execution provider of ONNX Runtime that a graph of genai is for.",
 )
 @quantisation_options
 @untie_option
@@ -102,9 +120,12 @@ def command(
     from propulsion_export.pipeline.onnx import export_onnx
     from propulsion_export.pipeline.parity import check_parity
 
+    chosen: list[tuple[Exporter, str]] = []
     with console.progress() as progress:
-        artifact = export_onnx(adapter, output, progress=progress, **options)
-    value, line = _summary(artifact)
+        artifact = export_onnx(
+            adapter, output, progress=progress, chosen=lambda *each: chosen.append(each), **options
+        )
+    value, line = _summary(artifact, *chosen[0])
     if no_parity:
         console.result({**value, "parity": None}, f"{line}. Parity: not compared")
         return 0
@@ -120,7 +141,7 @@ def command(
     return 0 if report.verdict == "not run" else exit_code(report)
 
 
-def _summary(artifact: "Artifact") -> tuple[dict[str, Any], str]:
+def _summary(artifact: "Artifact", exporter: "Exporter", reason: str) -> tuple[dict[str, Any], str]:
     """The artifact as JSON and as one line."""
     manifest, names = artifact.manifest, sorted(artifact.list_adapters())
     size = size_of(artifact.directory)
@@ -130,10 +151,13 @@ def _summary(artifact: "Artifact") -> tuple[dict[str, Any], str]:
         "bytes": size,
         "mode": manifest.mode,
         "dtype": manifest.dtype,
+        "exporter": exporter,
+        "exporter_reason": reason,
+        "execution_provider": manifest.execution_provider,
         "quantization": asdict(quantised) if quantised else None,
         "adapters": names,
     }
     adapters = ", ".join(names) or "no adapters"
     kind = f"int{quantised.bits} ({quantised.form}), " if quantised else ""
     line = f"{artifact.directory}: {manifest.mode}, {kind}{manifest.dtype}, {human_size(size)}"
-    return value, f"{line}, {adapters}"
+    return value, f"{line}, {adapters}. Exporter: {exporter} ({reason})"

@@ -62,6 +62,7 @@ def export(
         mode=mode,
         task=task,
         dtype=dtype,
+        exporter="auto" if engine is None else "transformers",
         force=force,
         trust_remote_code=trust_remote_code,
         progress=lambda share, message: progress(share * 0.4, message),

@@ -1,6 +1,6 @@
 """`onnx`: a base model and adapters become a graph, the adapters folded in or switchable."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +19,8 @@ from propulsion_export.artifacts.manifest import (
     AdapterEntry,
     BaseEntry,
     Dtype,
+    ExecutionProvider,
+    Exporter,
     GraphEntry,
     Manifest,
     Mode,
@@ -33,21 +35,21 @@ from propulsion_export.base_model.tasks import TaskName, resolve_task
 from propulsion_export.environment.machine import tool_versions
 from propulsion_export.environment.progress import Progress, silent
 from propulsion_export.errors import UsageError
-from propulsion_export.graph.build import (
-    ExportedGraphs,
-    build_bank,
-    build_folded,
-    build_switchable,
-)
+from propulsion_export.graph.build import ExportedGraphs
 from propulsion_export.graph.files import write_graphs
-from propulsion_export.graph.quantisation.quantise import Quantisation
-from propulsion_export.graph.sample_outputs import check_computable
 from propulsion_export.graph.signature import signature
 from propulsion_export.graph.slot_plan import default_labels
 from propulsion_export.graph.slots import SlotOptions, slots_for
 from propulsion_export.pipeline.base_room import load_with_room, resize_
 from propulsion_export.pipeline.base_settings import settle_
 from propulsion_export.pipeline.mode_options import check_mode_options
+from propulsion_export.pipeline.producing import (
+    ExporterChoice,
+    GraphOptions,
+    Produced,
+    Wanted,
+    produce,
+)
 from propulsion_export.pipeline.quantisation_options import (
     QuantisationOptions,
     QuantizationForm,
@@ -66,6 +68,8 @@ def export_onnx(
     task: str = "auto",
     dtype: str = "keep",
     opset: int = DEFAULT_OPSET,
+    exporter: ExporterChoice = "auto",
+    execution_provider: ExecutionProvider = "cpu",
     quantize: QuantizedType | None = None,
     quantization_form: QuantizationForm | None = None,
     block_size: int | None = None,
@@ -80,6 +84,7 @@ def export_onnx(
     force: bool = False,
     trust_remote_code: bool = False,
     progress: Progress = silent,
+    chosen: Callable[[Exporter, str], None] = lambda exporter, reason: None,
 ) -> Artifact:
     """Trace a base model with adapters to ONNX, or with slots for adapters to come.
 
@@ -93,7 +98,8 @@ def export_onnx(
             `bank`, each row of a batch chooses its own.
         task: which head the graph has; `auto`: the adapters' or the checkpoint's.
         dtype: `keep`, `float32`, `bfloat16` or `float16`, of weights and activations.
-        opset: ONNX opset version; int4 and blocks in the form `qdq` raise it to 21.
+        opset: ONNX opset version of transformers' exporter; int4 and blocks in the form `qdq` raise
+            it to 21.
         quantize: `int4` or `int8`, for the weights of linear layers; the base model's are quantised
             once, adapters change their scales only.
         quantization_form: `matmulnbits`, ONNX Runtime's operator (the default), or `qdq`, which
@@ -104,6 +110,11 @@ def export_onnx(
         quantize_activations: quantise what linear layers read, too (int8 in the form `qdq`).
         calibration: file of texts, at least 16, to measure the range of activations on, with the
             base model and with each adapter.
+        exporter: `transformers`, portable graphs of any architecture; `genai`, graphs of
+            onnxruntime-genai's builder for ONNX Runtime; `auto`, genai where its graph is the
+            model's and has room for the adapters, else transformers.
+        execution_provider: of ONNX Runtime, that the builder's graph is for: `cpu`, `cuda`, `dml`
+            or `webgpu`.
         untie: give a scaled weight that is shared with another module a copy of its own (folded).
         allow_range: accept scales that the dtype rounds badly (switchable, bank).
         placement: without adapters, the modules that get slots: `attention`, `all` (the default)
@@ -114,6 +125,7 @@ def export_onnx(
         force: replace an earlier output.
         trust_remote_code: run code that the base model brings.
         progress: called with the share done and what is being done.
+        chosen: called with the exporter that was used, and why.
 
     Raises:
         PropulsionExportError: as its subclasses say; nothing is left at `output` then.
@@ -149,7 +161,6 @@ def export_onnx(
     if mode != "folded" and not allow_range:
         _check_ranges(adapters, name)
     settled = settle_(base.model, adapters, texts, mode=mode, own_head=base.own_head)
-    check_computable(base)
     quantisation = quantisation_of(
         base, adapters, scheme, calibration, trust_remote_code=trust_remote_code
     )
@@ -157,21 +168,29 @@ def export_onnx(
     note = describe(scheme, opset) + settled.note
     progress(0.2, f"tracing {type(base.model).__name__} in {name}{note}")
     filled = adapters or _slots(base, mode, slots)
-    graphs = _build(
-        base, filled, adapters, mode, wanted, opset=opset, untie=untie, quantisation=quantisation
-    )
-    progress(0.8, f"writing {output}")
+    options = GraphOptions(exporter, opset, untie, execution_provider, quantisation)
+    produced = produce(Wanted(base, filled, adapters, mode, wanted), options)
+    graphs = produced.graphs
+    chosen(produced.exporter, produced.reason)
+    progress(0.8, f"writing {output}, the graph of {produced.exporter}: {produced.reason}")
     labels = default_labels(base, filled, graphs.layout)
     recorded = BaseEntry(source, fingerprint, labels, base.own_head, settled.base)
     with staged_directory(output, marker=MANIFEST_FILE, force=force, inputs=inputs) as directory:
         room = base.room if base.own_head else None
         classes = [labels_in(read, graphs.layout, labels, room) for read in adapters]
         entries = _entries(adapters, adapter, graphs.mode, classes, settled.adapters)
-        _write(graphs, base, directory, name, entries)
+        _write(produced, directory, name, entries)
         texts.write(directory, settled.settings)
         texts.record(directory, settled.settings)
-        manifest = _manifest(graphs, base, recorded, entries, name)
-        written = Artifact.write(directory, replace(manifest, quantization=scheme))
+        if produced.write_config is not None:
+            produced.write_config(directory)
+        manifest = replace(
+            _manifest(graphs, base, recorded, entries, name),
+            exporter=produced.exporter,
+            execution_provider=execution_provider,
+            quantization=scheme,
+        )
+        written = Artifact.write(directory, manifest)
     progress(1.0, f"wrote {output}")
     return written.at(output)
 
@@ -186,24 +205,6 @@ def _slots(base: BaseModel, mode: Mode, options: SlotOptions) -> list[Adapter]:
     if mode == "folded":
         return []
     return [slots_for(base, options)]
-
-
-def _build(
-    base: BaseModel,
-    slots: Sequence[Adapter],
-    adapters: Sequence[Adapter],
-    mode: Mode,
-    dtype: torch.dtype,
-    *,
-    opset: int,
-    untie: bool,
-    quantisation: Quantisation | None,
-) -> ExportedGraphs:
-    if mode == "folded":
-        first = next(iter(adapters), None)
-        return build_folded(base, first, dtype, opset=opset, untie=untie, quantisation=quantisation)
-    build = build_switchable if mode == "switchable" else build_bank
-    return build(base, slots, adapters, dtype, opset=opset, quantisation=quantisation)
 
 
 def _entries(
@@ -273,15 +274,12 @@ def _check_slots(options: SlotOptions, mode: Mode, adapters: Sequence[Adapter]) 
 
 
 def _write(
-    graphs: ExportedGraphs,
-    base: BaseModel,
-    directory: Path,
-    dtype: str,
-    entries: dict[str, AdapterEntry],
+    produced: Produced, directory: Path, dtype: str, entries: dict[str, AdapterEntry]
 ) -> None:
     """Everything in an artifact's directory but its manifest and what reads texts."""
+    graphs = produced.graphs
     write_graphs(graphs.programs, directory)
-    save_config(base.model, directory, dtype, for_graph=True)
+    save_config(produced.model, directory, dtype, for_graph=True)
     if graphs.mode == "bank":
         _write_bank(graphs, directory, entries)
     else:

@@ -1,0 +1,1 @@
+"""Graphs of onnxruntime-genai's model builder, with the scales of adapters in them."""
