@@ -53,6 +53,13 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Let PyTorch compute layer by layer, for a model that memory does not hold in float64.",
 )
+@click.option(
+    "--max-kl",
+    type=click.FloatRange(min=0),
+    metavar="NATS",
+    help="Most that quantised weights may cost: mean KL divergence from the unquantised model, "
+    "in nats.  [default: any; it is only told]",
+)
 @trust_option
 @console_options
 def command(
@@ -69,13 +76,15 @@ def command(
     force: bool,
     device: str,
     low_memory: bool,
+    max_kl: float | None,
     trust_remote_code: bool,
 ) -> int:
     """Compare an artifact with PyTorch: does it compute the same?
 
     The reference is the base model with the adapter in float64; an artifact's error may be at most
-    4 times that of PyTorch at the same precision. Exit 0: passed; 1: failed; 3: nothing could be
-    run.
+    4 times that of PyTorch at the same precision. If weights are quantised, the reference has the
+    same quantised weights, and the distance from the unquantised model is told beside the verdict.
+    Exit 0: passed; 1: failed; 3: nothing could be run.
     """
     from propulsion_export.artifacts.staging import check_replaceable_file, replace_file
     from propulsion_export.parity.reports.junit import to_junit
@@ -95,6 +104,7 @@ def command(
             force=force,
             device=device,
             low_memory=low_memory,
+            max_kl=max_kl,
             trust_remote_code=trust_remote_code,
             progress=progress,
         )
@@ -110,4 +120,9 @@ def _text(console: Console, verdict: "ParityReport") -> str:
         for check in verdict.checks
     ]
     table = console.table(("case", "adapter", "verdict", "detail"), rows) + "\n" if rows else ""
-    return table + verdict_line(verdict)
+    told = [(one.adapter, one.output, str(one)) for one in verdict.price]
+    price = (
+        console.table(("price for", "output", "quantisation costs"), told) + "\n" if told else ""
+    )
+    rounding = "".join(f"rounded activations: {one}\n" for one in verdict.rounding)
+    return table + price + rounding + verdict_line(verdict)

@@ -76,6 +76,23 @@ def _effect(
     Outputs are weighted by their allowed error; an output whose effect is below PyTorch's own error
     is left out.
     """
+    share, times = effect_share(subject, inputs, errors, found)
+    return Check("effect", subject.name, abs(share - 1) <= LOST, effect_in_words(share, times))
+
+
+def effect_share(
+    subject: Subject,
+    inputs: Sequence[Tensors],
+    errors: Sequence[OutputErrors],
+    found: Outputs,
+    *,
+    least: float = 1.0,
+) -> tuple[float, float]:
+    """The share of the scales' effect that has arrived, and the effect in times of the own error.
+
+    Outputs are left out whose effect is at most `least` times PyTorch's own error; if all are, the
+    share is 0.
+    """
     assert subject.unscaled is not None
     arrived, whole, times = 0.0, 0.0, 0.0
     for output in errors:
@@ -84,20 +101,21 @@ def _effect(
         parts = zip(hidden, subject.oracle, subject.unscaled, found, strict=True)
         effects = [(oracle[name] - without[name]) * ~hide for hide, oracle, without, _ in parts]
         size = float(np.max([np.abs(effect).max(initial=0) for effect in effects]))
-        if size <= own:
+        times = max(times, size / own) if own else times
+        if size <= least * own:
             continue
         for effect, without, candidate in zip(effects, subject.unscaled, found, strict=True):
             change = candidate[name].astype(np.float64) - without[name]
             arrived += float(np.where(effect == 0, 0, change * effect / own**2).sum())
             whole += float(np.square(effect / own).sum())
-        times = max(times, size / own)
-    share = arrived / whole if whole else 0.0
-    return Check(
-        "effect",
-        subject.name,
-        abs(share - 1) <= LOST,
+    return (arrived / whole if whole else 0.0), times
+
+
+def effect_in_words(share: float, times: float, whose: str = "PyTorch's own error") -> str:
+    """What an effect case has found, and what it expects; `whose` error it is measured in."""
+    return (
         f"{share:.1%} of what the scales change has arrived, {1 - LOST:.0%} to {1 + LOST:.0%} is "
-        f"expected; they change the outputs by {times:.3g} times PyTorch's own error",
+        f"expected; they change the outputs by {times:.3g} times {whose}"
     )
 
 

@@ -4,11 +4,12 @@ The oracle is the PyTorch base model with the adapter in float64. `e_ref` is the
 PyTorch itself makes at the artifact's precision on the same inputs, against the oracle, over all of
 them. A candidate may err by at most FACTOR times e_ref, and e_ref counts as no less than the unit
 roundoff of the precision times the size of the output, so that a lucky zero does not condemn a
-good artifact.
+good artifact. What a runtime rounds beyond the precision, the inputs of quantised layers, is
+measured on the base model, and counts like e_ref.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 
 import numpy as np
@@ -94,6 +95,17 @@ def compare(
     return [
         _compare_output(name, inputs, oracle, reference, candidate, dtype) for name in oracle[0]
     ]
+
+
+def with_runtime_error(errors: OutputErrors, share: float) -> OutputErrors:
+    """Let a runtime's own error count as PyTorch's does, where it is the larger one.
+
+    Args:
+        errors: of one output.
+        share: the error that the runtime makes of the base model's same output, as a share of that
+            output's largest value.
+    """
+    return replace(errors, allowed=max(errors.allowed, FACTOR * share * errors.scale))
 
 
 def has_positions(name: str, inputs: Sequence[Tensors], oracle: Sequence[Tensors]) -> bool:

@@ -29,6 +29,12 @@ from propulsion_export.parity.generation import continue_greedily, judge_generat
 from propulsion_export.parity.inputs import load_recorded_base, make_batches
 from propulsion_export.parity.mixing import judge_mixed
 from propulsion_export.parity.oracle import GREEDY_STEPS, compute_oracle
+from propulsion_export.parity.quantised.verdict import (
+    check_price_option,
+    exact_candidate,
+    judge_price,
+    quantise_base_,
+)
 from propulsion_export.parity.reports.html import to_html
 from propulsion_export.parity.reports.report import Check, NotRun, ParityReport
 from propulsion_export.parity.subject import Subject
@@ -52,6 +58,7 @@ def check_parity(
     force: bool = False,
     device: str = "auto",
     low_memory: bool = False,
+    max_kl: float | None = None,
     trust_remote_code: bool = False,
     progress: Progress = silent,
 ) -> ParityReport:
@@ -72,6 +79,8 @@ def check_parity(
         device: where PyTorch computes: `cpu`, `cuda`, or `auto`, a GPU with room for the model if
             there is one.
         low_memory: let PyTorch compute with one layer of the model in memory at a time.
+        max_kl: the most that quantised weights may cost an adapter or the base model, in nats: the
+            mean Kullback-Leibler divergence from the unquantised model. Default: any, only told.
         trust_remote_code: run code that the base model brings.
         progress: called with the share done and what is being done.
 
@@ -91,6 +100,7 @@ def check_parity(
     if report is not None:
         _check_report_place(report, _recorded_sources(read), force=force)
     check_signature(read)
+    check_price_option(read, max_kl)
     name = choose_runner(read, runner)
     check_device(device)
     adapters = _adapters(read, adapter, seed)
@@ -116,6 +126,10 @@ def check_parity(
             trust_remote_code=trust_remote_code,
             directory=read.directory,
         )
+        exact = exact_candidate(read, name, candidate, trust_remote_code=trust_remote_code)
+        run = candidate if exact is None else exact
+        compute = choose_compute(base, device, low_memory=low_memory)
+        quantised = quantise_base_(read, base, judged, batches, compute)
         subjects = compute_oracle(
             read,
             base,
@@ -124,20 +138,25 @@ def check_parity(
             progress,
             steps=REFERENCE_LENGTH if name == "reference" else GREEDY_STEPS,
             feeds=feeds_for_drawn(read, drawn) if drawn else None,
-            compute=choose_compute(base, device, low_memory=low_memory),
-            draft=None if callable(candidate) else partial(continue_greedily, candidate),
+            compute=compute,
+            draft=None if callable(run) else partial(continue_greedily, run),
         )
         progress(0.7, f"running {name}")
-        pooling, subjects, candidate = _with_embeddings(
-            read, base, adapter, subjects, batches, candidate
-        )
+        pooling, subjects, run = _with_embeddings(read, base, adapter, subjects, batches, run)
         checks = (
             *_about_adapters(read, adapters, base, seed),
             *pooling,
-            *_judge(read, subjects, batches, candidate),
+            *([] if exact is None else _judge(read, subjects, batches, run)),
         )
         rows = sum(len(next(iter(batch.values()))) for batch in batches)
         verdict = replace(verdict, inputs=rows, checks=checks)
+        if quantised is not None:
+            plain, batched = list(quantised.unquantised), quantised.batches
+            _, plain, shipped = _with_embeddings(read, base, adapter, plain, batched, candidate)
+            rounded, texts = exact is not candidate, inputs is not None
+            quantised = replace(quantised, unquantised=plain)
+            verdict = quantised.extend(verdict, subjects, shipped, rounded=rounded, texts=texts)
+            verdict = judge_price(verdict, max_kl)
     except UnavailableError as error:
         verdict = replace(verdict, not_run=(NotRun(f"{name} on {artifact}", str(error)),))
     if report is not None:

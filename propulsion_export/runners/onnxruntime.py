@@ -28,6 +28,9 @@ _REMEDIES = {
 }
 _DTYPES = {"float": "float32", "double": "float64"}  # the others have the manifest's names
 _BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16
+# Where the weights of a graph given as bytes are, and the accuracy level of dequantised weights.
+_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
+_QDQ_LEVEL = "session.qdq_matmulnbits_accuracy_level"
 _NO_BFLOAT16 = "ONNX Runtime has no bfloat16 kernels for this provider"
 
 
@@ -62,6 +65,24 @@ def open_graph(path: Path, artifact: Artifact, device: str) -> Runner:
     """
     built_for = artifact.manifest.execution_provider
     session = _open_session(path, _PROVIDERS[built_for if device == "cpu" else device])
+    _check_signature(session, path.name, artifact)
+    return _runner(session, path)
+
+
+def open_graph_exactly(path: Path, artifact: Artifact, device: str) -> Runner:
+    """Like `open_graph`, but quantised layers read their inputs unrounded, in float.
+
+    The graph on disk stays as it is. Slower, and for parity alone: the runtime's rounding of
+    activations is a thousand times larger than its other errors, and would hide mistakes.
+    """
+    import onnx_ir as ir
+
+    from propulsion_export.graph.files import read_graph
+    from propulsion_export.graph.passes.exact_activations import KeepActivations
+
+    model = read_graph(path.parent, path.name)
+    KeepActivations()(model)
+    session = _open_session(path, _PROVIDERS[device], ir.to_proto(model).SerializeToString())
     _check_signature(session, path.name, artifact)
     return _runner(session, path)
 
@@ -112,7 +133,8 @@ def place(array: Array, device: str) -> Any:
     return _Placed(OrtValue.ortvalue_from_numpy(array, device, 0), array)
 
 
-def _open_session(path: Path, provider: str) -> Any:
+def _open_session(path: Path, provider: str, exact: bytes | None = None) -> Any:
+    """Load a graph, or `exact`, a variant of it with the same weights and exact activations."""
     try:
         import onnxruntime
     except ModuleNotFoundError as error:
@@ -131,8 +153,12 @@ def _open_session(path: Path, provider: str) -> Any:
     # that is added changes the shape of the bank.
     options.enable_mem_pattern = False
     options.intra_op_num_threads = _threads()
+    if exact is not None:
+        options.add_session_config_entry(_WEIGHTS_FOLDER, str(path.parent))
+        options.add_session_config_entry(_QDQ_LEVEL, "1")
+    source = str(path) if exact is None else exact
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=[provider])
+        return onnxruntime.InferenceSession(source, options, providers=[provider])
     except Exception as error:  # its exceptions have no public base class
         reason = first_line(error)
         if "NOT_IMPLEMENTED" in reason:

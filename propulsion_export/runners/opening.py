@@ -59,8 +59,12 @@ def _shown(manifest: Manifest) -> str:
     return f"{manifest.kind} artifacts{made}"
 
 
-def open_candidate(artifact: Artifact, name: str, *, trust_remote_code: bool = False) -> Candidate:
+def open_candidate(
+    artifact: Artifact, name: str, *, trust_remote_code: bool = False, exact: bool = False
+) -> Candidate:
     """The artifact as a callable from tensors to tensors, or as a generator if it generates.
+
+    `exact`: quantised layers read their inputs unrounded; see `opens_exactly`.
 
     Raises:
         UnavailableError: this machine cannot run it.
@@ -70,25 +74,31 @@ def open_candidate(artifact: Artifact, name: str, *, trust_remote_code: bool = F
             artifact, trust_remote_code=trust_remote_code
         )
         return candidate
+    open_path = partial(_open, artifact, name, exact=exact)
     architecture = TASKS[artifact.manifest.task].architecture
     if architecture == "decoder":
-        return _open_decoder(artifact, name)
+        return _open_decoder(artifact, open_path)
     if architecture == "encoder-decoder":
         encode, first, later = (
-            _open(artifact, name, artifact.directory / file) for file in ENCODER_DECODER_FILES
+            open_path(artifact.directory / file) for file in ENCODER_DECODER_FILES
         )
         start = first_decoder_token(artifact.directory)
         return EncoderDecoder(encode, _by_cache(first, later), start)
-    return _open(artifact, name, artifact.path)
+    return open_path(artifact.path)
 
 
-def _open_decoder(artifact: Artifact, name: str) -> Generator:
+def opens_exactly(name: str) -> bool:
+    """Whether a runtime can compute quantised layers without rounding their inputs."""
+    return hasattr(_module(name), "open_graph_exactly")
+
+
+def _open_decoder(artifact: Artifact, open_path: Callable[[Path], Runner]) -> Generator:
     """A causal language model, whose rows are padded on the side that its graph needs."""
     manifest = artifact.manifest
     if manifest.pads_right:
         sized = with_cache_sizes(manifest.inputs, artifact.directory)
-        return RightPaddedModel(_open(artifact, name, artifact.path), sized)
-    return CausalModel(_open(artifact, name, artifact.path), manifest.inputs)
+        return RightPaddedModel(open_path(artifact.path), sized)
+    return CausalModel(open_path(artifact.path), manifest.inputs)
 
 
 def place_for(name: str) -> Callable[[Array], Any]:
@@ -113,8 +123,10 @@ def _module(name: str) -> Any:
         ) from error
 
 
-def _open(artifact: Artifact, name: str, path: Path) -> Runner:
-    run: Runner = _module(name).open_graph(path, artifact, device=RUNTIMES[name].device)
+def _open(artifact: Artifact, name: str, path: Path, *, exact: bool) -> Runner:
+    module = _module(name)
+    opener = module.open_graph_exactly if exact else module.open_graph
+    run: Runner = opener(path, artifact, device=RUNTIMES[name].device)
     return _with_ids(run) if artifact.manifest.mode == "bank" else run
 
 

@@ -81,6 +81,7 @@ def to_html(report: ParityReport) -> str:
         _section("Errors, output by output", f'<div class="pictures">{"".join(panels)}</div>')
         if panels
         else "",
+        _section("Price of quantisation", _price(report)) if report.price else "",
         _section("Not run", _table(("What", "Why"), not_run)) if not_run else "",
         _section("Tool versions", _table(("Tool", "Version"), sorted(report.tools.items())))
         if report.tools
@@ -112,7 +113,7 @@ def _verdict(report: ParityReport) -> str:
     if report.passed and report.margin is not None:
         summary += f"; at worst {1 - report.margin:.0%} of the allowed error is used"
     if report.not_run:
-        summary += f"; {len(report.not_run)} could not run on this machine, see below"
+        summary += f"; {len(report.not_run)} did not run or decided nothing, see below"
     return (
         f'<header class="verdict {name}">\n<h1>Parity with the trained PyTorch model</h1>\n'
         f'<p class="word">{report.verdict.upper()}</p>\n<p>{summary}.</p>\n</header>'
@@ -154,6 +155,23 @@ def _checks(checks: tuple[Check, ...]) -> str:
         for check in checks
     )
     return _framed(("Case", "Adapter", "Verdict", "Found"), rows)
+
+
+def _price(report: ParityReport) -> str:
+    """How far the quantised model is from the unquantised one, adapter by adapter."""
+    rows = "".join(
+        f'<tr><th scope="row">{_text(one.adapter)}</th><td>{_text(one.output)}</td>'
+        f"<td>{one.compared:,}</td><td>{_text(one)}</td></tr>\n"
+        for one in report.price
+    )
+    rounding = "".join(
+        f"<p>The runtime rounds activations: {_text(one)}.</p>" for one in report.rounding
+    )
+    return (
+        "<p>The distance from the unquantised model with the same adapter. It is told here, and "
+        "judged only where --max-kl asks for it: then it is among the checks.</p>"
+        f"{rounding}{_framed(('Adapter', 'Output', 'Compared', 'Found'), rows)}"
+    )
 
 
 def _table(headers: tuple[str, ...], entries: list[tuple[str, str]]) -> str:

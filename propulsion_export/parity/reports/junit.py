@@ -51,6 +51,8 @@ def _add_properties(suite: ElementTree.Element, report: ParityReport) -> None:
         "inputs": str(report.inputs),
         "seed": "" if report.seed is None else str(report.seed),
     } | {f"version of {tool}": version for tool, version in report.tools.items()}
+    values |= {f"price of {one.adapter}, {one.output}": str(one) for one in report.price}
+    values |= {f"rounding of {one.adapter}, {one.output}": str(one) for one in report.rounding}
     properties = ElementTree.SubElement(suite, "properties")
     for name, value in values.items():
         attributes = {"name": replace_forbidden(name), "value": replace_forbidden(value)}

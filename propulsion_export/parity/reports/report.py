@@ -21,6 +21,10 @@ Case = Literal[
     "mixed",
     "sample",
     "pooling",
+    "weights",
+    "shipped parity",
+    "shipped effect",
+    "price",
 ]
 
 
@@ -52,6 +56,74 @@ class NotRun:
 
 
 @dataclass(frozen=True)
+class Rounding:
+    """How far a runtime's rounding of the inputs of quantised layers moves an output.
+
+    Attributes:
+        adapter: the state it was measured on: `base`, or the adapter that is folded in.
+        output: its name.
+        error: largest distance of the graph as shipped from the oracle.
+        exact: the same of the graph with exact inputs; None where the runtime cannot compute so.
+        scale: largest absolute value of the oracle's output.
+    """
+
+    adapter: str
+    output: str
+    error: float
+    exact: float | None
+    scale: float
+
+    def __str__(self) -> str:
+        share = self.error / self.scale if self.scale else 0.0
+        exact = "" if self.exact is None else f", {self.exact:.3g} with exact ones"
+        return f"{self.output} of {self.adapter} off by {self.error:.3g} ({share:.2%}){exact}"
+
+
+@dataclass(frozen=True)
+class Price:
+    """How far the quantised model is from the unquantised one with the same adapter.
+
+    Of each pair of distributions the first is the unquantised model's. What does not apply to the
+    task is None.
+
+    Attributes:
+        adapter: name of the adapter; `base` for none.
+        output: its name.
+        compared: how many distributions or vectors.
+        kl: mean Kullback-Leibler divergence, in nats.
+        kl_largest: the largest one.
+        agreement: the share of distributions whose likeliest entry is the same.
+        cosine_distance: mean of 1 - cosine of two vectors.
+        difference: mean absolute difference of two numbers.
+        perplexity: of the given texts, quantised.
+        unquantised_perplexity: of the given texts, unquantised.
+    """
+
+    adapter: str
+    output: str
+    compared: int
+    kl: float | None = None
+    kl_largest: float | None = None
+    agreement: float | None = None
+    cosine_distance: float | None = None
+    difference: float | None = None
+    perplexity: float | None = None
+    unquantised_perplexity: float | None = None
+
+    def __str__(self) -> str:
+        parts = [
+            ("KL {:.3g} nats", self.kl),
+            ("at most {:.3g}", self.kl_largest),
+            ("the same likeliest in {:.1%}", self.agreement),
+            ("cosine distance {:.3g}", self.cosine_distance),
+            ("difference {:.3g}", self.difference),
+            ("perplexity {:.4g}", self.perplexity),
+            ("unquantised {:.4g}", self.unquantised_perplexity),
+        ]
+        return ", ".join(text.format(value) for text, value in parts if value is not None)
+
+
+@dataclass(frozen=True)
 class ParityReport:
     """The comparisons of an artifact and their results.
 
@@ -65,6 +137,8 @@ class ParityReport:
         checks: the checks that ran.
         not_run: the checks that could not run.
         tools: versions by tool.
+        rounding: of activations, where the base model is quantised and the runtime rounds them.
+        price: of quantisation, adapter by adapter; told, and judged only by a check `price`.
     """
 
     artifact: str
@@ -76,6 +150,8 @@ class ParityReport:
     checks: tuple[Check, ...] = ()
     not_run: tuple[NotRun, ...] = ()
     tools: dict[str, str] = field(default_factory=dict)
+    rounding: tuple[Rounding, ...] = ()
+    price: tuple[Price, ...] = ()
 
     @property
     def verdict(self) -> Verdict:

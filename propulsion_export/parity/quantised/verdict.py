@@ -1,0 +1,223 @@
+"""What parity says of a quantised artifact beside its cases: weights, rounding and price."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from propulsion_export.adapters.adapter import Adapter
+from propulsion_export.artifacts.artifact import Artifact, Runner, Tensors
+from propulsion_export.artifacts.file_names import GRAPH_FILE
+from propulsion_export.artifacts.manifest import QuantizationEntry
+from propulsion_export.base_model.loading import BaseModel
+from propulsion_export.base_model.tasks import TASKS
+from propulsion_export.errors import ArtifactError, UsageError
+from propulsion_export.graph.files import read_graph
+from propulsion_export.parity.comparison import mismatch
+from propulsion_export.parity.forwards import Compute
+from propulsion_export.parity.price import (
+    Meaning,
+    is_judgeable,
+    price_checks,
+    price_of,
+    with_perplexity,
+)
+from propulsion_export.parity.quantised.base_weights import (
+    check_weights,
+    every_linear_layer,
+    match,
+    use_quantised_weights_,
+)
+from propulsion_export.parity.quantised.graph_weights import NodeWeight, node_weights
+from propulsion_export.parity.quantised.shipped import OutputsByName, ShippedVerdict, judge_shipped
+from propulsion_export.parity.quantised.unquantised import compute_unquantised
+from propulsion_export.parity.reports.report import Check, NotRun, ParityReport, Price
+from propulsion_export.parity.subject import Subject
+from propulsion_export.runners.decoding import Candidate, replaying
+from propulsion_export.runners.opening import open_candidate, opens_exactly
+
+_FLOAT32 = 1  # accuracy level of MatMulNBits
+
+
+def check_price_option(artifact: Artifact, max_kl: float | None) -> None:
+    """Refuse `--max-kl` where no divergence can be measured.
+
+    Raises:
+        UsageError: the artifact is not quantised, or returns vectors.
+    """
+    if max_kl is None:
+        return
+    if artifact.manifest.quantization is None:
+        raise UsageError(
+            f"--max-kl: {artifact.directory} has no quantised weights, expected an export with "
+            "--quantize",
+            remedy="Leave it out.",
+        )
+    if not is_judgeable(artifact.manifest.task):
+        raise UsageError(
+            f"--max-kl: {artifact.directory} returns embeddings, expected a task with a "
+            "distribution over tokens or classes",
+            remedy="Leave it out; the report has their cosine distance.",
+        )
+
+
+@dataclass(frozen=True)
+class QuantisedParity:
+    """What is known of a quantised artifact before it is run.
+
+    Attributes:
+        artifact: what is judged.
+        batches: the inputs.
+        unquantised: what the unquantised model computes; see `compute_unquantised`.
+        weights: the check of the weights, or why there is none.
+    """
+
+    artifact: Artifact
+    batches: Sequence[Tensors]
+    unquantised: Sequence[Subject]
+    weights: Check | NotRun
+
+    def extend(
+        self,
+        report: ParityReport,
+        subjects: Sequence[Subject],
+        shipped: Candidate,
+        *,
+        rounded: bool,
+        texts: bool,
+    ) -> ParityReport:
+        """The report of the cases with the weights, the graph as shipped, and the price.
+
+        Args:
+            report: with the checks of the graph with exact activations, where there is one.
+            subjects: what PyTorch computes with the dequantised weights.
+            shipped: the graph as shipped.
+            rounded: whether it reads rounded activations.
+            texts: whether the batches are given texts, whose perplexity says something.
+        """
+        run = shipped if callable(shipped) else replaying(shipped)
+        found = outputs_of(subjects, self.batches, run)
+        verdict = ShippedVerdict((), (), ())
+        if rounded:
+            dtype = self.artifact.manifest.dtype
+            exact = _errors(report.checks)
+            verdict = judge_shipped(subjects, self.batches, found, dtype, exact)
+        weights = [self.weights] if isinstance(self.weights, Check) else []
+        not_run = [self.weights] if isinstance(self.weights, NotRun) else []
+        return replace(
+            report,
+            checks=(*weights, *report.checks, *verdict.checks),
+            not_run=(*not_run, *report.not_run, *verdict.not_run),
+            rounding=verdict.rounding,
+            price=tuple(self._price(found, texts)),
+        )
+
+    def _price(self, found: OutputsByName, texts: bool) -> Iterator[Price]:
+        """The price of every output that the artifact has in the form that it should have."""
+        for plain in self.unquantised:
+            outputs, meaning = found[plain.name], Meaning.of(self.artifact, plain.name)
+            if any(map(mismatch, plain.oracle, outputs)):
+                continue
+            for price in price_of(plain.name, meaning, self.batches, plain.oracle, outputs):
+                if texts and TASKS[meaning.task].architecture == "decoder":
+                    yield with_perplexity(price, self.batches, plain.oracle, outputs)
+                else:
+                    yield price
+
+
+def quantise_base_(
+    artifact: Artifact,
+    base: BaseModel,
+    adapters: Sequence[Adapter],
+    batches: Sequence[Tensors],
+    compute: Compute,
+) -> QuantisedParity | None:
+    """Give `base` the dequantised weights of an artifact; None if it is not quantised.
+
+    Raises:
+        ArtifactError: the artifact's quantised weights cannot be read.
+    """
+    entry, dtype = artifact.manifest.quantization, artifact.manifest.dtype
+    if entry is None:
+        return None
+    nodes = _nodes(artifact)
+    plain = compute_unquantised(artifact, base, adapters, batches, compute)
+    if nodes is None:
+        kept = {name for adapter in adapters for name in adapter.modules}
+        use_quantised_weights_(base, every_linear_layer(base, entry, kept, dtype))
+        reason = "the weights of an engine cannot be read; its outputs are compared all the same"
+        return QuantisedParity(artifact, batches, plain, NotRun("weights", reason))
+    found = match(base, nodes, dtype)
+    use_quantised_weights_(base, found.weights)
+    folded = adapters[0] if adapters and artifact.manifest.mode == "folded" else None
+    return QuantisedParity(artifact, batches, plain, check_weights(found, folded))
+
+
+def exact_candidate(
+    artifact: Artifact, runner: str, shipped: Candidate, *, trust_remote_code: bool = False
+) -> Candidate | None:
+    """The artifact with exact activations; itself if they are, None if the runtime cannot."""
+    entry = artifact.manifest.quantization
+    if entry is None or not _rounds_activations(entry, runner):
+        return shipped
+    if not opens_exactly(runner):
+        return None
+    return open_candidate(artifact, runner, trust_remote_code=trust_remote_code, exact=True)
+
+
+def judge_price(report: ParityReport, max_kl: float | None) -> ParityReport:
+    """The report with a check of every divergence, where `max_kl` asks for it.
+
+    Outputs that are numbers and no distribution are *not run*.
+    """
+    if max_kl is None:
+        return report
+    checks = tuple(price_checks(report.price, max_kl))
+    numbers = (
+        NotRun(f"price of {one.adapter}", f"{one.output} has numbers, and no distribution")
+        for one in report.price
+        if one.kl is None
+    )
+    return replace(report, checks=(*report.checks, *checks), not_run=(*report.not_run, *numbers))
+
+
+def _nodes(artifact: Artifact) -> list[NodeWeight] | None:
+    """The quantised weights of all graphs; None for an engine, whose weights cannot be read."""
+    if artifact.manifest.kind != "onnx":
+        return None
+    names = list(artifact.manifest.graphs) or [GRAPH_FILE]
+    try:
+        return [
+            node for name in names for node in node_weights(read_graph(artifact.directory, name))
+        ]
+    except ValueError as error:
+        raise ArtifactError(f"{artifact.directory}: {error}") from error
+
+
+def _rounds_activations(entry: QuantizationEntry, runner: str) -> bool:
+    """Whether quantised layers may read rounded inputs.
+
+    ONNX Runtime makes MatMulNBits at level 4 of dequantised weights, unless its session is told.
+    """
+    if entry.activations is not None:
+        return True
+    if entry.form == "matmulnbits":
+        return entry.accuracy_level != _FLOAT32
+    return runner.startswith("onnxruntime")
+
+
+def outputs_of(
+    subjects: Sequence[Subject], inputs: Sequence[Tensors], run: Runner
+) -> OutputsByName:
+    """What a runner returns in every state, batch by batch."""
+    return {
+        subject.name: [run({**batch, **subject.feeds}) for batch in inputs] for subject in subjects
+    }
+
+
+def _errors(exact: Sequence[Check]) -> Mapping[tuple[str, str], float]:
+    """The errors of the graph with exact activations, by adapter and output."""
+    return {
+        (check.adapter, errors.output): errors.error
+        for check in exact
+        if check.case == "parity"
+        for errors in check.outputs
+    }
