@@ -52,19 +52,16 @@ class Architecture:
     partial: bool = False
 
 
-_LLAMA = Architecture(
-    "llama", _SIZES | _RMS | _HEAD, _ATTENTION | {"ffn_up.bias": "mlp_bias"}, {"head_dim": None}
-)
 _MIXTRAL = Architecture(
     "mixtral",
-    _LLAMA.keys | {"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"},
-    fixed={"head_dim": None, "sliding_window": None},
-)
-_GEMMA2 = Architecture(
-    "gemma2", _SIZES | _RMS | _HEAD | _WINDOW | _SOFTCAPS, _ATTENTION, {"head_dim": 256}
+    _SIZES
+    | _RMS
+    | _HEAD
+    | {"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"},
+    fixed={"sliding_window": None},
 )
 ARCHITECTURES: Mapping[str, Architecture] = {
-    "llama": _LLAMA,
+    "llama": Architecture("llama", _SIZES | _RMS | _HEAD, _ATTENTION | {"ffn_up.bias": "mlp_bias"}),
     "qwen2": Architecture("qwen2", _SIZES | _RMS),
     "qwen3": Architecture("qwen3", _SIZES | _RMS | _HEAD, _ATTENTION),
     "qwen2moe": Architecture(
@@ -88,12 +85,12 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         fixed={"sliding_window": None},
         partial=True,
     ),
-    "gemma2": _GEMMA2,
+    "gemma2": Architecture("gemma2", _SIZES | _RMS | _HEAD | _WINDOW | _SOFTCAPS, _ATTENTION),
     "gemma3": Architecture(
         "gemma3_text",
-        _GEMMA2.keys,
+        _SIZES | _RMS | _HEAD | _WINDOW | _SOFTCAPS,
         _ATTENTION,
-        {"head_dim": 256, "attn_logit_softcapping": None, "final_logit_softcapping": None},
+        {"attn_logit_softcapping": None, "final_logit_softcapping": None},
     ),
     "stablelm": Architecture(
         "stablelm",
@@ -115,7 +112,6 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         "nemotron",
         _SIZES | _HEAD | {"attention.layer_norm_epsilon": "norm_eps"},
         _ATTENTION | {"ffn_up.bias": "mlp_bias"},
-        {"head_dim": None},
         partial=True,
     ),
     "falcon": Architecture(

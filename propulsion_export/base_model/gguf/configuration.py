@@ -94,14 +94,14 @@ def model_settings(header: Header, factors: Factors) -> dict[str, Any]:
             remedy=_SAFETENSORS,
         )
     settings = {"model_type": read.model_type, **read.fixed, **_sizes(keys, read)}
-    settings |= {
-        name: f"blk.0.{tensor}" in header.tensors for tensor, name in read.switches.items()
-    }
+    for tensor, name in read.switches.items():
+        settings[name] = f"blk.0.{tensor}" in header.tensors
     settings["vocab_size"] = embedding_of(header).shape[0]
     settings["tie_word_embeddings"] = OUTPUT not in header.tensors
     settings["dtype"] = "float32"
-    head = _head_size(keys)
-    if head != keys.need("embedding_length") // keys.need("attention.head_count"):
+    natural = _width_of_a_head(keys)
+    head = keys.take("attention.key_length", natural)
+    if head != natural or "attention.key_length" in read.keys:
         settings["head_dim"] = head
     if read.rotary:
         settings["rope_parameters"] = _rotary(keys, read, factors, head)
@@ -129,10 +129,10 @@ def _sizes(keys: Keys, read: Architecture) -> dict[str, Any]:
         found[name] = _one(keys, key, keys.need(key))
     groups = read.keys.get("attention.head_count_kv")
     if groups is not None:
-        found.setdefault(groups, keys.need("attention.head_count"))
-    return {
-        name: value or None if name == "sliding_window" else value for name, value in found.items()
-    }
+        found.setdefault(groups, found["num_attention_heads"])
+    if found.get("sliding_window") == 0:
+        found["sliding_window"] = None
+    return found
 
 
 def _one(keys: Keys, key: str, value: Any) -> Any:
@@ -144,11 +144,9 @@ def _one(keys: Keys, key: str, value: Any) -> Any:
     return value[0]
 
 
-def _head_size(keys: Keys) -> int:
-    width, heads = keys.need("embedding_length"), keys.need("attention.head_count")
-    return int(
-        keys.take("attention.key_length", width // _one(keys, "attention.head_count", heads))
-    )
+def _width_of_a_head(keys: Keys) -> int:
+    heads = _one(keys, "attention.head_count", keys.need("attention.head_count"))
+    return int(keys.need("embedding_length") // heads)
 
 
 def _rotary(keys: Keys, read: Architecture, factors: Factors, head: int) -> dict[str, Any]:
@@ -237,15 +235,15 @@ def _said(
     """For keys that set nothing, whether a value says what holds anyway."""
     context = keys.values.get("context_length", math.inf)
     kind = keys.values.get("rope.scaling.type", "none")
+    usual = head**-0.5
     wide = 4 * keys.values["embedding_length"]
     return {
         "attention.value_length": lambda value: value == head,
         "attention.key_length": lambda value: value == head,
+        "attention.head_count_kv": lambda value: value == keys.values["attention.head_count"],
         "attention.sliding_window": lambda value: not 0 < value < context,
         "attention.causal": lambda value: value is True,
-        "attention.scale": lambda value: (
-            value == 0 or math.isclose(value, head**-0.5, rel_tol=1e-6)
-        ),
+        "attention.scale": lambda value: not value or math.isclose(value, usual, rel_tol=1e-6),
         "attention.max_alibi_bias": lambda value: settings["model_type"] == "bloom" and value == 8,
         "vocab_size": lambda value: value == settings["vocab_size"],
         "feed_forward_length": lambda value: value == wide,

@@ -4,6 +4,9 @@ config.json, generation_config.json, the tokenizer and the chat template. They l
 directory as long as the process runs, so that only the weights need a way of their own.
 """
 
+import atexit
+import os
+import shutil
 import tempfile
 from functools import lru_cache, partial
 from pathlib import Path
@@ -34,21 +37,27 @@ def small_files(source: str) -> str:
     if file is None:
         return source
     status = file.stat()
-    return _written(file.resolve(), status.st_size, status.st_mtime_ns).name
+    return _written(file.resolve(), status.st_size, status.st_mtime_ns)
 
 
-@lru_cache(maxsize=8)
-def _written(file: Path, _: int, __: int) -> "tempfile.TemporaryDirectory[str]":
+@lru_cache(maxsize=None)  # configurations and tokenizers name the directory they are from
+def _written(file: Path, _: int, __: int) -> str:
     header = read_header(file)
     config = _config(header)
     tokenizer = build_tokenizer(header)
-    directory = tempfile.TemporaryDirectory(prefix="propulsion-export-gguf-")
+    directory = tempfile.mkdtemp(prefix="propulsion-export-gguf-")
+    atexit.register(_remove, directory, os.getpid())
     with quiet():
-        config.save_pretrained(directory.name)
-        _generation(header).save_pretrained(directory.name)
+        config.save_pretrained(directory)
+        _generation(header).save_pretrained(directory)
         if tokenizer is not None:
-            tokenizer.save_pretrained(directory.name)
+            tokenizer.save_pretrained(directory)
     return directory
+
+
+def _remove(directory: str, process: int) -> None:
+    if os.getpid() == process:  # not a child of it
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def _config(header: Header) -> Any:

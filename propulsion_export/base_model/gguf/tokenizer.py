@@ -50,7 +50,7 @@ def _given(metadata: Mapping[str, Any]) -> dict[str, Any]:
         for key, name in names.items()
         if f"tokenizer.{key}" in metadata
     }
-    kind = given.get("pre_tokenizer_type")
+    kind = given.get("pre_tokenizer_type", "")
     return given | {"pre_tokenizer_type": _SAME_CUTS.get(kind, kind)}
 
 

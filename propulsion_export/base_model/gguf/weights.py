@@ -15,9 +15,7 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
-from transformers.modeling_gguf_pytorch_utils import TensorProcessor, get_gguf_hf_weights_map
 
-from propulsion_export.base_model.gguf.configuration import OUTPUT
 from propulsion_export.base_model.gguf.conversions import (
     GATE_AND_UP,
     Conversion,
@@ -101,10 +99,11 @@ def _tensors(file: Path, _: int, __: int) -> Mapping[str, GgufTensor]:
     model = _empty(config)
     sources = _sources(header, model)
     _refuse_left_over(header, sources)
-    tensors = {}
-    for name, parameter in _wanted(model).items():
-        tensors[name] = _made(header, name, tuple(parameter.shape), sources, config.to_dict())
-    return tensors
+    settings = config.to_dict()
+    return {
+        name: _made(header, name, tuple(parameter.shape), sources, settings)
+        for name, parameter in _wanted(model).items()
+    }
 
 
 def _empty(config: PretrainedConfig) -> PreTrainedModel:
@@ -120,13 +119,14 @@ def _wanted(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 def _sources(header: Header, model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
     """The tensors of the file that each parameter is made of, by its name."""
-    names = get_gguf_hf_weights_map(
-        model, TensorProcessor(), model_type=header.architecture, num_layers=_layers(model)
-    )
-    found = {parameter: (name,) for name, parameter in names.items() if name in header.tensors}
-    if OUTPUT in header.tensors:
-        found["lm_head.weight"] = (OUTPUT,)
-    for parameter, _ in model.named_parameters():
+    names = _name_map(header.architecture, int(model.config.num_hidden_layers))
+    found: dict[str, tuple[str, ...]] = {}
+    for parameter in _wanted(model):
+        inner = parameter.removeprefix(f"{model.base_model_prefix}.")
+        for path, _, kind in (one.rpartition(".") for one in (inner, parameter)):
+            name = f"{names.get_name(path)}.{kind}"
+            if name in header.tensors:
+                found[parameter] = (name,)
         if match := _EXPERTS.fullmatch(parameter):
             block = f"blk.{match[2]}.ffn"
             kinds = ("gate", "up") if match[3] == "gate_up_proj" else ("down",)
@@ -134,8 +134,12 @@ def _sources(header: Header, model: PreTrainedModel) -> dict[str, tuple[str, ...
     return found
 
 
-def _layers(model: PreTrainedModel) -> int:
-    return int(model.config.num_hidden_layers)
+def _name_map(architecture: str, layers: int) -> Any:
+    """llama.cpp's table of the names of an architecture's tensors, by transformers' names."""
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+
+    (number,) = (key for key, name in MODEL_ARCH_NAMES.items() if name == architecture)
+    return get_tensor_name_map(number, layers)
 
 
 def _refuse_left_over(header: Header, sources: Mapping[str, tuple[str, ...]]) -> None:
