@@ -111,7 +111,9 @@ def write_gguf(file, model, *, keys=(), tensors=(), quantisation=None, tokenizer
 
 
 def _write_key(writer, key, value):
-    if isinstance(value, bool):
+    if key == "general.alignment":
+        writer.add_custom_alignment(value)
+    elif isinstance(value, bool):
         writer.add_bool(key, value)
     elif isinstance(value, int):
         writer.add_uint32(key, value)

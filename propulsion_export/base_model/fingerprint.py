@@ -10,6 +10,7 @@ at one time and in bf16 at another.
 
 import hashlib
 import math
+import struct
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -27,7 +28,8 @@ class Fingerprint:
     """A few entries of a base model's weights.
 
     Attributes:
-        dtype: the weights' floating-point dtype, such as `float32`.
+        dtype: the floating-point dtype that the weights were rounded to, such as `float32`; weights
+            in float32 that were bfloat16 or float16 before count as these.
         entries: 8 entries spread over each matrix, by weight name without the head model's prefix.
         vectors: the same of norms and biases; empty in fingerprints of earlier versions.
     """
@@ -60,7 +62,7 @@ class Fingerprint:
         dtypes = {str(usable[name].dtype).removeprefix("torch.") for name in (*names, *others)}
         coarsest = max(dtypes, key=lambda dtype: _ROUNDING.get(dtype, 0.0), default="float32")
         entries, more = ({name: _sample(usable[name]) for name in each} for each in (names, others))
-        return cls(coarsest, entries, more)
+        return cls(_rounded_before(entries, coarsest), entries, more)
 
     def difference(self, other: "Fingerprint") -> str | None:
         """Where two fingerprints differ beyond rounding; None if the base model is the same."""
@@ -106,6 +108,31 @@ class Fingerprint:
         if not isinstance(value["dtype"], str):
             raise TypeError(f"dtype is {value['dtype']!r}, expected a name")
         return cls(value["dtype"], entries, vectors)
+
+
+def _rounded_before(entries: Mapping[str, tuple[float, ...]], dtype: str) -> str:
+    """The dtype that matrices were rounded to before they got this one: float32 holds any of them.
+
+    A GGUF file of bfloat16 matrices has vectors in float32, and is loaded in float32.
+    """
+    values = [value for row in entries.values() for value in row]
+    if dtype != "float32" or not any(values):
+        return dtype
+    for coarser, is_one in (("bfloat16", _is_bfloat16), ("float16", _is_float16)):
+        if all(map(is_one, values)):
+            return coarser
+    return dtype
+
+
+def _is_bfloat16(value: float) -> bool:
+    return math.isfinite(value) and struct.pack("<f", value)[:2] == b"\0\0"
+
+
+def _is_float16(value: float) -> bool:
+    try:
+        return struct.unpack("<e", struct.pack("<e", value))[0] == value
+    except OverflowError:
+        return False
 
 
 def _by_hash(names: Iterable[str]) -> list[str]:

@@ -8,7 +8,7 @@ import atexit
 import os
 import shutil
 import tempfile
-from functools import lru_cache, partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ def small_files(source: str) -> str:
     return _written(file.resolve(), status.st_size, status.st_mtime_ns)
 
 
-@lru_cache(maxsize=None)  # configurations and tokenizers name the directory they are from
+@cache  # configurations and tokenizers name the directory they are from
 def _written(file: Path, _: int, __: int) -> str:
     header = read_header(file)
     config = _config(header)

@@ -1,5 +1,6 @@
 """The tokenizer that a GGUF file holds, as transformers builds it, or why it is refused."""
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,8 +37,19 @@ def build_tokenizer(header: Header) -> Any | None:
             f"{header.file}: its tokenizer cannot be read ({first_line(error)})",
             remedy="Give the model's safetensors checkpoint with -m.",
         ) from error
+    backend = _without_others(backend, header)
     _cut_(backend, header)
     return PreTrainedTokenizerFast(tokenizer_object=backend, **_settings(header))
+
+
+def _without_others(backend: Any, header: Header) -> Any:
+    """The tokenizer without tokens that its class adds behind those of the file."""
+    from tokenizers import Tokenizer
+
+    content = json.loads(backend.to_str())
+    count = len(header.metadata[_TOKENS])
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < count]
+    return Tokenizer.from_str(json.dumps(content))
 
 
 def _given(metadata: Mapping[str, Any]) -> dict[str, Any]:
