@@ -44,8 +44,8 @@ def command(console: Console, path: Path) -> None:
             value["adapters"] = {"count": len(bank), "width": bank.width, "file": file}
     elif (path / PEFT_CONFIG).is_file():
         value = _describe(Adapter.read(path))
-    elif (file := find_gguf(path)) is not None:
-        value = _describe_gguf(file)
+    elif (gguf := find_gguf(path)) is not None:
+        value = _describe_gguf(gguf)
     else:
         raise ArtifactError(
             f"{path}: holds neither {MANIFEST_FILE} nor {PEFT_CONFIG}, expected an artifact, an "

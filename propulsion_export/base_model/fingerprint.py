@@ -130,7 +130,7 @@ def _is_bfloat16(value: float) -> bool:
 
 def _is_float16(value: float) -> bool:
     try:
-        return struct.unpack("<e", struct.pack("<e", value))[0] == value
+        return bool(struct.unpack("<e", struct.pack("<e", value))[0] == value)
     except OverflowError:
         return False
 

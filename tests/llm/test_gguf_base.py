@@ -1,6 +1,7 @@
 """A GGUF file as the base model of every command."""
 
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -160,7 +161,7 @@ def test_an_export_is_in_parity_and_generates(adapter, file, tmp_path):
     for name in ("config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"):
         assert (artifact.directory / name).is_file()
     (reply,) = Session(artifact.directory)(["the cat"])
-    assert reply.generated
+    assert reply.prediction["generated"]
 
 
 @pytest.mark.parametrize("task", ["text-classification", "token-classification"])
@@ -267,3 +268,22 @@ def test_entries_are_those_of_the_whole_tensor(file):
 
     assert tensor[3, 5] == float(tensor.read()[3, 5])
     assert np.array_equal(tensor[...].numpy(), tensor.read().numpy())
+
+
+def test_a_base_that_moved_with_its_adapter_is_found_beside_it(adapter, file, tmp_path):
+    moved = tmp_path / "tuned"
+    shutil.copytree(adapter, moved)
+    shutil.copyfile(file, tmp_path / "base.gguf")
+    config = json.loads((moved / "adapter_config.json").read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = "base.gguf"
+    (moved / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+
+    merged = merge(moved, tmp_path / "merged")
+
+    assert merged.manifest.base.source == str(tmp_path / "base.gguf")
+
+
+def test_the_card_names_the_file_as_transformers_takes_it(adapter, file):
+    card = (adapter / "README.md").read_text(encoding="utf-8")
+
+    assert f'from_pretrained("{file.parent}", gguf_file="base.gguf")' in card

@@ -27,7 +27,10 @@ def find_gguf(source: str | Path) -> Path | None:
     if path.is_dir():
         return _only_file(path)
     if path.suffix.lower() == ENDING and not path.exists():
-        raise BaseModelError(f"{source}: does not exist, expected a GGUF file")
+        raise BaseModelError(
+            f"{source}: does not exist, expected a GGUF file",
+            remedy="Give the base model's file with -m.",
+        )
     return _whole(path) if is_gguf(path) else None
 
 
@@ -39,6 +42,11 @@ def is_gguf(path: Path) -> bool:
         return True
     with path.open("rb") as content:
         return content.read(len(MAGIC)) == MAGIC
+
+
+def holds_gguf(path: Path) -> bool:
+    """Whether a path is a GGUF file, or a directory with some."""
+    return is_gguf(path) or next(path.glob(f"*{ENDING}"), None) is not None
 
 
 def _only_file(directory: Path) -> Path | None:
