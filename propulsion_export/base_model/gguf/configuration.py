@@ -18,6 +18,9 @@ from propulsion_export.base_model.gguf.architectures import (
 )
 from propulsion_export.base_model.gguf.header import Header, TensorPlace
 from propulsion_export.base_model.gguf.rotary import (
+    FREQUENCIES,
+    LONG,
+    SHORT,
     Factors,
     local_rope_parameters,
     rope_parameters,
@@ -27,6 +30,7 @@ from propulsion_export.errors import BaseModelError
 EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
 # Layers of the models whose attention is scaled by the width of all heads, as in llama.cpp.
 _LARGEST_GEMMA = {"gemma2": 46, "gemma3": 62}
+_SCALINGS = ("none", "linear", "yarn")
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 _EVERY = 6  # of Gemma 3's layers, which sees the whole text
 _OPTIONAL = {
@@ -34,7 +38,6 @@ _OPTIONAL = {
     "attention.key_length",
     "attention.sliding_window",
     "attn_logit_softcapping",
-    "context_length",
     "expert_feed_forward_length",
     "final_logit_softcapping",
     "rope.scaling.original_context_length",
@@ -156,11 +159,26 @@ def _rotary(keys: Keys, read: Architecture, factors: Factors, head: int) -> dict
     share = rotated / head
     if int(head * share) != rotated:  # transformers rounds down
         share = (rotated + 0.5) / head
-    context = keys.take("context_length", 0)
-    whole = rope_parameters(keys.take, factors, share=share, context=context)
+    kind = keys.take("rope.scaling.type", "none")
+    if kind not in _SCALINGS and not (kind == "longrope" and SHORT in keys.header.tensors):
+        raise _refused(keys, "rope.scaling.type", f"one of {', '.join(_SCALINGS)}")
+    _check_factors(keys.header, rotated // 2)
+    context = keys.need("context_length")
+    given = share if read.partial else None
+    whole = rope_parameters(keys.take, factors, share=given, context=context)
     if keys.header.architecture != "gemma3":
         return whole
     return {_FULL: whole, _SLIDING: local_rope_parameters(keys.take)}
+
+
+def _check_factors(header: Header, count: int) -> None:
+    """Refuse factors of frequencies that are no pair of sets, or not as many as frequencies."""
+    if (SHORT in header.tensors) != (LONG in header.tensors):
+        raise BaseModelError(f"{header.file}: has one of {SHORT} and {LONG}, expected both or none")
+    for name in (FREQUENCIES, SHORT, LONG):
+        found = math.prod(header.tensors[name].shape) if name in header.tensors else count
+        if found != count:
+            raise BaseModelError(f"{header.file}: {name} has {found} numbers, expected {count}")
 
 
 def _gemma2(keys: Keys, settings: Mapping[str, Any], head: int) -> dict[str, Any]:
@@ -176,7 +194,7 @@ def _gemma3(keys: Keys, settings: Mapping[str, Any], head: int) -> dict[str, Any
     layers = settings["num_hidden_layers"]
     pattern = keys.take("attention.sliding_window_pattern", _EVERY)
     if not isinstance(pattern, list):
-        pattern = [bool((index + 1) % pattern) for index in range(layers)]
+        pattern = [bool((index + 1) % (pattern or 1)) for index in range(layers)]
     slides = bool(settings.get("sliding_window"))
     kinds = [_SLIDING if slides and sliding else _FULL for sliding in pattern[:layers]]
     return _gemma2(keys, settings, head) | {"layer_types": kinds}

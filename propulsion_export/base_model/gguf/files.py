@@ -75,8 +75,25 @@ def _config(header: Header) -> Any:
             f"{header.file}: its metadata is refused by transformers "
             f"({first_line(error.__cause__ or error)})"
         ) from error
+    lost = [name for name, value in settings.items() if not _is_set(config, name, value)]
+    if lost:
+        raise BaseModelError(
+            *(
+                f"{header.file}: sets {name} to {settings[name]!r}, which the {kind} of "
+                f"transformers makes {getattr(config, name, None)!r}"
+                for name in lost
+            )
+        )
     config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]]
     return config
+
+
+def _is_set(config: Any, name: str, value: Any) -> bool:
+    """Whether a configuration has kept a setting; those of dictionaries are looked at each."""
+    kept = getattr(config, name, None)
+    if isinstance(value, dict) and isinstance(kept, dict):
+        return kept.keys() >= value.keys() and value == {key: kept[key] for key in value}
+    return kept == value or name == "dtype"
 
 
 def _generation(header: Header) -> Any:

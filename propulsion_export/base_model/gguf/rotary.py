@@ -19,24 +19,23 @@ Take = Callable[..., Any]
 Factors = Callable[[str], list[float]]
 
 
-def rope_parameters(take: Take, factors: Factors, *, share: float, context: int) -> dict[str, Any]:
+def rope_parameters(
+    take: Take, factors: Factors, *, share: float | None, context: int
+) -> dict[str, Any]:
     """The rotary embedding of a file.
 
     Args:
         take: gives the value of a metadata key, or a default.
         factors: gives the numbers of a tensor; none where the file has no such tensor.
-        share: the part of each head that is rotated.
+        share: the part of each head that is rotated; None where it cannot be but the whole.
         context: the longest sequence.
     """
     found = {"rope_theta": take("rope.freq_base", _BASE), "rope_type": "default"}
-    if share != 1.0:
+    if share is not None:  # some classes have a default other than 1
         found["partial_rotary_factor"] = share
-    kind = take("rope.scaling.type", "none")
-    old = take("rope.scale_linear", 1.0)  # of files from 2023
-    factor = take("rope.scaling.factor", old)
+    kind = take("rope.scaling.type", "linear")
+    factor = take("rope.scaling.factor", take("rope.scale_linear", 1.0))  # the name of 2023
     original = take("rope.scaling.original_context_length", None)
-    if kind == "none" and old != 1.0:
-        kind = "linear"
     if kind == "linear" and factor != 1.0:
         found |= {"rope_type": "linear", "factor": factor}
     if kind == "yarn":

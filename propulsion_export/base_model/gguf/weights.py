@@ -98,7 +98,7 @@ def _tensors(file: Path, _: int, __: int) -> Mapping[str, GgufTensor]:
         config = AutoConfig.from_pretrained(small_files(str(file)))
     model = _empty(config)
     sources = _sources(header, model)
-    _refuse_left_over(header, sources)
+    _refuse_left_over(header, sources, config)
     settings = config.to_dict()
     return {
         name: _made(header, name, tuple(parameter.shape), sources, settings)
@@ -142,14 +142,16 @@ def _name_map(architecture: str, layers: int) -> Any:
     return get_tensor_name_map(number, layers)
 
 
-def _refuse_left_over(header: Header, sources: Mapping[str, tuple[str, ...]]) -> None:
+def _refuse_left_over(
+    header: Header, sources: Mapping[str, tuple[str, ...]], config: PretrainedConfig
+) -> None:
     """Refuse tensors that no parameter takes.
 
     Raises:
         BaseModelError: naming some of them.
     """
     taken = {name for names in sources.values() for name in names}
-    if left := [name for name in header.tensors if name not in taken | _ROTARY]:
+    if left := [name for name in header.tensors if name not in taken | _in_configuration(config)]:
         kinds = {re.sub(r"blk\.\d+\.", "", name): name for name in reversed(left)}
         raise BaseModelError(
             *(
@@ -159,6 +161,11 @@ def _refuse_left_over(header: Header, sources: Mapping[str, tuple[str, ...]]) ->
             ),
             remedy="Give the model's safetensors checkpoint with -m.",
         )
+
+
+def _in_configuration(config: PretrainedConfig) -> frozenset[str]:
+    """Tensors that the configuration holds, if it has rotary embeddings."""
+    return _ROTARY if getattr(config, "rope_parameters", None) else frozenset()
 
 
 def _made(

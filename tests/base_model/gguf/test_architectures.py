@@ -71,6 +71,7 @@ RIGHT = {
         },
     ),
     "stablelm": ("stablelm", {"rope_parameters": partial(0.25)}),
+    "stablelm-whole-heads": ("stablelm", {"rope_parameters": partial(1.0)}),
     "stablelm-parallel": ("stablelm", {"use_parallel_residual": True, "use_qkv_bias": True}),
     "starcoder2": ("starcoder2", {"rope_parameters": partial(1.0), "norm_epsilon": 1e-3}),
     "nemotron": ("nemotron", {"rope_parameters": partial(0.5)}),
@@ -99,6 +100,17 @@ def test_a_file_computes_what_its_model_does(name, tmp_path):
 
     expected, found = logits(model), logits(loaded.model)
     assert not loaded.missing
+    assert (found - expected).abs().max() <= 2e-6 * expected.abs().max()
+
+
+def test_short_texts_of_a_longrope_have_their_own_factors(tmp_path):
+    kind, settings = RIGHT["phi3-longrope"]
+    model = tiny_language_model(kind, **settings)
+    file = write_gguf(tmp_path / "model.gguf", model)
+
+    loaded = load_base(str(file), task="text-generation")
+
+    expected, found = logits(model, 20), logits(loaded.model, 20)
     assert (found - expected).abs().max() <= 2e-6 * expected.abs().max()
 
 
@@ -131,6 +143,18 @@ REFUSED = {
         {},
         r"yarn_log_multiplier is 0.1",
     ),
+    "scaling-unknown": (
+        {"llama.rope.scaling.type": "dynamic"},
+        {},
+        r"rope.scaling.type is 'dynamic', expected one of none, linear, yarn",
+    ),
+    "one-set-of-factors": (
+        {},
+        {"rope_factors_long.weight": [2.0] * 8},
+        r"has one of rope_factors_short.weight and rope_factors_long.weight",
+    ),
+    "too-few-factors": ({}, {"rope_freqs.weight": [2.0] * 4}, r"has 4 numbers, expected 8"),
+    "t5": ({"general.architecture": "t5"}, {}, r"is of the architecture t5"),
     "no-layers": ({"llama.block_count": None}, {}, r"has no llama.block_count"),
     "more-layers": ({"llama.block_count": 3}, {}, r"no tensor for model.layers.2"),
     "fewer-layers": ({"llama.block_count": 1}, {}, r"has the tensor blk.1."),
@@ -148,6 +172,49 @@ REFUSED = {
     "tensor-missing": ({}, {"blk.1.ffn_up.weight": None}, r"no tensor for model.layers.1.mlp.up"),
     "no-embedding": ({}, {"token_embd.weight": None}, r"has no tensor token_embd.weight"),
 }
+
+
+LOST = {
+    "llama-3.1": ({}, {"rope_freqs.weight": None}),
+    "llama-linear": ({"llama.rope.scaling.factor": 1.0}, {}),
+    "llama-yarn": ({"llama.rope.scaling.type": "none"}, {}),
+    "llama-biases": ({}, {"blk.0.attn_output.bias": None}),
+    "phi3-longrope": ({}, {"rope_factors_long.weight": [1.0] * 8}),
+    "phi3-partial": ({"phi3.rope.dimension_count": 16}, {}),
+    "phi3-window": ({"phi3.attention.sliding_window": 0}, {}),
+    "gemma2-softcaps": ({"gemma2.attn_logit_softcapping": None}, {}),
+    "gemma3-linear": ({"gemma3.rope.scaling.factor": 1.0}, {}),
+    "stablelm": ({"stablelm.rope.dimension_count": 16}, {}),
+    "starcoder2": ({"starcoder2.rope.freq_base": None}, {}),
+    "nemotron": ({"nemotron.rope.dimension_count": 16}, {}),
+    "falcon-7b": ({"falcon.attention.layer_norm_epsilon": 1e-5}, {}),
+}
+
+
+@pytest.mark.parametrize("name", LOST)
+def test_the_comparison_sees_what_is_lost(name, tmp_path):
+    kind, settings = RIGHT[name]
+    keys, tensors = LOST[name]
+    model = tiny_language_model(kind, **settings)
+    file = write_gguf(tmp_path / "model.gguf", model, keys=keys, tensors=tensors)
+
+    loaded = load_base(str(file), task="text-generation")
+
+    expected, found = logits(model), logits(loaded.model)
+    assert (found - expected).abs().max() > 1e-3 * expected.abs().max()
+
+
+def test_a_bias_that_the_file_leaves_out_is_zero(tmp_path):
+    model = tiny_language_model("llama", attention_bias=True)
+    without = {f"blk.{layer}.attn_output.bias": None for layer in (0, 1)}
+    file = write_gguf(tmp_path / "model.gguf", model, tensors=without)
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.bias.data.zero_()
+
+    loaded = load_base(str(file), task="text-generation")
+
+    expected, found = logits(model), logits(loaded.model)
+    assert (found - expected).abs().max() <= 2e-6 * expected.abs().max()
 
 
 @pytest.mark.parametrize("name", REFUSED)

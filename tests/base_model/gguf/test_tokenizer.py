@@ -71,7 +71,7 @@ def test_tokens_are_those_of_transformers_own_reader(name, tmp_path):
     ours = read_tokenizer(str(file))
 
     assert [ours.encode(text) for text in TEXTS] == [theirs.encode(text) for text in TEXTS]
-    assert len(ours) <= VOCABULARY
+    assert len(ours) <= VOCABULARY + (name == "qwen2")  # its class adds <|endoftext|>
 
 
 @pytest.mark.parametrize("name", SAME)
