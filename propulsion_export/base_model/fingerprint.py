@@ -28,8 +28,7 @@ class Fingerprint:
     """A few entries of a base model's weights.
 
     Attributes:
-        dtype: the floating-point dtype that the weights were rounded to, such as `float32`; weights
-            in float32 that were bfloat16 or float16 before count as these.
+        dtype: the weights' floating-point dtype, such as `float32`.
         entries: 8 entries spread over each matrix, by weight name without the head model's prefix.
         vectors: the same of norms and biases; empty in fingerprints of earlier versions.
     """
@@ -62,7 +61,7 @@ class Fingerprint:
         dtypes = {str(usable[name].dtype).removeprefix("torch.") for name in (*names, *others)}
         coarsest = max(dtypes, key=lambda dtype: _ROUNDING.get(dtype, 0.0), default="float32")
         entries, more = ({name: _sample(usable[name]) for name in each} for each in (names, others))
-        return cls(_rounded_before(entries, coarsest), entries, more)
+        return cls(coarsest, entries, more)
 
     def difference(self, other: "Fingerprint") -> str | None:
         """Where two fingerprints differ beyond rounding; None if the base model is the same."""
@@ -71,10 +70,22 @@ class Fingerprint:
         if len(common) < needed:
             missing = sorted(self.entries.keys() ^ other.entries.keys())
             return f"the weight matrices have other names ({missing[0] if missing else 'none'}, …)"
-        coarser = max(self.dtype, other.dtype, key=lambda dtype: _ROUNDING.get(dtype, 0.0))
-        return _differing(self.entries, other.entries, coarser) or _differing(
-            self.vectors, other.vectors, coarser
+        rounding = self._rounding_between(other)
+        return _differing(self.entries, other.entries, *rounding) or _differing(
+            self.vectors, other.vectors, *rounding
         )
+
+    def _rounding_between(self, other: "Fingerprint") -> tuple[float, float]:
+        """The relative and the absolute rounding by which the same base model may differ.
+
+        Two models in float32 of which one was rounded before differ by that rounding; if both
+        were, to the same dtype, not even by that.
+        """
+        each = [_rounded_to(one.entries, one.dtype) for one in (self, other)]
+        coarser = max(each, key=_relative)
+        loaded = max(self.dtype, other.dtype, key=_relative)
+        relative = _relative(loaded if each[0] == each[1] else coarser)
+        return relative, _SMALLEST.get(coarser, 0.0)
 
     def without(self, names: Collection[str]) -> "Fingerprint":
         """The fingerprint without weights of these names, which may have a head model's prefix."""
@@ -110,7 +121,11 @@ class Fingerprint:
         return cls(value["dtype"], entries, vectors)
 
 
-def _rounded_before(entries: Mapping[str, tuple[float, ...]], dtype: str) -> str:
+def _relative(dtype: str) -> float:
+    return _ROUNDING.get(dtype, 2.0**-7)
+
+
+def _rounded_to(entries: Mapping[str, tuple[float, ...]], dtype: str) -> str:
     """The dtype that matrices were rounded to before they got this one: float32 holds any of them.
 
     A GGUF file of bfloat16 matrices has vectors in float32, and is loaded in float32.
@@ -140,10 +155,12 @@ def _by_hash(names: Iterable[str]) -> list[str]:
 
 
 def _differing(
-    recorded: Mapping[str, tuple[float, ...]], found: Mapping[str, tuple[float, ...]], dtype: str
+    recorded: Mapping[str, tuple[float, ...]],
+    found: Mapping[str, tuple[float, ...]],
+    relative: float,
+    absolute: float,
 ) -> str | None:
-    """The first entry, of the weights in both, that differs beyond the rounding of `dtype`."""
-    relative, absolute = _ROUNDING.get(dtype, 2.0**-7), _SMALLEST.get(dtype, 0.0)
+    """The first entry, of the weights in both, that differs beyond rounding."""
     for name in sorted(recorded.keys() & found.keys()):
         for ours, theirs in zip(recorded[name], found[name], strict=True):
             # The comparison is false for NaN and infinity, which count as a difference.
