@@ -33,7 +33,7 @@ COMMANDS = {
     "parity": "Compare an artifact with PyTorch: does it compute the same?",
     "run": "Predict with an artifact, or generate text.",
     "package": "Write what a server loads: onnxruntime-genai, Triton, ONNX Runtime adapters.",
-    "inspect": "Describe an adapter, artifact or engine.",
+    "inspect": "Describe an adapter, artifact, engine or GGUF file.",
     "adapter": "Add, remove and list adapters of a switchable artifact or a bank.",
     "export": "All in one: adapters in; ONNX graph, engine and parity reports out.",
     "doctor": "Show what this machine can do, and what is missing.",

@@ -1,30 +1,33 @@
-"""`propulsion-export inspect`: what an adapter, artifact or engine is."""
+"""`propulsion-export inspect`: what an adapter, artifact, engine or GGUF file is."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import click
 
 from .console import Console, console_options, human_size, size_of
-from .options import DIRECTORY
+from .options import HomePath
 
 
 @click.command(epilog="\b\nExample: propulsion-export inspect adapters/topic")
-@click.argument("path", metavar="PATH", type=DIRECTORY)
+@click.argument("path", metavar="PATH", type=HomePath())
 @console_options
 def command(console: Console, path: Path) -> None:
-    """Describe an adapter, artifact or engine."""
+    """Describe an adapter, artifact, engine or GGUF file."""
     from propulsion_export.adapters.adapter import Adapter
     from propulsion_export.adapters.peft_directory import PEFT_CONFIG
     from propulsion_export.artifacts.artifact import Artifact
     from propulsion_export.artifacts.file_names import MANIFEST_FILE
     from propulsion_export.base_model.generation_settings import GenerationSettings
+    from propulsion_export.base_model.gguf.source import find_gguf
     from propulsion_export.base_model.tasks import TASKS
     from propulsion_export.errors import ArtifactError
 
-    if not path.is_dir():
-        raise ArtifactError(f"{path}: does not exist, expected a directory")
+    if not path.is_dir() and find_gguf(path) is None:
+        found = "is a file" if path.exists() else "does not exist"
+        raise ArtifactError(f"{path}: {found}, expected a directory or a GGUF file")
     if (path / MANIFEST_FILE).is_file():
         artifact = Artifact.read(path)
         value = json.loads(artifact.manifest.to_json())
@@ -41,10 +44,12 @@ def command(console: Console, path: Path) -> None:
             value["adapters"] = {"count": len(bank), "width": bank.width, "file": file}
     elif (path / PEFT_CONFIG).is_file():
         value = _describe(Adapter.read(path))
+    elif (gguf := find_gguf(path)) is not None:
+        value = _describe_gguf(gguf)
     else:
         raise ArtifactError(
-            f"{path}: holds neither {MANIFEST_FILE} nor {PEFT_CONFIG}, expected an artifact or an "
-            "adapter"
+            f"{path}: holds neither {MANIFEST_FILE} nor {PEFT_CONFIG}, expected an artifact, an "
+            "adapter or a GGUF file"
         )
     console.result(value, f"{path} ({human_size(size_of(path))})\n" + _text(value))
 
@@ -72,6 +77,23 @@ def _describe(adapter: Any) -> dict[str, Any]:
             }
             for path, scale in adapter.scales.items()
         },
+    }
+
+
+def _describe_gguf(file: Path) -> dict[str, Any]:
+    from propulsion_export.base_model.gguf.header import read_header
+
+    header = read_header(file)
+    return {
+        "kind": "gguf",
+        "file": file.name,
+        "architecture": header.architecture,
+        "name": header.metadata.get("general.name"),
+        "parameters": sum(math.prod(place.shape) for place in header.tensors.values()),
+        "types": header.types(),
+        "bytes": file.stat().st_size,
+        "context_length": header.own().get("context_length"),
+        "chat_template": "tokenizer.chat_template" in header.metadata,
     }
 
 

@@ -25,7 +25,9 @@ DIRECTORY = HomePath(file_okay=False)
 FILE = HomePath(dir_okay=False)
 
 model_option = click.option(
-    "-m", "--model", help="Base model, path or name.  [default: the one that the adapter names]"
+    "-m",
+    "--model",
+    help="Base model: path, GGUF file or name.  [default: the one that the adapter names]",
 )
 mode_option = click.option(
     "--mode",

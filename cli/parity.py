@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     "--junit parity.xml"
 )
 @click.argument("artifact", metavar="DIR", type=DIRECTORY)
-@click.option("-m", "--model", help="Base model, path or name.  [default: where it was at export]")
+@click.option(
+    "-m", "--model", help="Base model: path, GGUF file or name.  [default: where it was at export]"
+)
 @click.option(
     "-a",
     "--adapter",

@@ -42,7 +42,7 @@ class TrainArguments(TypedDict):
     epilog="\b\nExample: propulsion-export train -m ./all-MiniLM-L6-v2 -d train.jsonl "
     "--validation held-out.jsonl -o adapters/topic"
 )
-@click.option("-m", "--model", required=True, help="Base model, path or name.")
+@click.option("-m", "--model", required=True, help="Base model: path, GGUF file or name.")
 @click.option(
     "-d",
     "--data",

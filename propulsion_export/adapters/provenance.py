@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.base_model.fingerprint import Fingerprint
+from propulsion_export.base_model.gguf.source import find_gguf
 from propulsion_export.base_model.tasks import TaskName
 from propulsion_export.environment.paths import user_path
 from propulsion_export.errors import BaseModelError, UsageError
@@ -35,9 +36,16 @@ def base_source(model: str | None, adapters: Sequence[Adapter]) -> str:
 
 
 def absolute(source: str) -> str:
-    """A local path as an absolute path, which an artifact can record; a hub name unchanged."""
-    directory = user_path(source)
-    return str(directory.resolve()) if directory.exists() else source
+    """A local path as an absolute path, which an artifact can record; a hub name unchanged.
+
+    Of a directory that means its GGUF file, the file.
+
+    Raises:
+        BaseModelError: a GGUF file does not exist, is one part of several, or a directory has
+            several.
+    """
+    path = find_gguf(source) or user_path(source)
+    return str(path.resolve()) if path.exists() else source
 
 
 def check_base(

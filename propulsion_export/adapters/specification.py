@@ -7,6 +7,7 @@ from pathlib import Path
 
 from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.adapters.names import check_name, name_of
+from propulsion_export.base_model.gguf.source import holds_gguf
 from propulsion_export.environment.paths import user_path
 from propulsion_export.errors import AdapterError, UsageError
 
@@ -50,7 +51,7 @@ def _split(specification: str | Path) -> tuple[str | None, Path]:
 def _beside(base: str, directory: Path) -> str:
     """Find a base model's relative path from the current or the adapter's directory."""
     for place in (Path(base), directory / base, directory.parent / base):
-        if (place / "config.json").is_file():
+        if (place / "config.json").is_file() or holds_gguf(place):
             return str(place.resolve())
     return base
 

@@ -9,6 +9,7 @@ from propulsion_export.base_model.config_switches import (
     keep_switches_,
     reset_switches_,
 )
+from propulsion_export.base_model.gguf.files import small_files
 from propulsion_export.base_model.hub import copy_files, locate
 from propulsion_export.base_model.remote_code import AUTO_MAP, copy_code
 from propulsion_export.base_model.tasks import TASKS
@@ -42,6 +43,7 @@ def read_config(source: str, *, trust_remote_code: bool = False) -> "PretrainedC
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
+    source = small_files(source)
     directory = user_path(source)
     if directory.is_dir() and not (directory / "config.json").is_file():
         _refuse_adapter(source)
@@ -158,6 +160,7 @@ def save_generation_settings(source: str, task: str, directory: Path) -> None:
 
     if not TASKS[task].generates:
         return
+    source = small_files(source)
     copy_files((GENERATION_CONFIG_NAME, _CHAT_TEMPLATE), source, directory)
     if not (directory / GENERATION_CONFIG_NAME).exists():
         with quiet():

@@ -10,6 +10,7 @@ at one time and in bf16 at another.
 
 import hashlib
 import math
+import struct
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -69,10 +70,22 @@ class Fingerprint:
         if len(common) < needed:
             missing = sorted(self.entries.keys() ^ other.entries.keys())
             return f"the weight matrices have other names ({missing[0] if missing else 'none'}, …)"
-        coarser = max(self.dtype, other.dtype, key=lambda dtype: _ROUNDING.get(dtype, 0.0))
-        return _differing(self.entries, other.entries, coarser) or _differing(
-            self.vectors, other.vectors, coarser
+        rounding = self._rounding_between(other)
+        return _differing(self.entries, other.entries, *rounding) or _differing(
+            self.vectors, other.vectors, *rounding
         )
+
+    def _rounding_between(self, other: "Fingerprint") -> tuple[float, float]:
+        """The relative and the absolute rounding by which the same base model may differ.
+
+        Two models in float32 of which one was rounded before differ by that rounding; if both
+        were, to the same dtype, not even by that.
+        """
+        each = [_rounded_to(one.entries, one.dtype) for one in (self, other)]
+        coarser = max(each, key=_relative)
+        loaded = max(self.dtype, other.dtype, key=_relative)
+        relative = _relative(loaded if each[0] == each[1] else coarser)
+        return relative, _SMALLEST.get(coarser, 0.0)
 
     def without(self, names: Collection[str]) -> "Fingerprint":
         """The fingerprint without weights of these names, which may have a head model's prefix."""
@@ -108,15 +121,46 @@ class Fingerprint:
         return cls(value["dtype"], entries, vectors)
 
 
+def _relative(dtype: str) -> float:
+    return _ROUNDING.get(dtype, 2.0**-7)
+
+
+def _rounded_to(entries: Mapping[str, tuple[float, ...]], dtype: str) -> str:
+    """The dtype that matrices were rounded to before they got this one: float32 holds any of them.
+
+    A GGUF file of bfloat16 matrices has vectors in float32, and is loaded in float32.
+    """
+    values = [value for row in entries.values() for value in row]
+    if dtype != "float32" or not any(values):
+        return dtype
+    for coarser, is_one in (("bfloat16", _is_bfloat16), ("float16", _is_float16)):
+        if all(map(is_one, values)):
+            return coarser
+    return dtype
+
+
+def _is_bfloat16(value: float) -> bool:
+    return math.isfinite(value) and struct.pack("<f", value)[:2] == b"\0\0"
+
+
+def _is_float16(value: float) -> bool:
+    try:
+        return bool(struct.unpack("<e", struct.pack("<e", value))[0] == value)
+    except OverflowError:
+        return False
+
+
 def _by_hash(names: Iterable[str]) -> list[str]:
     return sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
 
 
 def _differing(
-    recorded: Mapping[str, tuple[float, ...]], found: Mapping[str, tuple[float, ...]], dtype: str
+    recorded: Mapping[str, tuple[float, ...]],
+    found: Mapping[str, tuple[float, ...]],
+    relative: float,
+    absolute: float,
 ) -> str | None:
-    """The first entry, of the weights in both, that differs beyond the rounding of `dtype`."""
-    relative, absolute = _ROUNDING.get(dtype, 2.0**-7), _SMALLEST.get(dtype, 0.0)
+    """The first entry, of the weights in both, that differs beyond rounding."""
     for name in sorted(recorded.keys() & found.keys()):
         for ours, theirs in zip(recorded[name], found[name], strict=True):
             # The comparison is false for NaN and infinity, which count as a difference.

@@ -1,9 +1,10 @@
-"""Find and copy single files of a model, in a directory or on a hub."""
+"""Find and copy single files of a model, in a directory, from a GGUF file or on a hub."""
 
 import shutil
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
+from propulsion_export.base_model.gguf.files import small_files
 from propulsion_export.environment.hub_files import refuse_pointers
 from propulsion_export.environment.quiet import quiet
 from propulsion_export.errors import BaseModelError
@@ -13,7 +14,8 @@ def locate(source: str, name: str) -> Path | None:
     """The path of a model's file, downloaded if necessary; None if the model does not have it.
 
     Raises:
-        BaseModelError: only the pointer that git-lfs left is there.
+        BaseModelError: only the pointer that git-lfs left is there, or the model is a GGUF file
+            that is refused.
     """
     file = _found(source, name)
     if file is not None:
@@ -22,6 +24,7 @@ def locate(source: str, name: str) -> Path | None:
 
 
 def _found(source: str, name: str) -> Path | None:
+    source = small_files(source)
     directory = Path(source)
     if directory.is_dir():
         return directory / name if (directory / name).is_file() else None

@@ -13,8 +13,11 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.models.auto.auto_factory import _get_model_class
 
 from propulsion_export.base_model.config import class_names, read_config, set_labels
+from propulsion_export.base_model.gguf.files import small_files
+from propulsion_export.base_model.gguf.weights import gguf_tensors
 from propulsion_export.base_model.recomputed import recomputed_parameters
 from propulsion_export.base_model.tasks import TASKS
 from propulsion_export.environment.hub_files import refuse_pointers
@@ -98,10 +101,11 @@ def load_base(
     dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
 ) -> BaseModel:
-    """Load a checkpoint's safetensors for `task`, in `dtype` (None: the checkpoint's own).
+    """Load a checkpoint's weights for `task`, in `dtype` (None: the checkpoint's own).
 
     Args:
-        source: directory or name.
+        source: directory or name of a checkpoint in safetensors, or a GGUF file, whose own dtype is
+            float32.
         task: one of `TASKS`.
         dtype: the floating-point dtype of the weights.
         trust_remote_code: run code that the checkpoint brings.
@@ -207,11 +211,11 @@ def load_model(
     trust_remote_code: bool,
     **constructor: bool,
 ) -> tuple[PreTrainedModel, set[str]]:
-    """A checkpoint's safetensors in a model, without an adapter that lies beside them.
+    """A checkpoint's weights in a model, without an adapter that lies beside them.
 
     Args:
         model_class: one of transformers' auto classes.
-        source: directory or name.
+        source: directory or name of a checkpoint in safetensors, or a GGUF file.
         config: the model's configuration.
         dtype: the floating-point dtype of the weights; None: the checkpoint's own.
         trust_remote_code: run code that the checkpoint brings.
@@ -225,12 +229,16 @@ def load_model(
         BaseModelError: the checkpoint cannot be loaded, or its weights have other shapes than its
             config.json says.
     """
+    tensors = gguf_tensors(source)
+    if tensors is not None:  # an auto class loads from a directory alone
+        model_class = _class_for(model_class, config, source)
     try:
         with quiet():
             model, info = model_class.from_pretrained(
-                source,
+                source if tensors is None else None,
                 config=config,
-                dtype=dtype or "auto",
+                state_dict=tensors,
+                dtype=dtype or ("auto" if tensors is None else torch.float32),
                 use_safetensors=True,
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
@@ -245,9 +253,26 @@ def load_model(
             f"{source}: cannot be loaded ({first_line(error)})",
             remedy="Expected a complete transformers checkpoint in safetensors.",
         ) from error
+    if tensors is not None:
+        _name_files_(model, small_files(source))
     _refuse_other_shapes(source, model, info["mismatched_keys"])
     mismatched = {entry[0] for entry in info["mismatched_keys"]}
     return model, (set(info["missing_keys"]) - recomputed_parameters(model)) | mismatched
+
+
+def _class_for(auto_class: Any, config: PretrainedConfig, source: str) -> Any:
+    if type(config) not in auto_class._model_mapping:
+        raise BaseModelError(
+            f"{source}: transformers has no {auto_class.__name__} of the type {config.model_type}"
+        )
+    return _get_model_class(config, auto_class._model_mapping)
+
+
+def _name_files_(model: PreTrainedModel, directory: str) -> None:
+    """Set what transformers reads from a checkpoint's directory beside its weights."""
+    model.config._name_or_path = model.name_or_path = directory
+    if model.can_generate():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(directory)
 
 
 def _refuse_other_shapes(

@@ -26,6 +26,7 @@ _TOOLS = (
     "tensorrt-rtx",
     "numpy",
     "safetensors",
+    "gguf",
 )
 # CUdevice_attribute in cuda.h.
 _MAJOR, _MINOR = 75, 76

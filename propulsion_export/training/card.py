@@ -7,6 +7,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from propulsion_export.base_model.gguf.source import find_gguf
 from propulsion_export.base_model.tasks import TASKS
 
 
@@ -149,8 +150,16 @@ def _losses(metrics: Mapping[str, Any]) -> str:
     )
 
 
+def _place(base: str) -> str:
+    """Where transformers finds a base model, as arguments of from_pretrained."""
+    if find_gguf(base) is None:
+        return json.dumps(base)
+    file = Path(base)
+    return f"{json.dumps(str(file.parent))}, gguf_file={json.dumps(file.name)}"
+
+
 def _usage(metrics: Mapping[str, Any]) -> list[str]:
-    auto_class, base = TASKS[metrics["task"]].auto_class, json.dumps(metrics["base_model"])
+    auto_class, base = TASKS[metrics["task"]].auto_class, _place(metrics["base_model"])
     labels = f", num_labels={len(metrics['labels'])}" if "labels" in metrics else ""
     return [
         "## Use",

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from propulsion_export.base_model.config import read_config, set_labels
+from propulsion_export.base_model.gguf.source import find_gguf
 from propulsion_export.base_model.loading import load_model, model_class_of
 from propulsion_export.base_model.model_inputs import (
     check_inputs,
@@ -149,11 +150,13 @@ def longest_text(base: TrainableBase, options: TrainOptions) -> int:
 
 
 def _resolved(model: str | Path) -> str:
-    path = user_path(model)
+    path = find_gguf(model) or user_path(model)
     if path.exists():
         return str(path.resolve())
     if isinstance(model, Path) or str(model).startswith((".", "/", "~")):
-        raise BaseModelError(f"{model}: does not exist, expected a directory with a base model")
+        raise BaseModelError(
+            f"{model}: does not exist, expected a directory or GGUF file with a base model"
+        )
     return model
 
 

@@ -254,3 +254,24 @@ ENTRIES = [0.5] * 8
 def test_anything_else_is_refused(value):
     with pytest.raises((KeyError, TypeError, ValueError, AttributeError)):
         Fingerprint.from_json(value)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_weights_that_were_rounded_before_they_are_float32_are_recognised(dtype):
+    exact = {"a": torch.randn(16, 16, generator=torch.manual_seed(0)), "b": torch.ones(16) / 3}
+    rounded = {"a": exact["a"].to(getattr(torch, dtype)).float(), "b": exact["b"]}
+    recorded = Fingerprint.of(exact)
+
+    assert recorded.difference(Fingerprint.of(rounded)) is None
+    assert recorded.difference(Fingerprint.of({**rounded, "b": exact["b"] * 1.1})) is not None
+
+
+def test_weights_that_were_both_rounded_before_must_be_equal():
+    rounded = torch.randn(16, 16, generator=torch.manual_seed(0)).bfloat16()
+    trained = rounded.clone()
+    trained[0, 0] *= 1 + 2**-7
+
+    found = Fingerprint.of({"a": trained.float()})
+
+    assert Fingerprint.of({"a": rounded.float()}).difference(found) is not None
+    assert Fingerprint.of({"a": rounded}).difference(found) is None  # a rounding may be the cause

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from propulsion_export.base_model.config import settings_in
+from propulsion_export.base_model.gguf.files import small_files
 from propulsion_export.base_model.hub import leads_inside, locate
 from propulsion_export.base_model.remote_code import AUTO_MAP, present_modules
 from propulsion_export.environment.quiet import quiet
@@ -146,6 +147,7 @@ def _named_in_code(module: Path) -> Iterator[str]:
 def _more_templates(source: str) -> list[str]:
     from transformers.utils.hub import is_offline_mode, list_repo_templates
 
+    source = small_files(source)
     directory = Path(source)
     if directory.is_dir():
         files = sorted((directory / TEMPLATE_DIRECTORY).glob("*.jinja"))

@@ -1,4 +1,4 @@
-"""Read the safetensors of a checkpoint, tensor by tensor or entry by entry."""
+"""Read the weights of a checkpoint, tensor by tensor or entry by entry."""
 
 import json
 import math
@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from propulsion_export.base_model.gguf.weights import GgufTensor, gguf_tensors
 from propulsion_export.base_model.hub import locate
 from propulsion_export.environment.permissions import check_permission
 from propulsion_export.errors import BaseModelError
@@ -48,21 +49,28 @@ class Checkpoint:
     """The weights of a checkpoint on disk.
 
     Attributes:
-        source: the checkpoint's directory or name.
-        tensors: where each tensor is stored, by its name in the checkpoint.
+        source: the checkpoint's directory, name, or GGUF file.
+        tensors: where each tensor is stored, by its name in the checkpoint; those of a GGUF file
+            are in float32 and have the names of parameters.
     """
 
     source: str
-    tensors: Mapping[str, StoredTensor]
+    tensors: Mapping[str, StoredTensor | GgufTensor]
 
     @classmethod
     def find(cls, source: str) -> "Checkpoint":
         """Locate a checkpoint's weight files by directory or name, and read their headers.
 
+        Args:
+            source: a directory, a name, or a GGUF file.
+
         Raises:
             BaseModelError: it has none; one is missing, truncated or damaged, or holds a tensor of
                 a type that cannot be folded.
         """
+        unpacked = gguf_tensors(source)
+        if unpacked is not None:
+            return cls(source, unpacked)
         # transformers also prefers the single file to the index.
         index = None
         if locate(source, SAFE_WEIGHTS_NAME) is None:

@@ -1,0 +1,204 @@
+"""The weights of a GGUF file as the parameters of a transformers model, each read when needed.
+
+Every tensor of the file has to be taken by a parameter, and every parameter has to be made of
+tensors: what is left over on either side would make another model of it, so the file is refused.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+
+from propulsion_export.base_model.gguf.conversions import (
+    GATE_AND_UP,
+    Conversion,
+    conversion_of,
+)
+from propulsion_export.base_model.gguf.files import small_files
+from propulsion_export.base_model.gguf.header import Header, read_header
+from propulsion_export.base_model.gguf.rotary import FREQUENCIES, LONG, SHORT
+from propulsion_export.base_model.gguf.source import find_gguf
+from propulsion_export.base_model.gguf.values import read_values
+from propulsion_export.environment.quiet import quiet
+from propulsion_export.errors import BaseModelError
+
+# In the configuration, not in a parameter.
+_ROTARY = frozenset({FREQUENCIES, SHORT, LONG})
+_EXPERTS = re.compile(r"(.*\.layers\.(\d+)\.mlp\.experts)\.(gate_up_proj|down_proj)")
+# Biases that llama.cpp leaves out where they are all zero, or the model has none there.
+_ZERO = re.compile(r"\.(self_attn|attn|self_attention|mlp)\.[^.]+\.bias$")
+
+
+@dataclass(frozen=True, eq=False)
+class GgufTensor:
+    """A parameter that tensors of a GGUF file make; its numbers are computed when it is read.
+
+    Attributes:
+        header: of the file.
+        names: the tensors; none for a bias that the file leaves out, which is zero.
+        conversion: how they become the parameter.
+        shape: of the parameter.
+        dtype: of the parameter.
+    """
+
+    header: Header = field(repr=False)
+    names: tuple[str, ...]
+    conversion: Conversion = field(repr=False)
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+
+    def read(self) -> torch.Tensor:
+        """The whole parameter, in memory of its own."""
+        if not self.names:
+            return torch.zeros(self.shape)
+        arrays = [read_values(self.header, name) for name in self.names]
+        return torch.from_numpy(self.conversion.values(arrays)).contiguous()
+
+    def __getitem__(self, place: Any) -> Any:
+        """One entry, by its position on every axis; the whole parameter for `...`."""
+        if place is Ellipsis:
+            return self.read()
+        return float(_last_read(self)[place])
+
+
+@lru_cache(maxsize=1)
+def _last_read(tensor: GgufTensor) -> torch.Tensor:
+    """The tensor again, for the next of several entries of it."""
+    return tensor.read()
+
+
+def gguf_tensors(source: str) -> dict[str, GgufTensor] | None:
+    """The parameters of the language model in a GGUF file, by transformers' names.
+
+    Returns:
+        None where the source means no GGUF file.
+
+    Raises:
+        BaseModelError: a tensor of the file fits no parameter, or has another shape; a parameter
+            has no tensor; or the file is refused for what it says of itself.
+    """
+    file = find_gguf(source)
+    if file is None:
+        return None
+    status = file.stat()
+    return dict(_tensors(file.resolve(), status.st_size, status.st_mtime_ns))
+
+
+@lru_cache(maxsize=2)
+def _tensors(file: Path, _: int, __: int) -> Mapping[str, GgufTensor]:
+    header = read_header(file)
+    with quiet():
+        config = AutoConfig.from_pretrained(small_files(str(file)))
+    model = _empty(config)
+    sources = _sources(header, model)
+    _refuse_left_over(header, sources, config)
+    settings = config.to_dict()
+    return {
+        name: _made(header, name, tuple(parameter.shape), sources, settings)
+        for name, parameter in _wanted(model).items()
+    }
+
+
+def _empty(config: PretrainedConfig) -> PreTrainedModel:
+    with torch.device("meta"), quiet():
+        return transformers.AutoModelForCausalLM.from_config(config)
+
+
+def _wanted(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The model's parameters, without those that are tied to another."""
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    return {name: value for name, value in model.named_parameters() if name not in tied}
+
+
+def _sources(header: Header, model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
+    """The tensors of the file that each parameter is made of, by its name."""
+    names = _name_map(header.architecture, int(model.config.num_hidden_layers))
+    found: dict[str, tuple[str, ...]] = {}
+    for parameter in _wanted(model):
+        inner = parameter.removeprefix(f"{model.base_model_prefix}.")
+        for path, _, kind in (one.rpartition(".") for one in (inner, parameter)):
+            name = f"{names.get_name(path)}.{kind}"
+            if name in header.tensors:
+                found[parameter] = (name,)
+        if match := _EXPERTS.fullmatch(parameter):
+            block = f"blk.{match[2]}.ffn"
+            kinds = ("gate", "up") if match[3] == "gate_up_proj" else ("down",)
+            found[parameter] = tuple(f"{block}_{kind}_exps.weight" for kind in kinds)
+    return found
+
+
+def _name_map(architecture: str, layers: int) -> Any:
+    """llama.cpp's table of the names of an architecture's tensors, by transformers' names."""
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+
+    (number,) = (key for key, name in MODEL_ARCH_NAMES.items() if name == architecture)
+    return get_tensor_name_map(number, layers)
+
+
+def _refuse_left_over(
+    header: Header, sources: Mapping[str, tuple[str, ...]], config: PretrainedConfig
+) -> None:
+    """Refuse tensors that no parameter takes.
+
+    Raises:
+        BaseModelError: naming some of them.
+    """
+    taken = {name for names in sources.values() for name in names}
+    if left := [name for name in header.tensors if name not in taken | _in_configuration(config)]:
+        kinds = {re.sub(r"blk\.\d+\.", "", name): name for name in reversed(left)}
+        raise BaseModelError(
+            *(
+                f"{header.file}: has the tensor {name}, which the model of transformers has no "
+                "place for"
+                for name in kinds.values()
+            ),
+            remedy="Give the model's safetensors checkpoint with -m.",
+        )
+
+
+def _in_configuration(config: PretrainedConfig) -> frozenset[str]:
+    """Tensors that the configuration holds, if it has rotary embeddings."""
+    return _ROTARY if getattr(config, "rope_parameters", None) else frozenset()
+
+
+def _made(
+    header: Header,
+    parameter: str,
+    shape: tuple[int, ...],
+    sources: Mapping[str, tuple[str, ...]],
+    config: Mapping[str, Any],
+) -> GgufTensor:
+    names = sources.get(parameter, ())
+    if missing := [name for name in names if name not in header.tensors]:
+        raise _lacks(header, missing[0])
+    if not names and not _ZERO.search(parameter):
+        raise _lacks(header, parameter)
+    conversion = _conversion(header.architecture, names, config)
+    if names:
+        found = conversion.shape([header.tensors[name].shape for name in names])
+        if found != shape:
+            raise BaseModelError(
+                f"{header.file}: {names[0]} has {math.prod(found)} numbers in the shape "
+                f"{list(found)}, expected {list(shape)} by its metadata"
+            )
+    return GgufTensor(header, names, conversion, shape)
+
+
+def _conversion(architecture: str, names: tuple[str, ...], config: Mapping[str, Any]) -> Conversion:
+    if len(names) > 1:
+        return GATE_AND_UP
+    return conversion_of(architecture, names[0] if names else "", config)
+
+
+def _lacks(header: Header, name: str) -> BaseModelError:
+    return BaseModelError(
+        f"{header.file}: has no tensor for {name}, expected a whole language model",
+        remedy="Copy or convert the file again.",
+    )
