@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from propulsion_export.base_model.chat.format import ChatFormat
 from propulsion_export.base_model.chat.places import FIRST_MARK
 from propulsion_export.data.rows import half_character, shown
 
@@ -62,16 +63,28 @@ def parse_conversation(value: Any, tools: Any = None, where: str = "") -> Conver
     return Conversation(messages, offered, unlearnt, where)
 
 
-def texts_of(value: Any) -> Iterator[str]:
+def held_mark(conversation: Conversation, chat: ChatFormat) -> str | None:
+    """The finding if a message holds a mark that divides turns in a format, else None.
+
+    A tokenizer reads such a mark as the token that it is: a message could forge a turn.
+    """
+    for number, message in enumerate(conversation.messages, 1):
+        marks = [mark[0] for text in _texts_of(message) for mark in chat.marks_in(text)]
+        if found := [mark for mark in marks if mark in chat.structure]:
+            return f"message {number} holds {found[0]!r}, which divides turns in the chat template"
+    return None
+
+
+def _texts_of(value: Any) -> Iterator[str]:
     """Every text inside plain JSON values."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
         for one in value.values():
-            yield from texts_of(one)
+            yield from _texts_of(one)
     elif isinstance(value, list | tuple):
         for one in value:
-            yield from texts_of(one)
+            yield from _texts_of(one)
 
 
 def _parse_message(place: str, message: Any) -> dict[str, Any] | str:
@@ -88,7 +101,7 @@ def _parse_message(place: str, message: Any) -> dict[str, Any] | str:
             return wrong
     if plain.get("weight", 1) not in (0, 1):
         return f"{place} has the weight {shown(plain['weight'])}, expected 0 or 1"
-    for text in texts_of(plain):
+    for text in _texts_of(plain):
         if wrong := half_character(place, text) or _mark(place, text):
             return wrong
     return plain

@@ -1,6 +1,7 @@
 """`onnx`: a base model and adapters become a graph, the adapters folded in or switchable."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -129,8 +130,12 @@ def export_onnx(
         room = base.room if base.own_head else None
         classes = [labels_in(read, graphs.layout, labels, room) for read in adapters]
         entries = _entries(adapters, adapter, graphs.mode, classes, settled.adapters)
+        entries = {
+            one: replace(entry, chat_template=texts.template_of(one, graphs.mode))
+            for one, entry in entries.items()
+        }
         _write(graphs, base, directory, name, entries)
-        texts.write(directory, settled.settings)
+        texts.write(directory, settled.settings, graphs.mode)
         texts.record(directory, settled.settings)
         written = Artifact.write(directory, _manifest(graphs, base, recorded, entries, name))
     progress(1.0, f"wrote {output}")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from propulsion_export.base_model.chat.format import ChatFormat, special_marks
+from propulsion_export.base_model.chat.format import ChatFormat
 from propulsion_export.base_model.chat.rendering import check_template
 from propulsion_export.base_model.chat.templates import choose_template
 from propulsion_export.data.messages import Conversation
@@ -52,16 +52,14 @@ class ChatEncoder:
         template = chosen_template(name, tokenizer)
         tools = choose_template(tokenizer.chat_template, with_tools=True) or template
         backend = _copy(tokenizer.backend_tokenizer)
-        added = backend.get_added_tokens_decoder()
-        special = {n: str(t) for n, t in tokenizer.special_tokens_map.items() if isinstance(t, str)}
-        marks = special_marks(added.values(), special)
-        declared = frozenset(_declared_ends(tokenizer, generation))
+        ends = getattr(generation, "eos_token_id", None)
+        ends = ends if isinstance(ends, list) else [ends]
         now = datetime.now()  # one date in all rows
         return cls(
-            ChatFormat(template, special, marks, declared, now),
-            ChatFormat(tools, special, marks, declared, now),
+            ChatFormat.of(template, tokenizer, ends, now=now),
+            ChatFormat.of(tools, tokenizer, ends, now=now),
             backend,
-            {number: token.content for number, token in added.items()},
+            {number: t.content for number, t in backend.get_added_tokens_decoder().items()},
         )
 
     def encode(self, conversations: Sequence[Conversation], longest: int) -> Sequences:
@@ -153,11 +151,3 @@ def _copy(backend: Any) -> Any:
     content = json.loads(backend.to_str())
     content["post_processor"] = content["truncation"] = content["padding"] = None
     return Tokenizer.from_str(json.dumps(content))
-
-
-def _declared_ends(tokenizer: Any, generation: Any | None) -> list[str]:
-    """The tokens that end a text by the tokenizer and the generation settings."""
-    found = getattr(generation, "eos_token_id", None)
-    numbers = found if isinstance(found, list) else [found]
-    names = [tokenizer.convert_ids_to_tokens(n) for n in numbers if isinstance(n, int)]
-    return [name for name in (tokenizer.eos_token, *names) if name]

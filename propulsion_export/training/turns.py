@@ -27,7 +27,7 @@ from propulsion_export.base_model.chat.rendering import (
     TemplateRefusal,
     marks_generation,
 )
-from propulsion_export.data.messages import ASSISTANT, Conversation, texts_of
+from propulsion_export.data.messages import ASSISTANT, Conversation, held_mark
 
 Span = tuple[int, int]  # characters of the rendered conversation
 
@@ -69,12 +69,8 @@ def _check(conversation: Conversation, chat: ChatFormat) -> None:
         raise UndecidedError("every message of the assistant has weight 0, expected one to learn")
     if len(conversation.messages) > MOST_MESSAGES:
         raise UndecidedError(f"has more than {MOST_MESSAGES} messages")
-    for number, message in enumerate(conversation.messages, 1):
-        held = [mark[0] for text in texts_of(message) for mark in chat.marks_in(text)]
-        if found := [mark for mark in held if mark in chat.structure]:
-            raise UndecidedError(
-                f"message {number} holds {found[0]!r}, with which the chat template divides turns"
-            )
+    if wrong := held_mark(conversation, chat):
+        raise UndecidedError(wrong)
 
 
 class _Turns:

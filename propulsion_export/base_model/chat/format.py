@@ -1,7 +1,7 @@
 """The format of a chat model: a template, the tokens that it writes, and what ends a turn."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
@@ -14,6 +14,7 @@ from propulsion_export.base_model.chat.places import (
     read_marks,
 )
 from propulsion_export.base_model.chat.rendering import TemplateRefusal, render
+from propulsion_export.base_model.tokenizer.classes import NAMED
 
 _USER = {"role": "user", "content": "x"}
 _ANSWER = {"role": "assistant", "content": "y"}
@@ -39,6 +40,31 @@ class ChatFormat:
     marks: Sequence[str] = ()
     declared: frozenset[str] = frozenset()
     now: datetime | None = field(default=None, compare=False)
+
+    @classmethod
+    def of(
+        cls, template: str, tokenizer: Any, ends: Sequence[int], *, now: datetime | None = None
+    ) -> "ChatFormat":
+        """The format of a template with a tokenizer, transformers' or a `FastTokenizer`.
+
+        Args:
+            template: the chat template.
+            tokenizer: what tells the special tokens.
+            ends: the numbers of the tokens that end a text by the model's own files.
+            now: see the class.
+        """
+        named = getattr(tokenizer, "special", None)
+        named = tokenizer.special_tokens_map if named is None else named
+        special = {name: str(named[name]) for name in NAMED if name in named}
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            added: Mapping[int, Any] = tokenizer.added_tokens_decoder
+        else:
+            added = backend.get_added_tokens_decoder()
+        marks = {token.content for token in added.values() if token.special}
+        declared = {added[number].content for number in ends if number in added}
+        declared |= {special[name] for name in ("eos_token",) if name in special}
+        return cls(template, special, sorted(marks | declared), frozenset(declared), now)
 
     def render(
         self,
@@ -162,9 +188,3 @@ class ChatFormat:
             return read_marks(self.render(marked, generation_prompt=asked))
         except TemplateRefusal:
             return None
-
-
-def special_marks(tokens: Iterable[Any], named: Mapping[str, str]) -> list[str]:
-    """The special tokens among a tokenizer's added ones, and those that have a name."""
-    added = {token.content for token in tokens if token.special}
-    return sorted(added | set(named.values()))

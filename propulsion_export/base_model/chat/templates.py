@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from propulsion_export.base_model.config import read_settings_file
+from propulsion_export.base_model.config import read_settings_file, settings_in
+from propulsion_export.base_model.hub import locate
 from propulsion_export.base_model.tokenizer.files import TEMPLATE_DIRECTORY, TOKENIZER_CONFIG
 from propulsion_export.errors import ArtifactError
 
@@ -20,14 +21,20 @@ def read_template(directory: Path) -> str | None:
     Raises:
         ArtifactError: a file is not what its name says.
     """
-    file = directory / TEMPLATE_FILE
-    if file.is_file():
-        return read_template_file(file)
-    found = read_settings_file(directory / TOKENIZER_CONFIG).get("chat_template")
-    more = directory / TEMPLATE_DIRECTORY / f"{_DEFAULT}.jinja"
-    if found is None and more.is_file():
-        return read_template_file(more)
-    return choose_template(found, with_tools=False)
+    for name in (TEMPLATE_FILE, f"{TEMPLATE_DIRECTORY}/{_DEFAULT}.jinja"):
+        if (directory / name).is_file():
+            return read_template_file(directory / name)
+    settings = read_settings_file(directory / TOKENIZER_CONFIG)
+    return choose_template(settings.get("chat_template"), with_tools=False)
+
+
+def template_in(source: str) -> str | None:
+    """The chat template of a checkpoint, by path or name; None without one."""
+    for name in (TEMPLATE_FILE, f"{TEMPLATE_DIRECTORY}/{_DEFAULT}.jinja"):
+        if (file := locate(source, name)) is not None:
+            return read_template_file(file)
+    settings = settings_in(source, TOKENIZER_CONFIG)
+    return choose_template(settings.get("chat_template"), with_tools=False)
 
 
 def read_template_file(file: Path) -> str:
