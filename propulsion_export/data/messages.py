@@ -30,7 +30,7 @@ class Conversation:
     messages: Sequence[Mapping[str, Any]]
     tools: Sequence[Any] | None = None
     unlearnt: frozenset[int] = frozenset()
-    where: str = field(default="", compare=False)
+    where: str = field(default="", compare=False, repr=False)
 
     @property
     def answers(self) -> list[int]:

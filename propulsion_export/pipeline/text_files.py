@@ -86,10 +86,11 @@ class TextFiles:
     def template_for(self, mode: Mode) -> str | None:
         """The chat template of an artifact: that of the adapter folded in, else the base model's.
 
-        Where the base model has none, it is the first adapter's.
+        Where the base model has none, or the tokenizer is an adapter's, it is the first adapter's.
         """
         own = next(iter(self.own_templates.values()), None)
-        return (own or self.template) if mode == "folded" else (self.template or own)
+        replaced = mode == "folded" or self.tokenizer_source != self.base
+        return (own or self.template) if replaced else (self.template or own)
 
     def template_of(self, adapter: str, mode: Mode) -> str | None:
         """The chat template to record for an adapter; None where it is the artifact's."""
@@ -111,13 +112,13 @@ class TextFiles:
     def write(self, directory: Path, settings: Settings, mode: Mode = "folded") -> None:
         """Copy them into an artifact's directory, with the settings that differ from the files."""
         copy_tokenizer(self.tokenizer_source, directory)
-        template = self.template_for(mode)
-        if template is not None and template != read_template(directory):
-            write_template(directory, template)
         write_tokenizer_settings(directory, settings)
         if self.sentence_source is not None:
             copy_sentence_pipeline(self.sentence_source, directory)
         save_generation_settings(self.base, self.task, directory)
+        template = self.template_for(mode)  # last: the others copy the base model's
+        if template is not None and template != read_template(directory):
+            write_template(directory, template)
 
     def record(self, directory: Path, settings: Settings) -> None:
         """Record the tokenizer for serving without transformers, in a directory written before."""

@@ -226,7 +226,7 @@ def test_messages_for_a_model_that_does_not_chat_are_refused(chats, folded, tmp_
         Session(artifact)(ASK, "base")
     assert Session(artifact)(ASK, "own", settings=SHORT)  # which has its own
     with pytest.raises(UsageError, match="messages: are for text-generation"):
-        Session(folded())(ASK)
+        Session(folded)(ASK)
 
 
 def run(capsys, *arguments):
@@ -329,10 +329,8 @@ def test_bad_calls_are_one_line(arguments, code, finding, chats, tmp_path, capsy
 
 
 def test_a_chat_with_an_encoder_is_refused(folded, capsys):
-    artifact = folded()
-
     for arguments in (["--chat", "--text", "hi"], ["--chat"], ["--conversation", "x.json"]):
-        code, _, last = run(capsys, artifact.directory, *arguments)
+        code, _, last = run(capsys, folded, *arguments)
         assert code == 2
         assert "is for text-generation, the artifact is for text-classification" in last
 

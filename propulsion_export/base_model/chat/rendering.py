@@ -61,6 +61,7 @@ def render(
         UnavailableError: jinja2 is not installed.
     """
     moment = now or datetime.now()
+    _environment()  # or say that it cannot be had
     token = _marking.set(mark_generation)
     try:
         return _compiled(template).render(
@@ -128,7 +129,7 @@ def _environment() -> Any:
 
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = raise_exception
-    environment.globals["dict"] = _make_dict
+    environment.globals["dict"] = _TemplateDict()
     environment.globals["namespace"] = _namespace_class()
     return environment
 
@@ -171,9 +172,13 @@ def _to_json(
     )
 
 
-def _make_dict(*values: Any, **items: Any) -> dict[Any, Any]:
+class _TemplateDict:
     """`dict` for templates, which must not reach the class itself."""
-    return dict(*values, **items)
+
+    fromkeys = staticmethod(dict.fromkeys)
+
+    def __call__(self, *values: Any, **items: Any) -> dict[Any, Any]:
+        return dict(*values, **items)
 
 
 def _namespace_class() -> Any:
