@@ -42,10 +42,11 @@ def parse_conversation(value: Any, tools: Any = None, where: str = "") -> Conver
     """The conversation in a value, or the finding if there is none.
 
     Args:
-        value: the messages.
+        value: the messages, perhaps as JSON text.
         tools: a list of JSON schemas, such a list as JSON text, or None.
         where: the file and row.
     """
+    value = _loaded(value) if isinstance(value, str) else value
     if not isinstance(value, list | tuple):
         return f"{MESSAGES} is {shown(value)}, expected a list of messages"
     if not value:

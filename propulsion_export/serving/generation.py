@@ -151,9 +151,7 @@ class Writer:
         if wrong := held_mark(conversation, chat):
             raise UsageError(f"{place}: {wrong}")
         try:
-            text = chat.render(
-                conversation.messages, tools=conversation.tools, generation_prompt=True
-            )
+            text = chat.prompt(conversation.messages, conversation.tools)
         except TemplateRefusal as error:
             raise UsageError(f"{place}: the chat template refuses it ({error})") from error
         with self.one_at_a_time:

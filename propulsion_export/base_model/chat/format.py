@@ -85,6 +85,19 @@ class ChatFormat:
             now=self.now,
         )
 
+    def prompt(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None
+    ) -> str:
+        """A conversation up to where the assistant's next turn begins.
+
+        Some templates write the header of an answer, but in no generation prompt: it is added.
+
+        Raises:
+            TemplateRefusal: see `rendering.render`.
+        """
+        text = self.render(messages, tools=tools, generation_prompt=True)
+        return text if self.header else text + self._unprompted_header
+
     def marks_in(self, text: str) -> list[re.Match[str]]:
         """The special tokens in a text, in order; of two at one place the longer."""
         return list(self._pattern.finditer(text))
@@ -153,6 +166,18 @@ class ChatFormat:
     def _prompt(self) -> Marked | None:
         openings = ([*opening, _USER] for opening in _OPENINGS)
         return next(filter(None, (self._try(one, True) for one in openings)), None)
+
+    @cached_property
+    def _unprompted_header(self) -> str:
+        """What the template writes between a prompt and an answer; empty if it is white space."""
+        for opening in _OPENINGS:
+            messages = [*opening, _USER, _ANSWER]
+            prompt, whole = self._try(messages[:-1], True), self._try(messages, False)
+            if prompt is None or whole is None or not whole.text.startswith(prompt.text):
+                continue
+            between = whole.text[len(prompt.text) : whole.first(len(messages) - 1)]
+            return between if between.strip() else ""
+        return ""
 
     @cached_property
     def _behind_last(self) -> str | None:

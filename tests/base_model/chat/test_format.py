@@ -57,3 +57,18 @@ def test_thinking_that_a_header_opens_may_stand_in_an_answer():
 
 def test_a_mark_that_begins_like_the_headers_is_no_part_of_the_header():
     assert format_of("phi3").header == "<|assistant|>\n"
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES.keys() - {"whole"}))
+def test_prompt_is_what_transformers_renders(name):
+    family = FAMILIES[name]
+    messages = [{"role": "user", "content": "hi"}]
+
+    prompt = format_of(name).prompt(messages)
+
+    theirs = byte_tokenizer(family).apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True
+    )
+    # This one has a header before answers, which is not learnt, but none in its prompts.
+    header = "<|im_start|>assistant\n" if name == "chatml-no-prompt" else ""
+    assert prompt == theirs + header
