@@ -110,8 +110,8 @@ def _forms(source: Path, found: Sequence[str], columns: Columns) -> tuple[str | 
         )
     if not has_pair and not has_text:
         raise DataError(
-            f"{source}: has neither {TEXT!r} nor {MESSAGES!r} nor both {pair[0]!r} and "
-            f"{pair[1]!r}, found {', '.join(map(repr, found))}",
+            f"{source}: has neither {TEXT!r} nor both {pair[0]!r} and {pair[1]!r}, found "
+            f"{', '.join(map(repr, found))}",
             remedy="Name the column of texts or conversations with --text-column, or those of "
             "prompts and responses with --text-column and --label-column.",
         )

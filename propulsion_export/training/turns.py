@@ -106,7 +106,8 @@ class _Turns:
         self._check_shown(index)
         start = self._start(index)
         first = self._content_start(index)
-        if first is not None and first < start:
+        # The content itself may begin as the header ends, with <think>.
+        if first is not None and not self.chat.header.endswith(self.text[first:start]):
             raise _undecided(index, "its content stands before the end of its header")
         between = self.text[start : start if first is None else first]
         opening = [mark[0] for mark in self.chat.marks_in(self.chat.header)[:1]]
@@ -198,8 +199,11 @@ class _Turns:
         """Behind the one header between the message before the answer and its content."""
         header, tail = self.chat.header, self.chat.before_answer
         place = self.marked.last(index - 1) if index else None
-        if place is not None and tail and self.text.startswith(tail, place):
-            return place + len(tail)
+        if place is not None and tail:
+            content = self.messages[index - 1].get("content", "")
+            place += len(content) - len(content.rstrip())
+            if self.text.startswith(tail, place):
+                return place + len(tail)
         before = [p for n in range(index) if (p := self.marked.last(n)) is not None]
         low, high = max(before, default=0), self.marked.first(index)
         between = self.text[low:high]

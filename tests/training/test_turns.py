@@ -3,15 +3,20 @@
 Each expected answer is the text of the tokens that carry the loss.
 """
 
+import json
 from types import SimpleNamespace
 
 import pytest
+from hypothesis import given as drawn
+from hypothesis import settings
+from hypothesis import strategies as st
 
 from chat_models import CHATML, FAMILIES, Family, byte_tokenizer, spaced_tokenizer
 from propulsion_export.data.messages import Conversation, parse_conversation
 from propulsion_export.errors import BaseModelError, DataError
 from propulsion_export.training.conversations import ChatEncoder
 from propulsion_export.training.encode import IGNORED
+from propulsion_export.training.turns import render_turns
 
 IM = FAMILIES["chatml"].marks
 
@@ -341,3 +346,48 @@ def test_of_several_templates_rows_with_tools_take_the_one_for_tools():
 
     assert tokenizer.decode(plain["input_ids"]).startswith("<|im_start|>user")
     assert tokenizer.decode(with_tools["input_ids"]).startswith("TOOLS<|im_start|>user")
+
+
+PIECES = [
+    "yo",
+    "assistant",
+    "\n",
+    " ",
+    "<",
+    "|",
+    "<|",
+    "a.",
+    "ASSISTANT:",
+    "USER: ",
+    "{{",
+    "é",
+    "漢",
+]
+SAID = st.lists(st.sampled_from(PIECES), min_size=1, max_size=5).map("".join)
+WITH_END = ("chatml", "chatml-marked", "llama3", "gemma", "phi3", "vicuna", "mistral")
+
+
+@pytest.mark.parametrize("name", WITH_END)
+@settings(max_examples=40, deadline=None)
+@drawn(turns=st.lists(st.tuples(SAID, SAID), min_size=1, max_size=3))
+def test_spans_hold_the_answers_and_one_mark_each(name, turns):
+    chat = encoder(FAMILIES[name]).chat
+    given = conversation(*(text for pair in turns for text in pair))
+
+    rendered = render_turns(given, chat)
+
+    assert len(rendered.spans) == len(turns)
+    for (start, end), (_, answer) in zip(rendered.spans, turns, strict=True):
+        piece = rendered.text[start:end]
+        (mark,) = [mark[0] for mark in chat.marks_in(piece)]
+        assert piece.removesuffix(mark).strip() == answer.strip()
+
+
+def test_messages_may_be_json_text():
+    given = parse_conversation(json.dumps(list(TWO_TURNS.messages)))
+
+    assert given == TWO_TURNS
+
+
+def test_a_content_that_begins_as_the_header_ends_is_learnt_behind_it():
+    assert learnt(FAMILIES["r1"], conversation("hi", "<think>\nyo")) == ["yo<|eos|>"]
