@@ -1,4 +1,4 @@
-"""`propulsion-export run`: predict with an artifact, or generate text."""
+"""`propulsion-export run`: predict with an artifact, generate text, or chat."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -6,6 +6,9 @@ from typing import Any
 
 import click
 
+from propulsion_export.errors import UsageError
+
+from .chat import is_terminal, talk
 from .console import Console, console_options
 from .options import DIRECTORY, FILE, runner_option, trust_option
 from .streams import print_result
@@ -22,6 +25,18 @@ _SHOWN = 4  # numbers of an embedding that are printed
     "--inputs",
     type=FILE,
     help="File of texts: one per line, or JSONL, CSV or Parquet with a column `text`.",
+)
+@click.option(
+    "--chat",
+    is_flag=True,
+    help="Each text is a user's turn for the chat template; "
+    "without texts, a conversation on the terminal.",
+)
+@click.option("--system", metavar="TEXT", help="System turn of a conversation.")
+@click.option(
+    "--conversation",
+    type=FILE,
+    help="File of conversations to go on with: JSON messages, or rows with a column `messages`.",
 )
 @click.option(
     "--context",
@@ -56,6 +71,9 @@ def command(
     artifact: Path,
     text: tuple[str, ...],
     inputs: Path | None,
+    chat: bool,
+    system: str | None,
+    conversation: Path | None,
     context: tuple[str, ...],
     adapter: tuple[str, ...],
     max_new_tokens: int | None,
@@ -66,12 +84,23 @@ def command(
     runner: str,
     trust_remote_code: bool,
 ) -> None:
-    """Predict with an artifact, or generate text.
+    """Predict with an artifact, generate text, or chat.
 
     The text generated for a single prompt is printed as it is generated.
     """
     from propulsion_export.pipeline.run import predict
 
+    options = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "seed": seed,
+    }
+    if chat and not (text or inputs or conversation) and is_terminal():
+        loading = {"runner": runner, "trust_remote_code": trust_remote_code}
+        _talk(console, artifact, adapter, system, {"options": options, **loading})
+        return
     alone = len(text) == 1 and inputs is None
     on_text = _print_piece if alone and not (console.json or console.quiet) else None
     predictions = predict(
@@ -87,6 +116,9 @@ def command(
         top_p=top_p,
         seed=seed,
         trust_remote_code=trust_remote_code,
+        chat=chat,
+        system=system,
+        conversation=conversation,
         on_text=on_text,
         on_note=console.note,
     )
@@ -95,6 +127,26 @@ def command(
         console.note(note)
     for number in _out_of_positions(predictions, max_new_tokens):
         console.note(f"text {number}: stopped, the model has no more positions")
+
+
+def _talk(
+    console: Console,
+    artifact: Path,
+    adapters: Sequence[str],
+    system: str | None,
+    settings: Mapping[str, Any],
+) -> None:
+    """A conversation on the terminal, with one adapter."""
+    from propulsion_export.pipeline.run import open_chat
+
+    if console.json or len(adapters) > 1:
+        found = "--json" if console.json else f"{len(adapters)} adapters"
+        raise UsageError(
+            f"{found}: is not for a conversation on the terminal",
+            remedy="Give the turns with --text or --conversation.",
+        )
+    chosen = adapters[0] if adapters else None
+    talk(open_chat(artifact, adapter=chosen, system=system, on_note=console.note, **settings))
 
 
 def shown(prediction: Mapping[str, Any]) -> str:

@@ -20,6 +20,7 @@ class TrainArguments(TypedDict):
     validation: Path | None
     text_column: str | None
     label_column: str | None
+    chat_template: Path | None
     placement: str
     degree: float
     train_bias: bool
@@ -62,6 +63,11 @@ class TrainArguments(TypedDict):
     "--label-column",
     help="Column of the labels or responses.  [default: label, labels, or response; to generate, "
     "without responses, the texts themselves are learnt]",
+)
+@click.option(
+    "--chat-template",
+    type=FILE,
+    help="File with the chat template to learn messages with.  [default: the base model's]",
 )
 @click.option(
     "--placement",
@@ -150,7 +156,7 @@ def command(
     """Train a Propulsion adapter on labelled text, or on text to generate.
 
     To generate, it learns the texts of a column `text`, or responses to prompts, each with an
-    end-of-sequence token; no head is trained.
+    end-of-sequence token, or what the assistant says in a column `messages`; no head is trained.
 
     Writes the PEFT adapter, metrics.json, loss-curve.png and a model card. Under `accelerate
     launch` several processes train together.

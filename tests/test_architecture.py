@@ -196,6 +196,7 @@ def test_no_module_is_a_drawer_for_everything():
 
 # Functions that may take any keyword although no library's class asks for them, and why.
 TAKES_ANY_KEYWORD = {
+    f"{PACKAGE}.base_model.chat.rendering:_TemplateDict.__call__": "is what templates call `dict`",
     f"{PACKAGE}.training.head:_cached_outputs.cached": "replaces forward() of any base model",
     f"{PACKAGE}.graph.trace:trace_encoder_decoder.lambda": "replaces forward() of any base model",
     f"{PACKAGE}.parity.stacks:returning.lambda": "replaces forward() of any base model's layers",

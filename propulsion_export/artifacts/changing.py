@@ -7,6 +7,7 @@ from safetensors.numpy import save
 
 from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.adapters.names import BASE_NAME
+from propulsion_export.adapters.own_template import own_template
 from propulsion_export.adapters.own_tokenizer import check_tokenizer
 from propulsion_export.adapters.provenance import check_base
 from propulsion_export.adapters.sentence_source import check_sentence_pipeline
@@ -33,6 +34,7 @@ from propulsion_export.artifacts.manifest import AdapterEntry, Manifest
 from propulsion_export.artifacts.merged_base import check_not_merged
 from propulsion_export.artifacts.staging import replace_file
 from propulsion_export.artifacts.tensor_names import BANK_INPUT, MODULES_INPUT
+from propulsion_export.base_model.chat.templates import read_template
 from propulsion_export.base_model.config import read_settings
 from propulsion_export.base_model.settings import read_tokenizer_settings
 from propulsion_export.base_model.tasks import TASKS
@@ -68,6 +70,7 @@ def add_adapter(
         check_tokenizer(new.name, Path(source_of(adapter)), read.directory)
         feeds = _fitted(read, new, allow_range=allow_range)
         entry = _entry(read.manifest, new, source_of(adapter))
+        entry = replace(entry, chat_template=_template(read, Path(entry.source)))
         if read.manifest.mode == "bank":
             row = to_row(feeds, read.manifest.layout)
             read.open_bank().add(new.name, row, entry, replace=force)
@@ -82,6 +85,12 @@ def _entry(manifest: Manifest, new: Adapter, source: str) -> AdapterEntry:
     classifies = TASKS[manifest.task].prediction == "class"
     kind = problem_type_of(new, base.problem_type) if classifies else None
     return AdapterEntry(new.digest, source, new.size, None, labels, kind)
+
+
+def _template(artifact: Artifact, directory: Path) -> str | None:
+    """An adapter's own chat template; None where it is the artifact's."""
+    own = own_template(directory)
+    return None if own == read_template(artifact.directory) else own
 
 
 def _label_room(manifest: Manifest) -> int | None:

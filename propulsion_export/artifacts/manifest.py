@@ -78,7 +78,8 @@ class AdapterEntry:
     `file` holds the values of all packed inputs (switchable only); `source` is the directory the
     adapter was read from; `labels` are its class names in the order of the first `len(labels)`
     logits, and the other logits are padding; `problem_type` is what the logits mean in text
-    classification, None where nobody says.
+    classification, None where nobody says; `chat_template` is the template that it was trained
+    with, None where that is the artifact's own.
     """
 
     digest: str
@@ -87,6 +88,7 @@ class AdapterEntry:
     file: str | None = None
     labels: tuple[str, ...] | None = None
     problem_type: ProblemType | None = None
+    chat_template: str | None = None
 
 
 @dataclass(frozen=True)

@@ -179,8 +179,12 @@ def export_onnx(
         room = base.room if base.own_head else None
         classes = [labels_in(read, graphs.layout, labels, room) for read in adapters]
         entries = _entries(adapters, adapter, graphs.mode, classes, settled.adapters)
+        entries = {
+            one: replace(entry, chat_template=texts.template_of(one, graphs.mode))
+            for one, entry in entries.items()
+        }
         _write(produced, directory, name, entries)
-        texts.write(directory, settled.settings)
+        texts.write(directory, settled.settings, graphs.mode)
         texts.record(directory, settled.settings)
         if produced.write_config is not None:
             produced.write_config(directory)

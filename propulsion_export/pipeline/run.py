@@ -7,9 +7,10 @@ from typing import Any
 from propulsion_export.artifacts.artifact import Artifact
 from propulsion_export.base_model.generation_settings import GenerationSettings
 from propulsion_export.base_model.tasks import TASKS
-from propulsion_export.base_model.tokenizer.words import joined
 from propulsion_export.data.texts import read_texts
 from propulsion_export.errors import ArtifactError, UsageError
+from propulsion_export.pipeline.chat_options import ChatOptions
+from propulsion_export.serving.chat import Chat
 from propulsion_export.serving.generation import DEFAULT_NEW_TOKENS, OnText, Settings
 from propulsion_export.serving.loaded_model import Reply
 from propulsion_export.serving.requests import contexts_for, one_each
@@ -33,10 +34,13 @@ def predict(
     top_p: float | None = None,
     seed: int | None = None,
     trust_remote_code: bool = False,
+    chat: bool = False,
+    system: str | None = None,
+    conversation: Path | None = None,
     on_text: OnText | None = None,
     on_note: Callable[[str], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """Predict for texts; returns one JSON object per text.
+    """Predict for texts, or answer conversations; returns one JSON object for each.
 
     Besides `text` and `adapter` it holds, by task: `label` and `score`, and for a regression or
     several labels what `classify` says; `tokens`, a list of `word`,
@@ -44,7 +48,8 @@ def predict(
     `end` (characters of the context) and `score`;
     `filled`, one word per mask; `embedding`; or, of text that is generated, `generated`, `tokens`
     (their numbers, without the end token) and `stopped`: `end` or `length`. A text longer than the
-    model's positions is cut; a prompt that long is refused.
+    model's positions is cut; a prompt that long is refused. For a conversation of a file,
+    `messages` takes the place of `text`.
 
     Args:
         artifact: directory of a merged checkpoint, an ONNX export or an engine.
@@ -63,23 +68,22 @@ def predict(
         top_p: sample from the likeliest tokens that together have this probability.
         seed: for sampling; default: a different text every time.
         trust_remote_code: run code that a merged checkpoint brings.
+        chat: each text is a user's turn, which the chat template renders.
+        system: a system turn before each of them.
+        conversation: file of conversations to go on with: JSON, or rows with a column `messages`.
         on_text: called with the number of a text, from 0, and the next piece generated for it.
         on_note: called with what to know about the predictions: generation settings of the model
             that are not applied.
 
     Raises:
         UsageError: there is no text; the numbers of adapters or contexts and of texts differ; an
-            option for generating text, for another task.
+            option for generating text, for another task; options for chats that do not fit the
+            others or the artifact, or a conversation that its chat template refuses.
         UnknownAdapterError: the artifact has no adapter of that name.
         ArtifactError: an output is NaN or overflows, also the logits of a token to generate.
         UnavailableError: this machine cannot run it.
     """
     read = Artifact.read(artifact)
-    texts = [*text, *(read_texts(inputs, read.manifest.task) if inputs else ())]
-    if not texts:
-        raise UsageError("no text is given, expected some", remedy="Give --text or --inputs.")
-    names = one_each("adapters", adapter, len(texts)) if adapter else None
-    contexts = contexts_for(read.manifest.task, context, len(texts))
     options = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
@@ -87,19 +91,63 @@ def predict(
         "top_p": top_p,
         "seed": seed,
     }
-    settings = _settings(read, options, on_text)
+    task = read.manifest.task
+    chats = ChatOptions(chat, system, conversation)
+    chats.check(task, text=bool(text), inputs=bool(inputs))
+    texts: list[Any] = [*text, *(read_texts(inputs, task) if inputs else ())]
+    if not texts and conversation is None:
+        more = ", or chat on a terminal" if chat else ""
+        remedy = f"Give --text or --inputs{more}."
+        raise UsageError("no text is given, expected some", remedy=remedy)
+    asked = chats.conversations(texts) or texts
+    names = one_each("adapters", adapter, len(asked)) if adapter else None
+    contexts = contexts_for(task, context, len(asked))
+    settings = settings_for(read, options, on_text)
     if settings is not None and on_note is not None:
-        _note_settings(read, settings, on_note)
+        note_settings(read, settings, on_note)
     session = Session(read, runner=runner, trust_remote_code=trust_remote_code)
-    replies = session(texts, names, context=contexts, settings=settings)
+    replies = session(asked, names, context=contexts, settings=settings)
     _check_numbers(read, replies)
     return [
-        {"text": joined(one), "adapter": reply.adapter, **(reply.prediction or {})}
-        for one, reply in zip(texts, replies, strict=True)
+        {**chats.shown(texts, row), "adapter": reply.adapter, **(reply.prediction or {})}
+        for row, reply in enumerate(replies)
     ]
 
 
-def _note_settings(artifact: Artifact, settings: Settings, on_note: Callable[[str], None]) -> None:
+def open_chat(
+    artifact: Path,
+    *,
+    adapter: str | None = None,
+    system: str | None = None,
+    runner: str = "auto",
+    options: Mapping[str, Any],
+    trust_remote_code: bool = False,
+    on_note: Callable[[str], None],
+) -> Chat:
+    """Load an artifact for a conversation turn by turn.
+
+    Args:
+        artifact: as for `predict`, like the others.
+        adapter: the adapter that answers.
+        system: the system turn.
+        runner: the runtime.
+        options: those for generating text, by name; None where one is not given.
+        trust_remote_code: run code that a merged checkpoint brings.
+        on_note: called with what to know about the predictions.
+
+    Raises:
+        PropulsionExportError: as `predict`.
+    """
+    read = Artifact.read(artifact)
+    ChatOptions(True, system).check(read.manifest.task)
+    settings = settings_for(read, options, None)
+    assert settings is not None  # the task generates text
+    note_settings(read, settings, on_note)
+    session = Session(read, runner=runner, trust_remote_code=trust_remote_code)
+    return Chat(session, adapter, system=system, settings=settings)
+
+
+def note_settings(artifact: Artifact, settings: Settings, on_note: Callable[[str], None]) -> None:
     """Say which generation settings of the model change its text and are not applied."""
     read = GenerationSettings.read(artifact.directory)
     if ignored := read.not_applied(sampling=settings.sampling is not None):
@@ -126,7 +174,7 @@ def _lost_at(reply: Reply) -> str:
     return "" if tokens is None else f", at generated token {len(tokens) + 1}"
 
 
-def _settings(
+def settings_for(
     artifact: Artifact, options: Mapping[str, Any], on_text: OnText | None
 ) -> Settings | None:
     """The settings for generating text from the options given; None for another task."""

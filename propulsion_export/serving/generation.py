@@ -10,6 +10,9 @@ import numpy as np
 
 from propulsion_export.adapters.scales import Array
 from propulsion_export.artifacts.artifact import Artifact, Tensors
+from propulsion_export.base_model.chat.format import ChatFormat
+from propulsion_export.base_model.chat.rendering import TemplateRefusal
+from propulsion_export.base_model.chat.templates import choose_template, read_template
 from propulsion_export.base_model.config import read_settings
 from propulsion_export.base_model.generation_settings import GenerationSettings
 from propulsion_export.base_model.positions import as_config, longest_input
@@ -21,7 +24,9 @@ from propulsion_export.base_model.tokenizer.token_ids import (
     check_encoded,
     check_token_ids,
     embedding_rows,
+    numbers_of,
 )
+from propulsion_export.data.messages import Conversation, held_mark
 from propulsion_export.errors import ArtifactError, UsageError
 from propulsion_export.runners.decoding import (
     Choose,
@@ -91,6 +96,14 @@ class Settings:
 
 
 @dataclass(frozen=True)
+class Prompt:
+    """The tokens of a prompt, and those at which its answer ends."""
+
+    tokens: Sequence[int]
+    ends: Sequence[int]
+
+
+@dataclass(frozen=True)
 class Writer:
     """A generative artifact, ready for any batch.
 
@@ -103,7 +116,9 @@ class Writer:
         longest: most tokens of a prompt that an encoder reads; None where the decoder reads it.
         switches: lengths above which the decoder's rotary frequencies are others.
         rows: how many tokens the model has embeddings for; None where it does not say.
+        template: the chat template of the base model; None without one.
         one_at_a_time: see `texts.Reader`.
+        formats: the formats of chats that were used, by template.
     """
 
     generator: Generator
@@ -114,9 +129,51 @@ class Writer:
     longest: int | None
     switches: tuple[int, ...] = ()
     rows: int | None = None
+    template: str | None = None
     one_at_a_time: threading.Lock = field(default_factory=threading.Lock)
+    formats: dict[str, tuple[ChatFormat, list[int]]] = field(default_factory=dict)
 
-    def encode(self, text: str, number: int) -> list[int]:
+    def encode_chat(self, conversation: Conversation, number: int, own: str | None) -> Prompt:
+        """A conversation as a prompt for the assistant's next turn.
+
+        Args:
+            conversation: what was said.
+            number: names the conversation in messages.
+            own: the chat template of the row's adapter; None for the base model's.
+
+        Raises:
+            UsageError: there is no chat template, it refuses the conversation, a message holds a
+                mark of it, or the conversation leaves no position for an answer.
+            UnavailableError: jinja2 is not installed.
+        """
+        place = f"conversation {number + 1}"
+        chat, ends = self._format(own or self.template)
+        if wrong := held_mark(conversation, chat):
+            raise UsageError(f"{place}: {wrong}")
+        try:
+            text = chat.prompt(conversation.messages, conversation.tools)
+        except TemplateRefusal as error:
+            raise UsageError(f"{place}: the chat template refuses it ({error})") from error
+        with self.one_at_a_time:
+            encoded = self.tokenizer(text, verbose=False, add_special_tokens=False)
+        return Prompt(self._checked(encoded["input_ids"], place), ends)
+
+    def _format(self, template: str | None) -> tuple[ChatFormat, list[int]]:
+        """The format of chats by a template, and the tokens that end an answer in it."""
+        if template is None:
+            raise UsageError(
+                "messages: the artifact has no chat template, expected one to render them with",
+                remedy="Give texts, or put chat_template.jinja into the adapter's directory and "
+                "export it again.",
+            )
+        if template not in self.formats:
+            chat = ChatFormat.of(template, self.tokenizer, self.special.end)
+            numbers = numbers_of(self.tokenizer)
+            ends = [numbers[token] for token in sorted(chat.ends) if token in numbers]
+            self.formats[template] = chat, list(dict.fromkeys([*self.special.end, *ends]))
+        return self.formats[template]
+
+    def encode(self, text: str, number: int) -> Prompt:
         """The tokens of a text as a prompt; `number` names the text in messages.
 
         Raises:
@@ -126,14 +183,17 @@ class Writer:
         with self.one_at_a_time:
             # Not verbose: a text that is too long is reported below.
             tokens: list[int] = self.tokenizer(text, verbose=False, **cut)["input_ids"]
+        return Prompt(self._checked(tokens, f"text {number + 1}"), self.special.end)
+
+    def _checked(self, tokens: list[int], place: str) -> list[int]:
         check_encoded(np.array([tokens], np.int64), self.rows)
         if not tokens and self.special.begin is not None:
             tokens = [self.special.begin]
         if not tokens:
-            raise UsageError(f"text {number + 1}: has no tokens, expected some")
+            raise UsageError(f"{place}: has no tokens, expected some")
         if self.longest is None and self.positions is not None and len(tokens) >= self.positions:
             raise UsageError(
-                f"text {number + 1}: has {len(tokens)} tokens, expected less than the model's "
+                f"{place}: has {len(tokens)} tokens, expected less than the model's "
                 f"{self.positions} positions",
                 remedy="Shorten it.",
             )
@@ -141,7 +201,7 @@ class Writer:
 
     def write(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Prompt],
         numbers: Sequence[int],
         feeds: Tensors,
         settings: Settings,
@@ -149,7 +209,7 @@ class Writer:
         """Generate after the prompts.
 
         Args:
-            prompts: the tokens of each prompt.
+            prompts: one for each text.
             numbers: the numbers of the texts.
             feeds: the adapters' inputs.
             settings: how to generate.
@@ -161,16 +221,17 @@ class Writer:
         Raises:
             ArtifactError: a generation setting of the model has a value that cannot be used.
         """
-        opening = self.generator.open({**self._batch(prompts), **feeds})
+        read = [prompt.tokens for prompt in prompts]
+        opening = self.generator.open({**self._batch(read), **feeds})
         rooms = self._room(opening.mask.sum(1), settings)
         rows = [
             _TextInProgress(
-                TextStream(self.tokenizer, self._read_before(prompt)), self.special.end, room
+                TextStream(self.tokenizer, self._read_before(prompt.tokens)), prompt.ends, room
             )
             for prompt, room in zip(prompts, rooms, strict=True)
         ]
         choose = self._chooser(opening, prompts, rooms, settings.choose(numbers))
-        going = self._going(opening, prompts, feeds)
+        going = self._going(opening, read, feeds)
         for tokens in going(choose, lambda: np.array([bool(r.stopped) for r in rows])):
             for row, number, token, lost in zip(rows, numbers, tokens, choose.lost, strict=True):
                 settings.report(number, row.lose() if lost else row.take(int(token)))
@@ -186,7 +247,7 @@ class Writer:
     def _chooser(
         self,
         opening: Opening,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Prompt],
         rooms: Sequence[int],
         pick: Choose,
     ) -> TokenChooser:
@@ -196,7 +257,7 @@ class Writer:
         rules = [
             rules_of(
                 self.defaults,
-                Row(np.array(prompt, np.int64), len(start), room, self.special.end),
+                Row(np.array(prompt.tokens, np.int64), len(start), room, prompt.ends),
             )
             for prompt, start, room in zip(prompts, starts, rooms, strict=True)
         ]
@@ -243,6 +304,8 @@ def open_writer(artifact: Artifact, generator: Generator) -> Writer:
         longest=longest_input(config, tokenizer) if encoded else None,
         switches=rope_switches(settings),
         rows=embedding_rows(settings),
+        template=read_template(artifact.directory)
+        or choose_template(getattr(tokenizer, "chat_template", None), with_tools=False),
     )
 
 

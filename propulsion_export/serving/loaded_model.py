@@ -16,10 +16,11 @@ from propulsion_export.base_model.positions import as_config
 from propulsion_export.base_model.rope_switch import rope_switches
 from propulsion_export.base_model.tasks import TASKS
 from propulsion_export.base_model.tokenizer.words import joined
+from propulsion_export.data.messages import Conversation
 from propulsion_export.errors import UsageError
 from propulsion_export.runners.decoding import recomputing
 from propulsion_export.runners.opening import open_candidate
-from propulsion_export.serving.generation import Settings, Writer, open_writer
+from propulsion_export.serving.generation import Prompt, Settings, Writer, open_writer
 from propulsion_export.serving.requests import Text, as_given
 from propulsion_export.serving.roster import Choice, Group
 from propulsion_export.serving.sides import check_sides, run_by_side
@@ -140,8 +141,29 @@ class LoadedModel:
         if isinstance(text, Reader):
             return [self._read(text, texts, contexts, group) for group in groups]
         # All are encoded first: one that cannot be a prompt is refused before any is answered.
-        prompts = [text.encode(joined(one), row) for row, one in enumerate(texts)]
+        prompts = {row: text.encode(joined(one), row) for row, one in enumerate(texts)}
         return [self._write(text, prompts, group, settings) for group in groups]
+
+    def answer_conversations(
+        self,
+        conversations: Sequence[Conversation],
+        groups: Sequence[Group],
+        settings: Settings,
+    ) -> list[list[Reply]]:
+        """Answer conversations: for each group the replies to its rows.
+
+        Raises:
+            UsageError: see `Writer.encode_chat`; or there is no tokenizer.
+            UnavailableError: the tokenizer or jinja2 needs a package that is not installed.
+        """
+        writer = self._open_text()
+        assert isinstance(writer, Writer)  # `conversations_in` has checked the task
+        prompts = {
+            row: writer.encode_chat(conversations[row], row, choice.chat_template)
+            for group in groups
+            for row, choice in zip(group.rows, group.choices, strict=True)
+        }
+        return [self._write(writer, prompts, group, settings) for group in groups]
 
     def _read(
         self, reader: Reader, texts: Sequence[Text], contexts: Sequence[str], group: Group
@@ -159,7 +181,7 @@ class LoadedModel:
         ]
 
     def _write(
-        self, writer: Writer, prompts: Sequence[Sequence[int]], group: Group, settings: Settings
+        self, writer: Writer, prompts: Mapping[int, Prompt], group: Group, settings: Settings
     ) -> list[Reply]:
         own = [prompts[row] for row in group.rows]
         written = writer.write(own, group.rows, group.feeds, settings)

@@ -1,6 +1,7 @@
 """Check the inputs of a request and bring them into the form that a model takes."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -8,11 +9,13 @@ from propulsion_export.adapters.scales import Array
 from propulsion_export.artifacts.artifact import Tensors
 from propulsion_export.base_model.model_inputs import ExtraInput
 from propulsion_export.base_model.tasks import TASKS
+from propulsion_export.data.messages import Conversation
 from propulsion_export.data.rows import half_character, wrong_words
 from propulsion_export.errors import UsageError
 
 Text = str | Sequence[str]  # a text, or the words of one
-Inputs = str | Sequence[Text] | Tensors
+Messages = Sequence[Mapping[str, Any]] | Conversation
+Inputs = str | Sequence[Text] | Tensors | Sequence[Mapping[str, Any]] | Sequence[Messages]
 _NONE: Mapping[str, ExtraInput] = {}
 # Inputs with a number for every token of the text, [batch, sequence].
 _OF_TOKENS = {"input_ids", "attention_mask", "token_type_ids"}

@@ -22,7 +22,7 @@ from propulsion_export.artifacts.file_names import (
     MANIFEST_FILE,
 )
 from propulsion_export.artifacts.locking import shared_lock
-from propulsion_export.artifacts.manifest import ADD_ONE, Manifest, read_manifest
+from propulsion_export.artifacts.manifest import ADD_ONE, AdapterEntry, Manifest, read_manifest
 from propulsion_export.artifacts.tensor_names import BANK_INPUT, IDS_INPUT
 from propulsion_export.base_model.settings import ProblemType
 from propulsion_export.errors import ArtifactError, unknown_adapters
@@ -40,12 +40,14 @@ class Choice:
         version: digest of the adapter; replacing an adapter changes it.
         labels: its class names; None if there are none.
         problem_type: what its logits mean in text classification; None where nobody says.
+        chat_template: its own chat template; None for the artifact's.
     """
 
     adapter: str
     version: str
     labels: tuple[str, ...] | None
     problem_type: ProblemType | None = None
+    chat_template: str | None = None
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,7 @@ class PackedRoster:
             version = next(manifest.files[file] for file in places if file in manifest.files)
             return Choice(name, version, manifest.base.labels, manifest.base.problem_type)
         entry = manifest.adapters[name]
-        return Choice(name, entry.digest, entry.labels, entry.problem_type)
+        return _choice_of(name, entry)
 
 
 @dataclass(frozen=True)
@@ -214,7 +216,11 @@ class BankRoster:
         if name == BASE_NAME:
             base = self.artifact.manifest.base
             return Choice(name, row.checksum, base.labels, base.problem_type)
-        return Choice(name, row.entry.digest, row.entry.labels, row.entry.problem_type)
+        return _choice_of(name, row.entry)
+
+
+def _choice_of(name: str, entry: AdapterEntry) -> Choice:
+    return Choice(name, entry.digest, entry.labels, entry.problem_type, entry.chat_template)
 
 
 def _read_again(artifact: Artifact, before: Roster | None) -> Artifact:

@@ -14,6 +14,7 @@ from propulsion_export.artifacts.locking import shared_lock
 from propulsion_export.environment.paths import user_path
 from propulsion_export.errors import UnknownAdapterError, UsageError
 from propulsion_export.runners.opening import choose_runner, place_for
+from propulsion_export.serving.conversations import conversations_in
 from propulsion_export.serving.generation import Settings
 from propulsion_export.serving.loaded_model import LoadedModel, Reply
 from propulsion_export.serving.requests import (
@@ -112,7 +113,9 @@ class Session:
 
         Args:
             inputs: texts, or the model's own inputs, each [batch, …]. For token classification a
-                text may be a list of its words; each gets a label.
+                text may be a list of its words; each gets a label. For text generation also a
+                conversation, a list of messages with role and content, or a list of such lists;
+                the chat template renders it, and the reply is the assistant's next turn.
             adapter: names, one for all rows or one for each; `base` for none; default: the only
                 adapter of an artifact that is not a bank, else the base model.
             context: for question answering, the text with the answer, for text classification the
@@ -127,26 +130,27 @@ class Session:
             UnavailableError: the tokenizer needs transformers, which is not installed.
         """
         self._check_process()
-        rows = count_rows(inputs)
-        if isinstance(inputs, Mapping):
+        conversations = conversations_in(inputs, self._artifact.manifest.task)
+        rows = count_rows(inputs) if conversations is None else len(conversations)
+        if conversations is not None:
+            contexts_for(self._artifact.manifest.task, context, rows)
+            groups = self._groups(adapter, rows, _ROWS)
+            chosen = settings or Settings()
+            answers = self._model.answer_conversations(conversations, groups, chosen)
+        elif isinstance(inputs, Mapping):
             if context or settings is not None:
                 raise UsageError("context and settings go with texts, the inputs are tensors")
             tensors = self._model.checked(inputs)
             groups = self._groups(adapter, rows, rows)
             answers = [self._model.answer_tensors(tensors, group) for group in groups]
         else:
-            texts = [inputs] if isinstance(inputs, str) else list(inputs)
+            texts: list[Any] = [inputs] if isinstance(inputs, str) else list(inputs)
             check_texts(texts, self._artifact.manifest.task)
             self._model.check_settings(settings)
             contexts = contexts_for(self._artifact.manifest.task, context, rows)
             groups = self._groups(adapter, rows, _ROWS)
             answers = self._model.answer_texts(texts, contexts, groups, settings or Settings())
-        replies = {
-            row: reply
-            for group, answered in zip(groups, answers, strict=True)
-            for row, reply in zip(group.rows, answered, strict=True)
-        }
-        return [replies[row] for row in range(rows)]
+        return _in_order(groups, answers)
 
     def add(self, adapter: str | Path, *, allow_range: bool = False, force: bool = False) -> None:
         """Add an adapter, `NAME=DIR` or a directory, to the artifact; the next request sees it.
@@ -208,6 +212,16 @@ class Session:
                 raise
         roster = self._roster
         return roster.groups(_names(adapter, rows, roster), most)
+
+
+def _in_order(groups: Sequence[Group], answers: Sequence[Sequence[Reply]]) -> list[Reply]:
+    """The replies in the order of the request's rows."""
+    replies = {
+        row: reply
+        for group, answered in zip(groups, answers, strict=True)
+        for row, reply in zip(group.rows, answered, strict=True)
+    }
+    return [replies[row] for row in sorted(replies)]
 
 
 def _open(directory: Path, runner: str, trusted: bool) -> Session:

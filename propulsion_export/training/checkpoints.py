@@ -18,7 +18,10 @@ from propulsion_export.training.options import TrainOptions
 
 _RUN_FILE = "run.json"
 # Options that do not change the training, so that a resumed run may have others.
-_FREE_OPTIONS = ("validation", "head_only", "resume", "force", "trust_remote_code")
+_FREE_OPTIONS = (
+    *("validation", "head_only", "resume", "force", "trust_remote_code"),
+    "chat_template",  # part of the base model's digest
+)
 
 RunDescription = Mapping[str, Any]
 
@@ -41,11 +44,13 @@ def describe_run(
 def _digest(base: TrainableBase) -> str:
     """A digest of all that is frozen: weights, settings and the tokenizer.
 
-    The tokenizer is represented by its vocabulary and, if it is a fast one, by its rules.
+    The tokenizer is represented by its vocabulary, its chat template and, if it is a fast one, by
+    its rules.
     """
     digest = hashlib.sha256(base.model.config.to_json_string().encode())
     rules = getattr(base.tokenizer, "backend_tokenizer", None)
     digest.update((rules.to_str() if rules else repr(sorted(base.tokenizer.get_vocab()))).encode())
+    digest.update(repr(getattr(base.tokenizer, "chat_template", None)).encode())
     trained = tuple(f"{path}." for path in (*base.heads, *base.absent))
     for name, weight in base.model.state_dict().items():
         if not name.startswith(trained):

@@ -6,8 +6,11 @@ from typing import Any
 
 import transformers
 
+from propulsion_export.base_model.chat.templates import write_template
+from propulsion_export.data.messages import Conversation
 from propulsion_export.environment.paths import user_path
-from propulsion_export.errors import DataError
+from propulsion_export.errors import DataError, UsageError
+from propulsion_export.training.conversations import ChatEncoder
 from propulsion_export.training.data import hold_out
 from propulsion_export.training.encode import Rows
 from propulsion_export.training.losses import (
@@ -19,25 +22,27 @@ from propulsion_export.training.losses import (
 from propulsion_export.training.metrics import perplexity_of, token_scores
 from propulsion_export.training.options import TrainOptions
 from propulsion_export.training.packing import BlockCollator, block_of, pack_rows
-from propulsion_export.training.passages import Passage, check_same_form, read_passages
+from propulsion_export.training.passages import Learnt, Passage, check_same_form, read_passages
 from propulsion_export.training.run import Data, Objective, TrainingRun
 from propulsion_export.training.sequences import Sequences, encode_pairs, encode_passages
 
 
-class _GeneratorRun(TrainingRun[Passage]):
+class _GeneratorRun(TrainingRun[Learnt]):
     """Trains no head; the comparison is the base model's loss on the validation data."""
 
     base_loss: float
+    conversations: ChatEncoder | None = None  # where the rows are conversations
 
     @staticmethod
-    def read(source: Path, options: TrainOptions) -> Data[Passage]:
-        passages = read_passages(source, options.columns)
+    def read(source: Path, options: TrainOptions) -> Data[Learnt]:
+        passages: list[Learnt] = [*read_passages(source, options.columns)]
+        _check_template_option(passages, options)
         if options.validation is None:
             training, validation = hold_out(source, passages, options.seed, stratum=lambda _: "")
             origin = f"a tenth of the rows of {source.name}, held out with seed {options.seed}"
             return Data(training, validation, origin)
         file = user_path(options.validation)
-        validation = read_passages(file, options.columns)
+        validation = [*read_passages(file, options.columns)]
         check_same_form(file, validation, passages)
         return Data(passages, validation, file.name)
 
@@ -56,14 +61,22 @@ class _GeneratorRun(TrainingRun[Passage]):
         }
 
     def encoded(self) -> Rows:
+        if isinstance(self.data.training[0], Conversation):
+            settings = getattr(self.base.model, "generation_config", None)
+            self.conversations = ChatEncoder.open(self.base.name, self.base.tokenizer, settings)
         training = self._checked(self.sequences(self.data.training), "training")
         validation = self._checked(self.sequences(self.data.validation), "validation")
         self.learnt = {"train": training.learnt, "validation": validation.learnt}
         return self.collated(training, validation)
 
     @abstractmethod
-    def sequences(self, passages: list[Passage]) -> Sequences:
+    def sequences(self, passages: list[Learnt]) -> Sequences:
         """Encode some passages."""
+
+    def write_beside(self, directory: Path) -> None:
+        # A request is to be rendered with the template that the adapter was trained with.
+        if self.conversations is not None:
+            write_template(directory, self.conversations.chat.template)
 
     def collated(self, training: Sequences, validation: Sequences) -> Rows:
         """The rows with a collator that pads them to the longest of a batch."""
@@ -75,14 +88,16 @@ class _GeneratorRun(TrainingRun[Passage]):
         """Note how many passages were cut or left out; refuse if no row remains."""
         total = f"{encoded.passages} {part} rows"
         if not encoded.rows:
+            before = "prompt" if self.conversations is None else "conversation before an answer"
             raise DataError(
-                f"{total}: every prompt fills the {self.longest} tokens that a row may have, "
+                f"{total}: every {before} fills the {self.longest} tokens that a row may have, "
                 "expected room for a response",
                 remedy="Raise --max-length, or shorten the prompts.",
             )
         if encoded.left_out:
+            before = "their prompt" if self.conversations is None else "what is before the answers"
             self.notes.append(
-                f"{encoded.left_out} of {total} are left out: their prompt leaves nothing to learn "
+                f"{encoded.left_out} of {total} are left out: {before} leaves nothing to learn "
                 f"in {self.longest} tokens."
             )
         if encoded.cut:
@@ -95,9 +110,12 @@ class DecoderRun(_GeneratorRun):
 
     objective = Objective(mean_next_token_loss, next_token_losses, token_scores)
 
-    def sequences(self, passages: list[Passage]) -> Sequences:
+    def sequences(self, passages: list[Learnt]) -> Sequences:
+        if self.conversations is not None:
+            chats = [one for one in passages if isinstance(one, Conversation)]
+            return self.conversations.encode(chats, self.longest)
         split = self.options.packing and passages is self.data.training
-        return encode_passages(passages, self.base.tokenizer, self.longest, split=split)
+        return encode_passages(_plain(passages), self.base.tokenizer, self.longest, split=split)
 
     def collated(self, training: Sequences, validation: Sequences) -> Rows:
         if not self.options.packing:
@@ -118,5 +136,17 @@ class EncoderDecoderRun(_GeneratorRun):
 
     objective = Objective(mean_cross_entropy, token_losses, token_scores)
 
-    def sequences(self, passages: list[Passage]) -> Sequences:
-        return encode_pairs(passages, self.base.tokenizer, self.longest)
+    def sequences(self, passages: list[Learnt]) -> Sequences:
+        return encode_pairs(_plain(passages), self.base.tokenizer, self.longest)
+
+
+def _plain(passages: list[Learnt]) -> list[Passage]:
+    return [one for one in passages if isinstance(one, Passage)]
+
+
+def _check_template_option(passages: list[Learnt], options: TrainOptions) -> None:
+    if options.chat_template is not None and not isinstance(passages[0], Conversation):
+        raise UsageError(
+            "--chat-template: is for conversations, the data have no column of messages",
+            remedy="Leave it out.",
+        )

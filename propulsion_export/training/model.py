@@ -13,6 +13,7 @@ from peft import get_peft_model
 from safetensors import SafetensorError
 from torch import nn
 
+from propulsion_export.base_model.chat.templates import read_template_file
 from propulsion_export.base_model.config import read_config, set_labels
 from propulsion_export.base_model.gguf.source import find_gguf
 from propulsion_export.base_model.loading import load_model, model_class_of
@@ -35,7 +36,13 @@ from propulsion_export.base_model.tokenizer.reading import read_tokenizer
 from propulsion_export.base_model.tokenizer.token_ids import check_token_ids
 from propulsion_export.environment.paths import user_path
 from propulsion_export.environment.permissions import check_permission
-from propulsion_export.errors import BaseModelError, UsageError, first_line
+from propulsion_export.errors import (
+    ArtifactError,
+    BaseModelError,
+    DataError,
+    UsageError,
+    first_line,
+)
 from propulsion_export.training.options import TrainOptions
 from propulsion_export.training.probe import leaks_in_a_block, looks_ahead
 from propulsion_export.tuning import PropulsionConfig
@@ -179,6 +186,12 @@ def _tokenizer(name: str, options: TrainOptions) -> Any:
     if options.task_entry.generates:
         # Padding on the left would shift the positions, which count from the start of the row.
         tokenizer.padding_side = "right"
+    if options.chat_template is not None:
+        file = user_path(options.chat_template)
+        try:
+            tokenizer.chat_template = read_template_file(file)
+        except ArtifactError as error:
+            raise DataError(*error.findings) from error
     return tokenizer
 
 

@@ -22,13 +22,15 @@ class TrainOptions:
     The defaults were the best of the settings tried on the samples' WordNet topics.
 
     Attributes:
-        task: one of `TRAINED_TASKS`. Text generation learns texts, or responses to prompts; its
-            lm_head is not trained.
+        task: one of `TRAINED_TASKS`. Text generation learns texts, responses to prompts, or what
+            the assistant says in conversations; its lm_head is not trained.
         text_column: the column of the inputs; by default `text`, `tokens` (a list of words) or, if
             there are responses, `prompt`.
         label_column: the column of the labels; by default `label`, `labels` (one per word) or
             `response`. For text generation with `text_column` alone, that column holds the texts
-            to learn.
+            to learn, or the conversations.
+        chat_template: file with the chat template to learn conversations with; by default the base
+            model's.
         validation: data to validate on after each epoch; by default a tenth of the data is held
             out.
         placement: `attention`, `all`, or a regular expression for module paths.
@@ -62,6 +64,7 @@ class TrainOptions:
     task: str = "text-classification"
     text_column: str | None = None
     label_column: str | None = None
+    chat_template: Path | None = None
     validation: Path | None = None
     placement: str = "all"
     degree: float = 15
@@ -138,6 +141,11 @@ class TrainOptions:
                 "packing",
                 f"none for --task {self.task}: it packs the passages of text-generation",
                 lambda value: not value or self._is_decoder(),
+            ),
+            (
+                "chat_template",
+                f"none for --task {self.task}: it is for the conversations of text-generation",
+                lambda value: value is None or self._is_decoder(),
             ),
             (
                 "head_learning_rate",

@@ -108,6 +108,9 @@ class TrainingRun(ABC, Generic[Item]):
     def described(self) -> dict[str, Any]:
         """The entries of `metrics.json` that only this task has."""
 
+    def write_beside(self, directory: Path) -> None:
+        """Write what else an artifact of the adapter needs into the adapter's directory."""
+
     def before_adapter(self, device: torch.device) -> str:
         """Measure the base model for the comparison; returns a progress message."""
         return "loaded"
@@ -181,6 +184,7 @@ class TrainingRun(ABC, Generic[Item]):
             self.model.save_pretrained(
                 partial, save_embedding_layers=False, state_dict=self.gathered
             )
+            self.write_beside(partial)
             text = json.dumps(metrics, indent=2) + "\n"
             (partial / "metrics.json").write_text(text, encoding="utf-8")
             write_loss_curve(partial / "loss-curve.png", losses, metrics)
@@ -200,7 +204,7 @@ class TrainingRun(ABC, Generic[Item]):
         """The options without the seed, as JSON values."""
         options = {name: value for name, value in asdict(self.options).items() if name != "seed"}
         return options | {
-            "validation": str(self.options.validation or "") or None,
+            **{name: str(options[name] or "") or None for name in ("validation", "chat_template")},
             "max_length": self.options.max_length or self.options.training.max_length,
         }
 

@@ -209,6 +209,8 @@ def _row_of(directory: Path, state: BankState, columns: Sequence[Any]) -> BankRo
         labels = None if read.labels is None else tuple(read.labels)
         if read.problem_type not in (None, *PROBLEM_TYPES):
             raise ValueError(f"problem_type is {read.problem_type!r}")
+        if not isinstance(read.chat_template, str | None):
+            raise ValueError(f"chat_template is {read.chat_template!r}")
     except (TypeError, ValueError) as error:
         raise ArtifactError(
             f"{directory / REGISTRY_FILE}: the record of the adapter in row {number} is damaged "

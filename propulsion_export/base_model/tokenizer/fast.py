@@ -113,6 +113,7 @@ class FastTokenizer:
         return_attention_mask: bool = True,
         return_tensors: str | None = None,
         verbose: bool = False,
+        add_special_tokens: bool = True,
     ) -> Any:
         """Encode one text as lists of numbers, or several as an `EncodedBatch`.
 
@@ -126,6 +127,7 @@ class FastTokenizer:
             return_attention_mask: include which tokens are no padding.
             return_tensors: `np` for several texts.
             verbose: nothing is printed either way.
+            add_special_tokens: put the tokens around a text that the tokenizer has for it.
 
         Raises:
             UsageError: rows are to be padded and there is no token for it.
@@ -136,10 +138,12 @@ class FastTokenizer:
         names += ["token_type_ids"] if return_token_type_ids else []
         names += ["attention_mask"] if return_attention_mask else []
         if isinstance(text, str):
-            [encoding] = self.backend_tokenizer.encode_batch([text])
+            [encoding] = self.backend_tokenizer.encode_batch(
+                [text], add_special_tokens=add_special_tokens
+            )
             return {name: _numbers(encoding, name) for name in names}
         rows: Any = list(text) if contexts is None else list(zip(text, contexts, strict=True))
-        encodings = self.backend_tokenizer.encode_batch(rows)
+        encodings = self.backend_tokenizer.encode_batch(rows, add_special_tokens=add_special_tokens)
         return EncodedBatch(
             {
                 name: np.array([_numbers(row, name) for row in encodings], np.int64)
