@@ -17,7 +17,8 @@ from propulsion_export.base_model.loading import BaseModel
 from propulsion_export.base_model.tasks import TASKS
 from propulsion_export.parity.float64 import float64_throughout
 from propulsion_export.parity.prefixes import Prefixes
-from propulsion_export.runners.decoding import pieces_of, positions
+from propulsion_export.runners.decoding import pieces_of
+from propulsion_export.runners.padding import positions
 from propulsion_export.runners.pytorch import (
     output_arrays,
     tensors_on,
