@@ -270,6 +270,12 @@ def _impossible_mode(manifest: Manifest) -> list[str]:
         found.append(f"mode is {manifest.mode!r} in a merged checkpoint, expected 'folded'")
     if manifest.mode == "bank" and manifest.adapters:
         found.append("a bank's adapters are in the manifest, expected them in its registry alone")
+    decodes = TASKS[manifest.task].architecture == "decoder"
+    if manifest.exporter == "genai" and (manifest.kind != "onnx" or not decodes):
+        found.append(
+            f"exporter is 'genai' of an artifact of kind {manifest.kind!r} for {manifest.task}, "
+            "expected 'transformers'"
+        )
     if manifest.mode == "folded" and len(manifest.adapters) > 1:
         found.append(f"{len(manifest.adapters)} adapters are folded in, expected one")
     if manifest.kind == "merged" and not manifest.adapters:

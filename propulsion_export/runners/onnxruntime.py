@@ -158,12 +158,15 @@ def _open_session(path: Path, provider: str, exact: bytes | None = None) -> Any:
         options.add_session_config_entry(_QDQ_LEVEL, "1")
     source = str(path) if exact is None else exact
     try:
-        return onnxruntime.InferenceSession(source, options, providers=[provider])
+        session = onnxruntime.InferenceSession(source, options, providers=[provider])
     except Exception as error:  # its exceptions have no public base class
         reason = first_line(error)
         if "NOT_IMPLEMENTED" in reason:
             raise UnavailableError(f"{path}: {_NO_BFLOAT16} ({reason})") from error
         raise ToolError(f"{path}: ONNX Runtime cannot load it ({reason})") from error
+    if provider not in session.get_providers():  # it falls back to the CPU without an error
+        raise UnavailableError(f"ONNX Runtime cannot start {provider} here")
+    return session
 
 
 def _check_signature(session: Any, name: str, artifact: Artifact) -> None:

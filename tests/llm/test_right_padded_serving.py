@@ -1,10 +1,14 @@
 """Graphs of onnxruntime-genai's builder generate: ragged prompts, mixed rows, every cache."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 from genai_toys import KINDS
 
 from propulsion_export.adapters.adapter import Adapter
+from propulsion_export.artifacts.artifact import Artifact
 from propulsion_export.serving.generation import Settings
 from propulsion_export.serving.session import Session
 
@@ -58,6 +62,32 @@ def test_ragged_prompts_generate_pytorchs_tokens(kind, mode, genai_artifact, by_
     assert found == [by_transformers(kind, *row) for row in rows]
     # The twins: neither another adapter nor another prompt gives the same.
     assert len({tuple(tokens) for tokens in found}) == len(rows)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "lfm2"])
+def test_texts_end_at_different_tokens_and_are_streamed(
+    kind, genai_artifact, by_transformers, tmp_path
+):
+    names = ("one", "two", "base")
+    asked = zip(TEXTS, ("one", "two", None), strict=True)
+    whole = [by_transformers(kind, *row) for row in asked]
+    last = whole[1][5]  # the second text is the first to end, or one of the first
+    directory = shutil.copytree(genai_artifact(kind, "bank"), tmp_path / "artifact")
+    file = directory / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": [3, last]}))
+    Artifact.write(directory, Artifact.read(genai_artifact(kind, "bank")).manifest)
+    pieces = {row: [] for row in range(3)}
+    settings = Settings(new_tokens=NEW, on_text=lambda row, piece: pieces[row].append(piece))
+
+    replies = Session(directory)(TEXTS, names, settings=settings)
+
+    for row, reply in enumerate(replies):
+        ended = last in whole[row]
+        expected = whole[row][: whole[row].index(last)] if ended else whole[row]
+        assert reply.prediction["tokens"] == expected
+        assert reply.prediction["stopped"] == ("end" if ended or len(expected) < NEW else "length")
+        assert "".join(pieces[row]) == reply.prediction["generated"]
+    assert len(replies[1].prediction["tokens"]) <= 5
 
 
 @pytest.mark.parametrize("kind", KINDS)
