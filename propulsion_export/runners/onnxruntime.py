@@ -63,8 +63,7 @@ def open_graph(path: Path, artifact: Artifact, device: str) -> Runner:
         UnavailableError: ONNX Runtime has no such provider here.
         ArtifactError: the graph has other inputs or outputs than the manifest declares.
     """
-    built_for = artifact.manifest.execution_provider
-    session = _open_session(path, _PROVIDERS[built_for if device == "cpu" else device])
+    session = _open_session(path, _provider(artifact, device))
     _check_signature(session, path.name, artifact)
     return _runner(session, path)
 
@@ -82,9 +81,16 @@ def open_graph_exactly(path: Path, artifact: Artifact, device: str) -> Runner:
 
     model = read_graph(path.parent, path.name)
     KeepActivations()(model)
-    session = _open_session(path, _PROVIDERS[device], ir.to_proto(model).SerializeToString())
+    session = _open_session(
+        path, _provider(artifact, device), ir.to_proto(model).SerializeToString()
+    )
     _check_signature(session, path.name, artifact)
     return _runner(session, path)
+
+
+def _provider(artifact: Artifact, device: str) -> str:
+    built_for = artifact.manifest.execution_provider
+    return _PROVIDERS[built_for if device == "cpu" else device]
 
 
 def onnxruntime_runner(path: Path, provider: str = "CPUExecutionProvider") -> Runner:
