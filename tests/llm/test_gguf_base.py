@@ -153,6 +153,16 @@ def test_a_merged_file_is_in_parity_and_a_wrong_one_is_not(adapter, tmp_path):
     assert not check_parity(artifact.directory).passed
 
 
+def test_a_merged_file_is_run(adapter, tmp_path, capsys):
+    merge(adapter, tmp_path / "merged")
+
+    with pytest.raises(SystemExit) as exit_:
+        main(["run", str(tmp_path / "merged"), "--text", "the cat", "--json"])
+
+    assert exit_.value.code == 0
+    assert json.loads(capsys.readouterr().out)
+
+
 def test_an_export_is_in_parity_and_generates(adapter, file, tmp_path):
     artifact = export_onnx([adapter], tmp_path / "graph", mode="switchable", model=str(file.parent))
 
@@ -165,7 +175,7 @@ def test_an_export_is_in_parity_and_generates(adapter, file, tmp_path):
 
 
 @pytest.mark.parametrize("task", ["text-classification", "token-classification"])
-def test_an_encoder_s_task_takes_a_file_too(task, file):
+def test_a_classifier_takes_a_file_too(task, file):
     base = load_base(str(file), task=task)
 
     assert base.missing
