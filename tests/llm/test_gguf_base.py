@@ -136,6 +136,8 @@ def test_merging_into_a_file_is_merging_into_its_safetensors(adapter, file, chec
     assert config["architectures"] == ["LlamaForCausalLM"]
     assert Artifact.read(ours).manifest.base.source == str(file)
     assert (ours / "chat_template.jinja").is_file()
+    texts = [place.read_text(encoding="utf-8") for place in ours.glob("*.json")]
+    assert not any("propulsion-export-gguf" in text for text in texts)  # where they were read from
     assert AutoTokenizer.from_pretrained(ours).encode("the 12") == [261, 224, 20, 21]
     assert AutoModelForCausalLM.from_pretrained(ours).generation_config.eos_token_id == 2
 
@@ -210,7 +212,9 @@ def test_other_ends_of_a_turn_end_generation_too(model, tmp_path):
 def test_a_tokenizer_that_cuts_texts_in_an_unknown_way_is_refused(model, tmp_path):
     file = write_gguf(tmp_path / "base.gguf", model, keys={"tokenizer.ggml.pre": "unheard-of"})
 
-    with pytest.raises(BaseModelError, match=r"cuts texts as 'unheard-of' does, expected one of"):
+    with pytest.raises(
+        BaseModelError, match=r"cuts texts as 'unheard-of' does, expected one of those"
+    ):
         read_config(str(file))
 
 
