@@ -165,9 +165,17 @@ def test_a_merged_file_is_run(adapter, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)
 
 
-def test_an_export_is_in_parity_and_generates(adapter, file, tmp_path):
-    artifact = export_onnx([adapter], tmp_path / "graph", mode="switchable", model=str(file.parent))
+@pytest.mark.parametrize("exporter", ["transformers", "genai"])
+def test_an_export_is_in_parity_and_generates(exporter, adapter, file, tmp_path):
+    artifact = export_onnx(
+        [adapter],
+        tmp_path / "graph",
+        mode="switchable",
+        model=str(file.parent),
+        exporter=exporter,
+    )
 
+    assert artifact.manifest.exporter == exporter
     assert artifact.manifest.base.source == str(file)
     assert check_parity(artifact.directory).passed
     for name in ("config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"):
