@@ -136,6 +136,8 @@ def test_merging_into_a_file_is_merging_into_its_safetensors(adapter, file, chec
     assert config["architectures"] == ["LlamaForCausalLM"]
     assert Artifact.read(ours).manifest.base.source == str(file)
     assert (ours / "chat_template.jinja").is_file()
+    texts = [place.read_text(encoding="utf-8") for place in ours.glob("*.json")]
+    assert not any("propulsion-export-gguf" in text for text in texts)  # where they were read from
     assert AutoTokenizer.from_pretrained(ours).encode("the 12") == [261, 224, 20, 21]
     assert AutoModelForCausalLM.from_pretrained(ours).generation_config.eos_token_id == 2
 
@@ -153,9 +155,27 @@ def test_a_merged_file_is_in_parity_and_a_wrong_one_is_not(adapter, tmp_path):
     assert not check_parity(artifact.directory).passed
 
 
-def test_an_export_is_in_parity_and_generates(adapter, file, tmp_path):
-    artifact = export_onnx([adapter], tmp_path / "graph", mode="switchable", model=str(file.parent))
+def test_a_merged_file_is_run(adapter, tmp_path, capsys):
+    merge(adapter, tmp_path / "merged")
 
+    with pytest.raises(SystemExit) as exit_:
+        main(["run", str(tmp_path / "merged"), "--text", "the cat", "--json"])
+
+    assert exit_.value.code == 0
+    assert json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("exporter", ["transformers", "genai"])
+def test_an_export_is_in_parity_and_generates(exporter, adapter, file, tmp_path):
+    artifact = export_onnx(
+        [adapter],
+        tmp_path / "graph",
+        mode="switchable",
+        model=str(file.parent),
+        exporter=exporter,
+    )
+
+    assert artifact.manifest.exporter == exporter
     assert artifact.manifest.base.source == str(file)
     assert check_parity(artifact.directory).passed
     for name in ("config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"):
@@ -165,7 +185,7 @@ def test_an_export_is_in_parity_and_generates(adapter, file, tmp_path):
 
 
 @pytest.mark.parametrize("task", ["text-classification", "token-classification"])
-def test_an_encoder_s_task_takes_a_file_too(task, file):
+def test_a_classifier_takes_a_file_too(task, file):
     base = load_base(str(file), task=task)
 
     assert base.missing
@@ -200,7 +220,9 @@ def test_other_ends_of_a_turn_end_generation_too(model, tmp_path):
 def test_a_tokenizer_that_cuts_texts_in_an_unknown_way_is_refused(model, tmp_path):
     file = write_gguf(tmp_path / "base.gguf", model, keys={"tokenizer.ggml.pre": "unheard-of"})
 
-    with pytest.raises(BaseModelError, match=r"cuts texts as 'unheard-of' does, expected one of"):
+    with pytest.raises(
+        BaseModelError, match=r"cuts texts as 'unheard-of' does, expected one of those"
+    ):
         read_config(str(file))
 
 

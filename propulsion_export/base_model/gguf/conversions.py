@@ -14,7 +14,7 @@ import numpy as np
 from propulsion_export.base_model.gguf.values import Array
 
 Shape = tuple[int, ...]
-_PERMUTED = ("llama", "bloom", "gemma2", "gemma3", "nemotron")
+_PROCESSED = ("llama", "bloom", "gemma2", "gemma3", "nemotron")
 _CONV1D = ("attn_qkv.weight", "attn_output.weight", "ffn_up.weight", "ffn_down.weight")
 
 
@@ -39,7 +39,7 @@ def conversion_of(architecture: str, name: str, config: Mapping[str, Any]) -> Co
         name: the tensor's name in the file.
         config: the content of config.json.
     """
-    if architecture in _PERMUTED:
+    if architecture in _PROCESSED:
         return Conversion(lambda arrays: _processed(architecture, name, config, arrays[0]))
     if architecture == "gpt2" and name.endswith(_CONV1D):
         return Conversion(lambda arrays: arrays[0].T, lambda shapes: shapes[0][::-1])

@@ -8,6 +8,7 @@ docs/gguf.md of ggml-org/ggml.
 import math
 import mmap
 import struct
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -69,8 +70,8 @@ class Header:
 
     def types(self) -> dict[str, int]:
         """How many tensors there are of each type, by its name, most frequent first."""
-        names = [type_name(place.kind) for place in self.tensors.values()]
-        return {name: names.count(name) for name in sorted(set(names), key=names.count)[::-1]}
+        names = Counter(type_name(place.kind) for place in self.tensors.values())
+        return dict(names.most_common())
 
 
 def type_name(kind: int) -> str:

@@ -10,7 +10,7 @@ from propulsion_export.errors import BaseModelError, first_line
 _TOKENS = "tokenizer.ggml.tokens"
 _NAMED = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding", "sep": "seperator"}
 # How texts are cut before merging, by llama.cpp's name, as GPT-2 does: what transformers builds.
-_AS_GPT2 = frozenset({"default", "gpt-2", "gpt2", "phi-2", "mpt", "olmo", "jais", "trillion", ""})
+_AS_GPT2 = frozenset({"gpt-2", "gpt2", "phi-2", "mpt", "olmo", "jais", "trillion"})
 # As GPT-2, with each digit on its own.
 _SINGLE_DIGITS = frozenset({"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone"})
 
@@ -71,7 +71,8 @@ def _cut_(backend: Any, header: Header) -> None:
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
-    kind = header.metadata.get("tokenizer.ggml.pre", "")
+    usual = "gpt-2" if header.architecture == "gpt2" else "default"
+    kind = header.metadata.get("tokenizer.ggml.pre", usual)
     kind = _SAME_CUTS.get(kind, kind)
     if header.metadata.get("tokenizer.ggml.model") != "gpt2" or kind in GGUF_PRE_TOKENIZER_SPLITS:
         return
@@ -80,8 +81,8 @@ def _cut_(backend: Any, header: Header) -> None:
         backend.pre_tokenizer = Sequence(pieces)
     elif kind not in _AS_GPT2:
         raise BaseModelError(
-            f"{header.file}: its tokenizer cuts texts as {kind!r} does, expected one of "
-            f"{', '.join(sorted({*_AS_GPT2, *_SINGLE_DIGITS, *GGUF_PRE_TOKENIZER_SPLITS} - {''}))}",
+            f"{header.file}: its tokenizer cuts texts as {kind!r} does, expected one of those that "
+            "transformers builds, such as gpt-2, llama-bpe and qwen2",
             remedy="Give the model's safetensors checkpoint with -m.",
         )
 

@@ -110,6 +110,14 @@ def test_digits_are_cut_one_by_one_where_the_file_says_so(tmp_path):
     assert together.encode("12") == [vocabulary.index("12")]
 
 
+@pytest.mark.parametrize("cuts", [None, "default"], ids=["missing", "default"])
+def test_a_file_that_does_not_say_how_texts_are_cut_is_refused(cuts, tmp_path):
+    file = written("llama", {"tokenizer.ggml.pre": cuts}, tmp_path)
+
+    with pytest.raises(BaseModelError, match=r"cuts texts as 'default' does, expected one of"):
+        read_tokenizer(str(file))
+
+
 def test_an_unknown_kind_of_tokenizer_is_refused(tmp_path):
     file = written("llama", {"tokenizer.ggml.model": "rwkv"}, tmp_path)
 
