@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -113,56 +113,88 @@ def check_parity(
         seed=None if inputs and not _is_random(read) else seed,
         tools=tool_versions(),
     )
+    options = _Options(adapter, model, inputs, seed, device, low_memory, max_kl, trust_remote_code)
     try:
-        candidate = open_candidate(read, name, trust_remote_code=trust_remote_code)
-        drawn = [] if adapters or read.manifest.mode == "folded" else draw_adapters(read, seed)
-        judged = drawn or adapters
-        base = load_recorded_base(read, judged, model, trust_remote_code=trust_remote_code)
-        batches = make_batches(
-            base,
-            inputs,
-            seed,
-            short=name == "reference",
-            trust_remote_code=trust_remote_code,
-            directory=read.directory,
-        )
-        exact = exact_candidate(read, name, candidate, trust_remote_code=trust_remote_code)
-        run = candidate if exact is None else exact
-        compute = choose_compute(base, device, low_memory=low_memory)
-        quantised = quantise_base_(read, base, judged, batches, compute)
-        subjects = compute_oracle(
-            read,
-            base,
-            judged,
-            batches,
-            progress,
-            steps=REFERENCE_LENGTH if name == "reference" else GREEDY_STEPS,
-            feeds=feeds_for_drawn(read, drawn) if drawn else None,
-            compute=compute,
-            draft=None if callable(run) else partial(continue_greedily, run),
-        )
-        progress(0.7, f"running {name}")
-        pooling, subjects, run = _with_embeddings(read, base, adapter, subjects, batches, run)
-        checks = (
-            *_about_adapters(read, adapters, base, seed),
-            *pooling,
-            *([] if exact is None else _judge(read, subjects, batches, run)),
-        )
-        rows = sum(len(next(iter(batch.values()))) for batch in batches)
-        verdict = replace(verdict, inputs=rows, checks=checks)
-        if quantised is not None:
-            plain, batched = list(quantised.unquantised), quantised.batches
-            _, plain, shipped = _with_embeddings(read, base, adapter, plain, batched, candidate)
-            rounded, texts = exact is not candidate, inputs is not None
-            quantised = replace(quantised, unquantised=plain)
-            verdict = quantised.extend(verdict, subjects, shipped, rounded=rounded, texts=texts)
-            verdict = judge_price(verdict, max_kl)
+        verdict = _compare(read, verdict, adapters, options, progress)
     except UnavailableError as error:
         verdict = replace(verdict, not_run=(NotRun(f"{name} on {artifact}", str(error)),))
     if report is not None:
         write_report(verdict, report, force=force)
     progress(1.0, verdict.verdict)
     return verdict
+
+
+@dataclass(frozen=True)
+class _Options:
+    """What to compare with and how; the arguments of `check_parity` of these names."""
+
+    given: Sequence[str | Path]
+    model: str | None
+    inputs: Path | None
+    seed: int
+    device: str
+    low_memory: bool
+    max_kl: float | None
+    trust_remote_code: bool
+
+
+def _compare(
+    read: Artifact,
+    verdict: ParityReport,
+    adapters: Sequence[Adapter],
+    options: _Options,
+    progress: Progress,
+) -> ParityReport:
+    """Compute both sides and judge every case.
+
+    Raises:
+        UnavailableError: this machine cannot run the artifact.
+    """
+    name, seed, trust = verdict.runner, options.seed, options.trust_remote_code
+    candidate = open_candidate(read, name, trust_remote_code=trust)
+    exact = exact_candidate(read, name, candidate, trust_remote_code=trust)
+    run = candidate if exact is None else exact
+    drawn = [] if adapters or read.manifest.mode == "folded" else draw_adapters(read, seed)
+    judged = drawn or adapters
+    base = load_recorded_base(read, judged, options.model, trust_remote_code=trust)
+    batches = make_batches(
+        base,
+        options.inputs,
+        seed,
+        short=name == "reference",
+        trust_remote_code=trust,
+        directory=read.directory,
+    )
+    compute = choose_compute(base, options.device, low_memory=options.low_memory)
+    quantised = quantise_base_(read, base, judged, batches, compute)
+    subjects = compute_oracle(
+        read,
+        base,
+        judged,
+        batches,
+        progress,
+        steps=REFERENCE_LENGTH if name == "reference" else GREEDY_STEPS,
+        feeds=feeds_for_drawn(read, drawn) if drawn else None,
+        compute=compute,
+        draft=None if callable(run) else partial(continue_greedily, run),
+    )
+    progress(0.7, f"running {name}")
+    pooling, subjects, run = _with_embeddings(read, base, options.given, subjects, batches, run)
+    checks = (
+        *_about_adapters(read, adapters, base, seed),
+        *pooling,
+        *([] if exact is None else _judge(read, subjects, batches, run)),
+    )
+    rows = sum(len(next(iter(batch.values()))) for batch in batches)
+    verdict = replace(verdict, inputs=rows, checks=checks)
+    if quantised is None:
+        return verdict
+    plain = list(quantised.unquantised)
+    _, plain, shipped = _with_embeddings(read, base, options.given, plain, batches, candidate)
+    quantised = replace(quantised, unquantised=plain)
+    rounded, texts = exact is not candidate, options.inputs is not None
+    verdict = quantised.extend(verdict, subjects, shipped, rounded=rounded, texts=texts)
+    return judge_price(verdict, options.max_kl)
 
 
 def _effective_seed(artifact: Artifact, seed: int | None, inputs: Path | None) -> int:
