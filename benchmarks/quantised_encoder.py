@@ -1,6 +1,6 @@
 """int4 and int8 weights of a real encoder under an adapter trained in float32.
 
-    python benchmarks/quantised_encoder.py [--adapter DIR] [--rounds 20]
+    python benchmarks/quantised_encoder.py [--adapter DIR] [--only "int4, qdq"]
 
 Trains the demo's topic adapter on all-MiniLM-L6-v2 (or takes one that is trained), exports it
 folded and switchable over the float32 base and over quantised ones, and prints for each the
@@ -88,6 +88,7 @@ def times_of(graphs: dict[str, Path], rounds: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--adapter", type=Path, help="a trained topic adapter")
+    parser.add_argument("--only", action="append", choices=BASES, help="bases beside float32")
     parser.add_argument("--rounds", type=int, default=20)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
@@ -95,7 +96,8 @@ def main() -> None:
         adapter = arguments.adapter or train_adapter(root / "topic")
         texts = calibration_texts(root)
         found, graphs = {}, {}
-        for name, options in BASES.items():
+        wanted = {"float32", *(arguments.only or BASES)}
+        for name, options in ((name, BASES[name]) for name in BASES if name in wanted):
             calibration = texts if options.get("quantize_activations") else None
             for mode in ("folded", "switchable"):
                 export_onnx(
