@@ -133,7 +133,7 @@ def export_onnx(
     quantising = QuantisationOptions(
         quantize, quantization_form, block_size, accuracy_level, quantize_activations, calibration
     )
-    scheme = quantising.scheme()
+    scheme = quantising.scheme(execution_provider)
     quantising.check_dtype(dtype)
     quantising.check_untie(untie)
     check_mode_options(mode, untie=untie, allow_range=allow_range, adapters=len(adapter))
@@ -164,8 +164,7 @@ def export_onnx(
     quantisation = quantisation_of(
         base, adapters, scheme, calibration, trust_remote_code=trust_remote_code
     )
-    opset = max(opset, quantisation.opset) if quantisation else opset
-    note = describe(scheme, opset) + settled.note
+    note = describe(scheme) + settled.note
     progress(0.2, f"tracing {type(base.model).__name__} in {name}{note}")
     filled = adapters or _slots(base, mode, slots)
     options = GraphOptions(exporter, opset, untie, execution_provider, quantisation)

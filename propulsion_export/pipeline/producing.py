@@ -128,7 +128,8 @@ def produce(wanted: Wanted, options: GraphOptions) -> Produced:
 
 def _by_transformers(wanted: Wanted, options: GraphOptions, reason: str) -> Produced:
     base, slots, adapters, dtype = wanted.base, wanted.slots, wanted.adapters, wanted.dtype
-    opset, quantisation = options.opset, options.quantisation
+    quantisation = options.quantisation
+    opset = max(options.opset, quantisation.opset) if quantisation else options.opset
     if wanted.mode == "folded":
         graphs = build_folded(
             base,

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from propulsion_export.artifacts.manifest import QuantizationEntry
+from propulsion_export.artifacts.manifest import ExecutionProvider, QuantizationEntry
 from propulsion_export.errors import UsageError
 
 QuantizedType = Literal["int4", "int8"]
@@ -12,9 +12,9 @@ QuantizationForm = Literal["matmulnbits", "qdq"]
 
 _BLOCKS = (16, 32, 64, 128, 256)  # what MatMulNBits has kernels for
 _DEFAULT_BLOCK = 32
-_DEFAULT_LEVEL = (
-    4  # int8 activations inside the operator: what onnxruntime-genai's builder asks for
-)
+# int8 activations inside the operator, as onnxruntime-genai's builder asks for where they exist.
+_DEFAULT_LEVEL = 4
+_HAVE_LEVELS = ("cpu", "webgpu")
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class QuantisationOptions:
         quantize: the integers that weights of linear layers become.
         form: the operators; None: matmulnbits.
         block_size: None: 32, or one scale for each output channel of int8 in the form `qdq`.
-        accuracy_level: of MatMulNBits; None: 4.
+        accuracy_level: of MatMulNBits; None: 4 on the CPU and WebGPU, else 0.
         activations: quantise what linear layers read, too.
         calibration: file of texts that the scales of activations are measured on.
     """
@@ -37,8 +37,11 @@ class QuantisationOptions:
     activations: bool = False
     calibration: Path | None = None
 
-    def scheme(self) -> QuantizationEntry | None:
+    def scheme(self, execution_provider: ExecutionProvider = "cpu") -> QuantizationEntry | None:
         """What the manifest records; None if nothing is quantised.
+
+        Args:
+            execution_provider: of ONNX Runtime, that the graph is for.
 
         Raises:
             UsageError: an option does nothing with the others, or has no such value.
@@ -54,7 +57,9 @@ class QuantisationOptions:
             return QuantizationEntry(
                 bits, "qdq", block, activations="int8" if self.activations else None
             )
-        level = _DEFAULT_LEVEL if self.accuracy_level is None else self.accuracy_level
+        level = _DEFAULT_LEVEL if execution_provider in _HAVE_LEVELS else 0
+        if self.accuracy_level is not None:
+            level = self.accuracy_level
         return QuantizationEntry(bits, "matmulnbits", self.block_size or _DEFAULT_BLOCK, level)
 
     def check_untie(self, untie: bool) -> None:

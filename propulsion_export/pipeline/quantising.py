@@ -42,11 +42,11 @@ def quantisation_of(
     return Quantisation(scheme, measure_inputs(base.model, batches, roomy))
 
 
-def describe(scheme: QuantizationEntry | None, opset: int) -> str:
+def describe(scheme: QuantizationEntry | None) -> str:
     """What to tell people about a quantisation, behind the dtype; empty without one."""
     if scheme is None:
         return ""
     activations = f" and {scheme.activations} activations" if scheme.activations else ""
     needed = Quantisation(scheme).opset
-    raised = f", opset {opset}, which blocks of integers need" if opset == needed else ""
+    raised = f", opset {needed} or newer, as blocks of integers need" if needed > 1 else ""
     return f" with int{scheme.bits} weights{activations} ({scheme.form}{raised})"

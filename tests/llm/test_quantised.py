@@ -102,7 +102,7 @@ def quantised(quantised_world, shared):
 
 
 RTX = BuildOptions(runtime="tensorrt-rtx", targets=("sm_86", "sm_89", "sm_120"))
-EXPORTER: dict[str, str] = {}
+EXPORTER = {"exporter": "transformers"}
 
 
 def texts_file(world):
