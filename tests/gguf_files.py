@@ -2,7 +2,7 @@
 
 `write_gguf(file, model)` takes a transformers model of one of `CONVERTED` and writes its metadata,
 its tensors and a tokenizer. What a test wants otherwise it gives as `keys` (None drops a key) and
-`tensors` (None drops a tensor). Written from the converter's source (`conversion/` of
+`tensors` (None drops a tensor). Follows the layout of the converter (`conversion/` of
 ggml-org/llama.cpp), not from the code under test.
 """
 
