@@ -30,6 +30,7 @@ class Console:
 
     json: bool
     quiet: bool
+    verbose: bool = False
 
     def result(self, value: dict[str, Any], text: str) -> None:
         """Print the result, as JSON (null for NaN and infinity) or as text."""
@@ -59,6 +60,18 @@ class Console:
         width = None if sys.stdout.isatty() else 160
         RichConsole(file=out, width=width, markup=False, highlight=False).print(table)
         return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
+
+    @contextmanager
+    def stages(self) -> Iterator[None]:
+        """With -v, print where the time of the block went, on stderr, also if it fails."""
+        from propulsion_export.environment.stages import measured
+
+        with measured() as stages:
+            try:
+                yield
+            finally:
+                if self.verbose:
+                    print_note("\n".join(stages.lines()))
 
     @contextmanager
     def progress(self) -> Iterator[Callable[[float, str], None]]:
@@ -96,17 +109,11 @@ def console_options(function: Callable[Concatenate[Console, P], R]) -> Callable[
 
     @_kept_flag("--json", "as_json", help="One JSON object on stdout.")
     @_kept_flag("-q", "--quiet", help="No progress and no text.")
-    @click.option(
-        "-v",
-        "--verbose",
-        is_flag=True,
-        expose_value=False,  # read by the program itself, see app.main
-        help="Show the traceback of a known failure.",
-    )
+    @_kept_flag("-v", "--verbose", help="Show the traceback of a known failure, and timings.")
     @functools.wraps(function)
     def command(*args: P.args, **kwargs: P.kwargs) -> R:
         kept = click.get_current_context().meta
-        console = Console(json=kept[f"{__name__}.as_json"], quiet=kept[f"{__name__}.quiet"])
+        console = Console(*(kept[f"{__name__}.{name}"] for name in ("as_json", "quiet", "verbose")))
         return function(console, *args, **kwargs)
 
     return command

@@ -9,8 +9,8 @@ import click
 from .console import Console, console_options, human_size, size_of
 from .options import (
     dtype_option,
-    mode_option,
     model_option,
+    modes_option,
     output_options,
     quantisation_options,
     task_option,
@@ -20,17 +20,22 @@ from .options import (
 from .verdict import exit_code, verdict_line
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from propulsion_export.artifacts.artifact import Artifact
     from propulsion_export.artifacts.manifest import ExecutionProvider, Exporter, Mode
+    from propulsion_export.parity.reports.report import ParityReport
     from propulsion_export.pipeline.producing import ExporterChoice
     from propulsion_export.pipeline.quantisation_options import QuantizationForm, QuantizedType
 
 
+_NOT_COMPARED = "Parity: not compared"
+
+
 class ExportArguments(TypedDict):
-    """The options that go to `export_onnx` as they are."""
+    """The options that go to `OnnxOptions` as they are."""
 
     model: str | None
-    mode: "Mode"
     task: str
     dtype: str
     opset: int
@@ -64,7 +69,7 @@ class ExportArguments(TypedDict):
     help="Adapter directory; repeatable. Without any, the base model of -m is exported: folded by "
     "itself, otherwise with slots for adapters that are added later.",
 )
-@mode_option
+@modes_option
 @task_option
 @dtype_option
 @click.option(
@@ -108,6 +113,7 @@ def command(
     *,
     adapter: tuple[str, ...],
     output: Path,
+    mode: tuple["Mode", ...],
     no_parity: bool,
     **options: Unpack[ExportArguments],
 ) -> int:
@@ -115,30 +121,65 @@ def command(
 
     Writes model.onnx with its weights beside it, config.json, the tokenizer and the adapters: one
     small file each if switchable, one row each in a bank. `adapter add` adds more later. Then
-    compares with PyTorch, unless --no-parity is given.
+    compares with PyTorch, unless --no-parity is given. Several modes become DIR/folded,
+    DIR/switchable and DIR/bank. -v shows where the time went.
     """
-    from propulsion_export.pipeline.onnx import export_onnx
+    from propulsion_export.pipeline.onnx import export_modes
+    from propulsion_export.pipeline.onnx_options import OnnxOptions
+
+    made: dict[Mode, tuple[Exporter, str]] = {}
+    with console.stages():
+        with console.progress() as progress:
+            artifacts = export_modes(
+                adapter,
+                output,
+                mode,
+                OnnxOptions(**options),
+                progress=progress,
+                chosen=lambda mode, *why: made.update({mode: why}),
+            )
+        reports: dict[Mode, ParityReport | None] = dict.fromkeys(artifacts)
+        if not no_parity:
+            trusted = options["trust_remote_code"]
+            for name, artifact in artifacts.items():
+                reports[name] = _compare(console, artifact, adapter, trust_remote_code=trusted)
+    summaries = {mode: _summary(each, *made[mode]) for mode, each in artifacts.items()}
+    _print_results(console, output, summaries, reports)
+    # The export is done; where this machine cannot compare, the line says so and it is no failure.
+    compared = [report for report in reports.values() if report and report.verdict != "not run"]
+    return max(map(exit_code, compared), default=0)
+
+
+def _compare(
+    console: Console, artifact: "Artifact", adapter: tuple[str, ...], *, trust_remote_code: bool
+) -> "ParityReport":
+    from propulsion_export.environment.stages import stage
     from propulsion_export.pipeline.parity import check_parity
 
-    chosen: list[tuple[Exporter, str]] = []
-    with console.progress() as progress:
-        artifact = export_onnx(
-            adapter, output, progress=progress, chosen=lambda *each: chosen.append(each), **options
-        )
-    value, line = _summary(artifact, *chosen[0])
-    if no_parity:
-        console.result({**value, "parity": None}, f"{line}. Parity: not compared")
-        return 0
-    with console.progress() as progress:
-        report = check_parity(
-            output,
+    with console.progress() as progress, stage(f"parity {artifact.manifest.mode}"):
+        return check_parity(
+            artifact.directory,
             adapter=adapter,
-            trust_remote_code=options["trust_remote_code"],
+            trust_remote_code=trust_remote_code,
             progress=progress,
         )
-    console.result({**value, "parity": report.verdict}, f"{line}\n{verdict_line(report)}")
-    # The export is done; where this machine cannot compare, the line says so and it is no failure.
-    return 0 if report.verdict == "not run" else exit_code(report)
+
+
+def _print_results(
+    console: Console,
+    output: Path,
+    summaries: "Mapping[Mode, tuple[dict[str, Any], str]]",
+    reports: "Mapping[Mode, ParityReport | None]",
+) -> None:
+    """Print each artifact and its verdict; the JSON of one mode is that of its artifact alone."""
+    values: dict[str, dict[str, Any]] = {}
+    lines = []
+    for mode, (value, line) in summaries.items():
+        report = reports[mode]
+        values[mode] = {**value, "parity": report and report.verdict}
+        lines.append(f"{line}\n{verdict_line(report)}" if report else f"{line}. {_NOT_COMPARED}")
+    several = {"output": str(output), "modes": values}
+    console.result(several if len(values) > 1 else next(iter(values.values())), "\n".join(lines))
 
 
 def _summary(artifact: "Artifact", exporter: "Exporter", reason: str) -> tuple[dict[str, Any], str]:

@@ -29,12 +29,16 @@ model_option = click.option(
     "--model",
     help="Base model: path, GGUF file or name.  [default: the one that the adapter names]",
 )
-mode_option = click.option(
+_MODES = click.Choice(["folded", "switchable", "bank"])
+_MODE = "Adapter folded into the weights, an optional input, or one for each row of a batch."
+mode_option = click.option("--mode", type=_MODES, default="folded", show_default=True, help=_MODE)
+modes_option = click.option(
     "--mode",
-    type=click.Choice(["folded", "switchable", "bank"]),
-    default="folded",
+    type=_MODES,
+    multiple=True,
+    default=["folded"],
     show_default=True,
-    help="Adapter folded into the weights, an optional input, or one for each row of a batch.",
+    help=f"{_MODE} Repeatable: one trace, and a directory in -o for each.",
 )
 task_option = click.option(
     "--task", default="auto", show_default=True, help="Task of the model, which decides its head."

@@ -14,9 +14,12 @@ from propulsion_export.artifacts.layout import Layout, width_of
 from propulsion_export.artifacts.manifest import Mode
 from propulsion_export.artifacts.tensor_names import MODULES_INPUT, ROWS_INPUT, SCALES_INPUT
 from propulsion_export.base_model.loading import BaseModel
+from propulsion_export.environment.stages import stage
 from propulsion_export.graph.modes import (
     can_become_bank,
+    can_fold,
     gathered,
+    parameters_of,
     to_bank,
     to_folded,
     to_quantised_folded,
@@ -29,6 +32,25 @@ from propulsion_export.graph.slot_plan import feeds_of, plan_slots
 from propulsion_export.graph.task_graphs import trace_task
 from propulsion_export.scaling.attach_rows import attached_rows, check_possible, takes_detours
 from propulsion_export.scaling.fold.model import fold_
+
+
+@dataclass
+class SharedTrace:
+    """One trace that serves several modes of an export; the first mode that needs it makes it.
+
+    Attributes:
+        model: what was traced; its weights are those of the graphs.
+        scaled: the graphs, quantised if the export is.
+    """
+
+    model: torch.nn.Module | None = None
+    scaled: ScaledGraphs | None = None
+
+    def serving(self, model: torch.nn.Module, layout: Layout) -> ScaledGraphs | None:
+        """The graphs, if they are those of `model`, or of its equal, with this layout."""
+        if self.model is None or self.scaled is None or self.scaled.layout != layout:
+            return None
+        return self.scaled if model is self.model or can_fold(self.model, model) else None
 
 
 @dataclass(frozen=True)
@@ -56,21 +78,32 @@ def build_folded(
     opset: int,
     untie: bool,
     quantisation: Quantisation | None = None,
+    shared: SharedTrace | None = None,
 ) -> ExportedGraphs:
     """Fold the adapter, if there is one, into the model of `base`, in `dtype`, and trace that.
 
     With a quantisation, the base model is traced and quantised, and the adapter is folded into the
-    quantisation scales.
+    quantisation scales. The trace of another mode is used if the weights fit it.
     """
+    shared = shared or SharedTrace()
     if quantisation is not None:
-        programs = _folded_into_integers(base, adapter, dtype, opset, quantisation)
+        programs = _folded_into_integers(base, adapter, dtype, opset, quantisation, shared)
         return ExportedGraphs("folded", programs, {}, {})
-    if adapter is None:
-        base.model.to(dtype)
+    with stage("fold"):
+        if adapter is None:
+            base.model.to(dtype)
+        else:
+            fold_(base.model, adapter, dtype=dtype, untie=untie)
+    if shared.model is not None and can_fold(shared.model, base.model):
+        assert shared.scaled is not None
+        programs = to_folded(shared.scaled, parameters_of(base.model))
     else:
-        fold_(base.model, adapter, dtype=dtype, untie=untie)
-    scaled = ScaledGraphs(trace_task(base, opset=opset), {}, {}, {})
-    return ExportedGraphs("folded", to_folded(scaled), {}, {})
+        programs = to_folded(_without_slots(base, opset))
+    return ExportedGraphs("folded", programs, {}, {})
+
+
+def _without_slots(base: BaseModel, opset: int) -> ScaledGraphs:
+    return ScaledGraphs(trace_task(base, opset=opset), {}, {}, {})
 
 
 def build_switchable(
@@ -81,6 +114,7 @@ def build_switchable(
     *,
     opset: int,
     quantisation: Quantisation | None = None,
+    shared: SharedTrace | None = None,
 ) -> ExportedGraphs:
     """Trace `base` in `dtype` with everything that adapters bring as optional packed inputs.
 
@@ -92,11 +126,11 @@ def build_switchable(
         dtype: of weights and activations.
         opset: ONNX opset version.
         quantisation: of each graph's weights, before it gets its mode.
+        shared: the trace of other modes, used or made.
     """
     layout, defaults = plan_slots(base, slots, dtype)
     base.model.to(dtype)
-    scaled = trace_scaled(base, layout, defaults, opset=opset)
-    _quantise(scaled.programs, layout, quantisation)
+    scaled = _scaled(base, layout, defaults, opset, quantisation, shared or SharedTrace())
     feeds = feeds_of(adapters, layout, defaults)
     return ExportedGraphs("switchable", to_switchable(scaled), layout, feeds)
 
@@ -109,6 +143,7 @@ def build_bank(
     *,
     opset: int,
     quantisation: Quantisation | None = None,
+    shared: SharedTrace | None = None,
 ) -> ExportedGraphs:
     """Trace `base` in `dtype` so that each row of a batch chooses its adapter from a bank.
 
@@ -120,14 +155,29 @@ def build_bank(
     base.model.to(dtype)
     programs = None
     if set(layout) == {SCALES_INPUT} and not takes_detours(layout):
-        scaled = trace_scaled(base, layout, defaults, opset=opset)
-        _quantise(scaled.programs, layout, quantisation)
+        scaled = _scaled(base, layout, defaults, opset, quantisation, shared or SharedTrace())
         programs = to_bank(scaled) if can_become_bank(scaled) else None
     if programs is None:
         programs = _trace_rows(base, layout, opset=opset)
         _quantise(programs, layout, quantisation)
         programs = {name: gathered(program) for name, program in programs.items()}
     return ExportedGraphs("bank", programs, layout, feeds_of(adapters, layout, defaults))
+
+
+def _scaled(
+    base: BaseModel,
+    layout: Layout,
+    defaults: Tensors,
+    opset: int,
+    quantisation: Quantisation | None,
+    shared: SharedTrace,
+) -> ScaledGraphs:
+    """The shared trace, or one that is shared from now on."""
+    if (scaled := shared.serving(base.model, layout)) is None:
+        scaled = trace_scaled(base, layout, defaults, opset=opset)
+        _quantise(scaled.programs, layout, quantisation)
+        shared.model, shared.scaled = base.model, scaled
+    return scaled
 
 
 def _trace_rows(base: BaseModel, layout: Layout, *, opset: int) -> dict[str, ir.Model]:
@@ -153,8 +203,9 @@ def _quantise(
     if quantisation is None:
         return
     saved = {slot.path for slot in layout.get(MODULES_INPUT, ())}
-    for program in programs.values():
-        quantisation.apply_(program, saved)
+    with stage("quantise"):
+        for program in programs.values():
+            quantisation.apply_(program, saved)
 
 
 def _folded_into_integers(
@@ -163,15 +214,15 @@ def _folded_into_integers(
     dtype: torch.dtype,
     opset: int,
     quantisation: Quantisation,
+    shared: SharedTrace,
 ) -> dict[str, ir.Model]:
     if adapter is None:
         base.model.to(dtype)
-        scaled = ScaledGraphs(trace_task(base, opset=opset), {}, {}, {})
+        scaled = _without_slots(base, opset)
         _quantise(scaled.programs, {}, quantisation)
         return to_folded(scaled)
     layout, defaults = plan_slots(base, [adapter], dtype)
     base.model.to(dtype)
-    scaled = trace_scaled(base, layout, defaults, opset=opset)
-    _quantise(scaled.programs, layout, quantisation)
+    scaled = _scaled(base, layout, defaults, opset, quantisation, shared)
     roomy = with_room(adapter, base.room, base.label_parameters)
     return to_quantised_folded(scaled, roomy)

@@ -11,6 +11,7 @@ from onnx_ir.tensor_adapters import TorchTensor
 
 from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.artifacts.tensor_names import ROWS_INPUT, SCALES_INPUT
+from propulsion_export.environment.stages import stage
 from propulsion_export.graph.optimise import optimise
 from propulsion_export.graph.passes.defaults import SetDefaults
 from propulsion_export.graph.passes.gather_rows import GatherRows
@@ -34,9 +35,10 @@ def to_folded(
     """
     programs = _copies(scaled)
     for program in programs.values():
-        RemoveScales(tuple(scaled.parts.get(SCALES_INPUT, ())))(program)
-        if parameters is not None:
-            _set_weights_(program, parameters)
+        with stage("finish folded"):
+            RemoveScales(tuple(scaled.parts.get(SCALES_INPUT, ())))(program)
+            if parameters is not None:
+                _set_weights_(program, parameters)
         optimise(program)
     return programs
 
@@ -55,18 +57,42 @@ def to_quantised_folded(scaled: ScaledGraphs, adapter: Adapter) -> dict[str, ir.
     biases = {f"{path}.bias": bias for path, bias in adapter.biases.items()}
     programs = _copies(scaled)
     for program in programs.values():
-        FoldScales(scales, {**biases, **adapter.modules})(program)
+        with stage("finish folded"):
+            FoldScales(scales, {**biases, **adapter.modules})(program)
         optimise(program)
     return programs
+
+
+def parameters_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """All parameters of a model by name; one that is tied has each of its names."""
+    return dict(model.named_parameters(remove_duplicate=False))
+
+
+def can_fold(base: torch.nn.Module, folded: torch.nn.Module) -> bool:
+    """Whether the weights of `folded` fit graphs traced from `base`, the model without its adapter.
+
+    Not if a shape differs, as that of a head with other labels, nor if weights differ that are tied
+    in `base`: the graphs have one initializer for both.
+    """
+    before, after = parameters_of(base), parameters_of(folded)
+    if any(name not in after or after[name].shape != w.shape for name, w in before.items()):
+        return False
+    kept: dict[int, torch.Tensor] = {}
+    for name, weight in before.items():
+        first = kept.setdefault(id(weight), after[name])
+        if first is not after[name] and not torch.equal(first, after[name]):
+            return False
+    return set(before) == set(after)
 
 
 def to_switchable(scaled: ScaledGraphs) -> dict[str, ir.Model]:
     """The graphs with everything that adapters bring as optional packed inputs, by file name."""
     programs = _copies(scaled)
     for program in programs.values():
-        for packed, parts in scaled.parts.items():
-            # A tensor may be in another graph; what no graph computes with has an idle slot.
-            PackInitializers(packed, parts, partial=True)(program)
+        with stage("finish switchable"):
+            for packed, parts in scaled.parts.items():
+                # A tensor may be in another graph; what no graph computes with has an idle slot.
+                PackInitializers(packed, parts, partial=True)(program)
         optimise(program)
         inputs = {value.name for value in program.graph.inputs}
         SetDefaults({name: v for name, v in scaled.defaults.items() if name in inputs})(program)
@@ -81,7 +107,8 @@ def to_bank(scaled: ScaledGraphs) -> dict[str, ir.Model]:
     """
     programs = _copies(scaled)
     for name, program in programs.items():
-        _rows_of(scaled)(program)
+        with stage("finish bank"):
+            _rows_of(scaled)(program)
         programs[name] = gathered(program)
     return programs
 

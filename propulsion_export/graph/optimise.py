@@ -13,6 +13,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 
 from propulsion_export.environment.quiet import quiet
+from propulsion_export.environment.stages import stage
 
 # Rules of onnxscript that look at shapes, axes and types only.
 _SHAPE_RULES = (
@@ -41,7 +42,7 @@ def optimise(model: ir.Model) -> ir.Model:
 
     An input that gets a default value later is no constant yet and stays.
     """
-    with quiet():
+    with quiet(), stage("optimise"):
         from onnxscript.optimizer import fold_constants
         from onnxscript.rewriter import RewritePass
 

@@ -24,7 +24,9 @@ from propulsion_export.artifacts.manifest import DEFAULT_OPSET
 from propulsion_export.base_model.caches import check_cache
 from propulsion_export.base_model.positions import known_positions
 from propulsion_export.base_model.rope_switch import rope_switches
+from propulsion_export.environment.collection import no_collection
 from propulsion_export.environment.quiet import quiet, quiet_while_tracing
+from propulsion_export.environment.stages import stage
 from propulsion_export.errors import PropulsionExportError, ToolError, UnavailableError
 
 _REMEDY = "Install the tested version: pip install 'transformers>=5.24,<5.25'."
@@ -151,7 +153,7 @@ def _decoding_steps(
     check_cache(model)
     decompose = _exporter_module("utils").decompose_for_generation
     given = prompt if cache is None else {**prompt, "cache": cache}
-    with _refusals(model), quiet_while_tracing():
+    with _refusals(model), quiet_while_tracing(), stage("trace: inputs of a decoding step"):
         # generate() takes what is not set from the model's own settings, which may ask for another
         # search. It must not stop before the steps that are captured.
         model.generation_config = _greedy(model.generation_config)
@@ -197,7 +199,13 @@ def _export(
     config = exporters.OnnxConfig(
         dynamic=True, dynamic_shapes=shapes, opset_version=opset, optimize=False
     )
-    with _refusals(model), quiet_while_tracing(), _without_growth(model):
+    with (
+        _refusals(model),
+        quiet_while_tracing(),
+        _without_growth(model),
+        no_collection(),
+        stage(f"trace {type(model).__name__}"),
+    ):
         program = exporters.OnnxExporter().export(model, arguments, config).program
     if not isinstance(program, ir.Model):
         raise UnavailableError(

@@ -1,48 +1,34 @@
 """`onnx`: a base model and adapters become a graph, the adapters folded in or switchable."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from propulsion_export.adapters.adapter import Adapter
-from propulsion_export.adapters.names import BASE_NAME
-from propulsion_export.adapters.provenance import adapter_tasks, base_source, check_base
+from propulsion_export.adapters.provenance import adapter_tasks, base_source
 from propulsion_export.adapters.specification import check_identity, read_adapters, source_of
 from propulsion_export.artifacts.artifact import Artifact
-from propulsion_export.artifacts.bank import Bank
-from propulsion_export.artifacts.file_names import ADAPTERS, GRAPH_FILE, MANIFEST_FILE
-from propulsion_export.artifacts.layout import check_range, labels_in, to_row
+from propulsion_export.artifacts.layout import check_range
 from propulsion_export.artifacts.manifest import (
     DEFAULT_OPSET,
-    AdapterEntry,
-    BaseEntry,
     Dtype,
     ExecutionProvider,
     Exporter,
-    GraphEntry,
-    Manifest,
     Mode,
+    QuantizationEntry,
 )
 from propulsion_export.artifacts.merged_base import check_not_merged
-from propulsion_export.artifacts.staging import check_replaceable, staged_directory
-from propulsion_export.base_model.config import read_config, save_config
-from propulsion_export.base_model.loading import BaseModel
-from propulsion_export.base_model.model_fingerprint import fingerprint_of_model
-from propulsion_export.base_model.settings import ProblemType
-from propulsion_export.base_model.tasks import TaskName, resolve_task
-from propulsion_export.environment.machine import tool_versions
+from propulsion_export.base_model.config import read_config
+from propulsion_export.base_model.tasks import resolve_task
 from propulsion_export.environment.progress import Progress, silent
+from propulsion_export.environment.stages import stage
 from propulsion_export.errors import UsageError
-from propulsion_export.graph.build import ExportedGraphs
-from propulsion_export.graph.files import write_graphs
-from propulsion_export.graph.signature import signature
-from propulsion_export.graph.slot_plan import default_labels
-from propulsion_export.graph.slots import SlotOptions, slots_for
-from propulsion_export.pipeline.base_room import load_with_room, resize_
-from propulsion_export.pipeline.base_settings import settle_
-from propulsion_export.pipeline.mode_options import check_mode_options
+from propulsion_export.graph.build import SharedTrace
+from propulsion_export.pipeline.onnx_files import Exported, write_artifact
+from propulsion_export.pipeline.onnx_options import OnnxOptions, check_options, check_slots
+from propulsion_export.pipeline.places import Places, directories
+from propulsion_export.pipeline.prepared_base import PreparedBase, prepare_base
 from propulsion_export.pipeline.producing import (
     ExporterChoice,
     GraphOptions,
@@ -51,12 +37,15 @@ from propulsion_export.pipeline.producing import (
     produce,
 )
 from propulsion_export.pipeline.quantisation_options import (
-    QuantisationOptions,
     QuantizationForm,
     QuantizedType,
 )
 from propulsion_export.pipeline.quantising import describe, quantisation_of
 from propulsion_export.pipeline.text_files import TextFiles
+
+_DEFAULTS = OnnxOptions()
+# Called with a mode, the exporter that made its graph, and why.
+Chosen = Callable[[Mode, Exporter, str], None]
 
 
 def export_onnx(
@@ -130,175 +119,167 @@ def export_onnx(
     Raises:
         PropulsionExportError: as its subclasses say; nothing is left at `output` then.
     """
-    quantising = QuantisationOptions(
-        quantize, quantization_form, block_size, accuracy_level, quantize_activations, calibration
+    options = OnnxOptions(
+        model=model,
+        task=task,
+        dtype=dtype,
+        opset=opset,
+        exporter=exporter,
+        execution_provider=execution_provider,
+        quantize=quantize,
+        quantization_form=quantization_form,
+        block_size=block_size,
+        accuracy_level=accuracy_level,
+        quantize_activations=quantize_activations,
+        calibration=calibration,
+        untie=untie,
+        allow_range=allow_range,
+        placement=placement,
+        max_labels=max_labels,
+        train_bias=train_bias,
+        force=force,
+        trust_remote_code=trust_remote_code,
     )
-    scheme = quantising.scheme(execution_provider)
-    quantising.check_dtype(dtype)
-    quantising.check_untie(untie)
-    check_mode_options(mode, untie=untie, allow_range=allow_range, adapters=len(adapter))
-    adapters = read_adapters(adapter)
-    _check_adapters(adapters, mode)
-    slots = SlotOptions(placement, max_labels, train_bias)
-    _check_slots(slots, mode, adapters)
-    source = base_source(model, adapters)
-    inputs = (*map(source_of, adapter), source)
-    check_replaceable(output, marker=MANIFEST_FILE, force=force, inputs=inputs)
+
+    def tell(mode: Mode, exporter: Exporter, reason: str) -> None:
+        chosen(exporter, reason)
+
+    return export_modes(adapter, output, [mode], options, progress=progress, chosen=tell)[mode]
+
+
+def export_modes(
+    adapter: Sequence[str | Path],
+    output: Path,
+    mode: Sequence[Mode],
+    options: OnnxOptions = _DEFAULTS,
+    *,
+    progress: Progress = silent,
+    chosen: Chosen = lambda mode, exporter, reason: None,
+) -> dict[Mode, Artifact]:
+    """Export in several modes; the model is traced once where the modes allow it.
+
+    Args:
+        adapter: as for `export_onnx`; `folded` among the modes takes at most one.
+        output: the directory of the artifact for one mode; for several the directory of
+            `folded`, `switchable` and `bank`, which appear together or not at all.
+        mode: one or more modes.
+        options: as for `export_onnx`.
+        progress: called with the share done and what is being done.
+        chosen: called for each mode.
+
+    Returns:
+        The artifact of each mode, in the order given.
+
+    Raises:
+        PropulsionExportError: as its subclasses say; nothing is left at `output` then.
+    """
+    modes = tuple(dict.fromkeys(mode))
+    scheme = check_options(modes, options, len(adapter))
+    adapters = _read(adapter, modes, options)
+    source = base_source(options.model, adapters)
+    places = Places(directories(output, modes), options.force, (*map(source_of, adapter), source))
+    places.check()
     check_not_merged(source, adapters)
     progress(0.05, f"loading {source}")
-    config = read_config(source, trust_remote_code=trust_remote_code)
-    task = resolve_task(task, config.architectures or (), adapter_tasks(adapters))
-    directories = dict(zip((read.name for read in adapters), map(source_of, adapter), strict=True))
-    texts = TextFiles.find(source, task, directories, trust_remote_code=trust_remote_code)
-    base = load_with_room(source, task, adapters, mode, slots, trust_remote_code=trust_remote_code)
-    fingerprint = fingerprint_of_model(base.model)
-    check_base(fingerprint, source, adapters)
-    resize_(base, adapters, mode, trust_remote_code=trust_remote_code)
-    texts.check_tokens(base.model.config)
-    wanted = base.model.dtype if dtype == "keep" else getattr(torch, dtype)
-    name: Dtype = str(wanted).removeprefix("torch.")  # type: ignore[assignment]
-    quantising.check_dtype(name)
-    if mode != "folded" and not allow_range:
-        _check_ranges(adapters, name)
-    settled = settle_(base.model, adapters, texts, mode=mode, own_head=base.own_head)
-    quantisation = quantisation_of(
-        base, adapters, scheme, calibration, trust_remote_code=trust_remote_code
-    )
-    note = describe(scheme) + settled.note
-    progress(0.2, f"tracing {type(base.model).__name__} in {name}{note}")
-    filled = adapters or _slots(base, mode, slots)
-    options = GraphOptions(exporter, opset, untie, execution_provider, quantisation)
-    produced = produce(Wanted(base, filled, adapters, mode, wanted), options)
-    graphs = produced.graphs
-    chosen(produced.exporter, produced.reason)
-    progress(0.8, f"writing {output}, the graph of {produced.exporter}: {produced.reason}")
-    labels = default_labels(base, filled, graphs.layout)
-    recorded = BaseEntry(source, fingerprint, labels, base.own_head, settled.base)
-    with staged_directory(output, marker=MANIFEST_FILE, force=force, inputs=inputs) as directory:
-        room = base.room if base.own_head else None
-        classes = [labels_in(read, graphs.layout, labels, room) for read in adapters]
-        entries = _entries(adapters, adapter, graphs.mode, classes, settled.adapters)
-        entries = {
-            one: replace(entry, chat_template=texts.template_of(one, graphs.mode))
-            for one, entry in entries.items()
-        }
-        _write(produced, directory, name, entries)
-        texts.write(directory, settled.settings, graphs.mode)
-        texts.record(directory, settled.settings)
-        if produced.write_config is not None:
-            produced.write_config(directory)
-        manifest = replace(
-            _manifest(graphs, base, recorded, entries, name),
-            exporter=produced.exporter,
-            execution_provider=execution_provider,
-            quantization=scheme,
-        )
-        written = Artifact.write(directory, manifest)
-    progress(1.0, f"wrote {output}")
-    return written.at(output)
-
-
-def _check_ranges(adapters: Sequence[Adapter], dtype: Dtype) -> None:
-    for adapter in adapters:
-        check_range(adapter, dtype)
-
-
-def _slots(base: BaseModel, mode: Mode, options: SlotOptions) -> list[Adapter]:
-    """A stand-in for the adapters to come; none where the base model is exported alone."""
-    if mode == "folded":
-        return []
-    return [slots_for(base, options)]
-
-
-def _entries(
-    adapters: Sequence[Adapter],
-    specifications: Sequence[str | Path],
-    mode: Mode,
-    classes: Sequence[tuple[str, ...] | None],
-    problem_types: Sequence[ProblemType | None],
-) -> dict[str, AdapterEntry]:
-    each = zip(adapters, specifications, classes, problem_types, strict=True)
-    return {
-        read.name: AdapterEntry(
-            digest=read.digest,
-            source=source_of(specification),
-            size=read.size,
-            file=f"{ADAPTERS}/{read.name}.safetensors" if mode == "switchable" else None,
-            labels=labels,
-            problem_type=problem_type,
-        )
-        for read, specification, labels, problem_type in each
+    texts = _find_texts(source, adapter, adapters, options)
+    prepared = {
+        kind: prepare_base(source, texts, adapters, kind, options.slots)
+        for kind in dict.fromkeys(map(_kind, modes))
     }
+    first = next(iter(prepared.values()))
+    name = _dtype(first.base.model.dtype, adapters, modes, options)
+    note = describe(scheme) + first.settled.note
+    progress(0.2, f"tracing {type(first.base.model).__name__} in {name}{note}")
+    produced = _produce(modes, prepared, adapters, options, scheme)
+    for each in modes:
+        chosen(each, produced[each].exporter, produced[each].reason)
+    made = ", ".join(f"{made.exporter}: {made.reason}" for made in produced.values())
+    progress(0.8, f"writing {output}, the graph of {made}")
+    exported = Exported(source, adapters, adapter, texts, name, scheme, options.execution_provider)
+    with places.staged() as staged:
+        written = {
+            mode: write_artifact(exported, prepared[_kind(mode)], produced[mode], directory)
+            for mode, directory in staged.items()
+        }
+    progress(1.0, f"wrote {output}")
+    return {mode: artifact.at(places.by_mode[mode]) for mode, artifact in written.items()}
 
 
-def _manifest(
-    exported: ExportedGraphs,
-    base: BaseModel,
-    recorded: BaseEntry,
-    entries: dict[str, AdapterEntry],
-    dtype: Dtype,
-) -> Manifest:
-    graphs = {name: GraphEntry(*signature(program)) for name, program in exported.programs.items()}
-    only = graphs.pop(GRAPH_FILE, GraphEntry((), ()))
-    return Manifest(
-        kind="onnx",
-        mode=exported.mode,
-        task=TaskName(base.task),
-        dtype=dtype,
-        base=recorded,
-        adapters={} if exported.mode == "bank" else entries,
-        inputs=only.inputs,
-        outputs=only.outputs,
-        graphs=graphs,
-        layout=dict(exported.layout),
-        tools=tool_versions(),
-    )
+def _kind(mode: Mode) -> Mode:
+    """The mode whose base model `mode` uses: that of a bank is that of a switchable graph."""
+    return "folded" if mode == "folded" else "switchable"
 
 
-def _check_adapters(adapters: Sequence[Adapter], mode: Mode) -> None:
-    if mode == "folded" and len(adapters) > 1:
+def _read(
+    adapter: Sequence[str | Path], modes: Sequence[Mode], options: OnnxOptions
+) -> list[Adapter]:
+    """Read the adapters; refuse what the modes cannot do with them.
+
+    Raises:
+        UsageError: there are too many adapters to fold, or slots for none.
+        AdapterError: an adapter changes nothing.
+    """
+    adapters = read_adapters(adapter)
+    if "folded" in modes and len(adapters) > 1:
         raise UsageError(
             f"{len(adapters)} adapters are given, expected one to fold into the weights",
             remedy="Export with --mode switchable or bank to choose between them at run time.",
         )
-    for adapter in adapters:
-        check_identity(adapter)
+    for read in adapters:
+        check_identity(read)
+    check_slots(options.slots, modes, adapters)
+    return adapters
 
 
-def _check_slots(options: SlotOptions, mode: Mode, adapters: Sequence[Adapter]) -> None:
-    """Refuse options for slots where the adapters themselves decide, or where there are none."""
-    if not options.given or (mode != "folded" and not adapters):
-        return
-    found = "--mode folded" if mode == "folded" else "adapters given by -a"
-    raise UsageError(
-        *(f"{option}: is for slots without adapters, found {found}" for option in options.given),
-        remedy="Leave it out." if adapters else "Export with --mode switchable or bank.",
+def _find_texts(
+    source: str,
+    specifications: Sequence[str | Path],
+    adapters: Sequence[Adapter],
+    options: OnnxOptions,
+) -> TextFiles:
+    trusted = options.trust_remote_code
+    config = read_config(source, trust_remote_code=trusted)
+    task = resolve_task(options.task, config.architectures or (), adapter_tasks(adapters))
+    names = (read.name for read in adapters)
+    directories = dict(zip(names, map(source_of, specifications), strict=True))
+    return TextFiles.find(source, task, directories, trust_remote_code=trusted)
+
+
+def _dtype(
+    own: torch.dtype, adapters: Sequence[Adapter], modes: Sequence[Mode], options: OnnxOptions
+) -> Dtype:
+    """The precision of the graphs; refuses scales that it rounds badly where they stay apart."""
+    wanted = str(own).removeprefix("torch.") if options.dtype == "keep" else options.dtype
+    name: Dtype = wanted  # type: ignore[assignment]
+    options.quantising.check_dtype(name)
+    if set(modes) != {"folded"} and not options.allow_range:
+        for read in adapters:
+            check_range(read, name)
+    return name
+
+
+def _produce(
+    modes: Sequence[Mode],
+    prepared: dict[Mode, PreparedBase],
+    adapters: Sequence[Adapter],
+    options: OnnxOptions,
+    scheme: QuantizationEntry | None,
+) -> dict[Mode, Produced]:
+    """The graphs of each mode; those with slots first, whose trace serves the folded ones too."""
+    first = next(iter(prepared.values())).base
+    own = first.model.dtype
+    with stage("calibrate"):
+        trusted = options.trust_remote_code
+        quantisation = quantisation_of(
+            first, adapters, scheme, options.calibration, trust_remote_code=trusted
+        )
+    dtype = own if options.dtype == "keep" else getattr(torch, options.dtype)
+    graph_options = GraphOptions(
+        options.exporter, options.opset, options.untie, options.execution_provider, quantisation
     )
-
-
-def _write(
-    produced: Produced, directory: Path, dtype: str, entries: dict[str, AdapterEntry]
-) -> None:
-    """Everything in an artifact's directory but its manifest and what reads texts."""
-    graphs = produced.graphs
-    write_graphs(graphs.programs, directory)
-    save_config(produced.model, directory, dtype, for_graph=True)
-    if graphs.mode == "bank":
-        _write_bank(graphs, directory, entries)
-    else:
-        _write_feeds(graphs, directory)
-
-
-def _write_feeds(graphs: ExportedGraphs, directory: Path) -> None:
-    from safetensors.numpy import save_file
-
-    if graphs.feeds:
-        (directory / ADAPTERS).mkdir()
-    for name, feeds in graphs.feeds.items():
-        save_file(dict(feeds), directory / ADAPTERS / f"{name}.safetensors")
-
-
-def _write_bank(graphs: ExportedGraphs, directory: Path, entries: dict[str, AdapterEntry]) -> None:
-    bank = Bank.create(directory, to_row(graphs.feeds[BASE_NAME], graphs.layout))
-    for name, entry in entries.items():
-        bank.add(name, to_row(graphs.feeds[name], graphs.layout), entry)
+    shared, produced = SharedTrace(), {}
+    for mode in sorted(modes, key=lambda mode: mode == "folded"):
+        made = prepared[_kind(mode)]
+        wanted = Wanted(made.base, made.slots, adapters, mode, dtype, shared)
+        produced[mode] = produce(wanted, graph_options)
+    return produced

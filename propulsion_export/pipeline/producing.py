@@ -1,7 +1,7 @@
 """Produce graphs by transformers' exporter or onnxruntime-genai's builder."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.artifacts.manifest import DEFAULT_OPSET, ExecutionProvider, Exporter, Mode
 from propulsion_export.base_model.loading import BaseModel
+from propulsion_export.environment.stages import stage
 from propulsion_export.errors import (
     AdapterError,
     BaseModelError,
@@ -20,6 +21,7 @@ from propulsion_export.errors import (
 )
 from propulsion_export.graph.build import (
     ExportedGraphs,
+    SharedTrace,
     build_bank,
     build_folded,
     build_switchable,
@@ -85,6 +87,7 @@ class Wanted:
         adapters: the exported ones; may be none.
         mode: how the graph holds the adapters.
         dtype: of weights and activations.
+        shared: the trace of transformers' exporter, for all modes of an export.
     """
 
     base: BaseModel
@@ -92,6 +95,7 @@ class Wanted:
     adapters: Sequence[Adapter]
     mode: Mode
     dtype: torch.dtype
+    shared: SharedTrace = field(default_factory=SharedTrace)
 
 
 def produce(wanted: Wanted, options: GraphOptions) -> Produced:
@@ -138,23 +142,33 @@ def _by_transformers(wanted: Wanted, options: GraphOptions, reason: str) -> Prod
             opset=opset,
             untie=options.untie,
             quantisation=quantisation,
+            shared=wanted.shared,
         )
     else:
         build = build_switchable if wanted.mode == "switchable" else build_bank
-        graphs = build(base, slots, adapters, dtype, opset=opset, quantisation=quantisation)
+        graphs = build(
+            base,
+            slots,
+            adapters,
+            dtype,
+            opset=opset,
+            quantisation=quantisation,
+            shared=wanted.shared,
+        )
     return Produced(graphs, base.model, "transformers", reason)
 
 
 def _by_genai(wanted: Wanted, options: GraphOptions, reason: str) -> Produced:
     base, slots, adapters = wanted.base, wanted.slots, wanted.adapters
     request = _request(wanted, options)
-    if wanted.mode == "folded":
-        first = next(iter(adapters), None)
-        made = genai.build_folded(base, first, request, untie=options.untie)
-    elif wanted.mode == "switchable":
-        made = genai.build_switchable(base, slots, adapters, request)
-    else:
-        made = genai.build_bank(base, slots, adapters, request)
+    with stage(f"build {wanted.mode} by onnxruntime-genai's builder"):
+        if wanted.mode == "folded":
+            first = next(iter(adapters), None)
+            made = genai.build_folded(base, first, request, untie=options.untie)
+        elif wanted.mode == "switchable":
+            made = genai.build_switchable(base, slots, adapters, request)
+        else:
+            made = genai.build_bank(base, slots, adapters, request)
     return Produced(made.exported, made.model, "genai", reason, made.write_config)
 
 

@@ -12,7 +12,13 @@ from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.artifacts.layout import to_row
 from propulsion_export.base_model.loading import BaseModel
 from propulsion_export.graph.files import write_graphs
-from propulsion_export.graph.modes import can_become_bank, to_bank, to_folded, to_switchable
+from propulsion_export.graph.modes import (
+    can_become_bank,
+    can_fold,
+    to_bank,
+    to_folded,
+    to_switchable,
+)
 from propulsion_export.graph.sample_outputs import task_inputs
 from propulsion_export.graph.scaled import ScaledGraphs, trace_scaled
 from propulsion_export.graph.slot_plan import feeds_of, plan_slots
@@ -144,3 +150,30 @@ def test_one_initializer_may_hold_several_slots(tmp_path):
     feeds = {"propulsion_bank": np.stack([scales, -scales]), "adapter_ids": np.array([1, 0])}
     found = onnxruntime_runner(tmp_path / "model.onnx")({"x": x, **feeds})
     np.testing.assert_array_equal(found["y"], x * np.stack([-scales, scales])[:, None])
+
+
+class Tied(torch.nn.Module):
+    """Two modules that share a weight, and a head."""
+
+    def __init__(self, labels):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = torch.nn.Linear(3, 4, bias=False), torch.nn.Linear(3, 4, bias=False)
+        self.last.weight = self.first.weight
+        self.head = torch.nn.Linear(4, labels)
+
+
+def test_a_trace_serves_a_folded_model_only_if_its_weights_fit():
+    def other(name, values):
+        model = Tied(2)
+        model.get_submodule(name).weight = torch.nn.Parameter(values)
+        return model
+
+    base = Tied(2)
+    same = base.first.weight.detach().clone()
+
+    assert can_fold(base, Tied(2))
+    assert can_fold(base, other("head", torch.zeros(2, 4)))
+    assert can_fold(base, other("last", same))
+    assert not can_fold(base, other("last", 2 * same))
+    assert not can_fold(base, Tied(3))

@@ -16,12 +16,12 @@ from propulsion_export.pipeline.mode_options import check_mode_options
 )
 def test_an_option_that_does_nothing_is_refused_by_name(mode, options, message):
     with pytest.raises(UsageError, match=message):
-        check_mode_options(mode, **{"untie": False, "allow_range": False, **options})
+        check_mode_options([mode], **{"untie": False, "allow_range": False, **options})
 
 
 def test_all_options_that_do_nothing_are_named_at_once():
     with pytest.raises(UsageError, match=r"--untie: .*; --allow-range: .* Leave it out"):
-        check_mode_options("folded", untie=True, allow_range=True, adapters=0)
+        check_mode_options(["folded"], untie=True, allow_range=True, adapters=0)
 
 
 @pytest.mark.parametrize(
@@ -29,9 +29,9 @@ def test_all_options_that_do_nothing_are_named_at_once():
     [("folded", True, False), ("switchable", False, True), ("bank", False, True)],
 )
 def test_an_option_that_acts_is_accepted(mode, untie, allow_range):
-    check_mode_options(mode, untie=untie, allow_range=allow_range)
+    check_mode_options([mode], untie=untie, allow_range=allow_range)
 
 
 @pytest.mark.parametrize("mode", ["folded", "switchable", "bank"])
 def test_no_option_is_needed(mode):
-    check_mode_options(mode, untie=False, allow_range=False, adapters=0)
+    check_mode_options([mode], untie=False, allow_range=False, adapters=0)
