@@ -19,7 +19,8 @@ from propulsion_export.base_model.model_fingerprint import fingerprint_of_model
 from propulsion_export.engine import BuildOptions
 from propulsion_export.graph.files import read_graph
 from propulsion_export.graph.quantisation import quantised_weights
-from propulsion_export.pipeline.onnx import export_onnx
+from propulsion_export.pipeline.onnx import export_modes, export_onnx
+from propulsion_export.pipeline.onnx_options import OnnxOptions
 from propulsion_export.pipeline.trt import build_engine
 from propulsion_export.runners.decoding import generate, greedy
 from propulsion_export.runners.opening import choose_runner, open_candidate
@@ -194,3 +195,34 @@ def test_quantised_graphs_become_engines_for_every_target(
     assert built.manifest.quantization == Artifact.read(directory).manifest.quantization
     scales = [w.scales for w in quantised_weights(read_graph(directory, GRAPH_FILE)).values()]
     assert all((each > 0).all() for each in scales)
+
+
+def initializers(directory):
+    graph = read_graph(directory, GRAPH_FILE).graph
+    return sorted(value.const_value.numpy().tobytes() for value in graph.initializers.values())
+
+
+@pytest.mark.parametrize(
+    "form", ["matmulnbits-4", pytest.param("qdq-8", marks=slow), pytest.param("w8a8", marks=slow)]
+)
+def test_modes_exported_together_are_those_exported_alone(
+    form, quantised, quantised_world, tmp_path
+):
+    world = quantised_world("llama")
+    more = FORMS.get(form) or W8A8 | {"calibration": texts_file(world)}
+    options = OnnxOptions(**EXPORTER, **more)
+
+    export_modes([world / "one"], tmp_path / "out", MODES, options)
+
+    alone = quantised("llama", "folded", form)
+    nodes = [
+        [node.op_type for node in read_graph(directory, GRAPH_FILE).graph]
+        for directory in (tmp_path / "out" / "folded", alone)
+    ]
+    assert nodes[0] == nodes[1]
+    together = tokens_of(tmp_path / "out" / "folded")
+    np.testing.assert_array_equal(together, tokens_of(alone))
+    assert initializers(tmp_path / "out" / "folded") == initializers(alone)
+    for mode in MODES[1:]:
+        np.testing.assert_array_equal(tokens_of(tmp_path / "out" / mode, "one"), together)
+        assert (tokens_of(tmp_path / "out" / mode) != together).any()

@@ -148,3 +148,22 @@ def test_the_command_prints_each_and_where_the_time_went(decoder, tmp_path, capf
     )
     assert (numbers >= 0).all()
     assert (numbers.max(axis=0) > 0.5).all()
+
+
+@pytest.mark.slow
+def test_graphs_of_the_builder_in_several_modes_pass(tmp_path):
+    """A graph of onnxruntime-genai's builder is built for each mode."""
+    pytest.importorskip("onnxruntime_genai")
+    from genai_models import make
+    from tiny_models import save_tokenizer
+
+    model = make("llama", vocab_size=100, bos_token_id=2, eos_token_id=3)
+    model.save_pretrained(tmp_path / "base")
+    save_tokenizer(tmp_path / "base", generative=True)
+    options = OnnxOptions(model=str(tmp_path / "base"), exporter="genai")
+
+    artifacts = export_modes([], tmp_path / "out", MODES, options)
+
+    assert {artifact.manifest.exporter for artifact in artifacts.values()} == {"genai"}
+    for mode in MODES:
+        assert check_parity(tmp_path / "out" / mode).passed
