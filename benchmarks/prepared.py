@@ -22,10 +22,10 @@ BERT_PLACEMENTS = {"all": "", "attention": "attention.self."}
 
 
 def write_random_adapter(
-    model: torch.nn.Module, directory: Path, part: str, *, base: Path, task: str
+    model: torch.nn.Module, directory: Path, part: str, *, base: Path, task: str, seed: int = 0
 ) -> None:
     """Write an adapter with scales on every Linear and Embedding with `part` in its path."""
-    chooser = np.random.default_rng(0)
+    chooser = np.random.default_rng(seed)
     scales = {
         path: Scale(chooser.uniform(0.9, 1.1, output_width(module)))
         for path, module in model.named_modules()

@@ -1,4 +1,4 @@
-"""Make the two small data sets of the samples from WordNet 3.0's glosses.
+"""Make the small data sets of the samples from WordNet 3.0's glosses.
 
     python samples/data/prepare.py WORDNET_DIR
 
@@ -12,6 +12,7 @@ import json
 import random
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,6 +34,7 @@ TOPICS = {
 PARTS_OF_SPEECH = {"noun": "noun", "verb": "verb", "adj": "adjective", "adv": "adverb"}
 TOPIC_ROWS = (250, 80)  # training and held-out rows of each class
 PART_OF_SPEECH_ROWS = (400, 100)
+CHAT_ROWS = (30, 10)
 SEED = 3
 
 
@@ -69,6 +71,19 @@ def split(by_label: dict[str, set[str]], rows: tuple[int, int]) -> tuple[list[di
     return training, held_out
 
 
+def conversations(rows: list[dict], each: int) -> list[dict]:
+    """The first `each` rows of every label, as a question and its answer."""
+    taken: Counter[str] = Counter()
+    chosen = []
+    for row in rows:
+        if taken[row["label"]] < each:
+            taken[row["label"]] += 1
+            question = {"role": "user", "content": row["text"]}
+            answer = {"role": "assistant", "content": row["label"]}
+            chosen.append({"messages": [question, answer]})
+    return chosen
+
+
 def write(name: str, rows: list[dict]) -> None:
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     (Path(__file__).parent / name).write_text(lines, encoding="utf-8")
@@ -90,6 +105,9 @@ def main(wordnet: Path) -> None:
         training, held_out = split(by_label, rows)
         write(f"{task}.train.jsonl", training)
         write(f"{task}.held-out.jsonl", held_out)
+        if task == "topic":
+            write("chat.train.jsonl", conversations(training, CHAT_ROWS[0]))
+            write("chat.held-out.jsonl", conversations(held_out, CHAT_ROWS[1]))
 
 
 if __name__ == "__main__":
