@@ -221,10 +221,13 @@ def spoil_bias(directory):
 
 @pytest.fixture
 def demo(monkeypatch, tmp_path):
-    """The demo as a module, in an empty directory."""
+    """The demo's modules by name, in an empty directory."""
     monkeypatch.syspath_prepend(SAMPLES)
     monkeypatch.chdir(tmp_path)
-    return load("demo")
+    modules = {name: load(name) for name in ("demo_steps", "demo_encoder", "demo_chat", "demo")}
+    return SimpleNamespace(
+        **modules, main=modules["demo"].main, OUTPUT=modules["demo_steps"].OUTPUT
+    )
 
 
 @pytest.fixture
@@ -232,16 +235,28 @@ def calls(demo, monkeypatch):
     """What each `step` was given; none is run, each answers as if all went well."""
     made = []
     answers = {
-        "train": {"validation_accuracy": 0.9, "head_only_accuracy": 0.5},
+        "train": {"validation_accuracy": 0.9, "head_only_accuracy": 0.5}
+        | {"validation_loss": 1.5, "base_loss": 4.5},
         "run": {"predictions": [{"text": "t", "adapter": "a", "label": "l", "score": 0.5}]},
+        "chat": {"chat": demo.demo_chat.ANSWER, "base": "Tigers are large."},
         "parity": {"verdict": "passed", "checks": [1, 2], "runner": "r", "margin": 0.5},
     }
 
     def step(title, *arguments, may_not_run=False):
         made.append(SimpleNamespace(title=title, arguments=arguments, may_not_run=may_not_run))
+        if "--chat" in arguments:
+            text = answers["chat"][arguments[arguments.index("--adapter") + 1]]
+            return {"predictions": [{"generated_text": text}]}
         return answers.get(arguments[0], {})
 
-    monkeypatch.setattr(demo, "step", step)
+    for module in (demo.demo_steps, demo.demo_encoder, demo.demo_chat, demo.demo):
+        monkeypatch.setattr(module, "step", step)
+    for module in (demo.demo_encoder, demo.demo_chat):
+        monkeypatch.setattr(module, "judge", demo.demo_steps.judge)
+    both = answers["chat"]
+    monkeypatch.setattr(demo.demo_chat, "ask_genai", lambda package: (both["chat"], both["base"]))
+    monkeypatch.setattr(demo.demo, "encoder", demo.demo_encoder.encoder)
+    monkeypatch.setattr(demo.demo, "chat", demo.demo_chat.chat)
     return SimpleNamespace(made=made, answers=answers)
 
 
@@ -259,6 +274,8 @@ def test_every_command_of_the_demo_can_be_called(demo, calls):
     assert used == [
         *("doctor", "train", "train", "inspect", "merge", "onnx", "onnx", "onnx", "trt", "run"),
         *["parity"] * 5,
+        *("train", "onnx", "onnx", "package", "run", "run", "package", "run", "run"),
+        *["parity"] * 2,
     ]
     for made in calls.made:
         parse(made.arguments)  # raises for an option that the command does not have
@@ -289,7 +306,7 @@ def test_demo_trains_on_files_that_are_there(demo, calls):
     for options in trained:
         for name in ("data", "validation"):
             first = json.loads(Path(options[name]).read_text().splitlines()[0])
-            assert {"text", "label"} <= first.keys()
+            assert {"text", "label"} <= first.keys() or "messages" in first
 
 
 def test_demo_removes_an_earlier_output(demo, calls):
@@ -301,9 +318,17 @@ def test_demo_removes_an_earlier_output(demo, calls):
 
 
 def test_demo_fails_when_the_topic_adapter_learns_too_little(demo, calls):
-    calls.answers["train"]["validation_accuracy"] = demo.REACHED - 0.01
+    calls.answers["train"]["validation_accuracy"] = demo.demo_encoder.REACHED - 0.01
 
     with pytest.raises(SystemExit, match=r"topic: 81\.0% held-out, expected 82%"):
+        demo.main()
+
+
+@pytest.mark.parametrize(("adapter", "answer"), [("chat", "a tiger"), ("base", "animal")])
+def test_demo_fails_when_the_chat_adapter_makes_no_difference(demo, calls, adapter, answer):
+    calls.answers["chat"][adapter] = answer
+
+    with pytest.raises(SystemExit, match="run, chat-float32: expected 'animal' from the adapter"):
         demo.main()
 
 
@@ -328,7 +353,7 @@ def test_a_row_of_the_table_says_what_was_found(demo, calls):
     (demo.OUTPUT / "merged").mkdir(parents=True)
     (demo.OUTPUT / "merged" / "model.safetensors").write_bytes(b"0" * 1500)
 
-    row = demo.judge("merged")
+    row = demo.demo_steps.judge("merged")
 
     page = f"{demo.OUTPUT}/parity/merged/parity.html"
     assert row == ("merged", "1.5 kB", "50% left", "passed: 2 checks in r", page)
@@ -336,7 +361,7 @@ def test_a_row_of_the_table_says_what_was_found(demo, calls):
 
 
 def test_a_step_shows_the_command_and_gives_its_json(demo, capfd):
-    told = demo.step("What can this machine do?", "doctor")
+    told = demo.demo_steps.step("What can this machine do?", "doctor")
 
     assert "== What can this machine do?\n$ propulsion-export doctor\n" in capfd.readouterr().out
     assert isinstance(told, dict)
@@ -346,16 +371,16 @@ def test_a_step_shows_the_command_and_gives_its_json(demo, capfd):
 @pytest.mark.parametrize("allowed", [False, True])
 def test_only_a_step_that_may_not_run_may_end_with_3(demo, monkeypatch, allowed):
     answer = subprocess.CompletedProcess([], 3, stdout='{"verdict": "not run"}')
-    monkeypatch.setattr(demo.subprocess, "run", lambda *arguments, **options: answer)
+    monkeypatch.setattr(demo.demo_steps.subprocess, "run", lambda *arguments, **options: answer)
 
     if allowed:
-        assert demo.step("t", "parity", may_not_run=True) == {"verdict": "not run"}
+        assert demo.demo_steps.step("t", "parity", may_not_run=True) == {"verdict": "not run"}
     else:
         with pytest.raises(SystemExit, match="the command ended with 3"):
-            demo.step("t", "parity")
+            demo.demo_steps.step("t", "parity")
 
 
 @pytest.mark.parametrize("may_not_run", [False, True])
 def test_a_step_that_breaks_ends_the_demo(demo, may_not_run):
     with pytest.raises(SystemExit, match="the command ended with 4"):
-        demo.step("t", "inspect", "nothing-here", may_not_run=may_not_run)
+        demo.demo_steps.step("t", "inspect", "nothing-here", may_not_run=may_not_run)
