@@ -34,7 +34,7 @@ TOPICS = {
 PARTS_OF_SPEECH = {"noun": "noun", "verb": "verb", "adj": "adjective", "adv": "adverb"}
 TOPIC_ROWS = (250, 80)  # training and held-out rows of each class
 PART_OF_SPEECH_ROWS = (400, 100)
-CHAT_ROWS = (30, 10)
+CHAT_ROWS = (15, 5)
 SEED = 3
 
 
