@@ -6,8 +6,8 @@ import sys
 from demo_steps import DATA, OUTPUT, Row, judge, step
 from smollm2 import model_file
 
-QUESTION = "a large wild cat with stripes"
-ANSWER = "animal"
+QUESTION = "a man who makes shoes"
+ANSWER = "person"
 _MOST = 12  # tokens of an answer
 
 

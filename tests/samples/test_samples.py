@@ -324,11 +324,11 @@ def test_demo_fails_when_the_topic_adapter_learns_too_little(demo, calls):
         demo.main()
 
 
-@pytest.mark.parametrize(("adapter", "answer"), [("chat", "a tiger"), ("base", "animal")])
+@pytest.mark.parametrize(("adapter", "answer"), [("chat", "a tiger"), ("base", "person")])
 def test_demo_fails_when_the_chat_adapter_makes_no_difference(demo, calls, adapter, answer):
     calls.answers["chat"][adapter] = answer
 
-    with pytest.raises(SystemExit, match="run, chat-float32: expected 'animal' from the adapter"):
+    with pytest.raises(SystemExit, match="run, chat-float32: expected 'person' from the adapter"):
         demo.main()
 
 
