@@ -24,11 +24,12 @@ def conversations_in(inputs: Any, task: str) -> list[Conversation] | None:
     if isinstance(inputs, str | Mapping):
         return None
     rows = list(inputs)
-    if any(isinstance(row, Mapping) for row in rows):
+    answers = TASKS[task].architecture == "decoder"
+    if any(map(_is_message, rows)):
         rows = [rows]
-    elif not any(map(_is_conversation, rows)):
+    elif not any(_is_conversation(row) or (answers and row == []) for row in rows):
         return None
-    if TASKS[task].architecture != "decoder":
+    if not answers:
         raise UsageError(f"messages: are for text-generation, the artifact is for {task}")
     parsed = [row if isinstance(row, Conversation) else _parsed(row) for row in rows]
     findings = [
@@ -44,7 +45,11 @@ def conversations_in(inputs: Any, task: str) -> list[Conversation] | None:
 def _is_conversation(row: Any) -> bool:
     if isinstance(row, Conversation):
         return True
-    return isinstance(row, list | tuple) and (not row or any(isinstance(m, Mapping) for m in row))
+    return isinstance(row, list | tuple) and any(map(_is_message, row))
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, Mapping) and ("role" in value or "content" in value)
 
 
 def _parsed(row: Any) -> Conversation | str:

@@ -196,6 +196,7 @@ def test_the_manifest_on_disk_is_exactly_this(switchable):
                 "file": TOPIC,
                 "labels": ["no", "yes"],
                 "problem_type": None,
+                "chat_template": None,
             }
         },
         "inputs": [

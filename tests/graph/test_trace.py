@@ -347,7 +347,7 @@ def test_graph_of_a_decoder_goes_on_behind_thousands_of_tokens(traced_decoder):
     expected = expected_logits(decoder, batch)[:, 2000:]
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
     # What was read first is not forgotten.
-    changed = {name: values.copy() for name, values in state.cache.items()}
+    changed = {name: np.array(values) for name, values in state.cache.items()}
     changed["past_key_values.0.value"][:, :, :1000] += 1
     other, _ = opening.decoder.step(type(state)(state.mask, changed), opening.tokens[:, 2000:])
     assert np.abs(other - found).max() > 1e-2

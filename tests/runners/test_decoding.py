@@ -14,11 +14,11 @@ from propulsion_export.runners.decoding import (
     CausalModel,
     Decoder,
     EncoderDecoder,
-    _pieces,
     alone,
     generate,
     greedy,
     pad_left,
+    pieces_of,
     positions,
     recomputing,
     replaying,
@@ -246,7 +246,7 @@ def test_a_mistake_with_padding_shows_against_rows_alone(mistake):
 @given(st.integers(1, 300))
 @settings(deadline=None, max_examples=100, derandomize=True)
 def test_pieces_cover_every_position_once_and_in_order(length):
-    pieces = _pieces(length)
+    pieces = pieces_of(length)
 
     assert [place for piece in pieces for place in range(*piece)] == list(range(length))
     assert all(start < end for start, end in pieces)
