@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from propulsion_export.engine import BuildOptions
     from propulsion_export.parity.reports.report import ParityReport
     from propulsion_export.pipeline.merge import merge
-    from propulsion_export.pipeline.onnx import export_onnx
+    from propulsion_export.pipeline.onnx import export_modes, export_onnx
+    from propulsion_export.pipeline.onnx_options import OnnxOptions
     from propulsion_export.pipeline.package import package
     from propulsion_export.pipeline.parity import check_parity
     from propulsion_export.pipeline.run import predict
@@ -32,6 +33,7 @@ _HOMES = {
     "Adapter": "adapters.adapter:Adapter",
     "Artifact": "artifacts.artifact:Artifact",
     "BuildOptions": "engine.options:BuildOptions",
+    "OnnxOptions": "pipeline.onnx_options:OnnxOptions",
     "ParityReport": "parity.reports.report:ParityReport",
     "PropulsionConfig": "tuning:PropulsionConfig",
     "Reply": "serving.loaded_model:Reply",
@@ -42,6 +44,7 @@ _HOMES = {
     "add_adapter": "artifacts.changing:add_adapter",
     "build_engine": "pipeline.trt:build_engine",
     "check_parity": "pipeline.parity:check_parity",
+    "export_modes": "pipeline.onnx:export_modes",
     "export_onnx": "pipeline.onnx:export_onnx",
     "merge": "pipeline.merge:merge",
     "package": "pipeline.package:package",
@@ -54,6 +57,7 @@ __all__ = [
     "Adapter",
     "Artifact",
     "BuildOptions",
+    "OnnxOptions",
     "ParityReport",
     "PropulsionConfig",
     "Reply",
@@ -64,6 +68,7 @@ __all__ = [
     "add_adapter",
     "build_engine",
     "check_parity",
+    "export_modes",
     "export_onnx",
     "merge",
     "package",
