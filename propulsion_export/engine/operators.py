@@ -13,11 +13,13 @@ def check_exporter(artifact: Artifact) -> None:
     Raises:
         ArtifactError: it is one.
     """
-    if artifact.manifest.exporter == "genai":
+    manifest = artifact.manifest
+    if manifest.exporter == "genai":
+        form = " --quantization-form qdq" if manifest.quantization else ""
         raise ArtifactError(
             f"{artifact.directory}: is a graph of onnxruntime-genai's builder, with operators of "
             "ONNX Runtime (GroupQueryAttention) that TensorRT lacks",
-            remedy="Export with --exporter transformers.",
+            remedy=f"Export with --exporter transformers{form}.",
         )
 
 

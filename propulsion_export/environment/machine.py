@@ -21,6 +21,7 @@ _TOOLS = (
     "onnxscript",
     "onnxruntime",
     "onnxruntime-gpu",
+    "onnxruntime-genai",
     "optimum",
     "tensorrt",
     "tensorrt-rtx",

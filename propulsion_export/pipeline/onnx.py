@@ -1,6 +1,7 @@
 """`onnx`: a base model and adapters become a graph, the adapters folded in or switchable."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -193,8 +194,8 @@ def export_modes(
     produced = _produce(modes, prepared, adapters, options, scheme)
     for each in modes:
         chosen(each, produced[each].exporter, produced[each].reason)
-    made = ", ".join(f"{made.exporter}: {made.reason}" for made in produced.values())
-    progress(0.8, f"writing {output}, the graph of {made}")
+    reasons = dict.fromkeys(f"{made.exporter}: {made.reason}" for made in produced.values())
+    progress(0.8, f"writing {output}, the graph of {', '.join(reasons)}")
     exported = Exported(source, adapters, adapter, texts, name, scheme, options.execution_provider)
     with places.staged() as staged:
         written = {
@@ -268,7 +269,7 @@ def _produce(
     """The graphs of each mode; those with slots first, whose trace serves the folded ones too."""
     first = next(iter(prepared.values())).base
     own = first.model.dtype
-    with stage("calibrate"):
+    with stage("calibrate") if options.calibration else nullcontext():
         trusted = options.trust_remote_code
         quantisation = quantisation_of(
             first, adapters, scheme, options.calibration, trust_remote_code=trusted

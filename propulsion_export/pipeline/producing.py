@@ -122,7 +122,8 @@ def produce(wanted: Wanted, options: GraphOptions) -> Produced:
             )
         return _by_transformers(wanted, options, _ASKED)
     if options.exporter == "genai" or provider != "cpu":
-        return _by_genai(wanted, options, _ASKED)
+        reason = _ASKED if options.exporter == "genai" else f"for {provider}"
+        return _by_genai(wanted, options, reason)
     try:
         return _by_genai(wanted, options, "its graph is the model's, for ONNX Runtime")
     except (AdapterError, BaseModelError, ToolError, UnavailableError, UsageError) as error:
@@ -133,7 +134,7 @@ def produce(wanted: Wanted, options: GraphOptions) -> Produced:
 def _by_transformers(wanted: Wanted, options: GraphOptions, reason: str) -> Produced:
     base, slots, adapters, dtype = wanted.base, wanted.slots, wanted.adapters, wanted.dtype
     quantisation = options.quantisation
-    opset = max(options.opset, quantisation.opset) if quantisation else options.opset
+    opset = _opset(options)
     if wanted.mode == "folded":
         graphs = build_folded(
             base,
@@ -156,6 +157,21 @@ def _by_transformers(wanted: Wanted, options: GraphOptions, reason: str) -> Prod
             shared=wanted.shared,
         )
     return Produced(graphs, base.model, "transformers", reason)
+
+
+def _opset(options: GraphOptions) -> int:
+    """The opset of the graph: the default is raised where quantised weights need a newer one.
+
+    Raises:
+        UsageError: an older one than they need is asked for.
+    """
+    needed = options.quantisation.opset if options.quantisation else options.opset
+    if options.opset not in (DEFAULT_OPSET, max(options.opset, needed)):
+        raise UsageError(
+            f"--opset: found {options.opset}, expected {needed} or newer for weights quantised so",
+            remedy="Leave it out.",
+        )
+    return max(options.opset, needed)
 
 
 def _by_genai(wanted: Wanted, options: GraphOptions, reason: str) -> Produced:
@@ -187,6 +203,12 @@ def _request(wanted: Wanted, options: GraphOptions) -> genai.Request:
     if found:
         raise UsageError(*found, remedy="Leave it out, or give --exporter transformers.")
     provider = options.execution_provider
+    if provider == "cuda" and wanted.dtype == torch.float32:
+        raise UsageError(
+            "--execution-provider: cuda in float32, for which onnxruntime-genai's builder writes a "
+            "graph without a cache; expected float16 or bfloat16",
+            remedy="Give --dtype float16.",
+        )
     build = GenaiOptions(provider)
     if scheme is not None:
         build = GenaiOptions(provider, scheme.bits, scheme.block_size, scheme.accuracy_level)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from propulsion_export.artifacts.artifact import Artifact
+from propulsion_export.base_model.chat.templates import no_template, read_template
 from propulsion_export.base_model.generation_settings import GenerationSettings
 from propulsion_export.base_model.tasks import TASKS
 from propulsion_export.data.texts import read_texts
@@ -143,8 +144,21 @@ def open_chat(
     settings = settings_for(read, options, None)
     assert settings is not None  # the task generates text
     note_settings(read, settings, on_note)
+    _check_template(read, adapter)
     session = Session(read, runner=runner, trust_remote_code=trust_remote_code)
     return Chat(session, adapter, system=system, settings=settings)
+
+
+def _check_template(artifact: Artifact, adapter: str | None) -> None:
+    """Refuse a conversation that no turn of could be rendered.
+
+    Raises:
+        UsageError: neither the artifact nor the adapter that answers has a chat template.
+    """
+    entries = artifact.list_adapters()
+    own = any(entry.chat_template for name, entry in entries.items() if adapter in (None, name))
+    if not own and read_template(artifact.directory) is None:
+        raise no_template()
 
 
 def note_settings(artifact: Artifact, settings: Settings, on_note: Callable[[str], None]) -> None:

@@ -12,7 +12,7 @@ from propulsion_export.adapters.scales import Array
 from propulsion_export.artifacts.artifact import Artifact, Tensors
 from propulsion_export.base_model.chat.format import ChatFormat
 from propulsion_export.base_model.chat.rendering import TemplateRefusal
-from propulsion_export.base_model.chat.templates import choose_template, read_template
+from propulsion_export.base_model.chat.templates import choose_template, no_template, read_template
 from propulsion_export.base_model.config import read_settings
 from propulsion_export.base_model.generation_settings import GenerationSettings
 from propulsion_export.base_model.positions import as_config, longest_input
@@ -161,11 +161,7 @@ class Writer:
     def _format(self, template: str | None) -> tuple[ChatFormat, list[int]]:
         """The format of chats by a template, and the tokens that end an answer in it."""
         if template is None:
-            raise UsageError(
-                "messages: the artifact has no chat template, expected one to render them with",
-                remedy="Give texts, or put chat_template.jinja into the adapter's directory and "
-                "export it again.",
-            )
+            raise no_template()
         if template not in self.formats:
             chat = ChatFormat.of(template, self.tokenizer, self.special.end)
             numbers = numbers_of(self.tokenizer)

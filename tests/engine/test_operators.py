@@ -1,10 +1,13 @@
 """Operators that TensorRT lacks are refused by name."""
 
+from types import SimpleNamespace
+
 import onnx_ir as ir
 import pytest
 
-from propulsion_export.engine.operators import check_operators
-from propulsion_export.errors import UnavailableError
+from propulsion_export.artifacts.manifest import QuantizationEntry
+from propulsion_export.engine.operators import check_exporter, check_operators
+from propulsion_export.errors import ArtifactError, UnavailableError
 
 ADDING = """
 <ir_version: 10, opset_import: ["" : 20]>
@@ -37,3 +40,23 @@ def test_a_scatter_that_adds_is_refused_by_the_names_of_model_and_node(reduction
         check_operators(ir.from_onnx_text(ADDING), "Tiny")
 
     assert refusal.value.exit_code == 3
+
+
+@pytest.mark.parametrize(
+    ("quantization", "remedy"),
+    [
+        (None, "Export with --exporter transformers."),
+        (
+            QuantizationEntry(4, "matmulnbits", 32, 4),
+            "Export with --exporter transformers --quantization-form qdq.",
+        ),
+    ],
+    ids=["float", "int4"],
+)
+def test_the_way_out_of_a_graph_of_the_builder_is_a_whole_one(quantization, remedy):
+    manifest = SimpleNamespace(exporter="genai", quantization=quantization)
+
+    with pytest.raises(ArtifactError) as refused:
+        check_exporter(SimpleNamespace(directory="out", manifest=manifest))
+
+    assert str(refused.value).endswith(remedy)

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from propulsion_export import Session, Settings, add_adapter, export_onnx, merge
 from propulsion_export.base_model.chat.templates import read_template, write_template
 from propulsion_export.cli import main
 from propulsion_export.errors import UsageError
+from propulsion_export.pipeline.run import open_chat
 from propulsion_export.serving.chat import Chat
 
 MODES = ("folded", "switchable", "bank")
@@ -225,6 +227,11 @@ def test_messages_for_a_model_that_does_not_chat_are_refused(chats, folded, tmp_
     with pytest.raises(UsageError, match="has no chat template"):
         Session(artifact)(ASK, "base")
     assert Session(artifact)(ASK, "own", settings=SHORT)  # which has its own
+    # A conversation on the terminal is refused before the first turn.
+    talk = partial(open_chat, artifact, options={}, on_note=lambda note: None)
+    with pytest.raises(UsageError, match="has no chat template"):
+        talk(adapter="base")
+    assert talk(adapter="own")
     with pytest.raises(UsageError, match="messages: are for text-generation"):
         Session(folded)(ASK)
 

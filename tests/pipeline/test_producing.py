@@ -162,6 +162,19 @@ def test_auto_takes_transformers_for_what_the_builder_has_no_node_for(monkeypatc
             id="provider",
         ),
         pytest.param({"exporter": "genai", "dtype": "bfloat16"}, "--dtype: the graph", id="dtype"),
+        pytest.param(
+            {"execution_provider": "cuda"},
+            r"cuda in float32.*expected float16[\s\S]*--dtype float16",
+            id="cuda",
+        ),
+        pytest.param(
+            {
+                **{"exporter": "transformers", "opset": 18},
+                **{"quantize": "int4", "quantization_form": "qdq"},
+            },
+            "--opset: found 18, expected 21",
+            id="opset-quantised",
+        ),
         pytest.param({"execution_provider": "dml"}, "has float16 for .* dml", id="dml"),
     ],
 )

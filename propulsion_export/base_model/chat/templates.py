@@ -7,7 +7,7 @@ from typing import Any
 from propulsion_export.base_model.config import read_settings_file, settings_in
 from propulsion_export.base_model.hub import locate
 from propulsion_export.base_model.tokenizer.files import TEMPLATE_DIRECTORY, TOKENIZER_CONFIG
-from propulsion_export.errors import ArtifactError
+from propulsion_export.errors import ArtifactError, UsageError
 
 TEMPLATE_FILE = "chat_template.jinja"
 _DEFAULT, _WITH_TOOLS = "default", "tool_use"
@@ -35,6 +35,15 @@ def template_in(source: str) -> str | None:
             return read_template_file(file)
     settings = settings_in(source, TOKENIZER_CONFIG)
     return choose_template(settings.get("chat_template"), with_tools=False)
+
+
+def no_template() -> UsageError:
+    """What to raise where messages cannot be rendered."""
+    return UsageError(
+        "messages: the artifact has no chat template, expected one to render them with",
+        remedy="Give texts, or put chat_template.jinja into the adapter's directory and export it "
+        "again.",
+    )
 
 
 def read_template_file(file: Path) -> str:
