@@ -73,6 +73,7 @@ def build_graph(model: PreTrainedModel, dtype: Dtype, options: GenaiOptions) -> 
         maker.make_model("")
         program = maker.model if options.bits is None else maker.to_nbits()
         program.graph.sort()
+    _check_outputs(program, type(model).__name__)
     return BuiltGraph(program, maker.head_size, partial(_write_config, maker, own.config))
 
 
@@ -89,6 +90,21 @@ def check_possible(model: PreTrainedModel, dtype: Dtype, options: GenaiOptions) 
     name = builder_class(model.config, type(model).__name__, options)
     options.check_dtype(dtype)
     return name
+
+
+def _check_outputs(program: ir.Model, model: str) -> None:
+    """Refuse a graph with outputs that nothing computes, as the cache for cuda in float32.
+
+    Raises:
+        ToolError: naming them.
+    """
+    lost = [str(value.name) for value in program.graph.outputs if value.producer() is None]
+    if lost:
+        raise ToolError(
+            f"{model}: no node of the graph of onnxruntime-genai's builder computes {lost[0]}"
+            + (f" and {len(lost) - 1} more outputs" if lost[1:] else ""),
+            remedy=REMEDY,
+        )
 
 
 def _maker(kind: Any, own: PreTrainedModel, dtype: Dtype, options: GenaiOptions) -> Any:

@@ -31,6 +31,11 @@ def test_weights_are_those_of_the_model_in_memory(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_graph_without_a_cache_is_refused():
+    with pytest.raises(ToolError, match=r"no node .* computes present\.0\.key and 3 more outputs"):
+        build_graph(make("llama"), "float32", GenaiOptions("cuda"))
+
+
 def test_an_architecture_that_it_does_not_know_is_refused(tiny_model):
     with pytest.raises(ToolError, match=r"GPT2LMHeadModel: .* does not know this architecture"):
         build_graph(tiny_model("gpt2"), "float32", GenaiOptions())
