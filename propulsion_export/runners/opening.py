@@ -11,7 +11,6 @@ import numpy as np
 from propulsion_export.adapters.scales import Array
 from propulsion_export.artifacts.artifact import Artifact, Runner, Tensors
 from propulsion_export.artifacts.file_names import ENCODER_DECODER_FILES
-from propulsion_export.artifacts.genai_config import with_cache_sizes
 from propulsion_export.artifacts.manifest import Manifest
 from propulsion_export.artifacts.tensor_names import IDS_INPUT, PAST
 from propulsion_export.base_model.generation_settings import first_decoder_token
@@ -96,8 +95,7 @@ def _open_decoder(artifact: Artifact, open_path: Callable[[Path], Runner]) -> Ge
     """A causal language model, whose rows are padded on the side that its graph needs."""
     manifest = artifact.manifest
     if manifest.pads_right:
-        sized = with_cache_sizes(manifest.inputs, artifact.directory)
-        return RightPaddedModel(open_path(artifact.path), sized)
+        return RightPaddedModel(open_path(artifact.path), manifest.inputs)
     return CausalModel(open_path(artifact.path), manifest.inputs)
 
 

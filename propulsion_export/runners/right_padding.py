@@ -2,9 +2,8 @@
 
 Its attention (ONNX Runtime's GroupQueryAttention) counts each row's tokens by the sum of its mask:
 the tokens must come first, and a new one is appended to its own row. Several tokens at once can be
-appended to a single row only. A layer with a sliding window, or with a convolution, keeps a state
-of fixed size of the last positions, padding or not: there rows of different lengths are read apart,
-and decoded together.
+appended to a single row only. A convolution keeps a state of fixed size of the last positions,
+padding or not: there rows of different lengths are read apart, and decoded together.
 """
 
 from collections.abc import Sequence
@@ -16,22 +15,20 @@ import numpy as np
 from propulsion_export.adapters.scales import Array
 from propulsion_export.artifacts.artifact import Runner, Tensors
 from propulsion_export.artifacts.manifest import TensorSpec
-from propulsion_export.artifacts.tensor_names import PAST, PAST_STATE
+from propulsion_export.artifacts.tensor_names import PAST_STATE
 from propulsion_export.errors import UsageError
 from propulsion_export.runners.decoding import Decoder, DecoderState, Opening, without
 from propulsion_export.runners.padding import pad_right
 from propulsion_export.runners.switching import feeds_of_rows
 
 _SINGLE = 3  # tokens that `replay` reads one by one
-_LENGTH = 2  # the dimension of keys and values that counts what has been read
 
 
 @dataclass(frozen=True)
 class RightPaddedModel:
     """A decoder that reads the prompt itself; its attributes are those of `Decoder`.
 
-    The cache's sizes are filled in, see `artifacts.genai_config`. Prompts may be padded anywhere:
-    the padding is moved to the end of the rows.
+    Prompts may be padded anywhere: the padding is moved to the end of the rows.
     """
 
     run: Runner
@@ -57,7 +54,7 @@ class RightPaddedDecoder(Decoder):
 
     def read(self, tokens: Array, mask: Array) -> tuple[Array, DecoderState]:
         lengths = mask.sum(1)
-        if not self._keeps_last_positions() or len(set(lengths)) == 1:
+        if not self._has_convolutions() or len(set(lengths)) == 1:
             return super().read(tokens, mask)
         groups = _rows_by_length(lengths)
         parts = [self._read_part(tokens, rows, length) for length, rows in groups.items()]
@@ -92,13 +89,9 @@ class RightPaddedDecoder(Decoder):
             whole[rows[going], place[going]] = logits[going, 0]
         return whole
 
-    def _keeps_last_positions(self) -> bool:
+    def _has_convolutions(self) -> bool:
         """Whether a state of fixed size depends on the last positions that were read."""
-        return any(
-            isinstance(spec.shape[_LENGTH], int)
-            for spec in self.inputs
-            if spec.name.startswith((f"{PAST}.", f"{PAST_STATE}."))
-        )
+        return any(spec.name.startswith(f"{PAST_STATE}.") for spec in self.inputs)
 
     def _read_part(
         self, tokens: Array, rows: Sequence[int], length: int

@@ -63,7 +63,7 @@ def node(graph, pattern):
 
 def swap_query_and_key(graph):
     """Of the first layer; the key's scale has half the width, so the query's first half."""
-    product = node(graph, r"/model/layers\.0/attn/qkv_proj/propulsion")
+    product = node(graph, r"/model/layers\.0/attn/qkv_proj/MatMul/output_0/propulsion/Mul")
     order = np.r_[64:96, 32:64, 0:32, 96:128].astype(np.int64)
     indices = ir.Value(
         name="order", const_value=ir.tensor(order, name="order"), shape=ir.Shape([128]),
@@ -76,7 +76,7 @@ def swap_query_and_key(graph):
 
 
 def drop_one_scale(graph):
-    product = node(graph, r"/model/layers\.1/mlp/up_proj/propulsion")
+    product = node(graph, r"/model/layers\.1/mlp/up_proj/MatMul/output_0/propulsion/Mul")
     ir.convenience.replace_all_uses_with(product.outputs[0], product.inputs[0])
     graph.remove(product, safe=True)
 
@@ -84,7 +84,7 @@ def drop_one_scale(graph):
 def scale_the_residual(graph):
     """The sum that goes on to the next layer, with the scale of this layer's projection."""
     norm = node(graph, r"/model/layers\.0/post_attention_layernorm/SkipLayerNorm")
-    scale = node(graph, r"/model/layers\.0/attn/o_proj/propulsion").inputs[1]
+    scale = node(graph, r"/model/layers\.0/attn/o_proj/MatMul/output_0/propulsion/Mul").inputs[1]
     residual, users = norm.outputs[3], list(norm.outputs[3].uses())
     product = ir.node("Mul", [residual, scale])
     graph.insert_after(norm, product)

@@ -26,8 +26,6 @@ class GenaiOptions:
         accuracy_level: in what MatMulNBits computes, 1: float32, 4: int8 activations; None is the
             builder's default, 4 on the CPU and WebGPU, 0 (the runtime's choice) elsewhere.
         symmetric: quantise without zero points.
-        windowed_cache: let layers with a sliding window have a cache of the window's length. Such a
-            cache must never be empty, so the default is a plain one.
     """
 
     execution_provider: ExecutionProvider = "cpu"
@@ -35,7 +33,6 @@ class GenaiOptions:
     block_size: int = 32
     accuracy_level: int | None = None
     symmetric: bool = True
-    windowed_cache: bool = False
 
     def check_dtype(self, dtype: Dtype) -> None:
         """Refuse activations that the builder has no fused attention for.
@@ -56,7 +53,8 @@ class GenaiOptions:
     def extra(self, dtype: Dtype) -> dict[str, object]:
         """The builder's extra options."""
         found: dict[str, object] = {
-            "windowed_kv_cache": self.windowed_cache,
+            # A cache of a window's length must never be empty, and takes no ragged batch.
+            "windowed_kv_cache": False,
             "is_symmetric": self.symmetric,
             "block_size": self.block_size,
             "use_webgpu_fp32": self.execution_provider == "webgpu" and dtype == "float32",
