@@ -18,7 +18,7 @@ from propulsion_export.scaling.attach import attached
 from propulsion_export.scaling.layer_rules import layer_kind, output_width
 
 VOCABULARY = 259
-_SIZES = {
+SIZES = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,
     "num_hidden_layers": 2,
@@ -115,7 +115,7 @@ def make(name, seed=0, **settings):
     """A seeded random model in evaluation mode."""
     prefix, own = MODELS[name]
     torch.manual_seed(seed)
-    config = getattr(transformers, f"{prefix}Config")(**(_SIZES | own | settings))
+    config = getattr(transformers, f"{prefix}Config")(**(SIZES | own | settings))
     model = getattr(transformers, f"{prefix}ForCausalLM")(config)
     with torch.no_grad():
         for parameter in model.parameters():

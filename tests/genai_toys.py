@@ -5,31 +5,20 @@
 | `genai_world` | `genai_world(kind)`: a base model and two adapters, `one` and `two`, on disk |
 | `genai_artifact` | `genai_artifact(kind, mode)`: an artifact of both; copy it before changing it |
 
-KINDS are llama, gemma2 and qwen3 (a layer with a window of 8), lfm2 (a convolution) and hunyuan
-(positions are an input). 64 channels, 2 layers, 100 tokens, 160 positions.
+KINDS are llama, gemma2, qwen3 and mistral (layers with a window of 8), lfm2 (a convolution) and
+hunyuan (positions are an input). 64 channels, 2 layers, 100 tokens, 160 positions.
 """
 
 from dataclasses import replace
 from functools import cache, partial
 
 import pytest
+from genai_models import SIZES
 from tiny_models import save_tokenizer
 from worlds import World
 
-_SIZES = {
-    "vocab_size": 100,
-    "pad_token_id": 0,
-    "bos_token_id": 2,
-    "eos_token_id": 3,
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "intermediate_size": 96,
-    "max_position_embeddings": 160,
-    "initializer_range": 0.2,
-}
+# As many tokens as the tiny tokenizer has, and its special ones.
+_SIZES = SIZES | {"vocab_size": 100, "bos_token_id": 2, "eos_token_id": 3}
 _SETTINGS = {
     "llama": ("Llama", {}),
     "gemma2": (
@@ -38,6 +27,7 @@ _SETTINGS = {
         {"sliding_window": 8, "query_pre_attn_scalar": 16, "tie_word_embeddings": False},
     ),
     "qwen3": ("Qwen3", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
+    "mistral": ("Mistral", {"sliding_window": 8}),
     "lfm2": (
         "Lfm2",
         {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},

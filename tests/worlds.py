@@ -194,18 +194,30 @@ def out_of_range(world, write_adapter, tmp_path):
 def plant(switchable, tmp_path):
     """`plant(mistaken)`: the switchable export, its adapter `three` secretly another one."""
 
-    def copy(mistaken: Adapter):
-        from safetensors.numpy import save_file
+    return lambda mistaken: plant_adapter(switchable, tmp_path / "planted", mistaken)
 
-        directory = tmp_path / "planted"
-        shutil.copytree(switchable, directory)
-        artifact = Artifact.read(directory)
-        feeds = pack(mistaken, artifact.manifest.layout, artifact.feeds("base"))
-        save_file(feeds, directory / "adapters" / "three.safetensors")
-        Artifact.write(directory, artifact.manifest)
-        return directory
 
-    return copy
+def plant_adapter(artifact, directory, mistaken: Adapter):
+    """A copy of a switchable artifact whose adapter `three` is secretly another one."""
+    from safetensors.numpy import save_file
+
+    shutil.copytree(artifact, directory)
+    read = Artifact.read(directory)
+    feeds = pack(mistaken, read.manifest.layout, read.feeds("base"))
+    save_file(feeds, directory / "adapters" / "three.safetensors")
+    Artifact.write(directory, read.manifest)
+    return directory
+
+
+def query_and_value_swapped(right: Adapter, world):
+    """A mistaken adapter of a BERT of two layers: two scales of each are exchanged."""
+    swapped = dict(right.scales)
+    for layer in (0, 1):
+        one, other = (
+            f"bert.encoder.layer.{layer}.attention.self.{kind}" for kind in ("query", "value")
+        )
+        swapped[one], swapped[other] = swapped[other], swapped[one]
+    return replace(right, scales=swapped)
 
 
 def _load(directory):

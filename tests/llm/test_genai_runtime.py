@@ -147,7 +147,7 @@ def test_package_has_the_builders_configuration_and_adapter_files(
         assert found == [by_transformers(kind, prompt, name) for prompt in PROMPTS[:2]]
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma2", "qwen3", "hunyuan"])
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "qwen3", "mistral", "hunyuan"])
 def test_prompts_of_different_lengths_are_right_in_one_batch(kind, packaged, by_transformers):
     directory = packaged(kind)
     model = og.Model(str(directory))

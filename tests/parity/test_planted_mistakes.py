@@ -7,6 +7,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from transformers import AutoModel
+from worlds import query_and_value_swapped
 
 from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.adapters.scales import Scale
@@ -43,16 +44,6 @@ def degree_off_by_one(right, world):
 
 def one_layer_at_one(right, world):
     return change_scale(right, QUERY, np.ones_like)
-
-
-def query_and_value_swapped(right, world):
-    swapped = dict(right.scales)
-    for layer in (0, 1):
-        one, other = (
-            f"bert.encoder.layer.{layer}.attention.self.{kind}" for kind in ("query", "value")
-        )
-        swapped[one], swapped[other] = swapped[other], swapped[one]
-    return replace(right, scales=swapped)
 
 
 def bias_outside_the_product(right, world):

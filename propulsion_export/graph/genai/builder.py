@@ -30,7 +30,7 @@ from propulsion_export.graph.genai.mends import mend_builder_
 from propulsion_export.graph.genai.options import GenaiOptions
 
 _FLOATS = {"float32": "FLOAT", "float16": "FLOAT16", "bfloat16": "BFLOAT16"}
-_INTEGERS = {(4, True): "INT4", (4, False): "UINT4", (8, True): "INT8", (8, False): "UINT8"}
+_INTEGERS = {4: "INT4", 8: "INT8"}  # symmetric
 # Kinds of rope that LlamaModel takes for the default one; its base class knows them.
 _LLAMA_SKIPS = ("linear", "yarn")
 
@@ -119,7 +119,7 @@ def _maker(kind: Any, own: PreTrainedModel, dtype: Dtype, options: GenaiOptions)
         extra["op_types_to_quantize"] = ("MatMul", "Gather")
     weights = activations = ir.DataType[_FLOATS[dtype]]
     if options.bits is not None:
-        weights = ir.DataType[_INTEGERS[options.bits, options.symmetric]]
+        weights = ir.DataType[_INTEGERS[options.bits]]
     methods = {"load_weights": lambda maker, path: own, "make_rope_init": _rope_init(kind)}
     subclass = type(kind.__name__, (kind,), methods)
     return subclass(config, activations, weights, options.execution_provider, "", extra)

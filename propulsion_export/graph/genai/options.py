@@ -25,14 +25,12 @@ class GenaiOptions:
         block_size: how many weights along a layer's input share a scale.
         accuracy_level: in what MatMulNBits computes, 1: float32, 4: int8 activations; None is the
             builder's default, 4 on the CPU and WebGPU, 0 (the runtime's choice) elsewhere.
-        symmetric: quantise without zero points.
     """
 
     execution_provider: ExecutionProvider = "cpu"
     bits: Literal[4, 8] | None = None
     block_size: int = 32
     accuracy_level: int | None = None
-    symmetric: bool = True
 
     def check_dtype(self, dtype: Dtype) -> None:
         """Refuse activations that the builder has no fused attention for.
@@ -55,7 +53,7 @@ class GenaiOptions:
         found: dict[str, object] = {
             # A cache of a window's length must never be empty, and takes no ragged batch.
             "windowed_kv_cache": False,
-            "is_symmetric": self.symmetric,
+            "is_symmetric": True,  # without zero points
             "block_size": self.block_size,
             "use_webgpu_fp32": self.execution_provider == "webgpu" and dtype == "float32",
             "use_cuda_bf16": self.execution_provider == "cuda" and dtype == "bfloat16",

@@ -8,6 +8,7 @@ import onnx_ir as ir
 from propulsion_export.artifacts.manifest import Slot
 from propulsion_export.graph.passes.constants import add_constant
 from propulsion_export.graph.passes.dimensions import BATCH
+from propulsion_export.graph.passes.row_slices import add_row_slices
 from propulsion_export.graph.passes.scale_products import ScaleProduct, products_by
 
 _RANK = 3  # of [batch, 1, channels], which most scaled values broadcast with
@@ -45,30 +46,15 @@ class ScalesToRows(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         graph, scales = model.graph, self._scales(model)
-        total = sum(slot.length for slot in self.parts.values())
-        kind, shape = ir.TensorType(self.dtype), ir.Shape([BATCH, total])
-        rows = ir.Value(name=self.name, type=kind, shape=shape)
-        graph.inputs.append(rows)
-        if scales:
-            self._slice(graph, rows, scales)
-        return ir.passes.PassResult(model, modified=True)
-
-    def _slice(self, graph: ir.Graph, rows: ir.Value, scales: Mapping[str, ir.Value]) -> None:
         lengths = [slot.length for slot in self.parts.values()]
-        axis = self._constant(graph, "axis", [1])
-        apart = ir.node("Unsqueeze", [rows, axis])
-        wide = apart.outputs[0]
-        wide.type, wide.shape = rows.type, ir.Shape([BATCH, 1, sum(lengths)])
-        sizes = self._constant(graph, "lengths", lengths)
-        split = ir.node("Split", [wide, sizes], {"axis": 2}, num_outputs=len(lengths))
-        nodes = [apart, split]
-        for (name, slot), part in zip(self.parts.items(), split.outputs, strict=True):
-            part.name, part.type = f"{name}.rows", rows.type
-            part.shape = ir.Shape([BATCH, 1, slot.length])
+        nodes, slices = add_row_slices(graph, self.name, ir.TensorType(self.dtype), lengths)
+        for name, part in zip(self.parts, slices, strict=True):
+            part.name = f"{name}.rows"
             if name in scales:
                 nodes += self._replace(graph, scales[name], part)
                 graph.initializers.pop(name)
         graph.insert_before(next(iter(graph)), nodes)
+        return ir.passes.PassResult(model, modified=True)
 
     def _replace(self, graph: ir.Graph, scale: ir.Value, part: ir.Value) -> list[ir.Node]:
         """Let each Mul by `scale` read `part` with the right number of axes; returns new nodes."""
@@ -87,7 +73,9 @@ class ScalesToRows(ir.passes.InPlacePass):
         operator = "Unsqueeze" if rank > _RANK else "Squeeze"
         axes = list(range(1, rank - 2)) if rank > _RANK else [1]
         name = f"{self.name}.axes{rank}"
-        constant = graph.initializers.get(name) or self._constant(graph, f"axes{rank}", axes)
+        constant = graph.initializers.get(name) or add_constant(
+            graph, name, np.array(axes, np.int64)
+        )
         node = ir.node(operator, [part, constant])
         assert part.shape is not None
         output, channels = node.outputs[0], part.shape[2]
@@ -98,9 +86,6 @@ class ScalesToRows(ir.passes.InPlacePass):
     def _scales(self, model: ir.Model) -> dict[str, ir.Value]:
         initializers = model.graph.initializers
         return {name: initializers[name] for name in self.parts if name in initializers}
-
-    def _constant(self, graph: ir.Graph, name: str, numbers: list[int]) -> ir.Value:
-        return add_constant(graph, f"{self.name}.{name}", np.array(numbers, np.int64))
 
 
 def _has_rows(product: ScaleProduct) -> bool:

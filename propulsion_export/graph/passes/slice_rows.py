@@ -2,12 +2,10 @@
 
 from collections.abc import Mapping
 
-import numpy as np
 import onnx_ir as ir
 
 from propulsion_export.artifacts.manifest import Slot
-from propulsion_export.graph.passes.constants import add_constant
-from propulsion_export.graph.passes.dimensions import BATCH
+from propulsion_export.graph.passes.row_slices import add_row_slices
 
 
 class SliceRows(ir.passes.InPlacePass):
@@ -35,26 +33,11 @@ class SliceRows(ir.passes.InPlacePass):
         graph = model.graph
         olds = [graph.initializers[name] for name in self.parts]
         lengths = [slot.length for slot in self.parts.values()]
-        rows = ir.Value(name=self.name, type=olds[0].type, shape=ir.Shape([BATCH, sum(lengths)]))
-        graph.inputs.append(rows)
-        axis = self._constant(graph, "axis", [1])
-        sizes = self._constant(graph, "lengths", lengths)
-        spread = ir.node("Unsqueeze", [rows, axis], name=f"{self.name}/Unsqueeze")
-        spread.outputs[0].name = f"{self.name}.spread"
-        split = ir.node(
-            "Split",
-            [spread.outputs[0], sizes],
-            {"axis": 2},
-            num_outputs=len(olds),
-            name=f"{self.name}/Split",
-        )
-        for old, part, length in zip(olds, split.outputs, lengths, strict=True):
+        assert olds[0].type is not None
+        nodes, slices = add_row_slices(graph, self.name, olds[0].type, lengths)
+        for old, part in zip(olds, slices, strict=True):
             graph.initializers.pop(str(old.name))
-            part.name, part.type = f"{old.name}.part", old.type
-            part.shape = ir.Shape([BATCH, 1, length])
+            part.name = f"{old.name}.part"
             ir.convenience.replace_all_uses_with(old, part)
-        graph.insert_before(next(iter(graph)), [spread, split])
+        graph.insert_before(next(iter(graph)), nodes)
         return ir.passes.PassResult(model, modified=True)
-
-    def _constant(self, graph: ir.Graph, name: str, numbers: list[int]) -> ir.Value:
-        return add_constant(graph, f"{self.name}.{name}", np.array(numbers, np.int64))

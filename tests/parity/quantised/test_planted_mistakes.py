@@ -7,11 +7,11 @@ import numpy as np
 import onnx
 import pytest
 from safetensors.numpy import save_file
+from worlds import plant_adapter, query_and_value_swapped
 
 from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.adapters.scales import Scale
 from propulsion_export.artifacts.artifact import Artifact
-from propulsion_export.artifacts.layout import pack
 from propulsion_export.pipeline.parity import check_parity
 from quantised import edit_graph, quantise_artifact
 
@@ -37,12 +37,7 @@ def planted(quantised_world, tmp_path):
     """`planted(mistaken, bits)`: a copy whose adapter `three` is secretly another one."""
 
     def copy(mistaken, bits=4):
-        directory = shutil.copytree(quantised_world(bits), tmp_path / "planted")
-        artifact = Artifact.read(directory)
-        feeds = pack(mistaken, artifact.manifest.layout, artifact.feeds("base"))
-        save_file(feeds, directory / "adapters" / "three.safetensors")
-        Artifact.write(directory, artifact.manifest)
-        return directory
+        return plant_adapter(quantised_world(bits), tmp_path / "planted", mistaken)
 
     return copy
 
@@ -77,16 +72,6 @@ def one_channel_with_the_wrong_sign(right, world):
 
 def one_channel_off_by_a_percent(right, world):
     return change_scale(right, VALUE, lambda values: values * np.where(np.arange(32) == 5, 1.01, 1))
-
-
-def query_and_value_swapped(right, world):
-    swapped = dict(right.scales)
-    for layer in (0, 1):
-        one, other = (
-            f"bert.encoder.layer.{layer}.attention.self.{kind}" for kind in ("query", "value")
-        )
-        swapped[one], swapped[other] = swapped[other], swapped[one]
-    return replace(right, scales=swapped)
 
 
 MISTAKES = [
