@@ -14,18 +14,21 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from propulsion_export.adapters.scales import Array
-from propulsion_export.artifacts.artifact import Runner
 from propulsion_export.artifacts.file_names import GRAPH_FILE, WEIGHTS_FILE
-from propulsion_export.artifacts.tensor_names import LOGITS, PAST, PRESENT
+from propulsion_export.artifacts.tensor_names import LOGITS
 from propulsion_export.environment.quiet import quiet
 from propulsion_export.errors import ToolError
 from propulsion_export.graph.genai.base import BaseGraph
 from propulsion_export.graph.genai.dequantised import dequantised, quantised_nodes
+from propulsion_export.graph.signature import signature
 from propulsion_export.parity.comparison import FACTOR, UNIT_ROUNDOFF
+from propulsion_export.parity.float64 import float64_throughout
+from propulsion_export.runners.decoding import replaying
 from propulsion_export.runners.onnxruntime import onnxruntime_runner
+from propulsion_export.runners.right_padding import RightPaddedModel
 
-_STEPS = 3  # tokens decoded one at a time behind the prompt
-_PROMPT = 9  # tokens, or more, so that a window is passed
+_TOKENS = 12  # read, the last of them step by step; more where that is needed to pass a window
+_BEYOND = 6  # tokens behind a window
 _LONGEST = 512  # a window beyond that is read from the graph only, where computing takes long
 _LAYER = re.compile(r"/model/layers\.(\d+)/")
 _LEVEL, _FLOAT32 = "accuracy_level", 1  # of MatMulNBits, to compute in float32
@@ -73,7 +76,10 @@ def check_built_graph(model: PreTrainedModel, program: ir.Model) -> None:
     tokens = _tokens(model.config)
     with tempfile.TemporaryDirectory(prefix="propulsion-export-") as place, torch.inference_mode():
         ir.save(program, Path(place) / GRAPH_FILE, external_data=WEIGHTS_FILE)
-        found = _decoded(onnxruntime_runner(Path(place) / GRAPH_FILE), program, tokens)
+        run = onnxruntime_runner(Path(place) / GRAPH_FILE)
+        decoder = RightPaddedModel(run, signature(program)[0])
+        batch = {"input_ids": tokens, "attention_mask": np.ones_like(tokens)}
+        found = replaying(decoder)(batch)[LOGITS].astype(np.float64)
         with quiet():
             own = _logits(model, tokens)
             with _in_float64(model):
@@ -114,9 +120,8 @@ def _check_windows(model: PreTrainedModel, program: ir.Model) -> None:
 def _tokens(config: Any) -> Array:
     """Random tokens, int64 [1, length]: longer than the window where that is short."""
     window = getattr(config, "sliding_window", None) or 0
-    prompt = window + _STEPS if _PROMPT <= window <= _LONGEST else _PROMPT
-    generator = np.random.default_rng(0)
-    return generator.integers(0, config.vocab_size, (1, prompt + _STEPS))
+    length = max(window + _BEYOND, _TOKENS) if window <= _LONGEST else _TOKENS
+    return np.random.default_rng(0).integers(0, config.vocab_size, (1, length))
 
 
 def _logits(model: PreTrainedModel, tokens: Array) -> Array:
@@ -125,44 +130,9 @@ def _logits(model: PreTrainedModel, tokens: Array) -> Array:
     return values
 
 
-def _decoded(run: Runner, program: ir.Model, tokens: Array) -> Array:
-    """The logits of all tokens, float64: a prompt at once, then one token at a time."""
-    inputs = {str(value.name): value for value in program.graph.inputs}
-    cache = {
-        name: np.zeros([_size(each) for each in value.shape or ()], value.dtype.numpy())
-        for name, value in inputs.items()
-        if name.startswith((f"{PAST}.", "past.")) and value.dtype is not None
-    }
-    ends = range(tokens.shape[1] - _STEPS, tokens.shape[1] + 1)
-    found = []
-    for begin, end in zip((0, *ends), ends, strict=False):
-        feeds = {
-            "input_ids": tokens[:, begin:end],
-            "attention_mask": np.ones((1, end), np.int64),
-            "position_ids": np.arange(begin, end)[None],
-            **cache,
-        }
-        outputs = run({name: feeds[name] for name in inputs if name in feeds})
-        found.append(outputs[LOGITS].astype(np.float64))
-        cache = {name: outputs[_present(name)] for name in cache}
-    return np.concatenate(found, axis=1)
-
-
-def _size(dimension: int | ir.SymbolicDim) -> int:
-    """A batch of one, an empty cache."""
-    if isinstance(dimension, int):
-        return dimension
-    return 1 if dimension.value == "batch" else 0
-
-
-def _present(past: str) -> str:
-    """The output that a cache input is fed from in the next step."""
-    return f"{PRESENT}{past.removeprefix(PAST).removeprefix('past')}"
-
-
 @contextmanager
 def _in_float64(model: PreTrainedModel) -> Iterator[None]:
-    """Let each layer compute in float64; outside its own call its weights are as they were."""
+    """Compute in float64 throughout; outside a layer's own call its weights are as they were."""
     hooks: list[Any] = []
     experts = getattr(model.config, "_experts_implementation", None)
     if model._can_set_experts_implementation():
@@ -172,7 +142,8 @@ def _in_float64(model: PreTrainedModel) -> Iterator[None]:
         hooks.append(unit.register_forward_pre_hook(lambda each, _, k=kept: _widen_(each, k)))
         hooks.append(unit.register_forward_hook(lambda *_, k=kept: _restore_(k), always_call=True))
     try:
-        yield
+        with float64_throughout():
+            yield
     finally:
         for hook in hooks:
             hook.remove()
