@@ -9,9 +9,9 @@ from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.artifacts.artifact import Artifact
 from propulsion_export.cli import main
 from propulsion_export.graph.files import read_graph
+from propulsion_export.graph.quantisation.node_weights import node_weights
 from propulsion_export.parity.inputs import load_recorded_base
 from propulsion_export.parity.quantised.base_weights import every_linear_layer, match
-from propulsion_export.parity.quantised.graph_weights import node_weights
 from propulsion_export.pipeline.onnx import export_onnx
 from propulsion_export.pipeline.parity import check_parity
 

@@ -61,7 +61,7 @@ def _layers(model: ir.Model) -> Iterator[tuple[ir.Node, str]]:
         if node.op_type in ("MatMul", "Gemm") and node.inputs[1] is not None:
             producer = node.inputs[1].producer()
             if producer is not None and producer.op_type == "DequantizeLinear":
-                yield node, parameter_of(producer)
+                yield node, parameter_of(str(producer.name))
 
 
 def _round_trip(

@@ -23,8 +23,8 @@ from propulsion_export.adapters.scales import Array
 from propulsion_export.artifacts.manifest import QuantizationEntry
 from propulsion_export.artifacts.rounding import rounded
 from propulsion_export.base_model.loading import BaseModel
+from propulsion_export.graph.quantisation.node_weights import NodeWeight, Use
 from propulsion_export.graph.quantisation.weights import Bits, QuantisedWeight, dequantise
-from propulsion_export.parity.quantised.graph_weights import NodeWeight, Use
 from propulsion_export.parity.quantised.quantiser import quantise
 from propulsion_export.parity.reports.report import Check
 from propulsion_export.scaling.layer_rules import layer_kind

@@ -9,8 +9,9 @@ from propulsion_export.artifacts.file_names import GRAPH_FILE
 from propulsion_export.artifacts.manifest import QuantizationEntry
 from propulsion_export.base_model.loading import BaseModel
 from propulsion_export.base_model.tasks import TASKS
-from propulsion_export.errors import ArtifactError, UsageError
+from propulsion_export.errors import UsageError
 from propulsion_export.graph.files import read_graph
+from propulsion_export.graph.quantisation.node_weights import NodeWeight, node_weights
 from propulsion_export.parity.comparison import mismatch
 from propulsion_export.parity.forwards import Compute
 from propulsion_export.parity.price import (
@@ -26,7 +27,6 @@ from propulsion_export.parity.quantised.base_weights import (
     match,
     use_quantised_weights_,
 )
-from propulsion_export.parity.quantised.graph_weights import NodeWeight, node_weights
 from propulsion_export.parity.quantised.shipped import OutputsByName, ShippedVerdict, judge_shipped
 from propulsion_export.parity.quantised.unquantised import compute_unquantised
 from propulsion_export.parity.reports.report import Check, NotRun, ParityReport, Price
@@ -184,12 +184,7 @@ def _nodes(artifact: Artifact) -> list[NodeWeight] | None:
     if artifact.manifest.kind != "onnx":
         return None
     names = list(artifact.manifest.graphs) or [GRAPH_FILE]
-    try:
-        return [
-            node for name in names for node in node_weights(read_graph(artifact.directory, name))
-        ]
-    except ValueError as error:
-        raise ArtifactError(f"{artifact.directory}: {error}") from error
+    return [node for name in names for node in node_weights(read_graph(artifact.directory, name))]
 
 
 def _rounds_activations(entry: QuantizationEntry, runner: str) -> bool:

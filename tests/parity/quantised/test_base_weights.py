@@ -12,13 +12,13 @@ from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.adapters.scales import Scale
 from propulsion_export.artifacts.manifest import QuantizationEntry
 from propulsion_export.graph.quantisation import QuantisedWeight, dequantise
+from propulsion_export.graph.quantisation.node_weights import NodeWeight
 from propulsion_export.parity.quantised.base_weights import (
     check_weights,
     every_linear_layer,
     match,
     use_quantised_weights_,
 )
-from propulsion_export.parity.quantised.graph_weights import NodeWeight
 from propulsion_export.parity.quantised.quantiser import quantise
 
 

@@ -7,9 +7,10 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from propulsion_export.errors import ArtifactError
 from propulsion_export.graph.quantisation import dequantise
+from propulsion_export.graph.quantisation.node_weights import node_weights
 from propulsion_export.graph.quantisation.weights import quantise_for_matmulnbits
-from propulsion_export.parity.quantised.graph_weights import node_weights
 
 INPUTS, OUTPUTS = 40, 6  # the second block of 32 is not full
 NUMBERS = np.random.default_rng(3)
@@ -99,7 +100,7 @@ def test_weights_of_experts_are_refused_by_name():
     node = helper.make_node("QMoE", ["x"], ["y"], "/moe", domain="com.microsoft")
     value = helper.make_tensor_value_info("x", TensorProto.FLOAT, [None, INPUTS])
 
-    with pytest.raises(ValueError, match="/moe: the quantised weights of experts"):
+    with pytest.raises(ArtifactError, match="/moe: the quantised weights of experts"):
         node_weights(ir.from_proto(graph([node], [], value, OUTPUTS)))
 
 
@@ -116,5 +117,5 @@ def test_zero_points_are_refused():
     )  # fmt: skip
     value = helper.make_tensor_value_info("x", TensorProto.FLOAT, [None, INPUTS])
 
-    with pytest.raises(ValueError, match="n: has zero points"):
+    with pytest.raises(ArtifactError, match="n: has zero points"):
         node_weights(ir.from_proto(graph([node], tensors, value, OUTPUTS)))

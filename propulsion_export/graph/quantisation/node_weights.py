@@ -16,6 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from propulsion_export.adapters.scales import Array
+from propulsion_export.errors import ArtifactError
 from propulsion_export.graph.quantisation.weights import Bits, QuantisedWeight, unpack_matmulnbits
 
 Use = Literal["linear", "embedding"]
@@ -48,7 +49,7 @@ def node_weights(model: ir.Model) -> list[NodeWeight]:
     """The quantised weight of every node of a graph that computes with one.
 
     Raises:
-        ValueError: a node keeps its weight in a form that is not in the table above.
+        ArtifactError: a node keeps its weight in a form that is not in the table above.
     """
     return list(_found(model))
 
@@ -63,7 +64,7 @@ def _found(model: ir.Model) -> Iterator[NodeWeight]:
         elif node.op_type == "DequantizeLinear" and _constant(node.inputs[0]) is not None:
             yield _dequantised(node, name)
         elif node.op_type == "QMoE":
-            raise ValueError(f"{name}: the quantised weights of experts cannot be read")
+            raise ArtifactError(f"{name}: the quantised weights of experts cannot be read")
 
 
 def _packed(node: ir.Node, name: str, use: Use) -> NodeWeight:
@@ -86,9 +87,11 @@ def _unpacked(raw: Array, bits: int) -> Array:
 
 
 def _check_symmetric(node: ir.Node, index: int, name: str) -> None:
+    """Refuse zero points: packed bytes have another one than zero where they name none."""
     zeros = node.inputs[index] if len(node.inputs) > index else None
-    if zeros is not None and np.any(_read(zeros, name)):
-        raise ValueError(f"{name}: has zero points, expected a symmetric quantisation")
+    packed = node.op_type != "DequantizeLinear"
+    if zeros is not None and (packed or np.any(_read(zeros, name))):
+        raise ArtifactError(f"{name}: has zero points, expected a symmetric quantisation")
 
 
 def _dequantised(node: ir.Node, name: str) -> NodeWeight:
@@ -120,7 +123,7 @@ def _use(node: ir.Node) -> tuple[Use, bool]:
             break
         transposed ^= user.node.op_type == "Transpose"
         value = user.node.outputs[0]
-    raise ValueError(f"{node.name}: no MatMul, Gemm or Gather reads its weight")
+    raise ArtifactError(f"{node.name}: no MatMul, Gemm or Gather reads its weight")
 
 
 def _integer(node: ir.Node, name: str, default: int) -> int:
@@ -143,5 +146,5 @@ def _constant(value: ir.Value | None) -> Array | None:
 def _read(value: ir.Value | None, name: str) -> Array:
     found = _constant(value)
     if found is None:
-        raise ValueError(f"{name}: its quantised weight is computed, expected a constant")
+        raise ArtifactError(f"{name}: its quantised weight is computed, expected a constant")
     return found
