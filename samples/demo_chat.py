@@ -12,7 +12,7 @@ _MOST = 12  # tokens of an answer
 
 
 def chat() -> list[Row]:
-    """Train a chat adapter, export it in float32 and int4, ask both; judge the first."""
+    """Train a chat adapter, export it in float32 and int4, ask and judge both."""
     adapter = f"{OUTPUT}/adapters/chat"
     metrics = step(
         "Train an adapter on conversations",
@@ -43,7 +43,7 @@ def chat() -> list[Row]:
         )
         check(f"run, {artifact}", ask(artifact, "chat"), ask(artifact, "base"))
         check(f"onnxruntime-genai, {artifact}", *ask_genai(f"{artifact}-served"))
-    return [judge("chat-float32")]
+    return [judge("chat-float32"), judge("chat-int4")]
 
 
 def ask(artifact: str, adapter: str) -> str:

@@ -20,6 +20,7 @@ from propulsion_export.environment.quiet import quiet
 from propulsion_export.errors import ToolError
 from propulsion_export.graph.genai.base import BaseGraph
 from propulsion_export.graph.genai.dequantised import dequantised, quantised_nodes
+from propulsion_export.graph.passes.float_layers import ComputeInFloat
 from propulsion_export.graph.signature import signature
 from propulsion_export.parity.comparison import FACTOR, UNIT_ROUNDOFF
 from propulsion_export.parity.float64 import float64_throughout
@@ -31,7 +32,6 @@ _TOKENS = 12  # read, the last of them step by step; more where that is needed t
 _BEYOND = 6  # tokens behind a window
 _LONGEST = 512  # a window beyond that is read from the graph only, where computing takes long
 _LAYER = re.compile(r"/model/layers\.(\d+)/")
-_LEVEL, _FLOAT32 = "accuracy_level", 1  # of MatMulNBits, to compute in float32
 _REMEDY = "Export with --exporter transformers."
 
 
@@ -39,23 +39,17 @@ def check_base_graph(graph: BaseGraph) -> None:
     """Refuse a graph of onnxruntime-genai's builder that is not the model it was built from.
 
     A quantised one is compared with the dequantised weights, and computes in float32 for that:
-    what the runtime rounds activations to is no mistake of the graph.
+    what the runtime rounds is no mistake of the graph.
 
     Raises:
         ToolError: the graph computes something else, or does not run.
     """
-    nodes = quantised_nodes(graph.program)
-    model = dequantised(graph) if nodes else graph.model
-    levels = [node.attributes.pop(_LEVEL, None) for node in nodes]
-    try:
-        for node in nodes:
-            node.attributes[_LEVEL] = ir.AttrInt64(_LEVEL, _FLOAT32)
-        check_built_graph(model, graph.program)
-    finally:
-        for node, level in zip(nodes, levels, strict=True):
-            del node.attributes[_LEVEL]
-            if level is not None:
-                node.attributes[_LEVEL] = level
+    if not quantised_nodes(graph.program):
+        check_built_graph(graph.model, graph.program)
+        return
+    program = graph.program.clone()
+    ComputeInFloat()(program)
+    check_built_graph(dequantised(graph), program)
 
 
 def check_built_graph(model: PreTrainedModel, program: ir.Model) -> None:

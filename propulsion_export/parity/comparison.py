@@ -33,6 +33,7 @@ class OutputErrors:
     Attributes:
         output: its name.
         error: largest absolute error of the candidate; NaN if it returned any.
+        rms: root mean square of the candidate's errors; NaN if it returned any.
         reference_error: the same of PyTorch at that precision (e_ref).
         allowed: the largest `error` that passes.
         scale: largest absolute value of the oracle's output.
@@ -45,6 +46,7 @@ class OutputErrors:
 
     output: str
     error: float
+    rms: float
     reference_error: float
     allowed: float
     scale: float
@@ -154,6 +156,7 @@ def _compare_output(
     return OutputErrors(
         output=name,
         error=_largest(errors),
+        rms=_root_mean_square(errors),
         reference_error=own,
         allowed=FACTOR * max(own, floor),
         scale=scale,
@@ -190,6 +193,11 @@ def _without(here: Array, values: Array) -> Array:
 def _largest(batches: Sequence[Array]) -> float:
     """The largest of all; NaN if there is one anywhere, which Python's own max() can lose."""
     return float(np.max([batch.max(initial=0) for batch in batches]))
+
+
+def _root_mean_square(batches: Sequence[Array]) -> float:
+    total = sum(float(np.vdot(batch, batch)) for batch in batches)
+    return float(np.sqrt(total / max(1, sum(batch.size for batch in batches))))
 
 
 def _worst(

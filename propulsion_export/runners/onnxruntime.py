@@ -1,6 +1,7 @@
 """Run an ONNX model in ONNX Runtime."""
 
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,9 +29,6 @@ _REMEDIES = {
 }
 _DTYPES = {"float": "float32", "double": "float64"}  # the others have the manifest's names
 _BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16
-# Where the weights of a graph given as bytes are, and the accuracy level of dequantised weights.
-_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
-_QDQ_LEVEL = "session.qdq_matmulnbits_accuracy_level"
 _NO_BFLOAT16 = "ONNX Runtime has no bfloat16 kernels for this provider"
 
 
@@ -68,22 +66,24 @@ def open_graph(path: Path, artifact: Artifact, device: str) -> Runner:
     return _runner(session, path)
 
 
-def open_graph_exactly(path: Path, artifact: Artifact, device: str) -> Runner:
-    """Like `open_graph`, but quantised layers read their inputs unrounded, in float.
+def open_graph_in_float(path: Path, artifact: Artifact, device: str) -> Runner:
+    """Like `open_graph`, but quantised layers compute in floating point.
 
-    The graph on disk stays as it is. Slower, and for parity alone: the runtime's rounding of
-    activations is a thousand times larger than its other errors, and would hide mistakes.
+    The graph on disk stays as it is. For parity alone: a runtime's rounding of activations is a
+    thousand times larger than its other errors, and would hide mistakes. So would the sums of
+    MatMulNBits in float32, which are several times less exact than those of a MatMul.
     """
     import onnx_ir as ir
 
     from propulsion_export.graph.files import read_graph
-    from propulsion_export.graph.passes.exact_activations import KeepActivations
+    from propulsion_export.graph.passes.float_layers import ComputeInFloat
 
     model = read_graph(path.parent, path.name)
-    KeepActivations()(model)
-    session = _open_session(
-        path, _provider(artifact, device), ir.to_proto(model).SerializeToString()
-    )
+    ComputeInFloat()(model)
+    with tempfile.TemporaryDirectory(prefix="propulsion-export-") as place:
+        copy = Path(place) / path.name
+        ir.save(model, copy, external_data=f"{path.name}.data")
+        session = _open_session(copy, _provider(artifact, device))
     _check_signature(session, path.name, artifact)
     return _runner(session, path)
 
@@ -139,8 +139,7 @@ def place(array: Array, device: str) -> Any:
     return _Placed(OrtValue.ortvalue_from_numpy(array, device, 0), array)
 
 
-def _open_session(path: Path, provider: str, exact: bytes | None = None) -> Any:
-    """Load a graph, or `exact`, a variant of it with the same weights and exact activations."""
+def _open_session(path: Path, provider: str) -> Any:
     try:
         import onnxruntime
     except ModuleNotFoundError as error:
@@ -159,12 +158,8 @@ def _open_session(path: Path, provider: str, exact: bytes | None = None) -> Any:
     # that is added changes the shape of the bank.
     options.enable_mem_pattern = False
     options.intra_op_num_threads = _threads()
-    if exact is not None:
-        options.add_session_config_entry(_WEIGHTS_FOLDER, str(path.parent))
-        options.add_session_config_entry(_QDQ_LEVEL, "1")
-    source = str(path) if exact is None else exact
     try:
-        session = onnxruntime.InferenceSession(source, options, providers=[provider])
+        session = onnxruntime.InferenceSession(str(path), options, providers=[provider])
     except Exception as error:  # its exceptions have no public base class
         reason = first_line(error)
         if "NOT_IMPLEMENTED" in reason:

@@ -59,11 +59,11 @@ def _shown(manifest: Manifest) -> str:
 
 
 def open_candidate(
-    artifact: Artifact, name: str, *, trust_remote_code: bool = False, exact: bool = False
+    artifact: Artifact, name: str, *, trust_remote_code: bool = False, in_float: bool = False
 ) -> Candidate:
     """The artifact as a callable from tensors to tensors, or as a generator if it generates.
 
-    `exact`: quantised layers read their inputs unrounded; see `opens_exactly`.
+    `in_float`: quantised layers compute in floating point; see `opens_in_float`.
 
     Raises:
         UnavailableError: this machine cannot run it.
@@ -73,7 +73,7 @@ def open_candidate(
             artifact, trust_remote_code=trust_remote_code
         )
         return candidate
-    open_path = partial(_open, artifact, name, exact=exact)
+    open_path = partial(_open, artifact, name, in_float=in_float)
     architecture = TASKS[artifact.manifest.task].architecture
     if architecture == "decoder":
         return _open_decoder(artifact, open_path)
@@ -86,9 +86,9 @@ def open_candidate(
     return open_path(artifact.path)
 
 
-def opens_exactly(name: str) -> bool:
-    """Whether a runtime can compute quantised layers without rounding their inputs."""
-    return hasattr(_module(name), "open_graph_exactly")
+def opens_in_float(name: str) -> bool:
+    """Whether a runtime can compute quantised layers in floating point."""
+    return hasattr(_module(name), "open_graph_in_float")
 
 
 def _open_decoder(artifact: Artifact, open_path: Callable[[Path], Runner]) -> Generator:
@@ -121,9 +121,9 @@ def _module(name: str) -> Any:
         ) from error
 
 
-def _open(artifact: Artifact, name: str, path: Path, *, exact: bool) -> Runner:
+def _open(artifact: Artifact, name: str, path: Path, *, in_float: bool) -> Runner:
     module = _module(name)
-    opener = module.open_graph_exactly if exact else module.open_graph
+    opener = module.open_graph_in_float if in_float else module.open_graph
     run: Runner = opener(path, artifact, device=RUNTIMES[name].device)
     return _with_ids(run) if artifact.manifest.mode == "bank" else run
 

@@ -16,10 +16,17 @@ import numpy as np
 import onnx_ir as ir
 
 from propulsion_export.adapters.scales import Array
+from propulsion_export.artifacts.rounding import rounded
 from propulsion_export.errors import ArtifactError
-from propulsion_export.graph.quantisation.weights import Bits, QuantisedWeight, unpack_matmulnbits
+from propulsion_export.graph.quantisation.weights import (
+    Bits,
+    QuantisedWeight,
+    dequantise,
+    unpack_matmulnbits,
+)
 
 Use = Literal["linear", "embedding"]
+_BIAS = 5  # the input of MatMulNBits
 _FOUR_BITS = (ir.DataType.INT4, ir.DataType.UINT4)
 
 
@@ -52,6 +59,29 @@ def node_weights(model: ir.Model) -> list[NodeWeight]:
         ArtifactError: a node keeps its weight in a form that is not in the table above.
     """
     return list(_found(model))
+
+
+def float_weight(node: ir.Node) -> Array | None:
+    """The dequantised weight of a MatMulNBits or DequantizeLinear, as what reads it takes it.
+
+    Inputs first for a MatMulNBits. Each product of integer and scale is rounded once to the dtype
+    of the scales. None if a DequantizeLinear reads no constant.
+
+    Raises:
+        ArtifactError: as by `node_weights`.
+    """
+    name, inputs_first = str(node.name), True
+    if node.op_type == "MatMulNBits":
+        values = _packed(node, name, "linear").values
+        if len(node.inputs) > _BIAS and node.inputs[_BIAS] is not None:
+            raise ArtifactError(f"{name}: adds a bias, expected an Add behind it")
+    elif _constant(node.inputs[0]) is not None:
+        values = _dequantised(node, name).values
+        inputs_first = not _use(node)[1]
+    else:
+        return None
+    weight = rounded(dequantise(values), values.scales.dtype)
+    return weight.T if inputs_first else weight
 
 
 def _found(model: ir.Model) -> Iterator[NodeWeight]:

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.artifacts.artifact import Artifact, Runner, Tensors
 from propulsion_export.artifacts.file_names import GRAPH_FILE
-from propulsion_export.artifacts.manifest import QuantizationEntry
 from propulsion_export.base_model.loading import BaseModel
 from propulsion_export.base_model.tasks import TASKS
 from propulsion_export.errors import UsageError
@@ -32,9 +31,7 @@ from propulsion_export.parity.quantised.unquantised import compute_unquantised
 from propulsion_export.parity.reports.report import Check, NotRun, ParityReport, Price
 from propulsion_export.parity.subject import Subject
 from propulsion_export.runners.decoding import Candidate, replaying
-from propulsion_export.runners.opening import open_candidate, opens_exactly
-
-_FLOAT32 = 1  # accuracy level of MatMulNBits
+from propulsion_export.runners.opening import open_candidate, opens_in_float
 
 
 def check_price_option(artifact: Artifact, max_kl: float | None) -> None:
@@ -87,7 +84,7 @@ class QuantisedParity:
         """The report of the cases with the weights, the graph as shipped, and the price.
 
         Args:
-            report: with the checks of the graph with exact activations, where there is one.
+            report: with the checks of the graph in floating point, where there is one.
             subjects: what PyTorch computes with the dequantised weights.
             shipped: the graph as shipped.
             rounded: whether it reads rounded activations.
@@ -154,13 +151,16 @@ def quantise_base_(
 def exact_candidate(
     artifact: Artifact, runner: str, shipped: Candidate, *, trust_remote_code: bool = False
 ) -> Candidate | None:
-    """The artifact with exact activations; itself if they are, None if the runtime cannot."""
+    """The artifact with quantised layers that compute in floating point.
+
+    The artifact itself if it is exact as it is, None if its runtime can only round activations.
+    """
     entry = artifact.manifest.quantization
-    if entry is None or not _rounds_activations(entry, runner):
+    if entry is None:
         return shipped
-    if not opens_exactly(runner):
-        return None
-    return open_candidate(artifact, runner, trust_remote_code=trust_remote_code, exact=True)
+    if opens_in_float(runner):
+        return open_candidate(artifact, runner, trust_remote_code=trust_remote_code, in_float=True)
+    return shipped if entry.activations is None else None
 
 
 def judge_price(report: ParityReport, max_kl: float | None) -> ParityReport:
@@ -187,18 +187,6 @@ def _nodes(artifact: Artifact) -> list[NodeWeight] | None:
     return [node for name in names for node in node_weights(read_graph(artifact.directory, name))]
 
 
-def _rounds_activations(entry: QuantizationEntry, runner: str) -> bool:
-    """Whether quantised layers may read rounded inputs.
-
-    ONNX Runtime makes MatMulNBits at level 4 of dequantised weights, unless its session is told.
-    """
-    if entry.activations is not None:
-        return True
-    if entry.form == "matmulnbits":
-        return entry.accuracy_level != _FLOAT32
-    return runner.startswith("onnxruntime")
-
-
 def outputs_of(
     subjects: Sequence[Subject], inputs: Sequence[Tensors], run: Runner
 ) -> OutputsByName:
@@ -209,9 +197,9 @@ def outputs_of(
 
 
 def _errors(exact: Sequence[Check]) -> Mapping[tuple[str, str], float]:
-    """The errors of the graph with exact activations, by adapter and output."""
+    """The errors of the graph in floating point, by adapter and output."""
     return {
-        (check.adapter, errors.output): errors.error
+        (check.adapter, errors.output): errors.rms
         for check in exact
         if check.case == "parity"
         for errors in check.outputs

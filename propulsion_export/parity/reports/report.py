@@ -62,8 +62,8 @@ class Rounding:
     Attributes:
         adapter: the state it was measured on: `base`, or the adapter that is folded in.
         output: its name.
-        error: largest distance of the graph as shipped from the oracle.
-        exact: the same of the graph with exact inputs; None where the runtime cannot compute so.
+        error: distance of the graph as shipped from the oracle, root mean square.
+        exact: the same of the graph in floating point; None where the runtime cannot compute so.
         scale: largest absolute value of the oracle's output.
     """
 
@@ -75,7 +75,7 @@ class Rounding:
 
     def __str__(self) -> str:
         share = self.error / self.scale if self.scale else 0.0
-        exact = "" if self.exact is None else f", {self.exact:.3g} with exact ones"
+        exact = "" if self.exact is None else f", {self.exact:.3g} in floating point"
         return f"{self.output} of {self.adapter} off by {self.error:.3g} ({share:.2%}){exact}"
 
 

@@ -40,7 +40,7 @@ def test_the_rounding_of_the_base_model_is_told():
     verdict = judged(BASE + EFFECT, exact={("base", "y"): 1e-6})
 
     (rounding,) = verdict.rounding
-    assert rounding.error == pytest.approx(np.abs(ROUNDING).max())
+    assert rounding.error == pytest.approx(np.sqrt(np.square(ROUNDING).mean()))
     assert (rounding.adapter, rounding.exact) == ("base", 1e-6)
 
 
@@ -53,6 +53,20 @@ def test_an_adapter_that_is_lost_in_part_fails(kept):
 
 def test_an_error_beyond_four_times_the_base_models_fails():
     assert not verdicts(judged(BASE + EFFECT + 9 * ROUNDING))["shipped parity"]
+
+
+def test_one_token_at_which_the_adapter_amplifies_rounding_does_not_decide():
+    amplified = ROUNDING.copy()
+    amplified[3, 7] = 9 * np.abs(ROUNDING).max()
+
+    assert verdicts(judged(BASE + EFFECT + amplified))["shipped parity"]
+
+
+def test_a_wrong_row_decides():
+    broken = EFFECT + ROUNDING
+    broken[3] = -EFFECT[3]
+
+    assert not verdicts(judged(BASE + broken))["shipped parity"]
 
 
 @pytest.mark.parametrize("kept", [0, 1])

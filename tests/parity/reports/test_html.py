@@ -27,6 +27,7 @@ def histogram(**counts):
 GOOD = OutputErrors(
     "logits",
     3e-7,
+    4e-8,
     2e-7,
     FACTOR * 2e-7,
     5.0,

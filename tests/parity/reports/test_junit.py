@@ -14,7 +14,7 @@ from propulsion_export.parity.reports.report import Check, NotRun, ParityReport
 
 EMPTY = (0,) * (len(DECADES) - 1)
 ERRORS = OutputErrors(
-    "logits", 1e-7, 2e-7, 8e-7, 5.0, "[0, 3]: oracle 1, candidate 2", 48, 0, EMPTY, EMPTY
+    "logits", 1e-7, 4e-8, 2e-7, 8e-7, 5.0, "[0, 3]: oracle 1, candidate 2", 48, 0, EMPTY, EMPTY
 )
 HELD = Check("parity", "tenant-a", True, "within", (ERRORS,))
 BROKEN = Check("effect", "tenant-b", False, "the scales change nothing")

@@ -13,6 +13,7 @@ def errors(error=1e-7, allowed=4e-7, **changes):
     values = {
         "output": "logits",
         "error": error,
+        "rms": error / 4,
         "reference_error": 1e-7,
         "allowed": allowed,
         "scale": 2.0,
