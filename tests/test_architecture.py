@@ -19,6 +19,7 @@ ORDER = (
     "adapters",
     "artifacts",
     "scaling",
+    "merging",
     "tuning",
     "training",
     "graph",

@@ -11,7 +11,7 @@ at one time and in bf16 at another.
 import hashlib
 import math
 import struct
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -31,18 +31,21 @@ class Fingerprint:
         dtype: the weights' floating-point dtype, such as `float32`.
         entries: 8 entries spread over each matrix, by weight name without the head model's prefix.
         vectors: the same of norms and biases; empty in fingerprints of earlier versions.
+        steps: by the name of a quantised weight, how far apart the values are that its grid has at
+            each of its entries.
     """
 
     dtype: str
     entries: Mapping[str, tuple[float, ...]]
     vectors: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    steps: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, weights: Mapping[str, Any]) -> "Fingerprint":
         """Take the fingerprint of weights by name, torch tensors or numpy arrays of any dtype.
 
         Only matrices and vectors are used, and none of a `pooler`, which may be random. The caller
-        leaves out heads.
+        leaves out heads. A quantised weight has `step(place)`, the step of its grid at an entry.
         """
         usable = {
             name: weight
@@ -61,7 +64,8 @@ class Fingerprint:
         dtypes = {str(usable[name].dtype).removeprefix("torch.") for name in (*names, *others)}
         coarsest = max(dtypes, key=lambda dtype: _ROUNDING.get(dtype, 0.0), default="float32")
         entries, more = ({name: _sample(usable[name]) for name in each} for each in (names, others))
-        return cls(coarsest, entries, more)
+        steps = {name: _steps(usable[name]) for name in names if hasattr(usable[name], "step")}
+        return cls(coarsest, entries, more, steps)
 
     def difference(self, other: "Fingerprint") -> str | None:
         """Where two fingerprints differ beyond rounding; None if the base model is the same."""
@@ -71,7 +75,8 @@ class Fingerprint:
             missing = sorted(self.entries.keys() ^ other.entries.keys())
             return f"the weight matrices have other names ({missing[0] if missing else 'none'}, …)"
         rounding = self._rounding_between(other)
-        return _differing(self.entries, other.entries, *rounding) or _differing(
+        steps = [one.steps for one in (self, other) if one.steps]
+        return _differing(self.entries, other.entries, *rounding, steps) or _differing(
             self.vectors, other.vectors, *rounding
         )
 
@@ -97,11 +102,11 @@ class Fingerprint:
             }
             for kept in (self.entries, self.vectors)
         )
-        return replace(self, entries=entries, vectors=vectors)
+        return replace(self, entries=entries, vectors=vectors)  # steps of others do no harm
 
     def to_json(self) -> dict[str, Any]:
         """The fingerprint as plain JSON values."""
-        kept = {"entries": self.entries, "vectors": self.vectors}
+        kept = {"entries": self.entries, "vectors": self.vectors, "steps": self.steps}
         return {"dtype": self.dtype} | {
             kind: {name: list(values) for name, values in each.items()}
             for kind, each in kept.items()
@@ -115,10 +120,11 @@ class Fingerprint:
         Raises:
             KeyError, TypeError, ValueError, AttributeError: the value is not a fingerprint.
         """
-        entries, vectors = _rows(value["entries"]), _rows(value.get("vectors", {}))
+        entries = _rows(value["entries"])
+        vectors, steps = (_rows(value.get(kind, {})) for kind in ("vectors", "steps"))
         if not isinstance(value["dtype"], str):
             raise TypeError(f"dtype is {value['dtype']!r}, expected a name")
-        return cls(value["dtype"], entries, vectors)
+        return cls(value["dtype"], entries, vectors, steps)
 
 
 def _relative(dtype: str) -> float:
@@ -159,15 +165,23 @@ def _differing(
     found: Mapping[str, tuple[float, ...]],
     relative: float,
     absolute: float,
+    steps: Sequence[Mapping[str, tuple[float, ...]]] = (),
 ) -> str | None:
-    """The first entry, of the weights in both, that differs beyond rounding."""
+    """The first entry, of the weights in both, that differs beyond rounding.
+
+    A quantised weight is up to a step of its grid away from what it was: the last value of a block
+    may have been cut off at the grid's end.
+    """
+    exact = (0.0,) * _ENTRIES
     for name in sorted(recorded.keys() & found.keys()):
-        for ours, theirs in zip(recorded[name], found[name], strict=True):
+        grid = [sum(each) for each in zip(*(s.get(name, exact) for s in steps), strict=True)]
+        for place, (ours, theirs) in enumerate(zip(recorded[name], found[name], strict=True)):
             # The comparison is false for NaN and infinity, which count as a difference.
             if not math.isfinite(theirs):
                 return f"{name} holds {theirs}, expected finite weights"
             largest = max(abs(ours), abs(theirs))
-            if not abs(ours - theirs) <= relative * largest + absolute < math.inf:
+            allowed = relative * largest + absolute + (grid[place] if grid else 0.0)
+            if not abs(ours - theirs) <= allowed < math.inf:
                 return f"{name} holds {theirs:.6g} where {ours:.6g} was recorded"
     return None
 
@@ -187,10 +201,19 @@ def _number(value: Any) -> float:
     return float(value)
 
 
-def _sample(weight: Any) -> tuple[float, ...]:
-    """8 entries of a matrix or vector, in equal steps over its elements, as Python floats."""
+def _places(weight: Any) -> list[tuple[int, ...]]:
+    """8 places in a matrix or vector, in equal steps over its elements."""
     last = math.prod(weight.shape) - 1
     positions = [index * last // (_ENTRIES - 1) for index in range(_ENTRIES)]
     columns = weight.shape[-1]
-    places = ((p,) if len(weight.shape) == 1 else divmod(p, columns) for p in positions)
-    return tuple(float(weight[place]) for place in places)
+    return [(p,) if len(weight.shape) == 1 else divmod(p, columns) for p in positions]
+
+
+def _sample(weight: Any) -> tuple[float, ...]:
+    """The entries of a matrix or vector at its places, as Python floats."""
+    return tuple(float(weight[place]) for place in _places(weight))
+
+
+def _steps(weight: Any) -> tuple[float, ...]:
+    """How far apart the values of a quantised weight's grid are at its places."""
+    return tuple(float(weight.step(place)) for place in _places(weight))

@@ -275,3 +275,30 @@ def test_weights_that_were_both_rounded_before_must_be_equal():
 
     assert Fingerprint.of({"a": rounded.float()}).difference(found) is not None
     assert Fingerprint.of({"a": rounded}).difference(found) is None  # a rounding may be the cause
+
+
+class Quantised:
+    """A matrix whose entries were moved by up to the step of a grid."""
+
+    dtype, shape = "float32", (16, 16)
+
+    def __init__(self, weight, step):
+        self.weight, self.width = np.round(weight / step) * step, step
+
+    def __getitem__(self, place):
+        return self.weight[place]
+
+    def step(self, place):
+        return self.width
+
+
+@pytest.mark.parametrize(("times", "recognised"), [(1, True), (1.2, False)])
+def test_a_quantised_base_model_is_recognised_within_the_steps_of_its_grid(times, recognised):
+    weight = np.random.default_rng(0).choice([-1, 1], (16, 16)).astype(np.float32)
+    recorded = Fingerprint.of({"a.weight": weight})
+
+    found = Fingerprint.of({"a.weight": Quantised(times * weight, 0.07)})
+
+    assert (recorded.difference(found) is None) == recognised
+    assert (found.difference(recorded) is None) == recognised
+    assert Fingerprint.from_json(found.to_json()) == found

@@ -1,0 +1,37 @@
+"""What a merge writes for one tensor: the bytes that are stored, their products, or new values."""
+
+from dataclasses import dataclass
+
+from propulsion_export.base_model.tensor_files import Array, StoredTensor
+
+
+@dataclass(frozen=True)
+class Copied:
+    """A tensor that is written as it is stored."""
+
+    stored: StoredTensor
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """A stored tensor times factors, each product rounded once to the dtype that is written.
+
+    Attributes:
+        stored: the tensor, of a floating-point dtype.
+        factors: float64, with as many axes as the tensor; each axis is 1 or the tensor's own.
+        dtype: the format's name of the dtype to write, such as `BF16`; None: as stored.
+    """
+
+    stored: StoredTensor
+    factors: Array
+    dtype: str | None = None
+
+
+@dataclass(frozen=True)
+class Given:
+    """New values, small enough to be in memory, in the dtype that is written."""
+
+    values: Array
+
+
+Change = Copied | Scaled | Given

@@ -1,0 +1,1 @@
+"""One module a layout in which quantised checkpoints store a linear layer."""
