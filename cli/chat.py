@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from propulsion_export.serving.chat import Chat
 
 _PROMPT = "> "
-_HELP = "/reset forgets the conversation, Ctrl-C stops an answer, Ctrl-D ends."
+_HELP = "/reset forgets the conversation, /help shows this, Ctrl-C stops an answer, Ctrl-D ends."
 
 
 def is_terminal() -> bool:
@@ -46,6 +46,8 @@ def talk(chat: "Chat", *, read: Callable[[str], str] | None = None) -> None:
         if line.strip() == "/reset":
             chat.reset()
             print_note("The conversation is forgotten.")
+        elif line.strip() == "/help":
+            print_note(_HELP)
         elif line.strip():
             _answer(chat, line)
 

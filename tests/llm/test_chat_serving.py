@@ -382,7 +382,7 @@ def test_an_interrupt_keeps_what_was_answered(chats):
 
 
 def test_a_terminal_chats_until_control_d(chats):
-    """Two turns, /reset, a refused turn, and the end, on a pseudo-terminal."""
+    """Two turns, /help, /reset, a refused turn, and the end, on a pseudo-terminal."""
     code = "from propulsion_export.cli import main; main()"
     arguments = ["run", str(chats("switchable")), "--chat", "--adapter", "own"]
     ours, theirs = pty.openpty()
@@ -397,7 +397,7 @@ def test_a_terminal_chats_until_control_d(chats):
     os.close(theirs)
     seen = ""
     try:
-        for line in ("hi\n", "so\n", "/reset\n", "<|im_end|>\n", "\x04"):
+        for line in ("hi\n", "so\n", "/help\n", "/reset\n", "<|im_end|>\n", "\x04"):
             seen += read_until(ours, "> ")
             os.write(ours, line.encode())
         seen += read_until(ours, None)
@@ -406,7 +406,7 @@ def test_a_terminal_chats_until_control_d(chats):
         process.kill()
         os.close(ours)
 
-    assert "Ctrl-D ends" in seen
+    assert seen.count("Ctrl-D ends") == 2
     assert "The conversation is forgotten." in seen
     assert "message 1 holds '<|im_end|>'" in seen
     assert "Traceback" not in seen

@@ -130,7 +130,8 @@ class _Reader:
     def _counts(self) -> tuple[int, int]:
         if self.content[: len(MAGIC)] != MAGIC:
             raise BaseModelError(
-                f"{self.file}: does not begin with {MAGIC.decode()}, expected a GGUF file"
+                f"{self.file}: does not begin with {MAGIC.decode()}, expected a GGUF file",
+                remedy=_COPY_AGAIN,
             )
         self.place = len(MAGIC)
         (version,) = self._numbers("I")
@@ -146,10 +147,14 @@ class _Reader:
 
     def _check_keys(self, metadata: Mapping[str, Any]) -> None:
         if not isinstance(metadata.get("general.architecture"), str):
-            raise BaseModelError(f"{self.file}: has no general.architecture, expected its name")
+            raise BaseModelError(
+                f"{self.file}: has no general.architecture, expected its name", remedy=_COPY_AGAIN
+            )
         step = metadata.get("general.alignment", _ALIGNMENT)
         if type(step) is not int or step < 1:
-            raise BaseModelError(f"{self.file}: general.alignment is {step!r}, expected a number")
+            raise BaseModelError(
+                f"{self.file}: general.alignment is {step!r}, expected a number", remedy=_COPY_AGAIN
+            )
         if metadata.get("split.count", 0) > 1:
             raise BaseModelError(
                 f"{self.file}: is one of {metadata['split.count']} parts, expected a whole file",
