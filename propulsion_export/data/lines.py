@@ -11,7 +11,7 @@ from propulsion_export.data.rows import DataRow
 from propulsion_export.errors import DataError
 
 TEXT = "text"  # the column of a file of plain texts
-_OBJECTS = "Each line must hold one JSON object."
+_OBJECTS = "Write one JSON object on each line, or a list of them in a .json file."
 
 
 def read_lines(file: Path) -> Iterator[DataRow]:

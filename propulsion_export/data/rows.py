@@ -60,13 +60,16 @@ def column_names(rows: Sequence[DataRow]) -> list[str]:
     return list(dict.fromkeys(name for _, row in rows for name in row))
 
 
-def check_columns(source: Path, rows: Sequence[DataRow], wanted: Mapping[str, str]) -> None:
+def check_columns(
+    source: Path, rows: Sequence[DataRow], wanted: Mapping[str, str], *, remedy: str | None = None
+) -> None:
     """Refuse rows that lack a column.
 
     Args:
         source: the file or data set that the rows come from.
         rows: the rows to check.
         wanted: column names by the command's option for them.
+        remedy: what to do; default: name the column with its option.
 
     Raises:
         DataError: a column is missing from all rows.
@@ -79,7 +82,7 @@ def check_columns(source: Path, rows: Sequence[DataRow], wanted: Mapping[str, st
                 f"{source}: has no column {name!r}, found {', '.join(map(repr, found))}"
                 for name in missing.values()
             ),
-            remedy=f"Name the column with {' and '.join(missing)}.",
+            remedy=remedy or f"Name the column with {' and '.join(missing)}.",
         )
 
 

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from propulsion_export.base_model.tasks import TASKS, Training
+from propulsion_export.data.messages import MESSAGES
 from propulsion_export.data.rows import (
     DataRow,
     Item,
     check_columns,
     class_name,
+    column_names,
     parse_rows,
     shown,
     wrong_label,
@@ -75,7 +77,10 @@ def read_examples(source: Path, columns: Columns) -> list[Example]:
     """
     rows = read_rows(source)
     text, label = _names(columns)
-    check_columns(source, rows, {"--text-column": text, "--label-column": label})
+    talks = MESSAGES in column_names(rows)
+    remedy = "Train on conversations with --task text-generation." if talks else None
+    wanted = {"--text-column": text, "--label-column": label}
+    check_columns(source, rows, wanted, remedy=remedy)
     words = TASKS[columns.task].prediction == "word classes"
     parse = _token_example if words else _text_example
     examples = parse_rows(source, rows, lambda row: parse(row, text, label))

@@ -97,6 +97,12 @@ def test_words_and_their_labels_are_read(tmp_path):
             id="no-label-column",
         ),
         pytest.param(
+            '{"messages": []}\n',
+            "has no column 'label', found 'messages'. Train on conversations with --task "
+            "text-generation.",
+            id="conversations",
+        ),
+        pytest.param(
             GOOD + '\n{"text": 5, "label": "b"}\n',
             "data.jsonl: line 3: text is 5, expected a string. Correct or remove these rows.",
             id="text-is-a-number",
