@@ -1,0 +1,248 @@
+import numpy as np
+import pytest
+import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from compressed_tensors.quantization.utils import calculate_qparams
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from quantised_checkpoints import ROUNDING, merged, named, of_module, stored
+
+from propulsion_export.errors import AdapterError, BaseModelError
+from propulsion_export.merging.quantised.layouts import find_layout
+
+PROPERTY = settings(deadline=None, max_examples=60, derandomize=True)
+SCALES = st.sampled_from([0.0, 1.0, -1.0, -0.3, 0.7, 1.9, 3.0])
+# Format, and the arguments of its weights; groups and blocks are small, as the modules are.
+FORMS = {
+    "int8-channel": ("int-quantized", {"num_bits": 8, "strategy": "channel"}),
+    "int8-asymmetric": (
+        "int-quantized",
+        {"num_bits": 8, "strategy": "channel", "symmetric": False},
+    ),
+    "int8-tensor": ("int-quantized", {"num_bits": 8, "strategy": "tensor"}),
+    "int8-group": ("int-quantized", {"num_bits": 8, "strategy": "group", "group_size": 8}),
+    "fp8-channel": ("float-quantized", {"num_bits": 8, "type": "float", "strategy": "channel"}),
+    "fp8-tensor": ("float-quantized", {"num_bits": 8, "type": "float", "strategy": "tensor"}),
+    "fp8-block": (
+        "float-quantized",
+        {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [4, 8]},
+    ),
+    "int4-group": ("pack-quantized", {"num_bits": 4, "strategy": "group", "group_size": 8}),
+    "int4-channel": ("pack-quantized", {"num_bits": 4, "strategy": "channel"}),
+    "int4-tensor": ("pack-quantized", {"num_bits": 4, "strategy": "tensor"}),
+    "int4-asymmetric": (
+        "pack-quantized",
+        {"num_bits": 4, "strategy": "group", "group_size": 8, "symmetric": False},
+    ),
+    "int3-asymmetric": (
+        "pack-quantized",
+        {"num_bits": 3, "strategy": "group", "group_size": 8, "symmetric": False},
+    ),
+}
+FP4 = {
+    "nvfp4": (
+        "nvfp4-pack-quantized",
+        {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16},
+    ),
+    "mxfp4": (
+        "mxfp4-pack-quantized",
+        {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32},
+    ),
+}
+
+
+def quantised(form, weight, dtype=torch.float32):
+    """A weight compressed by the library: its tensors by last name, and its scheme."""
+    kind, arguments = {**FORMS, **FP4}[form]
+    args = QuantizationArgs(**arguments)
+    scheme = QuantizationScheme(targets=["Linear"], weights=args, format=kind)
+    low, high = _ranges(weight, args)
+    state = {"weight": weight.to(dtype)}
+    if form == "nvfp4":
+        state["weight_global_scale"] = torch.tensor([448 * 6 / float(weight.abs().max())])
+        state["weight_scale"] = (high / 6 * state["weight_global_scale"]).to(dtype)
+    elif form == "mxfp4":
+        state["weight_scale"] = torch.exp2(torch.floor(torch.log2(high)) - 2).to(dtype)
+    else:
+        scale, zero = calculate_qparams(low, high, args)
+        state |= {"weight_scale": scale.to(dtype), "weight_zero_point": zero}
+    return BaseCompressor.get_value_from_registry(kind).compress(state, scheme), scheme
+
+
+def _ranges(weight, args):
+    """The smallest and largest weight that share a scale."""
+    outputs, inputs = weight.shape
+    match args.strategy:
+        case "tensor":
+            low, high = weight.amin().reshape(1), weight.amax().reshape(1)
+        case "channel":
+            low, high = weight.amin(1, keepdim=True), weight.amax(1, keepdim=True)
+        case "block":
+            rows, columns = args.block_structure
+            padded = torch.nn.functional.pad(weight, (0, -inputs % columns, 0, -outputs % rows))
+            blocks = padded.reshape(-(-outputs // rows), rows, -1, columns)
+            low, high = blocks.amin((1, 3)), blocks.amax((1, 3))
+        case _:
+            groups = weight.reshape(outputs, -1, args.group_size)
+            low, high = groups.amin(2), groups.amax(2)
+    if args.type == "float" and args.num_bits == 4:
+        return low, torch.maximum(low.abs(), high.abs())
+    return low, high
+
+
+def config_of(scheme):
+    return {
+        "quant_method": "compressed-tensors",
+        "format": scheme.format,
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": scheme.model_dump()},
+        "ignore": ["lm_head"],
+    }
+
+
+def module_of(directory, form, seed, outputs, inputs, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(outputs, inputs, generator=generator) * 0.05
+    tensors, scheme = quantised(form, weight, dtype)
+    found = stored(directory, named("layer", tensors))
+    return find_layout(config_of(scheme), found), found, weight
+
+
+def dequantised(tensors, config):
+    """The library's dequantised weights, its scales in float64 so that it does not round again."""
+    scheme = QuantizationScheme.model_validate(config["config_groups"]["group_0"])
+    state = dict(tensors)
+    if state["weight_scale"].dtype != torch.uint8:
+        state["weight_scale"] = state["weight_scale"].double()
+    compressor = BaseCompressor.get_value_from_registry(scheme.format)
+    return compressor.decompress(state, scheme)["weight"].double().numpy()
+
+
+@PROPERTY
+@given(
+    st.sampled_from(sorted(FORMS)),
+    st.integers(0, 2**32),
+    st.integers(1, 14),
+    st.integers(1, 5).map(lambda groups: 8 * groups),
+    st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    st.data(),
+)
+def test_a_fold_multiplies_each_output_and_changes_no_value(
+    tmp_path_factory, form, seed, outputs, inputs, dtype, data
+):
+    directory = tmp_path_factory.mktemp("compressed")
+    layout, found, _ = module_of(directory, form, seed, outputs, inputs, dtype)
+    scale = np.array(data.draw(st.lists(SCALES, min_size=outputs, max_size=outputs)))
+
+    after = of_module("layer", merged(found, layout.scaled("layer", scale)))
+
+    before = of_module("layer", merged(found, {}))
+    assert {name: value.dtype for name, value in after.items()} == {
+        name: value.dtype for name, value in before.items()
+    }
+    for name in ("weight", "weight_packed", "weight_shape", "weight_g_idx"):
+        if name in before:
+            assert torch.equal(after[name].view(torch.uint8), before[name].view(torch.uint8))
+    expected = scale[:, None] * dequantised(before, layout.config)
+    error = np.abs(dequantised(after, layout.settings()) - expected)
+    assert (error <= ROUNDING[dtype] * np.abs(expected)).all()
+
+
+@pytest.mark.parametrize("form", sorted(FORMS))
+def test_permuted_factors_and_the_wrong_axis_are_noticed(form, tmp_path):
+    layout, found, _ = module_of(tmp_path, form, 0, 16, 16)
+    scale = np.random.default_rng(1).uniform(0.5, 2, 16)
+    before = dequantised(of_module("layer", merged(found, {})), layout.config)
+
+    right, permuted = (
+        dequantised(
+            of_module("layer", merged(found, layout.scaled("layer", each))), layout.settings()
+        )
+        for each in (scale, scale[::-1])
+    )
+
+    largest = np.abs(before).max()
+    assert np.abs(permuted - scale[:, None] * before).max() > 0.01 * largest
+    assert np.abs(right - scale[None, :] * before).max() > 0.01 * largest
+
+
+@pytest.mark.parametrize("form", sorted(FORMS | FP4))
+def test_entries_are_the_dequantised_weights(form, tmp_path):
+    layout, found, weight = module_of(tmp_path, form, 5, 13, 64)
+    expected = dequantised(of_module("layer", merged(found, {})), layout.config)
+
+    for place in [(0, 0), (1, 9), (6, 17), (12, 63), (10, 10), (3, 41)]:
+        entry, step = layout.entry("layer", place)
+        assert entry == pytest.approx(expected[place], rel=1e-6)
+        assert abs(entry - weight[place]) <= step
+
+
+@pytest.mark.parametrize("form", ["int8-tensor", "fp8-tensor", "int4-tensor", "fp8-block"])
+def test_rows_that_shared_a_scale_have_their_own_in_every_module(form, tmp_path):
+    layout, found, _ = module_of(tmp_path, form, 0, 12, 16)
+
+    after = of_module("layer", merged(found, layout.unscaled("layer")))
+
+    before = of_module("layer", merged(found, {}))
+    assert after["weight_scale"].shape == (12, 2 if form == "fp8-block" else 1)
+    same = dequantised(after, layout.settings()) == dequantised(before, layout.config)
+    assert same.all()
+
+
+@pytest.mark.parametrize("form", ["int8-channel", "int4-group"])
+def test_a_module_with_scales_of_its_own_is_left_alone(form, tmp_path):
+    layout, _, _ = module_of(tmp_path, form, 0, 12, 16)
+
+    assert layout.unscaled("layer") == {}
+    assert layout.scaled("layer", np.ones(12)) == {}
+    assert layout.settings() == layout.config
+
+
+@pytest.mark.parametrize("form", ["nvfp4", "mxfp4"])
+def test_scales_of_few_values_take_what_they_hold_exactly(form, tmp_path):
+    layout, found, _ = module_of(tmp_path, form, 0, 4, 64)
+
+    after = of_module("layer", merged(found, layout.scaled("layer", np.array([0.5, 2, 1, 0.25]))))
+
+    before = of_module("layer", merged(found, {}))
+    expected = dequantised(before, layout.config) * np.array([[0.5], [2], [1], [0.25]])
+    assert (dequantised(after, layout.settings()) == expected).all()
+    assert after["weight_scale"].dtype == before["weight_scale"].dtype
+
+
+@pytest.mark.parametrize(("form", "factor"), [("nvfp4", 1.1), ("nvfp4", -1), ("mxfp4", 0.7)])
+def test_scales_of_few_values_refuse_the_rest(form, factor, tmp_path):
+    layout, _, _ = module_of(tmp_path, form, 0, 4, 64)
+
+    with pytest.raises(BaseModelError, match=r"layer: .*cannot hold exactly"):
+        layout.scaled("layer", np.full(4, factor))
+
+
+@pytest.mark.parametrize("factor", [1e9, 1e-7])
+def test_a_scale_beyond_its_dtype_is_refused_by_channel_and_group(factor, tmp_path):
+    layout, _, _ = module_of(tmp_path, "int4-group", 0, 8, 32, torch.float16)
+    scale = np.ones(8)
+    scale[3] = factor
+
+    with pytest.raises(AdapterError, match=r"layer: .*channel 3, group 0 .*range of float16"):
+        layout.scaled("layer", scale)
+
+
+def test_one_packed_zero_point_for_a_matrix_is_refused(tmp_path):
+    layout, found, _ = module_of(tmp_path, "int4-tensor", 0, 8, 32)
+    layout.config["config_groups"]["group_0"]["weights"]["symmetric"] = False
+
+    with pytest.raises(BaseModelError, match="one packed zero point"):
+        find_layout(layout.config, found).scaled("layer", np.ones(8))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"quantization_status": "frozen"}, {"sparsity_config": {"format": "sparse-bitmask"}}],
+)
+def test_weights_that_are_not_dense_and_compressed_are_refused(changed):
+    config = {"quant_method": "compressed-tensors", **changed}
+
+    with pytest.raises(BaseModelError, match="expected dense and compressed"):
+        find_layout(config, {})
