@@ -4,6 +4,8 @@ Dequantisers here are written from the formats' own descriptions and share nothi
 compressed-tensors is judged by its own library.
 """
 
+import json
+
 import numpy as np
 import torch
 from safetensors.torch import save_file
@@ -11,6 +13,8 @@ from safetensors.torch import save_file
 from propulsion_export.artifacts.rounding import rounded
 from propulsion_export.base_model.tensor_files import DTYPES, stored_tensors
 from propulsion_export.merging.changes import Copied, Given, Scaled
+from propulsion_export.merging.quantised.folding import quantised_changes
+from propulsion_export.merging.quantised.layouts import find_layout
 
 TORCH_DTYPES = {
     "F64": torch.float64,
@@ -165,3 +169,41 @@ def of_module(path, tensors):
     """The other way round."""
     start = f"{path}."
     return {n.removeprefix(start): v for n, v in tensors.items() if n.startswith(start)}
+
+
+def quantised_checkpoint(directory, model, quantise, config):
+    """Write a model's checkpoint with all Linear modules but the head quantised.
+
+    Args:
+        directory: an existing one.
+        model: the float model.
+        quantise: weight to tensors by last name.
+        config: the `quantization_config`.
+    """
+    state = dict(model.state_dict())
+    for path, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings():
+            state |= named(path, quantise(state.pop(f"{path}.weight")))
+    save(directory, state, model.config.to_dict() | {"quantization_config": config})
+
+
+def save(directory, state, config):
+    """Write tensors and the configuration beside them."""
+    state = {name: value.contiguous() for name, value in state.items()}
+    save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
+    (directory / "config.json").write_text(json.dumps(config, default=str))
+
+
+def read(directory):
+    """A checkpoint's layout and tensors."""
+    config = json.loads((directory / "config.json").read_text())
+    tensors = stored_tensors(directory / "model.safetensors")
+    return find_layout(config["quantization_config"], tensors), tensors
+
+
+def merge_into(base, adapter, directory):
+    """Fold an adapter into a quantised checkpoint and write it, all at once and in memory."""
+    layout, tensors = read(base)
+    state = merged(tensors, quantised_changes(adapter, layout, tensors))
+    config = json.loads((base / "config.json").read_text())
+    save(directory, state, config | {"quantization_config": dict(layout.settings())})

@@ -4,11 +4,11 @@ import torch
 from compressed_tensors.entrypoints.convert.converters.autoawq import AutoAWQConverter
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from quantised_checkpoints import ROUNDING, awq_module, merged, named, of_module, stored
 
 from propulsion_export.errors import AdapterError, BaseModelError
 from propulsion_export.merging.quantised import awq
 from propulsion_export.merging.quantised.layouts import find_layout
+from quantised_checkpoints import ROUNDING, awq_module, merged, named, of_module, stored
 
 PROPERTY = settings(deadline=None, max_examples=40, derandomize=True)
 SCALES = st.sampled_from([0.0, 1.0, -1.0, -0.3, 0.7, 1.9, 3.0])

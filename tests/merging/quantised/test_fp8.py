@@ -8,12 +8,12 @@ from compressed_tensors.entrypoints.convert.converters.fp8block_dequantizer impo
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from quantised_checkpoints import ROUNDING, fp8_module, merged, named, of_module, stored
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 from propulsion_export.errors import AdapterError, BaseModelError
 from propulsion_export.merging.quantised import fp8
 from propulsion_export.merging.quantised.layouts import find_layout
+from quantised_checkpoints import ROUNDING, fp8_module, merged, named, of_module, stored
 
 PROPERTY = settings(deadline=None, max_examples=40, derandomize=True)
 SCALES = st.sampled_from([0.0, 1.0, -1.0, -0.3, 0.7, 1.9, 3.0])

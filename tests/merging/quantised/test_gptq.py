@@ -3,6 +3,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from propulsion_export.errors import AdapterError, BaseModelError
+from propulsion_export.merging.quantised import gptq
+from propulsion_export.merging.quantised.layouts import find_layout
 from quantised_checkpoints import (
     ROUNDING,
     gptq_dequantised,
@@ -13,10 +17,6 @@ from quantised_checkpoints import (
     packed,
     stored,
 )
-
-from propulsion_export.errors import AdapterError, BaseModelError
-from propulsion_export.merging.quantised import gptq
-from propulsion_export.merging.quantised.layouts import find_layout
 
 PROPERTY = settings(deadline=None, max_examples=40, derandomize=True)
 SCALES = st.sampled_from([0.0, 1.0, -1.0, -0.3, 0.7, 1.9, 3.0])
