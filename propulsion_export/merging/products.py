@@ -1,6 +1,5 @@
 """A stored tensor times its factors, one run of elements after the other."""
 
-
 import numpy as np
 import numpy.typing as npt
 
