@@ -1,5 +1,6 @@
 """A stored tensor times its factors, one run of elements after the other."""
 
+
 import numpy as np
 import numpy.typing as npt
 
