@@ -96,7 +96,7 @@ class Products:
         (factor,) = self._factors_at(np.array([place]))
         return AdapterError(
             f"{where}: {value} times the scale {factor} is not finite in {self._written.name}",
-            remedy="Write float32 or bfloat16 with --dtype.",
+            remedy="Write float32 or bfloat16 with --dtype." if np.isfinite(value) else "",
         )
 
 
