@@ -122,7 +122,7 @@ class NarrowProducts:
     def of(
         cls, stored: str, written: str, factors: npt.NDArray[np.float64], shape: tuple[int, ...]
     ) -> "NarrowProducts | None":
-        """None where a dtype, or a factor that is no normal float32 number, asks for float64.
+        """None where a dtype, or a factor that is too small, asks for float64.
 
         Args:
             stored: the format's name of the stored dtype.
@@ -136,7 +136,8 @@ class NarrowProducts:
         exact = factors * (widening.divisor / narrowing.divisor)
         with np.errstate(over="ignore", under="ignore"):
             near = exact.astype(np.float32)
-        normal = (np.abs(near) >= np.finfo(np.float32).tiny) & np.isfinite(near)
+        # Products with an infinite one are beyond every limit.
+        normal = np.abs(near) >= np.finfo(np.float32).tiny
         if not (normal | (factors == 0)).all():
             return None
         return cls(widening, narrowing, np.broadcast_to(near, shape))
