@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -27,7 +29,7 @@ def test_single_integers_are_those_of_the_whole_line(tmp_path_factory, bits, cou
 def test_the_steps_of_float8_are_those_of_torch():
     every = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
 
-    for value, following in zip(every[:-1].tolist(), every[1:].tolist(), strict=True):
+    for value, following in pairwise(every.tolist()):
         assert float8_step(value) == float8_step(-value) == following - value
 
 
@@ -36,5 +38,5 @@ def test_float4_has_the_values_and_steps_of_its_specification():
 
     assert every == [0, 0.5, 1, 1.5, 2, 3, 4, 6]
     assert [float4(bits) for bits in range(8, 16)] == [-value for value in every]
-    for value, following in zip(every[:-1], every[1:], strict=True):
+    for value, following in pairwise(every):
         assert float4_step(value) == pytest.approx(following - value)
