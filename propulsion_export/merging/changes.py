@@ -34,4 +34,9 @@ class Given:
     values: Array
 
 
-Change = Copied | Scaled | Given
+@dataclass(frozen=True)
+class Dropped:
+    """A stored tensor that is not written: what it said is now in the values of others."""
+
+
+Change = Copied | Scaled | Given | Dropped
