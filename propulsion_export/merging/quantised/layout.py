@@ -13,6 +13,9 @@ class Layout(Protocol):
     def has(self, path: str) -> bool:
         """Whether the module at `path` is stored in this layout (others are plain floats)."""
 
+    def shape(self, path: str) -> tuple[int, int]:
+        """Outputs and inputs of the module at `path`, which this layout has."""
+
     def scaled(self, path: str, scale: Array) -> Mapping[str, Change]:
         """What is written for the tensors of a module whose outputs are multiplied.
 
@@ -26,6 +29,12 @@ class Layout(Protocol):
         Raises:
             BaseModelError: the scale cannot be folded exactly; names the module and the reason.
             AdapterError: a product leaves the range of the scales' dtype; names channel and block.
+        """
+
+    def unscaled(self, path: str) -> Mapping[str, Change]:
+        """What is written for a module that the adapter leaves alone, where others are scaled.
+
+        Usually nothing: a layout that gives every row a scale of its own must do so in all modules.
         """
 
     def settings(self) -> Mapping[str, Any]:
