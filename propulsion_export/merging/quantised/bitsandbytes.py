@@ -34,14 +34,22 @@ class Bitsandbytes:
         """Whether the module at `path` is quantised."""
         return f"{path}.SCB" in self.tensors or f"{path}.weight.absmax" in self.tensors
 
+    def shape(self, path: str) -> tuple[int, int]:
+        """Outputs and inputs of the module at `path`, which this layout has."""
+        return self._weight(path).shape
+
     def scaled(self, path: str, scale: Array) -> Mapping[str, Change]:
         """What becomes of the tensors of the module at `path`, scale: float64 [outputs].
 
         Raises:
             BaseModelError: blocks cross rows, or the module is damaged or of an unknown form.
-            AdapterError: a product leaves float32, or there are not as many scales as outputs.
+            AdapterError: a product leaves float32, or what the layer computes in.
         """
         return self._weight(path).scaled(scale)
+
+    def unscaled(self, path: str) -> Mapping[str, Change]:
+        """Nothing: a module that is nested may stay so."""
+        return {}
 
     def settings(self) -> Mapping[str, Any]:
         """The base model's settings, without double quantisation.

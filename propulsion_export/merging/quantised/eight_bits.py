@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from propulsion_export.base_model.tensor_files import Array, StoredTensor
 from propulsion_export.errors import BaseModelError
-from propulsion_export.merging.changes import Change, Given
-from propulsion_export.merging.quantised.rounded_scales import rounded_scales
+from propulsion_export.merging.changes import Change
+from propulsion_export.merging.quantised.scales import scaled_scales
 
 _LARGEST = 127  # the integer of a row's largest magnitude
 
@@ -23,20 +23,9 @@ class EightBits:
     path: str
     tensors: Mapping[str, StoredTensor]
 
-    def scaled(self, scale: Array) -> Mapping[str, Change]:
-        """What becomes of SCB; scale: float64 [outputs]."""
-        self._check()
-        scales = self.tensors[f"{self.path}.SCB"].read()
-        found = rounded_scales(self.path, scales.reshape(-1, 1), scale)
-        return {f"{self.path}.SCB": Given(found.reshape(scales.shape))}
-
-    def entry(self, place: tuple[int, int]) -> tuple[float, float]:
-        """One dequantised weight [output, input], and the step of its grid there."""
-        self._check()
-        step = self.tensors[f"{self.path}.SCB"][place[0],] / _LARGEST
-        return self.tensors[f"{self.path}.weight"][place] * step, abs(step)
-
-    def _check(self) -> None:
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Outputs and inputs, compared with what is stored."""
         weight, scales = self.tensors.get(f"{self.path}.weight"), self.tensors[f"{self.path}.SCB"]
         if weight is None or weight.dtype != "I8" or scales.shape != weight.shape[:1]:
             found = "no weight" if weight is None else f"{weight.dtype} {list(weight.shape)}"
@@ -46,6 +35,18 @@ class EightBits:
                 remedy="Copy the base model again.",
             )
         self._check_order()
+        outputs, inputs = weight.shape
+        return outputs, inputs
+
+    def scaled(self, scale: Array) -> Mapping[str, Change]:
+        """What becomes of SCB; scale: float64 [outputs]."""
+        name, _ = f"{self.path}.SCB", self.shape
+        return scaled_scales(self.path, name, self.tensors[name], scale)
+
+    def entry(self, place: tuple[int, int]) -> tuple[float, float]:
+        """One dequantised weight [output, input], and the step of its grid there."""
+        step = self.tensors[f"{self.path}.SCB"][place[0],] / _LARGEST
+        return self.tensors[f"{self.path}.weight"][place] * step, abs(step)
 
     def _check_order(self) -> None:
         order = self.tensors.get(f"{self.path}.weight_format")

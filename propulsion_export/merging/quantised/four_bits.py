@@ -24,10 +24,11 @@ import numpy as np
 from propulsion_export.base_model.tensor_files import Array, StoredTensor
 from propulsion_export.errors import AdapterError, BaseModelError
 from propulsion_export.merging.changes import Change, Dropped, Given
-from propulsion_export.merging.quantised.rounded_scales import UNQUANTISED, rounded_scales
+from propulsion_export.merging.quantised.scales import rounded_products
 
 _BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # those that bitsandbytes accepts
 _LARGEST_FLOAT16 = 65504.0
+_REMEDY = "Merge into the checkpoint that is not quantised, and quantise what comes out."
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,8 @@ class FourBits:
     def scaled(self, scale: Array) -> Mapping[str, Change]:
         """What becomes of absmax and of what describes it; scale: float64 [outputs]."""
         size = self._row_block_size()
-        blocks = self._blocks(size).reshape(self._shape[0], -1)
-        found = rounded_scales(self.path, blocks, scale)
+        blocks = self._blocks(size).reshape(self.shape[0], -1)
+        found = rounded_products(self.path, blocks, scale[:, None])
         self._check_range(found)
         settings = {name: value for name, value in self._state.items() if "nested" not in name}
         return {
@@ -56,7 +57,7 @@ class FourBits:
         The step is the wider of those to the neighbours in `quant_map`, and what the steps of a
         nested absmax make of the weight.
         """
-        index = place[0] * self._shape[1] + place[1]
+        index = place[0] * self.shape[1] + place[1]
         byte = int(self._bytes[index // 2,])
         number = byte & 15 if index % 2 else byte >> 4
         levels = self._tensor("quant_map").read()
@@ -66,14 +67,14 @@ class FourBits:
 
     def _row_block_size(self) -> int:
         """The size of the blocks to write: each lies in one row."""
-        inputs = self._shape[1]
+        inputs = self.shape[1]
         size = math.gcd(self._block_size, inputs)
         if size not in _BLOCK_SIZES:
             raise BaseModelError(
                 f"{self.path}: blocks of {self._block_size} weights cross its rows of {inputs}, "
                 f"blocks of {size} would not, but the least that bitsandbytes takes is "
                 f"{_BLOCK_SIZES[0]}",
-                remedy=UNQUANTISED,
+                remedy=_REMEDY,
             )
         return size
 
@@ -84,7 +85,7 @@ class FourBits:
             group = np.arange(stored.size) // self._state["nested_blocksize"]
             stored = self._unnested(stored, self._tensor("nested_absmax").read()[group])
         repeated = np.repeat(stored.reshape(-1), self._block_size // size)
-        return repeated[: math.prod(self._shape) // size]
+        return repeated[: math.prod(self.shape) // size]
 
     def _block(self, block: int) -> tuple[float, float]:
         """The absmax of one block, and how far apart the values are that it could have had."""
@@ -108,12 +109,12 @@ class FourBits:
         if self._state["dtype"] == "float16" and beyond.size:
             raise AdapterError(
                 *(
-                    f"{self.path}: channel {channel}, block {block}: its weights are up to "
+                    f"{self.path}: channel {channel}, group {block}: its weights are up to "
                     f"{abs(found[channel, block]):.4g}, expected at most {_LARGEST_FLOAT16:.0f}, "
                     "what float16 holds, in which this layer computes"
                     for channel, block in beyond
                 ),
-                remedy=UNQUANTISED,
+                remedy=_REMEDY,
             )
 
     @property
@@ -152,7 +153,7 @@ class FourBits:
         return found
 
     @cached_property
-    def _shape(self) -> tuple[int, int]:
+    def shape(self) -> tuple[int, int]:
         """Outputs and inputs, compared with the sizes of what is stored."""
         outputs, inputs = self._state["shape"]
         blocks = -(-outputs * inputs // self._block_size)

@@ -89,9 +89,15 @@ def _weights(layout: Layout, tensors: Mapping[str, StoredTensor]) -> dict[str, A
         for name, stored in tensors.items()
         if is_floating(stored)
         and not is_static_quantiser(name)
-        and (name.endswith(".bias") or not layout.has(name.rpartition(".")[0]))
+        and (name.endswith(".bias") or not _is_part(layout, name))
     }
     return weights | {f"{path}.weight": QuantisedWeight(layout, path) for path in quantised}
+
+
+def _is_part(layout: Layout, name: str) -> bool:
+    """Whether a tensor belongs to a quantised module; `weight.absmax` lies two names below its."""
+    parts = name.split(".")
+    return any(layout.has(".".join(parts[:count])) for count in range(1, len(parts)))
 
 
 def _prefix(names: Collection[str], known: Collection[str]) -> str:
