@@ -5,7 +5,6 @@ import shutil
 
 import numpy as np
 import torch
-from quantised_checkpoints import as_torch, written
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -15,6 +14,7 @@ from propulsion_export.base_model.tensor_files import stored_tensors
 from propulsion_export.merging.changes import Dropped
 from propulsion_export.merging.quantised.folding import quantised_changes
 from propulsion_export.merging.quantised.layouts import find_layout
+from quantised_checkpoints import as_torch, written
 
 
 def opened(directory):

@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from quantised_checkpoints import as_torch, written
 
 from propulsion_export.base_model.tensor_files import stored_tensors
 from propulsion_export.errors import AdapterError, BaseModelError
 from propulsion_export.merging.changes import Dropped
 from propulsion_export.merging.quantised.bitsandbytes import find
+from quantised_checkpoints import as_torch, written
 
 torch = pytest.importorskip("torch", reason="bitsandbytes computes with it")
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="the judge of its own layout")

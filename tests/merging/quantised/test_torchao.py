@@ -19,8 +19,9 @@ quantization = pytest.importorskip("torchao.quantization", reason="the judge of 
 parts = pytest.importorskip(
     "torchao.prototype.safetensors.safetensors_support", reason="it writes tensors as parts"
 )
-from quantised_checkpoints import ROUNDING, merged, stored  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
+
+from quantised_checkpoints import ROUNDING, merged, stored  # noqa: E402
 
 SETTINGS = {"quant_method": "torchao"}
 GROUPS = quantization.PerGroup(32)
