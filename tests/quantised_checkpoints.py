@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from propulsion_export.artifacts.rounding import rounded
-from propulsion_export.base_model.tensor_files import DTYPES, stored_tensors
-from propulsion_export.merging.changes import Copied, Given, Scaled
+from propulsion_export.base_model.tensor_files import DTYPES, file_metadata, stored_tensors
+from propulsion_export.merging.changes import Copied, Dropped, Given, Scaled
 from propulsion_export.merging.quantised.folding import quantised_changes
 from propulsion_export.merging.quantised.layouts import find_layout
 
@@ -62,8 +62,12 @@ def as_torch(values):
 
 def merged(tensors, changes):
     """All tensors of the merged checkpoint, as torch tensors by name."""
-    kept = {name: Copied(tensor) for name, tensor in tensors.items()}
-    return {name: as_torch(written(change)) for name, change in {**kept, **changes}.items()}
+    every = {name: Copied(tensor) for name, tensor in tensors.items()} | dict(changes)
+    return {
+        name: as_torch(written(change))
+        for name, change in every.items()
+        if not isinstance(change, Dropped)
+    }
 
 
 def packed(values, bits):
@@ -188,10 +192,10 @@ def quantised_checkpoint(directory, model, quantise, config):
     save(directory, state, model.config.to_dict() | {"quantization_config": config})
 
 
-def save(directory, state, config):
+def save(directory, state, config, metadata=None):
     """Write tensors and the configuration beside them."""
     state = {name: value.contiguous() for name, value in state.items()}
-    save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
+    save_file(state, directory / "model.safetensors", metadata or {"format": "pt"})
     (directory / "config.json").write_text(json.dumps(config, default=str))
 
 
@@ -207,4 +211,5 @@ def merge_into(base, adapter, directory):
     layout, tensors = read(base)
     state = merged(tensors, quantised_changes(adapter, layout, tensors))
     config = json.loads((base / "config.json").read_text())
-    save(directory, state, config | {"quantization_config": dict(layout.settings())})
+    config |= {"quantization_config": dict(layout.settings())}
+    save(directory, state, config, file_metadata(base / "model.safetensors"))

@@ -10,9 +10,8 @@ from hypothesis.extra.numpy import arrays
 
 from propulsion_export.base_model.tensor_files import stored_tensors
 from propulsion_export.errors import AdapterError, BaseModelError
-from propulsion_export.merging.changes import Dropped
 from propulsion_export.merging.quantised.bitsandbytes import find
-from quantised_checkpoints import as_torch, written
+from quantised_checkpoints import merged as merged_tensors
 
 torch = pytest.importorskip("torch", reason="bitsandbytes computes with it")
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="the judge of its own layout")
@@ -67,10 +66,8 @@ def layout_of(tensors, directory, **more):
 
 def folded(tensors, directory, scale):
     """The stored tensors with a scale folded in."""
-    changes = layout_of(tensors, directory).scaled("layer", scale)
-    dropped = {name for name, change in changes.items() if isinstance(change, Dropped)}
-    changed = {name: as_torch(written(changes[name])) for name in changes.keys() - dropped}
-    return {name: value for name, value in (tensors | changed).items() if name not in dropped}
+    layout = layout_of(tensors, directory)
+    return merged_tensors(layout.tensors, layout.scaled("layer", scale))
 
 
 def assert_scaled(tensors, merged, scale):
@@ -122,7 +119,7 @@ def test_8_bits_dequantise_to_the_scaled_weights(directory, case):
     merged = folded(tensors, directory, factors)
 
     assert_scaled(tensors, merged, factors)
-    assert merged["layer.weight_format"] is tensors["layer.weight_format"]
+    assert torch.equal(merged["layer.weight_format"], tensors["layer.weight_format"])
 
 
 @settings(max_examples=20, deadline=None)

@@ -1,5 +1,7 @@
 """Checkpoints that bitsandbytes and torchao quantised, merged, load and compute as the adapter."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -8,17 +10,11 @@ transformers = pytest.importorskip("transformers", reason="it loads what was mer
 pytest.importorskip("bitsandbytes", reason="the judge of its own layout")
 quantization = pytest.importorskip("torchao.quantization", reason="the judge of its own layout")
 
-from merged_files import (  # noqa: E402
-    attach,
-    distance,
-    logits,
-    opened,
-    random_scales,
-    set_quantization,
-    write_merged,
-)
+from propulsion_export.adapters.adapter import Adapter  # noqa: E402
+from propulsion_export.adapters.scales import Scale  # noqa: E402
 from propulsion_export.base_model.fingerprint import Fingerprint  # noqa: E402
 from propulsion_export.merging.quantised.weights import fingerprint_of_quantised  # noqa: E402
+from quantised_checkpoints import merge_into, read  # noqa: E402
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
 
@@ -61,6 +57,44 @@ def load(directory, **more):
     return model.train().requires_grad_(False)
 
 
+def random_scales(directory, seed=3):
+    """Scales for every quantised module of a checkpoint, one in four of them negative."""
+    layout, tensors = read(directory)
+    chooser = np.random.default_rng(seed)
+    paths = dict.fromkeys(name.rpartition(".")[0] for name in tensors)
+    widths = {path: layout.shape(path)[0] for path in paths if layout.has(path)}
+    return {
+        path: chooser.uniform(0.5, 1.5, width) * chooser.choice([1, 1, 1, -1], width)
+        for path, width in widths.items()
+    }
+
+
+def merge(base, directory, scales):
+    adapter = Adapter(name="tuned", scales={path: Scale(scales[path]) for path in scales})
+    directory.mkdir()
+    merge_into(base, adapter, directory)
+
+
+def attach(model, scales):
+    """Multiply the outputs of each module; a scale is not rounded to the weight's integers."""
+    for path, scale in scales.items():
+        factor = torch.from_numpy(scale).float()
+        model.get_submodule(path).register_forward_hook(
+            lambda _, __, output, factor=factor: output * factor
+        )
+    return model
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(torch.arange(1, 25).reshape(2, 12)).logits.double().numpy()
+
+
+def distance(ours, theirs):
+    """The largest difference, as a part of the largest logit."""
+    return np.abs(ours - theirs).max() / np.abs(theirs).max()
+
+
 @pytest.fixture(scope="module")
 def floats(tmp_path_factory, tiny_model):
     directory = tmp_path_factory.mktemp("float")
@@ -88,7 +122,7 @@ def test_a_merged_checkpoint_computes_what_the_adapter_does(quantised, tmp_path,
     assert len(scales) == 14
     expected = logits(attach(load(base), scales))
 
-    write_merged(base, tmp_path / "merged", scales)
+    merge(base, tmp_path / "merged", scales)
 
     assert distance(logits(load(tmp_path / "merged")), expected) < CLOSE.get(kind, 2e-5)
     assert distance(logits(load(base)), expected) > 0.3
@@ -99,7 +133,7 @@ def test_scales_of_other_outputs_are_seen(quantised, tmp_path, kind):
     base, scales = quantised(kind), random_scales(quantised(kind))
     path = "model.layers.1.mlp.down_proj"
 
-    write_merged(base, tmp_path / "merged", scales | {path: scales[path][::-1]})
+    merge(base, tmp_path / "merged", scales | {path: scales[path][::-1]})
 
     expected = logits(attach(load(base), scales))
     assert distance(logits(load(tmp_path / "merged")), expected) > 0.3
@@ -111,7 +145,7 @@ def test_the_kernels_of_inference_take_negative_absmax(quantised, tmp_path, kind
     base, scales = quantised(kind), random_scales(quantised(kind))
     expected = logits(attach(load(base).eval(), scales))
 
-    write_merged(base, tmp_path / "merged", scales)
+    merge(base, tmp_path / "merged", scales)
 
     assert distance(logits(load(tmp_path / "merged").eval()), expected) < 6e-2
 
@@ -122,8 +156,11 @@ def test_layers_that_nobody_scaled_stay_nested(quantised, tmp_path, setting):
     some = {path: scale for path, scale in scales.items() if path.endswith("q_proj")}
     expected = logits(attach(load(base), some))
 
-    write_merged(base, tmp_path / "merged", some)
-    set_quantization(tmp_path / "merged", {"bnb_4bit_use_double_quant": setting})
+    merge(base, tmp_path / "merged", some)
+    config = json.loads((tmp_path / "merged/config.json").read_text())
+    assert config["quantization_config"]["bnb_4bit_use_double_quant"] is False
+    config["quantization_config"]["bnb_4bit_use_double_quant"] = setting
+    (tmp_path / "merged/config.json").write_text(json.dumps(config))
 
     merged = load(tmp_path / "merged")
     nested = {path: merged.get_submodule(path).weight.quant_state.nested for path in scales}
@@ -133,7 +170,7 @@ def test_layers_that_nobody_scaled_stay_nested(quantised, tmp_path, setting):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_quantised_base_model_is_recognised(quantised, floats, tiny_model, kind):
-    found = fingerprint_of_quantised(*opened(quantised(kind)))
+    found = fingerprint_of_quantised(*read(quantised(kind)))
     same, other = (
         Fingerprint.of(dict(tiny_model("llama", seed=seed, **SIZES).model.named_parameters()))
         for seed in (0, 1)
@@ -148,9 +185,9 @@ def test_a_quantised_base_model_is_recognised(quantised, floats, tiny_model, kin
 def test_nothing_but_scales_changes(quantised, tmp_path):
     for kind in KINDS:
         base = quantised(kind)
-        write_merged(base, tmp_path / kind, random_scales(base))
+        merge(base, tmp_path / kind, random_scales(base))
 
-        before, after = opened(base)[1], opened(tmp_path / kind)[1]
+        before, after = read(base)[1], read(tmp_path / kind)[1]
         changed = {
             name.rpartition(".")[2]
             for name, stored in after.items()
