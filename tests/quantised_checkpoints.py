@@ -87,7 +87,9 @@ def unpacked(words, bits, count):
     return (stream << np.arange(bits)).sum(-1)
 
 
-def gptq_module(rng, outputs, inputs, *, bits=4, group=8, dtype=torch.float16, act_order=False):
+def gptq_module(
+    rng, outputs, inputs, *, bits=4, group=8, dtype=torch.float16, act_order=False, weight=None
+):
     """A GPTQ module (format 1) of random weights rounded to the nearest: its tensors by last name.
 
     Returns the tensors and the integers less their zero points, float64 [outputs, inputs], which
@@ -97,7 +99,7 @@ def gptq_module(rng, outputs, inputs, *, bits=4, group=8, dtype=torch.float16, a
     indices = np.arange(inputs) // group
     if act_order:
         indices = rng.permutation(indices)
-    weight = rng.normal(0, 0.05, (outputs, inputs))
+    weight = rng.normal(0, 0.05, (outputs, inputs)) if weight is None else weight
     integers, zeros, scales = (np.zeros(s) for s in ((outputs, inputs), *[(groups, outputs)] * 2))
     for number in range(groups):
         block = weight[:, indices == number]
@@ -115,6 +117,30 @@ def gptq_module(rng, outputs, inputs, *, bits=4, group=8, dtype=torch.float16, a
     return tensors, weight
 
 
+def compensated(rng, weight, group, samples=256):
+    """What GPTQ makes of a weight for inputs that are correlated: its tensors by last name.
+
+    Column by column, what rounding did to the outputs is made up for in the columns to come (arXiv
+    2210.17323), so that weights end steps away from where they were.
+    """
+    outputs, inputs = weight.shape
+    mixing = rng.normal(size=(inputs, inputs)) + 3 * rng.normal(size=(1, inputs))
+    seen = rng.normal(size=(samples, inputs)) @ mixing
+    hessian = seen.T @ seen
+    hessian += 0.01 * np.mean(np.diag(hessian)) * np.eye(inputs)
+    upper = np.linalg.cholesky(np.linalg.inv(hessian)).T
+    tensors, _ = gptq_module(rng, outputs, inputs, group=group, weight=weight)
+    scales = tensors["scales"].double().numpy()
+    zeros = unpacked(tensors["qzeros"].numpy(), 4, outputs) + 1
+    left, integers = weight.astype(np.float64).copy(), np.zeros((outputs, inputs))
+    for column in range(inputs):
+        scale, zero = scales[column // group], zeros[column // group]
+        integers[:, column] = np.clip(np.round(left[:, column] / scale) + zero, 0, 15)
+        wrong = (left[:, column] - scale * (integers[:, column] - zero)) / upper[column, column]
+        left[:, column:] -= np.outer(wrong, upper[column, column:])
+    return tensors | {"qweight": torch.from_numpy(packed(integers, 4).T.copy())}
+
+
 def gptq_dequantised(tensors, bits):
     """GPTQ's weights [outputs, inputs] in float64, by the layout that AutoGPTQ published."""
     indices = tensors["g_idx"].numpy()
@@ -128,9 +154,9 @@ def gptq_dequantised(tensors, bits):
 AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]  # llm-awq: bits 4 * k of a word hold the output AWQ_ORDER[k]
 
 
-def awq_module(rng, outputs, inputs, *, group=8, dtype=torch.float16):
+def awq_module(rng, outputs, inputs, *, group=8, dtype=torch.float16, weight=None):
     """An AWQ module of random weights: its tensors by last name, and the weights."""
-    weight = rng.normal(0, 0.05, (outputs, inputs))
+    weight = rng.normal(0, 0.05, (outputs, inputs)) if weight is None else weight
     blocks = weight.reshape(outputs, inputs // group, group)
     low, high = np.minimum(blocks.min(2), 0), np.maximum(blocks.max(2), 0)
     scales = np.maximum(high - low, 1e-4) / 15
@@ -151,9 +177,9 @@ def _awq_packed(values):
     return packed(ordered.reshape(rows, outputs), 4)
 
 
-def fp8_module(rng, outputs, inputs, *, block=(4, 8), scale_dtype=torch.float32):
+def fp8_module(rng, outputs, inputs, *, block=(4, 8), scale_dtype=torch.float32, weight=None):
     """A module of fine-grained FP8 of random weights: its tensors by last name, and the weights."""
-    weight = rng.normal(0, 0.05, (outputs, inputs))
+    weight = rng.normal(0, 0.05, (outputs, inputs)) if weight is None else weight
     rows, columns = -(-outputs // block[0]), -(-inputs // block[1])
     scales = np.zeros((rows, columns))
     for row, column in np.ndindex(rows, columns):

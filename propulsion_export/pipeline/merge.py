@@ -3,8 +3,6 @@
 import re
 from pathlib import Path
 
-import torch
-
 from propulsion_export.adapters.provenance import adapter_tasks, base_source, check_base
 from propulsion_export.adapters.specification import check_identity, read_adapters, source_of
 from propulsion_export.artifacts.artifact import Artifact
@@ -12,7 +10,9 @@ from propulsion_export.artifacts.file_names import MANIFEST_FILE
 from propulsion_export.artifacts.layout import labels_in
 from propulsion_export.artifacts.manifest import AdapterEntry, BaseEntry, Manifest
 from propulsion_export.artifacts.merged_base import check_not_merged
+from propulsion_export.artifacts.rounding import numpy_dtype
 from propulsion_export.artifacts.staging import check_replaceable, staged_directory
+from propulsion_export.base_model.checkpoint import Checkpoint
 from propulsion_export.base_model.config import (
     class_names,
     read_config,
@@ -20,14 +20,17 @@ from propulsion_export.base_model.config import (
 )
 from propulsion_export.base_model.loading import load_empty
 from propulsion_export.base_model.tasks import TASKS, TaskName, resolve_task
+from propulsion_export.base_model.tensor_files import DTYPES
 from propulsion_export.environment.machine import tool_versions
 from propulsion_export.environment.progress import Progress, silent
 from propulsion_export.errors import UsageError
+from propulsion_export.merging.files import plan_files
+from propulsion_export.merging.plan import NAMES, plan_changes
+from propulsion_export.merging.writing import Output, write_outputs
 from propulsion_export.pipeline.base_settings import settle_
 from propulsion_export.pipeline.text_files import TextFiles
 from propulsion_export.scaling.attach import check_fits
-from propulsion_export.scaling.fold.checkpoint import fingerprint_of_checkpoint, fold_checkpoint
-from propulsion_export.scaling.fold.source import Checkpoint
+from propulsion_export.scaling.fold.listing import fingerprint_of_checkpoint, jobs_of
 from propulsion_export.scaling.fold.stored import StoredParts, untie_as_stored_
 from propulsion_export.scaling.fold.ties import check_untied
 from propulsion_export.scaling.resizing import resized_rows, set_embedding_rows
@@ -42,7 +45,7 @@ def merge(
     model: str | None = None,
     task: str = "auto",
     dtype: str = "keep",
-    max_shard_size: str = "5GB",
+    max_shard_size: str | None = None,
     untie: bool = False,
     force: bool = False,
     trust_remote_code: bool = False,
@@ -56,7 +59,8 @@ def merge(
         model: base model by path or name; default: the one the adapter names.
         task: which head the checkpoint has; `auto`: the adapter's.
         dtype: `keep`, `float32`, `bfloat16` or `float16`.
-        max_shard_size: the largest size of one weight file, such as `5GB`.
+        max_shard_size: the largest size of one weight file, such as `5GB`; default: the base
+            model's own files where the same tensors are written in the same dtypes, else 5 GB.
         untie: give a scaled weight that is shared with another module a copy of its own.
         force: replace an earlier output.
         trust_remote_code: run code that the base model brings.
@@ -65,7 +69,7 @@ def merge(
     Raises:
         PropulsionExportError: as its subclasses say; nothing is left at `output` then.
     """
-    shard_size = parse_size(max_shard_size)
+    shard_size = None if max_shard_size is None else parse_size(max_shard_size)
     (read,) = read_adapters([adapter])
     source = base_source(model, [read])
     inputs = (source_of(adapter), source)
@@ -90,12 +94,14 @@ def merge(
     untie_as_stored_(parts)
     check_untied(empty, read, untie=untie)
     texts.check_tokens(config)
-    wanted = None if dtype == "keep" else getattr(torch, dtype)
+    wanted = None if dtype == "keep" else NAMES[numpy_dtype(dtype)]
     settled = settle_(empty, [read], texts)
     progress(0.1, f"folding {read.size:,} scales into {source}{settled.note}")
     with staged_directory(output, marker=MANIFEST_FILE, force=force, inputs=inputs) as directory:
-        written = fold_checkpoint(parts, read, directory, dtype=wanted, max_shard_size=shard_size)
-        name = str(written).removeprefix("torch.")
+        plan = plan_changes(parts.checkpoint, jobs_of(parts, read), read, wanted)
+        files = plan_files(plan, parts.checkpoint, shard_size)
+        (digests,) = write_outputs([Output(directory, plan, files)], progress)
+        name = str(DTYPES[plan.dtype])
         save_config(empty, directory, name)
         texts.write(directory, settled.settings)
         labelled = TASKS[resolved].labelled_output is not None
@@ -105,7 +111,7 @@ def merge(
             read.digest, source_of(adapter), read.size, None, labels, *settled.adapters
         )
         manifest = _manifest(read.name, entry, base, resolved, name)
-        artifact = Artifact.write(directory, manifest)
+        artifact = Artifact.write(directory, manifest, digests=digests)
     progress(1.0, f"wrote {output}")
     return artifact.at(output)
 

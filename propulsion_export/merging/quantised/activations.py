@@ -2,7 +2,6 @@
 
 from collections.abc import Collection, Mapping
 
-from propulsion_export.adapters.scales import Scale
 from propulsion_export.base_model.tensor_files import StoredTensor
 from propulsion_export.errors import BaseModelError
 
@@ -20,9 +19,7 @@ _STATIC = (
 _SEES_INPUT = ("_weight_act_quant_scale", "activation_scale", "input_scale", "input_global_scale")
 
 
-def refuse_static_quantisers(
-    tensors: Mapping[str, StoredTensor], scales: Mapping[str, Scale]
-) -> None:
+def refuse_static_quantisers(tensors: Mapping[str, StoredTensor], scaled: Collection[str]) -> None:
     """Refuse fixed quantisers of activations that a scaled layer may lie in front of.
 
     They were calibrated for outputs that are not scaled: larger ones would be cut off. Which layers
@@ -31,12 +28,11 @@ def refuse_static_quantisers(
 
     Args:
         tensors: the checkpoint's tensors by name.
-        scales: the adapter's, by the module path in the checkpoint.
+        scaled: paths, in the checkpoint, of modules whose outputs are multiplied.
 
     Raises:
         BaseModelError: there is one; names it.
     """
-    scaled = {path for path, scale in scales.items() if (scale.values != 1).any()}
     found = [name for name in tensors if is_static_quantiser(name) and _may_see(name, scaled)]
     if found:
         raise BaseModelError(

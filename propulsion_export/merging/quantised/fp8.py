@@ -7,7 +7,8 @@
 
 A weight is value * scale. A block has several rows, usually 128 x 128, so every row of every
 module gets its block's scales for itself, in float32: blocks of 1 x 128. transformers' loader takes
-them and its GPU kernel does not, so the merged checkpoint asks to be dequantised on loading.
+them; its GPU kernel computes a block of outputs at a time, for which one row is far too few, so the
+merged checkpoint asks to be dequantised on loading.
 """
 
 from collections.abc import Mapping
@@ -36,7 +37,7 @@ def find(settings: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> "F
         raise BaseModelError(
             "quantization_config: has one scale for each matrix (weight_block_size null), which "
             "cannot hold a factor for each row, expected blocks",
-            remedy="Merge into the float checkpoint, then quantise it.",
+            remedy="Merge into the checkpoint that is not quantised, then quantise it.",
         )
     return Fp8(dict(settings), tensors, (int(block[0]), int(block[1])))
 

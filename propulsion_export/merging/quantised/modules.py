@@ -1,13 +1,22 @@
 """The modules of a quantised checkpoint, found by the names of its tensors."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
-from propulsion_export.base_model.tensor_files import Array, StoredTensor
-from propulsion_export.errors import BaseModelError
+import numpy as np
+
+from propulsion_export.artifacts.rounding import rounded
+from propulsion_export.base_model.tensor_files import DTYPES, Array, StoredTensor
+from propulsion_export.errors import AdapterError, BaseModelError
+from propulsion_export.merging.changes import Change, Given, Scaled
 from propulsion_export.merging.quantised.layout import Layout
 
+# How a scale lies over a weight: one factor a row, a column, or an entry of a norm's weight; a norm
+# `plus one` multiplies by 1 + weight.
+PlainRule = Literal["rows", "columns", "norm", "norm plus one"]
+RuleOf = Callable[[str], PlainRule | None]
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -35,17 +44,27 @@ class Modules:
         found = [name for name in (path, without, *prefixed) if name and self._has(name)]
         return found[0] if len(found) == 1 or path in found else path
 
-    def misfit(self, path: str, scale: Array) -> str | None:
-        """Why a scale [outputs] does not fit the module at `path`; None if it does."""
-        if not self._has(path):
-            return f"{path}: the checkpoint has no such module"
-        if self.layout.has(path):
-            outputs, inputs = self.layout.shape(path)
-            return None if len(scale) == outputs else _other_width(scale, (outputs, inputs), path)
-        stored = self.tensors[f"{path}.weight"]
-        if not is_floating(stored):
-            return f"{path}: its weight is {stored.dtype} without scales that are known"
-        return None if len(scale) in stored.shape else _other_width(scale, stored.shape, path)
+    def parameter(self, name: str) -> str:
+        """The same for the name of a parameter."""
+        path, _, last = name.rpartition(".")
+        return f"{self.stored(path)}.{last}"
+
+    def misfits(self, path: str, scale: Array) -> Iterator[str]:
+        """Why a scale [outputs] does not fit the module that an adapter has at `path`."""
+        stored = self.stored(path)
+        if not self._has(stored):
+            yield f"{path}: the checkpoint has no such module"
+            return
+        quantised = self.layout.has(stored)
+        weight = None if quantised else self.tensors[f"{stored}.weight"]
+        if weight is not None and not is_floating(weight):
+            yield f"{path}: its weight is {weight.dtype} and has no scales of this layout"
+            return
+        shape = weight.shape if weight is not None else self.layout.shape(stored)
+        if len(scale) not in (shape[:1] if quantised else shape):
+            kind = "quantised weight" if quantised else "weight"
+            found = f"the base model a {kind} {list(shape)}"
+            yield f"{path}: the adapter has {len(scale)} scales, {found}"
 
     @cached_property
     def _prefixes(self) -> tuple[str, ...]:
@@ -55,35 +74,51 @@ class Modules:
         return self.layout.has(path) or f"{path}.weight" in self.tensors
 
 
-def plain_factors(path: str, stored: StoredTensor, scale: Array) -> Array:
-    """The factors of a weight that is not quantised, with as many axes as it has.
+def plain_change(path: str, stored: StoredTensor, scale: Array, rule_of: RuleOf | None) -> Change:
+    """The change of a weight that is not quantised.
 
     Args:
-        path: of its module, for messages.
+        path: of its module, for messages and for `rule_of`.
         stored: the weight; a Linear layer's outputs are its rows, an embedding's its columns.
         scale: float64 [outputs].
+        rule_of: what says how the scale lies over a weight whose shape does not; None: nothing can.
 
     Raises:
-        BaseModelError: the shape does not say along which axis the outputs lie, or whether a norm
-            multiplies by its weight or by 1 + weight.
+        BaseModelError: nothing says how the scale lies over the weight.
+        AdapterError: a norm's weight is too large for its dtype.
     """
-    if len(stored.shape) == 2 and stored.shape[0] != stored.shape[1]:
-        return scale[:, None] if stored.shape[0] == len(scale) else scale[None, :]
-    what = (
-        "a square weight does not say along which axis its outputs lie"
-        if len(stored.shape) == 2
-        else "a norm's weight does not say whether 1 is added to it"
-    )
+    rule = _rule_by_shape(stored, scale) or (rule_of(path) if rule_of is not None else None)
+    match rule:
+        case "rows":
+            return Scaled(stored, scale[:, None])
+        case "columns":
+            return Scaled(stored, scale[None, :])
+        case "norm":
+            return Scaled(stored, scale)
+        case "norm plus one":
+            return _shifted(path, stored, scale)
     raise BaseModelError(
-        f"{path}: is not quantised, and {what}",
+        f"{path}: is not quantised, and its weight {list(stored.shape)} does not say how outputs "
+        "lie over it",
         remedy="Merge into the checkpoint that is not quantised, or train without this module.",
     )
+
+
+def _rule_by_shape(stored: StoredTensor, scale: Array) -> PlainRule | None:
+    """Linear layers and embeddings, unless they are square: a norm may add 1 to its weight."""
+    if len(stored.shape) != 2 or stored.shape[0] == stored.shape[1]:
+        return None
+    return "rows" if stored.shape[0] == len(scale) else "columns"
+
+
+def _shifted(path: str, stored: StoredTensor, scale: Array) -> Given:
+    """The weight w of a norm that multiplies by 1 + w: (1 + w) s - 1."""
+    values = rounded((1 + stored.read().astype(np.float64)) * scale - 1, DTYPES[stored.dtype])
+    if not np.isfinite(values.astype(np.float64)).all():
+        raise AdapterError(f"{path}.weight: folded, it would be too large for {stored.dtype}")
+    return Given(values)
 
 
 def is_floating(stored: StoredTensor) -> bool:
     """Whether a tensor's own values are what a model computes with."""
     return stored.dtype in _FLOATS
-
-
-def _other_width(scale: Array, shape: tuple[int, ...], path: str) -> str:
-    return f"{path}: the adapter has {len(scale)} scales, the base model a weight {list(shape)}"

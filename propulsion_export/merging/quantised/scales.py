@@ -11,6 +11,8 @@ from propulsion_export.base_model.tensor_files import Array, StoredTensor
 from propulsion_export.errors import AdapterError, BaseModelError
 from propulsion_export.merging.changes import Change, Scaled
 
+_REMEDY = "Merge into the checkpoint that is not quantised, then quantise it."
+
 
 def scaled_scales(
     path: str, name: str, stored: StoredTensor, scale: Array, *, axis: int = 0
@@ -60,7 +62,9 @@ def rounded_products(path: str, values: Array, factors: Array, *, axis: int = 0)
     allowed = np.abs(products) * _eps(values.dtype) / 2
     lost = ~(np.abs(narrow.astype(np.float64) - products) <= allowed)
     if lost.any():
-        raise AdapterError(_out_of_range(path, products, lost, values.dtype.name, axis))
+        raise AdapterError(
+            _out_of_range(path, products, lost, values.dtype.name, axis), remedy=_REMEDY
+        )
     return narrow
 
 
@@ -84,7 +88,7 @@ def exact_products(path: str, values: Array, factors: Array) -> Array:
         raise BaseModelError(
             f"{path}: its quantisation scale at {list(place)} becomes {products[place]:.6g}, which "
             f"{values.dtype.name} cannot hold exactly",
-            remedy="Merge into the float checkpoint, then quantise it.",
+            remedy=_REMEDY,
         )
     return narrow
 
