@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from propulsion_export.artifacts.rounding import rounded
 from propulsion_export.base_model.tensor_files import DTYPES, file_metadata, stored_tensors
-from propulsion_export.merging.changes import Copied, Dropped, Given, Scaled
+from propulsion_export.merging.changes import Copied, Given, Scaled, all_changes
 from propulsion_export.merging.quantised.folding import quantised_changes
 from propulsion_export.merging.quantised.layouts import find_layout
 
@@ -62,12 +62,8 @@ def as_torch(values):
 
 def merged(tensors, changes):
     """All tensors of the merged checkpoint, as torch tensors by name."""
-    every = {name: Copied(tensor) for name, tensor in tensors.items()} | dict(changes)
-    return {
-        name: as_torch(written(change))
-        for name, change in every.items()
-        if not isinstance(change, Dropped)
-    }
+    every = all_changes(tensors, changes)
+    return {name: as_torch(written(change)) for name, change in every.items()}
 
 
 def packed(values, bits):

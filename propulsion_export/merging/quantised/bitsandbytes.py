@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from propulsion_export.base_model.tensor_files import Array, StoredTensor
-from propulsion_export.merging.changes import Change
+from propulsion_export.merging.changes import StoredChange
 from propulsion_export.merging.quantised.eight_bits import EightBits
 from propulsion_export.merging.quantised.four_bits import FourBits
 
@@ -38,7 +38,7 @@ class Bitsandbytes:
         """Outputs and inputs of the module at `path`, which this layout has."""
         return self._weight(path).shape
 
-    def scaled(self, path: str, scale: Array) -> Mapping[str, Change]:
+    def scaled(self, path: str, scale: Array) -> Mapping[str, StoredChange]:
         """What becomes of the tensors of the module at `path`, scale: float64 [outputs].
 
         Raises:
@@ -47,7 +47,7 @@ class Bitsandbytes:
         """
         return self._weight(path).scaled(scale)
 
-    def unscaled(self, path: str) -> Mapping[str, Change]:
+    def unscaled(self, path: str) -> Mapping[str, StoredChange]:
         """Nothing: a module that is nested may stay so."""
         return {}
 

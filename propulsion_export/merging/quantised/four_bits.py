@@ -23,7 +23,7 @@ import numpy as np
 
 from propulsion_export.base_model.tensor_files import Array, StoredTensor
 from propulsion_export.errors import AdapterError, BaseModelError
-from propulsion_export.merging.changes import Change, Dropped, Given
+from propulsion_export.merging.changes import Dropped, Given, StoredChange
 from propulsion_export.merging.quantised.scales import rounded_products
 
 _BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # those that bitsandbytes accepts
@@ -38,7 +38,7 @@ class FourBits:
     path: str
     tensors: Mapping[str, StoredTensor]
 
-    def scaled(self, scale: Array) -> Mapping[str, Change]:
+    def scaled(self, scale: Array) -> Mapping[str, StoredChange]:
         """What becomes of absmax and of what describes it; scale: float64 [outputs]."""
         size = self._row_block_size()
         blocks = self._blocks(size).reshape(self.shape[0], -1)
