@@ -196,3 +196,37 @@ def test_nothing_but_scales_changes(quantised, tmp_path):
 
         assert changed <= {"SCB", "absmax", "bitsandbytes__nf4", "_weight_scale"}, kind
         assert len(changed) > 0
+
+
+@pytest.mark.slow
+def test_a_model_of_135_million_parameters_is_merged_into_nf4(tmp_path):
+    """SmolLM2's shape; random weights. What is written out of double quantisation is bounded."""
+    config = transformers.LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "float")
+    base = tmp_path / "base"
+    load(tmp_path / "float", quantization_config=KINDS["nf4-nested"]()).save_pretrained(base)
+    scales = random_scales(base)
+    assert len(scales) == 210
+
+    merge(base, tmp_path / "merged", scales)
+
+    expected = logits(attach(load(base), scales))
+    assert distance(logits(load(tmp_path / "merged")), expected) < 1e-4
+    added = size_of(tmp_path / "merged") - size_of(base)
+    blocks = 106_168_320 // 64
+    assert 2.7 * blocks < added < 3 * blocks
+    merge(base, tmp_path / "other", {path: scale[::-1] for path, scale in scales.items()})
+    assert distance(logits(load(tmp_path / "other")), expected) > 0.1
+
+
+def size_of(directory):
+    return (directory / "model.safetensors").stat().st_size
