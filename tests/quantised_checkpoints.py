@@ -207,11 +207,13 @@ def quantised_checkpoint(directory, model, quantise, config):
         quantise: weight to tensors by last name.
         config: the `quantization_config`.
     """
-    state = dict(model.state_dict())
+    tied = getattr(model, "all_tied_weights_keys", {})
+    state = {name: value for name, value in model.state_dict().items() if name not in tied}
     for path, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings():
             state |= named(path, quantise(state.pop(f"{path}.weight")))
-    save(directory, state, model.config.to_dict() | {"quantization_config": config})
+    named_class = {"architectures": [type(model).__name__]}
+    save(directory, state, model.config.to_dict() | named_class | {"quantization_config": config})
 
 
 def save(directory, state, config, metadata=None):

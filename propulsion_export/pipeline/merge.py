@@ -28,10 +28,11 @@ from propulsion_export.merging.files import plan_files
 from propulsion_export.merging.plan import NAMES, plan_changes
 from propulsion_export.merging.writing import Output, write_outputs
 from propulsion_export.pipeline.base_settings import settle_
+from propulsion_export.pipeline.quantised_base import quantised_base
 from propulsion_export.pipeline.text_files import TextFiles
 from propulsion_export.scaling.attach import check_fits
 from propulsion_export.scaling.fold.listing import fingerprint_of_checkpoint, jobs_of
-from propulsion_export.scaling.fold.stored import StoredParts, untie_as_stored_
+from propulsion_export.scaling.fold.stored import StoredParts, tied_parameters, untie_as_stored_
 from propulsion_export.scaling.fold.ties import check_untied
 from propulsion_export.scaling.resizing import resized_rows, set_embedding_rows
 
@@ -83,26 +84,39 @@ def merge(
     rows = resized_rows(read, resolved, config, trust_remote_code=trust_remote_code)
     if rows is not None:
         set_embedding_rows(config, rows)
+    checkpoint = Checkpoint.find(source)
+    quantised = quantised_base(checkpoint, config, dtype)
     own = class_names(config)
     empty = load_empty(
         config, resolved, head=read.modules, labels=read.labels, trust_remote_code=trust_remote_code
     )
-    parts = StoredParts(Checkpoint.find(source), empty)
-    fingerprint = fingerprint_of_checkpoint(parts)
+    parts = StoredParts(checkpoint, empty)
+    fingerprint = (
+        fingerprint_of_checkpoint(parts)
+        if quantised is None
+        else quantised.fingerprint(read.fingerprint)
+    )
     check_base(fingerprint, source, [read])
     check_fits(empty, read)
     untie_as_stored_(parts)
+    ties = tied_parameters(empty)
     check_untied(empty, read, untie=untie)
     texts.check_tokens(config)
     wanted = None if dtype == "keep" else NAMES[numpy_dtype(dtype)]
     settled = settle_(empty, [read], texts)
     progress(0.1, f"folding {read.size:,} scales into {source}{settled.note}")
     with staged_directory(output, marker=MANIFEST_FILE, force=force, inputs=inputs) as directory:
-        plan = plan_changes(parts.checkpoint, jobs_of(parts, read), read, wanted)
-        files = plan_files(plan, parts.checkpoint, shard_size)
+        if quantised is None:
+            plan = plan_changes(checkpoint, jobs_of(parts, read), read, wanted)
+        else:
+            quantised = quantised.untied(empty, ties)
+            plan = quantised.plan(read, empty)
+        files = plan_files(plan, checkpoint, shard_size)
         (digests,) = write_outputs([Output(directory, plan, files)], progress)
-        name = str(DTYPES[plan.dtype])
+        name = str(DTYPES[plan.dtype if quantised is None else quantised.dtype])
         save_config(empty, directory, name)
+        if quantised is not None:
+            quantised.write_settings(directory)
         texts.write(directory, settled.settings)
         labelled = TASKS[resolved].labelled_output is not None
         base = BaseEntry(source, fingerprint, own if labelled else None, True, settled.base)

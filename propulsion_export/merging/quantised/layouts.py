@@ -1,6 +1,6 @@
 """The layouts of quantised checkpoints that can be merged into."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from propulsion_export.base_model.tensor_files import StoredTensor
@@ -45,3 +45,14 @@ def find_layout(settings: Mapping[str, Any], tensors: Mapping[str, StoredTensor]
         f"expected one of {', '.join(name for name, _ in LAYOUTS)}",
         remedy="Merge into the checkpoint that is not quantised.",
     )
+
+
+def with_plain(settings: Mapping[str, Any], paths: Sequence[str]) -> dict[str, Any]:
+    """A `quantization_config` by which the modules at `paths` too are not quantised."""
+    changed = dict(settings)
+    compressed = settings.get("quant_method") == "compressed-tensors"
+    name = "ignore" if compressed else "modules_to_not_convert"
+    # Without such a list, transformers leaves out the head by itself.
+    if paths and (compressed or isinstance(settings.get(name), list)):
+        changed[name] = list(dict.fromkeys([*(settings.get(name) or ()), *paths]))
+    return changed

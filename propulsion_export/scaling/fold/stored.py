@@ -118,7 +118,7 @@ def untie_as_stored_(parts: StoredParts) -> None:
     the meta device, built from the configuration alone, has them tied.
     """
     model = parts.model
-    for target, source in _ties(model).items():
+    for target, source in tied_parameters(model).items():
         stored = [parts.own(name)[:1] for name in (target, source)]
         if all(stored):
             ours, theirs = (parts.checkpoint.tensors[part.key].read() for (part,) in stored)
@@ -128,7 +128,7 @@ def untie_as_stored_(parts: StoredParts) -> None:
                 replace_parameters_(model.get_submodule(owner), {attribute: weight})
 
 
-def _ties(model: PreTrainedModel) -> dict[str, str]:
+def tied_parameters(model: PreTrainedModel) -> dict[str, str]:
     """The parameter that each tied parameter gets its value from."""
     return dict(getattr(model, "all_tied_weights_keys", None) or {})
 
@@ -136,7 +136,7 @@ def _ties(model: PreTrainedModel) -> dict[str, str]:
 def _tied_groups(model: PreTrainedModel) -> dict[str, list[str]]:
     """For each parameter that is tied, the other parameters tied to it."""
     groups: dict[str, list[str]] = {}
-    for target, source in _ties(model).items():
+    for target, source in tied_parameters(model).items():
         groups.setdefault(source, [source]).append(target)
     return {
         name: [other for other in group if other != name]
