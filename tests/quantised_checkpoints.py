@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from propulsion_export.artifacts.rounding import rounded
-from propulsion_export.base_model.tensor_files import DTYPES, stored_tensors
-from propulsion_export.merging.changes import Copied, Given, Scaled
+from propulsion_export.base_model.tensor_files import DTYPES, file_metadata, stored_tensors
+from propulsion_export.merging.changes import Copied, Given, Scaled, all_changes
 from propulsion_export.merging.quantised.folding import quantised_changes
 from propulsion_export.merging.quantised.layouts import find_layout
 
@@ -22,6 +22,7 @@ TORCH_DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
     "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64,
     "I32": torch.int32,
@@ -61,8 +62,8 @@ def as_torch(values):
 
 def merged(tensors, changes):
     """All tensors of the merged checkpoint, as torch tensors by name."""
-    kept = {name: Copied(tensor) for name, tensor in tensors.items()}
-    return {name: as_torch(written(change)) for name, change in {**kept, **changes}.items()}
+    every = all_changes(tensors, changes)
+    return {name: as_torch(written(change)) for name, change in every.items()}
 
 
 def packed(values, bits):
@@ -215,10 +216,10 @@ def quantised_checkpoint(directory, model, quantise, config):
     save(directory, state, model.config.to_dict() | named_class | {"quantization_config": config})
 
 
-def save(directory, state, config):
+def save(directory, state, config, metadata=None):
     """Write tensors and the configuration beside them."""
     state = {name: value.contiguous() for name, value in state.items()}
-    save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
+    save_file(state, directory / "model.safetensors", metadata or {"format": "pt"})
     (directory / "config.json").write_text(json.dumps(config, default=str))
 
 
@@ -234,4 +235,5 @@ def merge_into(base, adapter, directory):
     layout, tensors = read(base)
     state = merged(tensors, quantised_changes(adapter, layout, tensors))
     config = json.loads((base / "config.json").read_text())
-    save(directory, state, config | {"quantization_config": dict(layout.settings())})
+    config |= {"quantization_config": dict(layout.settings())}
+    save(directory, state, config, file_metadata(base / "model.safetensors"))

@@ -126,3 +126,14 @@ def _stored_tensors(file: Path) -> dict[str, StoredTensor]:
     if file.stat().st_size != 8 + length + end:
         raise ValueError(f"it has {file.stat().st_size} bytes, expected {8 + length + end}")
     return found
+
+
+def file_metadata(file: Path) -> dict[str, str]:
+    """The texts that the header of a safetensors file has beside its tensors.
+
+    Raises:
+        OSError, ValueError, AttributeError: the file cannot be read; `stored_tensors` says why.
+    """
+    with file.open("rb") as content:
+        header = json.loads(content.read(int.from_bytes(content.read(8), "little")))
+    return dict(header.get("__metadata__") or {})

@@ -5,8 +5,9 @@ from collections.abc import Collection, Mapping
 from propulsion_export.base_model.tensor_files import StoredTensor
 from propulsion_export.errors import BaseModelError
 
-# Last parts of the names under which compressed-tensors and transformers' fp8 store them.
+# Last parts of the names under which compressed-tensors, transformers' fp8 and torchao store them.
 _STATIC = (
+    "_weight_act_quant_scale",
     "activation_scale",
     "input_scale",
     "input_global_scale",
@@ -15,7 +16,7 @@ _STATIC = (
     "k_scale",
     "v_scale",
 )
-_SEES_INPUT = ("activation_scale", "input_scale", "input_global_scale")
+_SEES_INPUT = ("_weight_act_quant_scale", "activation_scale", "input_scale", "input_global_scale")
 
 
 def refuse_static_quantisers(tensors: Mapping[str, StoredTensor], scaled: Collection[str]) -> None:

@@ -21,6 +21,11 @@ def float8_step(value: float) -> float:
     return _step(value, mantissa=3, lowest=-6)
 
 
+def float8_e5m2_step(value: float) -> float:
+    """The distance from a float8_e5m2 value to the next larger one."""
+    return _step(value, mantissa=2, lowest=-14)
+
+
 def _step(value: float, mantissa: int, lowest: int) -> float:
     """Of a type with `mantissa` bits whose normal numbers start at 2**lowest."""
     exponent = math.frexp(value)[1] - 1 if value else lowest

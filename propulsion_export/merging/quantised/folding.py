@@ -13,7 +13,7 @@ from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.artifacts.rounding import rounded
 from propulsion_export.base_model.tensor_files import DTYPES, Array, StoredTensor
 from propulsion_export.errors import AdapterError
-from propulsion_export.merging.changes import Change, Given, Scaled
+from propulsion_export.merging.changes import Change, Given, Scaled, StoredChange
 from propulsion_export.merging.quantised.activations import refuse_static_quantisers
 from propulsion_export.merging.quantised.layout import Layout
 from propulsion_export.merging.quantised.modules import (
@@ -31,7 +31,7 @@ def quantised_changes(
     layout: Layout,
     tensors: Mapping[str, StoredTensor],
     rule_of: RuleOf | None = None,
-) -> dict[str, Change]:
+) -> dict[str, StoredChange]:
     """What becomes of the tensors of a quantised checkpoint when an adapter is folded in.
 
     By arXiv 2409.10927 the bias is inside the product: (x W^T + b) * s = x (diag(s) W)^T + s * b.
@@ -45,7 +45,7 @@ def quantised_changes(
             refused.
 
     Returns:
-        A change for each tensor that changes, by its name; every other is copied.
+        A change for each tensor that changes, by its name; `changes.all_changes` copies the others.
 
     Raises:
         AdapterError: a scale or bias has no module here or another width; a product leaves its
@@ -91,9 +91,9 @@ class _Folding:
         scaled = {self.modules.stored(path) for path in self._scales}
         refuse_static_quantisers(self.modules.tensors, scaled)
 
-    def changes(self) -> dict[str, Change]:
+    def changes(self) -> dict[str, StoredChange]:
         """A change for each tensor that changes, by its name."""
-        changes: dict[str, Change] = {}
+        changes: dict[str, StoredChange] = {}
         for each in (self._quantised(), self._plain(), self._biases(), self._saved()):
             for some in each:
                 changes |= some
@@ -113,7 +113,7 @@ class _Folding:
         for name, values in self.adapter.modules.items():
             yield from _saved_misfits(name, values, self._stored(name))
 
-    def _quantised(self) -> Iterator[Mapping[str, Change]]:
+    def _quantised(self) -> Iterator[Mapping[str, StoredChange]]:
         layout = self.modules.layout
         scales = {self.modules.stored(path): scale for path, scale in self._scales.items()}
         for path in self.modules.quantised:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from propulsion_export.base_model.tensor_files import Array, StoredTensor
-from propulsion_export.merging.changes import Change
+from propulsion_export.merging.changes import StoredChange
 
 # GPTQ moves weights that it has not rounded yet to make up for those that it has: for correlated
 # inputs, 131,072 weights by at most 3.3 steps of their grid. Few checkpoints say that it was used.
@@ -20,7 +20,7 @@ class Layout(Protocol):
     def shape(self, path: str) -> tuple[int, int]:
         """Outputs and inputs of the module at `path`, which this layout has."""
 
-    def scaled(self, path: str, scale: Array) -> Mapping[str, Change]:
+    def scaled(self, path: str, scale: Array) -> Mapping[str, StoredChange]:
         """What is written for the tensors of a module whose outputs are multiplied.
 
         Args:
@@ -35,7 +35,7 @@ class Layout(Protocol):
             AdapterError: a product leaves the range of the scales' dtype; names channel and block.
         """
 
-    def unscaled(self, path: str) -> Mapping[str, Change]:
+    def unscaled(self, path: str) -> Mapping[str, StoredChange]:
         """What is written for a module that the adapter leaves alone, where others are scaled.
 
         Usually nothing: a layout that gives every row a scale of its own must do so in all modules.

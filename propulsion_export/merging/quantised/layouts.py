@@ -5,7 +5,14 @@ from typing import Any
 
 from propulsion_export.base_model.tensor_files import StoredTensor
 from propulsion_export.errors import BaseModelError
-from propulsion_export.merging.quantised import awq, compressed_tensors, fp8, gptq
+from propulsion_export.merging.quantised import (
+    awq,
+    bitsandbytes,
+    compressed_tensors,
+    fp8,
+    gptq,
+    torchao,
+)
 from propulsion_export.merging.quantised.layout import Find, Layout
 
 # By transformers' name of the method, `quant_method` in `quantization_config`.
@@ -14,6 +21,8 @@ LAYOUTS: tuple[tuple[str, Find], ...] = (
     ("gptq", gptq.find),
     ("awq", awq.find),
     ("fp8", fp8.find),
+    ("bitsandbytes", bitsandbytes.find),
+    ("torchao", torchao.find),
 )
 
 

@@ -95,7 +95,7 @@ def _weights(layout: Layout, tensors: Mapping[str, StoredTensor]) -> dict[str, A
         for name, stored in tensors.items()
         if is_floating(stored)
         and not is_static_quantiser(name)
-        and (name.endswith(".bias") or not layout.has(name.rpartition(".")[0]))
+        and (name.endswith(".bias") or not _is_part(layout, name))
     }
     weights |= {f"{path}.weight": QuantisedWeight(layout, path) for path in quantised}
     return {name: weight for name, weight in weights.items() if _block(name) not in moved}
@@ -106,6 +106,12 @@ def _block(name: str) -> str:
     parts = name.split(".")
     numbers = [index for index, part in enumerate(parts) if part.isdecimal()]
     return ".".join(parts[: numbers[0] + 1]) if numbers else ""
+
+
+def _is_part(layout: Layout, name: str) -> bool:
+    """Whether a tensor belongs to a quantised module; `weight.absmax` lies two names below its."""
+    parts = name.split(".")
+    return any(layout.has(".".join(parts[:count])) for count in range(1, len(parts)))
 
 
 def _prefix(names: Collection[str], known: Collection[str]) -> str:
