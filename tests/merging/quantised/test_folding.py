@@ -182,3 +182,12 @@ def test_a_bias_beyond_its_dtype_is_refused(fold):
 
     with pytest.raises(AdapterError, match="bias: would hold values too large for F16"):
         fold(adapter)
+
+
+def test_a_quantised_embedding_is_refused(fold):
+    """Its rows are tokens: each scale of the grid belongs to one, and none to an output."""
+    rows, _ = gptq_module(np.random.default_rng(3), 96, 32)
+    name = "model.embed_positions"
+
+    with pytest.raises(AdapterError, match=r"embed_positions: .* a quantised weight \[96, 32\]"):
+        fold(scaling(32, name), **named(name, rows))
