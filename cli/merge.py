@@ -23,7 +23,10 @@ from .options import (
 @task_option
 @dtype_option
 @click.option(
-    "--max-shard-size", default="5GB", show_default=True, help="Largest size of one weight file."
+    "--max-shard-size",
+    metavar="SIZE",
+    help="Largest size of one weight file, such as 5GB. Default: the base model's own files; 5GB "
+    "where the merge changes names or dtypes.",
 )
 @untie_option
 @output_options
@@ -36,7 +39,7 @@ def command(
     adapter: str,
     task: str,
     dtype: str,
-    max_shard_size: str,
+    max_shard_size: str | None,
     untie: bool,
     output: Path,
     force: bool,

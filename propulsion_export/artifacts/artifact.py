@@ -95,18 +95,29 @@ class Artifact:
         return cls(directory, manifest)
 
     @classmethod
-    def write(cls, directory: Path, manifest: Manifest) -> Self:
+    def write(
+        cls, directory: Path, manifest: Manifest, *, digests: Mapping[str, str] | None = None
+    ) -> Self:
         """Record the digests of all files in `directory`, then write the manifest.
 
         A bank's files get no digest, since they change in place; its registry has the rows'
         checksums.
+
+        Args:
+            directory: the artifact's.
+            manifest: gets the digests.
+            digests: those that are known already, by path in the directory; the others are read.
         """
-        written = {
-            file.relative_to(directory).as_posix(): digest_of(file)
+        known = digests or {}
+        names = {
+            file.relative_to(directory).as_posix(): file
             for file in sorted(directory.rglob("*"))
-            if file.is_file()
-            and file.name != MANIFEST_FILE
-            and not is_bank_file(file.relative_to(directory).as_posix())
+            if file.is_file() and file.name != MANIFEST_FILE
+        }
+        written = {
+            name: known.get(name) or digest_of(file)
+            for name, file in names.items()
+            if not is_bank_file(name)
         }
         manifest = replace(manifest, files=written)
         replace_file(directory / MANIFEST_FILE, manifest.to_json().encode())

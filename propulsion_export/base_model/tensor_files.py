@@ -62,15 +62,31 @@ class StoredTensor:
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
     def read(self) -> Array:
-        """The whole tensor, in memory of its own."""
-        data = np.fromfile(self.file, np.uint8, self.size, offset=self.offset)
-        return data.view(DTYPES[self.dtype]).reshape(self.shape)
+        """The whole tensor, in memory of its own.
+
+        Raises:
+            BaseModelError: the file has become shorter since its header was read.
+        """
+        return self._bytes(self.offset, self.size).view(DTYPES[self.dtype]).reshape(self.shape)
 
     def __getitem__(self, place: tuple[int, ...]) -> float:
         """One entry, by its position on every axis."""
         dtype = DTYPES[self.dtype]
         start = self.offset + int(np.ravel_multi_index(place, self.shape)) * dtype.itemsize
-        return float(np.fromfile(self.file, np.uint8, dtype.itemsize, offset=start).view(dtype)[0])
+        return float(self._bytes(start, dtype.itemsize).view(dtype)[0])
+
+    def _bytes(self, start: int, count: int) -> npt.NDArray[np.uint8]:
+        data = np.fromfile(self.file, np.uint8, count, offset=start)
+        if data.size != count:
+            raise shortened(self.file)
+        return data
+
+
+def shortened(file: Path) -> BaseModelError:
+    """The error that a file has fewer bytes than its header says."""
+    return BaseModelError(
+        f"{file}: is truncated, was it changed while it was read?", remedy="Copy it again."
+    )
 
 
 def stored_tensors(file: Path) -> dict[str, StoredTensor]:
@@ -110,3 +126,14 @@ def _stored_tensors(file: Path) -> dict[str, StoredTensor]:
     if file.stat().st_size != 8 + length + end:
         raise ValueError(f"it has {file.stat().st_size} bytes, expected {8 + length + end}")
     return found
+
+
+def file_metadata(file: Path) -> dict[str, str]:
+    """The texts that the header of a safetensors file has beside its tensors.
+
+    Raises:
+        OSError, ValueError, AttributeError: the file cannot be read; `stored_tensors` says why.
+    """
+    with file.open("rb") as content:
+        header = json.loads(content.read(int.from_bytes(content.read(8), "little")))
+    return dict(header.get("__metadata__") or {})

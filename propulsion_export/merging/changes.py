@@ -1,5 +1,6 @@
 """What a merge writes for one tensor: the bytes that are stored, their products, or new values."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from propulsion_export.base_model.tensor_files import Array, StoredTensor
@@ -35,3 +36,24 @@ class Given:
 
 
 Change = Copied | Scaled | Given
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A stored tensor that is not written: what it said is now in the values of others."""
+
+
+StoredChange = Change | Dropped
+
+
+def all_changes(
+    stored: Mapping[str, StoredTensor], changes: Mapping[str, StoredChange]
+) -> dict[str, Change]:
+    """What is written for each tensor of a checkpoint: it is copied unless it changes.
+
+    Args:
+        stored: the checkpoint's tensors by name.
+        changes: what becomes of some of them.
+    """
+    every = {name: changes.get(name, Copied(tensor)) for name, tensor in stored.items()}
+    return {name: change for name, change in every.items() if not isinstance(change, Dropped)}

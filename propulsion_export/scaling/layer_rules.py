@@ -97,7 +97,7 @@ def folded_parameters(
         BaseModelError: the module has no exact rule.
         AdapterError: the scale or the bias does not fit the module.
     """
-    _check_foldable(module)
+    check_foldable(module)
     weight = _own(module, "weight").detach().double()
     wide = scale.detach().to(weight)
     if side == "input":
@@ -127,7 +127,7 @@ def narrowed(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def _scaled_weight(module: nn.Module, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     if isinstance(module, nn.Linear):
         return weight * scale[:, None]
-    if layer_kind(module) == "norm" and _adds_one(module):
+    if layer_kind(module) == "norm" and adds_one(module):
         return (1 + weight) * scale - 1
     # Conv1D, nn.Embedding and norms keep the output channels in the last axis.
     return weight * scale
@@ -147,7 +147,7 @@ def _bias_inside(module: nn.Module, trained: torch.Tensor | None) -> torch.Tenso
     return trained.detach().to(device=own.device, dtype=torch.float64)
 
 
-def _check_foldable(module: nn.Module) -> None:
+def check_foldable(module: nn.Module) -> None:
     """Refuse a module that a scale cannot be folded into exactly."""
     name = type(module).__name__
     if layer_kind(module) is None:
@@ -175,7 +175,7 @@ def is_plain_linear(linear: nn.Linear) -> bool:
     return type(linear).forward is nn.Linear.forward or type(linear).__name__ in _PLAIN_LINEARS
 
 
-def _adds_one(norm: nn.Module) -> bool:
+def adds_one(norm: nn.Module) -> bool:
     """Whether a norm multiplies by (1 + weight), as those of Gemma do; found by running it.
 
     A plain norm gives zero for a weight of 0, the other kind for a weight of -1.
@@ -192,8 +192,10 @@ def _adds_one(norm: nn.Module) -> bool:
 def _output_for_weight(norm: nn.Module, value: float) -> torch.Tensor:
     """The norm's output for a probe input, with every weight `value` and no bias."""
     own = dict(norm.named_parameters(recurse=False))
-    changed = {name: torch.zeros_like(values) for name, values in own.items()}
-    changed["weight"] = weight = torch.full_like(own["weight"], value)
+    # A norm without weights, on the meta device, computes all the same.
+    device = {name: "cpu" if values.is_meta else values.device for name, values in own.items()}
+    changed = {name: torch.zeros_like(v, device=device[name]) for name, v in own.items()}
+    changed["weight"] = weight = torch.full_like(changed["weight"], value)
     probe = torch.linspace(-1, 2, 2 * weight.numel(), dtype=weight.dtype, device=weight.device)
     call: Callable[..., torch.Tensor] = torch.func.functional_call
     with torch.no_grad():

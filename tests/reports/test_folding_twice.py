@@ -15,6 +15,7 @@ import transformers
 
 from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.artifacts.changing import add_adapter
+from propulsion_export.base_model.checkpoint import Checkpoint
 from propulsion_export.base_model.fingerprint import Fingerprint
 from propulsion_export.base_model.loading import load_base, load_empty
 from propulsion_export.base_model.model_fingerprint import fingerprint_of_model
@@ -22,8 +23,7 @@ from propulsion_export.errors import BaseModelError
 from propulsion_export.pipeline.merge import merge
 from propulsion_export.pipeline.onnx import export_onnx
 from propulsion_export.pipeline.parity import check_parity
-from propulsion_export.scaling.fold.checkpoint import fingerprint_of_checkpoint
-from propulsion_export.scaling.fold.source import Checkpoint
+from propulsion_export.scaling.fold.listing import fingerprint_of_checkpoint
 from propulsion_export.scaling.fold.stored import StoredParts
 from propulsion_export.tuning import PropulsionConfig
 

@@ -6,10 +6,10 @@ each under its stored name, which other versions of transformers and other tools
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-import torch
+import numpy as np
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
@@ -24,30 +24,9 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from propulsion_export.scaling.fold.source import Checkpoint
+from propulsion_export.base_model.checkpoint import Checkpoint
+from propulsion_export.scaling.fold.jobs import Part
 from propulsion_export.scaling.fold.ties import replace_parameters_
-
-
-@dataclass(frozen=True)
-class Part:
-    """The part of a parameter that one stored tensor holds.
-
-    Attributes:
-        key: the tensor's name in the checkpoint.
-        parameter: the parameter's name in the model.
-        name: the name to write the tensor under.
-        expert: the index on the parameter's first axis; None if the tensor is the whole parameter.
-        first: the tensor's first output channel in an expert's matrix.
-        convertible: whether the parameter is these parts put together; if not, only transformers
-            knows how it is computed from them, and the tensor can be copied but not folded.
-    """
-
-    key: str
-    parameter: str
-    name: str
-    expert: int | None = None
-    first: int = 0
-    convertible: bool = True
 
 
 class StoredParts:
@@ -139,17 +118,17 @@ def untie_as_stored_(parts: StoredParts) -> None:
     the meta device, built from the configuration alone, has them tied.
     """
     model = parts.model
-    for target, source in _ties(model).items():
+    for target, source in tied_parameters(model).items():
         stored = [parts.own(name)[:1] for name in (target, source)]
         if all(stored):
             ours, theirs = (parts.checkpoint.tensors[part.key].read() for (part,) in stored)
-            if not torch.equal(ours, theirs):
+            if not np.array_equal(ours, theirs):
                 owner, _, attribute = target.rpartition(".")
                 weight = model.get_parameter(target).detach().clone()
                 replace_parameters_(model.get_submodule(owner), {attribute: weight})
 
 
-def _ties(model: PreTrainedModel) -> dict[str, str]:
+def tied_parameters(model: PreTrainedModel) -> dict[str, str]:
     """The parameter that each tied parameter gets its value from."""
     return dict(getattr(model, "all_tied_weights_keys", None) or {})
 
@@ -157,7 +136,7 @@ def _ties(model: PreTrainedModel) -> dict[str, str]:
 def _tied_groups(model: PreTrainedModel) -> dict[str, list[str]]:
     """For each parameter that is tied, the other parameters tied to it."""
     groups: dict[str, list[str]] = {}
-    for target, source in _ties(model).items():
+    for target, source in tied_parameters(model).items():
         groups.setdefault(source, [source]).append(target)
     return {
         name: [other for other in group if other != name]

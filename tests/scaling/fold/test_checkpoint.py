@@ -1,36 +1,32 @@
 """A checkpoint folded on disk is one that plain transformers loads and that computes as trained."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from folding import fold
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import (
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
-    BertConfig,
-    BertModel,
 )
 
 from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.adapters.scales import Scale
 from propulsion_export.base_model import loading as base
-from propulsion_export.base_model.config import read_config, save_config
+from propulsion_export.base_model.checkpoint import Checkpoint
+from propulsion_export.base_model.config import read_config
 from propulsion_export.base_model.model_fingerprint import fingerprint_of_model
 from propulsion_export.errors import AdapterError, BaseModelError
 from propulsion_export.scaling.attach import attached
-from propulsion_export.scaling.fold.checkpoint import fingerprint_of_checkpoint, fold_checkpoint
-from propulsion_export.scaling.fold.source import Checkpoint
-from propulsion_export.scaling.fold.stored import StoredParts, untie_as_stored_
-from propulsion_export.scaling.fold.ties import check_untied
+from propulsion_export.scaling.fold.listing import fingerprint_of_checkpoint
+from propulsion_export.scaling.fold.stored import StoredParts
 
 KINDS = ["bert", "roberta", "distilbert", "electra", "deberta-v2", "albert", "mpnet"]
 IDS = torch.tensor([[7, 12, 44, 99, 3], [20, 21, 22, 8, 9]])
@@ -48,19 +44,6 @@ def expected_outputs(source, task, adapter, dtype=torch.float32):
     loaded.model.to(dtype)
     with attached(loaded.model, adapter):
         return outputs(loaded.model)
-
-
-def fold(source, task, adapter, out, *, untie=False, **options):
-    out.mkdir(exist_ok=True)
-    empty = base.load_empty(
-        read_config(str(source)), task, head=adapter.modules, labels=adapter.labels
-    )
-    parts = StoredParts(Checkpoint.find(str(source)), empty)
-    untie_as_stored_(parts)
-    check_untied(empty, adapter, untie=untie)
-    dtype = fold_checkpoint(parts, adapter, out, **options)
-    save_config(empty, out, str(dtype).removeprefix("torch."))
-    return dtype
 
 
 def load(task, directory):
@@ -265,25 +248,29 @@ def test_bfloat16_checkpoint_stays_so_with_a_head_trained_in_float32(
     dtype = fold(tmp_path / "source", "text-classification", adapter, tmp_path / "out")
 
     written = load_file(tmp_path / "out" / "model.safetensors")
-    assert dtype == torch.bfloat16
+    assert dtype == "bfloat16"
     assert {tensor.dtype for tensor in written.values()} == {torch.bfloat16}
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
     assert load("text-classification", tmp_path / "out").dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("F32", torch.float32), ("F16", torch.float16), ("BF16", torch.bfloat16)],
+    ids=str,
+)
 def test_conversion_rounds_the_float64_product_once(
-    dtype, tiny_checkpoint, tiny_bert, random_adapter, tmp_path
+    name, dtype, tiny_checkpoint, tiny_bert, random_adapter, tmp_path
 ):
     adapter = random_adapter(tiny_bert(), head=True)
     path = "bert.encoder.layer.1.output.dense"
 
-    written = fold(tiny_checkpoint(), "text-classification", adapter, tmp_path / "out", dtype=dtype)
+    written = fold(tiny_checkpoint(), "text-classification", adapter, tmp_path / "out", dtype=name)
 
     stored = load_file(tiny_checkpoint() / "model.safetensors")[f"{path}.weight"]
     product = stored.double() * torch.from_numpy(adapter.scales[path].values)[:, None]
     found = load_file(tmp_path / "out" / "model.safetensors")
-    assert written == dtype
+    assert written == str(dtype).removeprefix("torch.")
     assert_close(found[f"{path}.weight"], product.to(dtype), rtol=0, atol=0)
     assert {tensor.dtype for tensor in found.values()} == {dtype}
 
@@ -421,73 +408,6 @@ def test_fingerprint_of_another_checkpoint_differs(tiny_bert, tiny_checkpoint, r
     found = fingerprint_of_checkpoint(StoredParts(Checkpoint.find(str(source)), empty))
 
     assert found.difference(fingerprint_of_model(other))
-
-
-def fill_(module):
-    for parameter in module.parameters(recurse=False):
-        parameter.data.fill_(0.5)
-
-
-FOLD_IN_A_PROCESS = """
-    import re, sys
-    from pathlib import Path
-    import numpy as np, torch
-    from propulsion_export.base_model import loading as base
-    from propulsion_export.base_model.config import read_config
-    from propulsion_export.adapters.adapter import Adapter
-    from propulsion_export.adapters.scales import Scale
-    from propulsion_export.scaling.fold.checkpoint import fold_checkpoint
-    from propulsion_export.scaling.fold.source import Checkpoint
-    from propulsion_export.scaling.fold.stored import StoredParts
-
-    source, out = sys.argv[1], Path(sys.argv[2])
-    empty = base.load_empty(read_config(source), "feature-extraction", head={}, labels=None)
-    scales = {
-        path: Scale(np.full(module.out_features, 1.5))
-        for path, module in empty.named_modules()
-        if isinstance(module, torch.nn.Linear) and "encoder" in path
-    }
-    checkpoint = Checkpoint.find(source)
-
-    def peak():  # getrusage would start with the peak of the process that started this one
-        return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
-
-    before = peak()
-
-    fold_checkpoint(StoredParts(checkpoint, empty), Adapter("a", scales), out)
-    print(peak() - before)
-    everything = [tensor.read() for tensor in checkpoint.tensors.values()]
-    print(peak() - before)
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(
-    not Path("/proc/self/status").exists(), reason="only Linux tells a process's peak memory so"
-)
-def test_memory_is_bounded_by_the_largest_module(tiny_bert, tmp_path):
-    big = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 24}
-    with torch.device("meta"):  # drawing 40 million random numbers would take longer than the fold
-        model = BertModel(BertConfig(**(tiny_bert().config.to_dict() | big)))
-    model.to_empty(device="cpu").apply(fill_)
-    model.save_pretrained(tmp_path)
-    size = (tmp_path / "model.safetensors").stat().st_size
-    (tmp_path / "out").mkdir()
-    del model
-
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(FOLD_IN_A_PROCESS), tmp_path, tmp_path / "out"],
-        # The C library shall give freed memory back, so that what is in use can be read off.
-        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-
-    folding, holding_everything = map(int, done.stdout.split())
-    assert size > 150e6
-    assert folding < 0.4 * size, f"{folding / 2**20:.0f} of {size / 2**20:.0f} MiB"
-    assert holding_everything > 0.8 * size
 
 
 def test_plain_auto_classes_are_what_a_task_loads():

@@ -4,9 +4,11 @@ import copy
 import json
 from dataclasses import replace
 
+import folding
 import numpy as np
 import pytest
 import torch
+from folding import fold_parts
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
@@ -16,16 +18,15 @@ from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.adapters.scales import Scale
 from propulsion_export.artifacts.rounding import rounded_to_odd
 from propulsion_export.base_model import loading as base
-from propulsion_export.base_model.config import read_config, save_config
+from propulsion_export.base_model.checkpoint import Checkpoint
+from propulsion_export.base_model.config import read_config
 from propulsion_export.base_model.model_fingerprint import fingerprint_of_model
 from propulsion_export.errors import BaseModelError
 from propulsion_export.scaling.attach import attached
 from propulsion_export.scaling.fold import stored
-from propulsion_export.scaling.fold.checkpoint import fingerprint_of_checkpoint, fold_checkpoint
+from propulsion_export.scaling.fold.listing import fingerprint_of_checkpoint
 from propulsion_export.scaling.fold.model import fold_
-from propulsion_export.scaling.fold.source import Checkpoint
-from propulsion_export.scaling.fold.stored import StoredParts, untie_as_stored_
-from propulsion_export.scaling.fold.ties import check_untied
+from propulsion_export.scaling.fold.stored import StoredParts
 
 MIXTURES = ("mixtral", "qwen3-moe")
 TIED = {
@@ -74,17 +75,8 @@ def one_channel_changed(adapter, path=None):
     return replace(adapter, scales={**adapter.scales, path: Scale(values, scale.side)})
 
 
-def fold(source, adapter, out, kind, *, untie=False, **options):
-    """As `merge` does."""
-    out.mkdir()
-    empty = base.load_empty(
-        read_config(str(source)), task_of(kind), head=adapter.modules, labels=adapter.labels
-    )
-    parts = StoredParts(Checkpoint.find(str(source)), empty)
-    untie_as_stored_(parts)
-    check_untied(empty, adapter, untie=untie)
-    dtype = fold_checkpoint(parts, adapter, out, **options)
-    save_config(empty, out, str(dtype).removeprefix("torch."))
+def fold(source, adapter, out, kind, **options):
+    return folding.fold(source, task_of(kind), adapter, out, **options)
 
 
 def load(directory, kind):
@@ -216,7 +208,7 @@ def test_an_expert_that_is_not_stored_is_refused(
 
     message = rf"has shape \[4, {width}, 32\], expected \[4, {2 * width}, 32\]"
     with pytest.raises(BaseModelError, match=message):
-        fold_checkpoint(StoredParts(Checkpoint("base", tensors), empty), adapter, tmp_path)
+        fold_parts(StoredParts(Checkpoint("base", tensors), empty), adapter, tmp_path)
 
 
 def test_experts_stored_in_a_way_that_is_not_known_are_refused(
@@ -361,7 +353,7 @@ def test_conversion_rounds_every_experts_float64_product_once(
         adapter,
         tmp_path / "out",
         "mixtral",
-        dtype=dtype,
+        dtype={torch.float16: "F16", torch.bfloat16: "BF16"}[dtype],
         max_shard_size=20_000,
     )
 

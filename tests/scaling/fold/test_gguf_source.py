@@ -2,14 +2,12 @@
 
 import pytest
 import torch
+from folding import fold_parts, parts_of
 from gguf_files import tiny_language_model, write_gguf
 from safetensors.torch import load_file
 
-from propulsion_export.base_model.config import read_config
-from propulsion_export.base_model.loading import load_base, load_empty
-from propulsion_export.scaling.fold.checkpoint import fingerprint_of_checkpoint, fold_checkpoint
-from propulsion_export.scaling.fold.source import Checkpoint
-from propulsion_export.scaling.fold.stored import StoredParts
+from propulsion_export.base_model.loading import load_base
+from propulsion_export.scaling.fold.listing import fingerprint_of_checkpoint
 
 KINDS = ("llama", "mixtral", "qwen3_moe", "gemma2", "falcon", "bloom", "gpt2", "phi3")
 TASK = "text-generation"
@@ -17,10 +15,8 @@ TASK = "text-generation"
 
 def folded(source, adapter, directory):
     directory.mkdir()
-    config = read_config(str(source))
-    empty = load_empty(config, TASK, head={}, labels=None)
-    parts = StoredParts(Checkpoint.find(str(source)), empty)
-    fold_checkpoint(parts, adapter, directory)
+    parts = parts_of(source, TASK, adapter, untie=True)
+    fold_parts(parts, adapter, directory)
     return fingerprint_of_checkpoint(parts), load_file(directory / "model.safetensors")
 
 
