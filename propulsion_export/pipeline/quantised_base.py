@@ -12,7 +12,7 @@ from propulsion_export.base_model.config import settings_in
 from propulsion_export.base_model.fingerprint import Fingerprint
 from propulsion_export.base_model.tensor_files import StoredTensor
 from propulsion_export.errors import BaseModelError, UsageError
-from propulsion_export.merging.changes import Copied, Given
+from propulsion_export.merging.changes import Given, all_changes
 from propulsion_export.merging.plan import Plan, coarsest
 from propulsion_export.merging.quantised.folding import quantised_changes
 from propulsion_export.merging.quantised.layout import Layout
@@ -109,15 +109,13 @@ class QuantisedBase:
         Raises:
             AdapterError, BaseModelError: as `quantised_changes` says.
         """
-        changes = quantised_changes(
+        found = quantised_changes(
             adapter, self.layout, self._tensors, lambda path: _rule(model, path)
         )
-        copied = {name: Copied(stored) for name, stored in self._tensors.items()}
-        keys = {name: name for name in self.checkpoint.tensors}
-        given = any(isinstance(change, Given) for change in changes.values())
-        return Plan(
-            adapter.name, self.checkpoint.source, copied | changes, {**keys, **self.copies}, given
-        )
+        changes = all_changes(self._tensors, found)
+        keys = {name: self.copies.get(name, name) for name in changes}
+        given = any(isinstance(change, Given) for change in found.values())
+        return Plan(adapter.name, self.checkpoint.source, changes, keys, given)
 
     @property
     def dtype(self) -> str:
