@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 _ROTARY_SETTINGS = ("rope_", "rotary_", "partial_rotary_", "global_rope_", "local_rope_")
 # How a chat becomes one text; tokenizers load it by this name.
 _CHAT_TEMPLATE = "chat_template.jinja"
+_GENERATION_CONFIG = "generation_config.json"
 # Endings of a configuration's and a tokenizer's files.
 _SMALL_FILES = (".json", ".jinja", ".model", ".spm", ".txt", ".vocab", ".codes")
 # What PEFT writes with every adapter.
@@ -55,9 +56,7 @@ def read_config(source: str, *, trust_remote_code: bool = False) -> "PretrainedC
             remedy="Give the base model's directory with -m.",
         )
     if directory.is_dir():
-        # The tokenizer's too: transformers reports one that it cannot parse in many ways.
-        beside = [file for file in sorted(directory.iterdir()) if file.suffix in _SMALL_FILES]
-        refuse_pointers(beside, BaseModelError)
+        refuse_pointers_in(directory)
     try:
         with quiet():
             config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
@@ -76,6 +75,18 @@ def read_config(source: str, *, trust_remote_code: bool = False) -> "PretrainedC
         ) from error
     reset_switches_(config)
     return config
+
+
+def refuse_pointers_in(directory: Path) -> None:
+    """Refuse a checkpoint of which only the pointers that git-lfs left are there.
+
+    The tokenizer's too: transformers reports one that it cannot parse in many ways.
+
+    Raises:
+        BaseModelError: naming the small files that are pointers.
+    """
+    beside = [file for file in sorted(directory.iterdir()) if file.suffix in _SMALL_FILES]
+    refuse_pointers(beside, BaseModelError)
 
 
 def _remedy(source: str) -> str:
@@ -155,20 +166,19 @@ def save_generation_settings(source: str, task: str, directory: Path) -> None:
 
     Older checkpoints have them in config.json, which transformers still reads but no longer writes.
     """
-    from transformers import GenerationConfig
-    from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
-
     if not TASKS[task].generates:
         return
-    source = small_files(source)
-    copy_files((GENERATION_CONFIG_NAME, _CHAT_TEMPLATE), source, directory)
-    if not (directory / GENERATION_CONFIG_NAME).exists():
-        with quiet():
-            settings = GenerationConfig.from_pretrained(
-                source, config_file_name=CONFIG_NAME, _from_model_config=True
-            )
-        file = directory / GENERATION_CONFIG_NAME
-        file.write_text(settings.to_json_string(), encoding="utf-8")
+    source, file = small_files(source), directory / _GENERATION_CONFIG
+    copy_files((file.name, _CHAT_TEMPLATE), source, directory)
+    if file.exists():
+        return
+    from transformers import GenerationConfig
+
+    with quiet():
+        settings = GenerationConfig.from_pretrained(
+            source, config_file_name="config.json", _from_model_config=True
+        )
+    file.write_text(settings.to_json_string(), encoding="utf-8")
 
 
 def _written_settings(config: "PretrainedConfig") -> dict[str, Any]:

@@ -26,7 +26,7 @@ from propulsion_export.merging.plan import Plan
 from propulsion_export.merging.turns import Digest, Stopped, Turns
 
 _THREADS = 2
-_EVERY = 0.2  # seconds between two reports of the progress
+_EVERY = 1.0  # seconds between two reports of the progress
 
 
 @dataclass(frozen=True)

@@ -3,38 +3,20 @@
 import re
 from pathlib import Path
 
-from propulsion_export.adapters.provenance import adapter_tasks, base_source, check_base
+from propulsion_export.adapters.provenance import base_source
 from propulsion_export.adapters.specification import check_identity, read_adapters, source_of
 from propulsion_export.artifacts.artifact import Artifact
 from propulsion_export.artifacts.file_names import MANIFEST_FILE
-from propulsion_export.artifacts.layout import labels_in
-from propulsion_export.artifacts.manifest import AdapterEntry, BaseEntry, Manifest
 from propulsion_export.artifacts.merged_base import check_not_merged
 from propulsion_export.artifacts.rounding import numpy_dtype
 from propulsion_export.artifacts.staging import check_replaceable, staged_directory
-from propulsion_export.base_model.checkpoint import Checkpoint
-from propulsion_export.base_model.config import (
-    class_names,
-    read_config,
-    save_config,
-)
-from propulsion_export.base_model.loading import load_empty
-from propulsion_export.base_model.tasks import TASKS, TaskName, resolve_task
-from propulsion_export.base_model.tensor_files import DTYPES
-from propulsion_export.environment.machine import tool_versions
 from propulsion_export.environment.progress import Progress, silent
 from propulsion_export.errors import UsageError
 from propulsion_export.merging.files import plan_files
-from propulsion_export.merging.plan import NAMES, plan_changes
+from propulsion_export.merging.plan import NAMES
 from propulsion_export.merging.writing import Output, write_outputs
-from propulsion_export.pipeline.base_settings import settle_
-from propulsion_export.pipeline.quantised_base import quantised_base
-from propulsion_export.pipeline.text_files import TextFiles
-from propulsion_export.scaling.attach import check_fits
-from propulsion_export.scaling.fold.listing import fingerprint_of_checkpoint, jobs_of
-from propulsion_export.scaling.fold.stored import StoredParts, tied_parameters, untie_as_stored_
-from propulsion_export.scaling.fold.ties import check_untied
-from propulsion_export.scaling.resizing import resized_rows, set_embedding_rows
+from propulsion_export.pipeline.merge_by_names import prepare_by_names
+from propulsion_export.pipeline.merge_request import MergeRequest, Prepared
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
@@ -77,71 +59,34 @@ def merge(
     check_replaceable(output, marker=MANIFEST_FILE, force=force, inputs=inputs)
     check_identity(read)
     check_not_merged(source, [read])
-    config = read_config(source, trust_remote_code=trust_remote_code)
-    resolved = resolve_task(task, config.architectures or (), adapter_tasks([read]))
-    directories = {read.name: source_of(adapter)}
-    texts = TextFiles.find(source, resolved, directories, trust_remote_code=trust_remote_code)
-    rows = resized_rows(read, resolved, config, trust_remote_code=trust_remote_code)
-    if rows is not None:
-        set_embedding_rows(config, rows)
-    checkpoint = Checkpoint.find(source)
-    quantised = quantised_base(checkpoint, config, dtype)
-    own = class_names(config)
-    empty = load_empty(
-        config, resolved, head=read.modules, labels=read.labels, trust_remote_code=trust_remote_code
+    request = MergeRequest(
+        source=source,
+        adapter=read,
+        directory=source_of(adapter),
+        task=task,
+        dtype=None if dtype == "keep" else NAMES[numpy_dtype(dtype)],
+        untie=untie,
+        trust_remote_code=trust_remote_code,
     )
-    parts = StoredParts(checkpoint, empty)
-    fingerprint = (
-        fingerprint_of_checkpoint(parts)
-        if quantised is None
-        else quantised.fingerprint(read.fingerprint)
-    )
-    check_base(fingerprint, source, [read])
-    check_fits(empty, read)
-    untie_as_stored_(parts)
-    ties = tied_parameters(empty)
-    check_untied(empty, read, untie=untie)
-    texts.check_tokens(config)
-    wanted = None if dtype == "keep" else NAMES[numpy_dtype(dtype)]
-    settled = settle_(empty, [read], texts)
-    progress(0.1, f"folding {read.size:,} scales into {source}{settled.note}")
+    prepared = _prepare(request)
+    files = plan_files(prepared.plan, prepared.checkpoint, shard_size)
+    progress(0.1, f"folding {read.size:,} scales into {source}{prepared.note}")
     with staged_directory(output, marker=MANIFEST_FILE, force=force, inputs=inputs) as directory:
-        if quantised is None:
-            plan = plan_changes(checkpoint, jobs_of(parts, read), read, wanted)
-        else:
-            quantised = quantised.untied(empty, ties)
-            plan = quantised.plan(read, empty)
-        files = plan_files(plan, checkpoint, shard_size)
-        (digests,) = write_outputs([Output(directory, plan, files)], progress)
-        name = str(DTYPES[plan.dtype if quantised is None else quantised.dtype])
-        save_config(empty, directory, name)
-        if quantised is not None:
-            quantised.write_settings(directory)
-        texts.write(directory, settled.settings)
-        labelled = TASKS[resolved].labelled_output is not None
-        base = BaseEntry(source, fingerprint, own if labelled else None, True, settled.base)
-        labels = labels_in(read, {}, base.labels, config.num_labels)
-        entry = AdapterEntry(
-            read.digest, source_of(adapter), read.size, None, labels, *settled.adapters
-        )
-        manifest = _manifest(read.name, entry, base, resolved, name)
-        artifact = Artifact.write(directory, manifest, digests=digests)
+        (digests,) = write_outputs([Output(directory, prepared.plan, files)], progress)
+        prepared.write_small_files(directory)
+        artifact = Artifact.write(directory, prepared.manifest, digests=digests)
     progress(1.0, f"wrote {output}")
     return artifact.at(output)
 
 
-def _manifest(
-    adapter: str, entry: AdapterEntry, base: BaseEntry, task: TaskName, dtype: str
-) -> Manifest:
-    return Manifest(
-        kind="merged",
-        mode="folded",
-        task=task,
-        dtype=dtype,  # type: ignore[arg-type]
-        base=base,
-        adapters={adapter: entry},
-        tools=tool_versions(),
-    )
+def _prepare(request: MergeRequest) -> Prepared:
+    """Check and plan a merge: by names alone if they tell, else by the model without weights."""
+    if (prepared := prepare_by_names(request)) is not None:
+        return prepared
+    # Imports torch and transformers' model classes, which takes seconds.
+    from propulsion_export.pipeline.merge_by_model import prepare_by_model
+
+    return prepare_by_model(request)
 
 
 def parse_size(text: str) -> int:

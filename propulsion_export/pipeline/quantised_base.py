@@ -1,54 +1,28 @@
 """A quantised base model: what `merge` does otherwise with one."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from propulsion_export.adapters.adapter import Adapter
+from propulsion_export.artifacts.manifest import Manifest
 from propulsion_export.base_model.checkpoint import Checkpoint
 from propulsion_export.base_model.config import settings_in
 from propulsion_export.base_model.fingerprint import Fingerprint
-from propulsion_export.base_model.tensor_files import StoredTensor
-from propulsion_export.errors import BaseModelError, UsageError
+from propulsion_export.base_model.tensor_files import DTYPES, StoredTensor
+from propulsion_export.errors import BaseModelError
 from propulsion_export.merging.changes import Given, all_changes
+from propulsion_export.merging.plain_models import Module
 from propulsion_export.merging.plan import Plan, coarsest
 from propulsion_export.merging.quantised.folding import quantised_changes
 from propulsion_export.merging.quantised.layout import Layout
 from propulsion_export.merging.quantised.layouts import find_layout, with_plain
-from propulsion_export.merging.quantised.modules import Modules, PlainRule
+from propulsion_export.merging.quantised.modules import Modules, RuleOf
 from propulsion_export.merging.quantised.weights import fingerprint_of_quantised
-from propulsion_export.scaling.layer_rules import adds_one, check_foldable, layer_kind
 
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
-
-_SETTINGS = "quantization_config"
-
-
-def quantised_base(
-    checkpoint: Checkpoint, config: "PretrainedConfig", dtype: str
-) -> "QuantisedBase | None":
-    """The quantised base model that a checkpoint is; None if it is not quantised.
-
-    Args:
-        checkpoint: where its tensors are stored.
-        config: its configuration, which no longer says so afterwards: models made of it are float.
-        dtype: the dtype that is to be written; `keep` is the only one.
-
-    Raises:
-        BaseModelError: its layout is not known, or cannot be merged into.
-        UsageError: another dtype is asked for.
-    """
-    base = QuantisedBase.find(checkpoint)
-    if base is not None and dtype != "keep":
-        raise UsageError(
-            f"--dtype {dtype}: {checkpoint.source} is quantised, expected --dtype keep"
-        )
-    if hasattr(config, _SETTINGS):
-        del config.quantization_config
-    return base
+QUANTISATION = "quantization_config"  # in config.json
 
 
 @dataclass(frozen=True)
@@ -72,7 +46,7 @@ class QuantisedBase:
         Raises:
             BaseModelError: its layout is not known, or cannot be merged into.
         """
-        settings = settings_in(checkpoint.source, "config.json").get(_SETTINGS)
+        settings = settings_in(checkpoint.source, "config.json").get(QUANTISATION)
         if not settings:
             return None
         try:
@@ -85,70 +59,67 @@ class QuantisedBase:
         """Of the weights as they were before they were quantised, within the steps of the grids."""
         return fingerprint_of_quantised(self.layout, self.checkpoint.tensors, recorded)
 
-    def untied(self, model: "PreTrainedModel", ties: Mapping[str, str]) -> "QuantisedBase":
-        """The base model with a tensor for each parameter of `ties` that `model` no longer ties."""
-        modules = Modules(self.layout, self.checkpoint.tensors)
-        apart = {
-            target: source
-            for target, source in ties.items()
-            if model.get_parameter(target) is not model.get_parameter(source)
-        }
-        pairs = [pair for one, other in apart.items() for pair in ((one, other), (other, one))]
-        names = [tuple(map(modules.parameter, pair)) for pair in pairs]
-        stored = self.checkpoint.tensors
-        copies = {a: b for a, b in names if a not in stored and b in stored}
-        return replace(self, copies=copies)
+    def with_copies(self, ties: Mapping[str, str]) -> "QuantisedBase":
+        """The base model with a tensor of its own for each parameter that is no longer tied.
 
-    def plan(self, adapter: Adapter, model: "PreTrainedModel") -> Plan:
+        Args:
+            ties: the parameter that each was tied to; one of both is stored, or both are.
+        """
+        modules = Modules(self.layout, self.checkpoint.tensors)
+        pairs = [pair for one, other in ties.items() for pair in ((one, other), (other, one))]
+        names = [(modules.parameter(one), modules.parameter(other)) for one, other in pairs]
+        stored = self.checkpoint.tensors
+        return replace(self, copies={a: b for a, b in names if a not in stored and b in stored})
+
+    def holds(self, modules: Iterable[Module]) -> bool:
+        """Whether all of these modules are stored in their shapes, quantised or not."""
+        return all(self._shape(module.path) == module.shape for module in modules)
+
+    def plan(self, adapter: Adapter, rule_of: RuleOf) -> Plan:
         """What a merge writes.
 
         Args:
-            adapter: the adapter to fold in, which fits the model.
-            model: the model without weights; only asked where shapes leave a doubt.
+            adapter: the adapter to fold in.
+            rule_of: as in `quantised_changes`.
 
         Raises:
             AdapterError, BaseModelError: as `quantised_changes` says.
         """
-        found = quantised_changes(
-            adapter, self.layout, self._tensors, lambda path: _rule(model, path)
-        )
-        changes = all_changes(self._tensors, found)
-        keys = {name: self.copies.get(name, name) for name in changes}
-        given = any(isinstance(change, Given) for change in found.values())
-        return Plan(adapter.name, self.checkpoint.source, changes, keys, given)
+        changes = quantised_changes(adapter, self.layout, self._tensors, rule_of)
+        every = all_changes(self._tensors, changes)
+        keys = {name: self.copies.get(name, name) for name in every}
+        given = any(isinstance(change, Given) for change in every.values())
+        return Plan(adapter.name, self.checkpoint.source, every, keys, given)
 
-    @property
-    def dtype(self) -> str:
-        """The format's name of the dtype of what is not quantised."""
-        return coarsest(
+    def manifest(self, manifest: Manifest) -> Manifest:
+        """The manifest with the dtype of what is not quantised."""
+        plain = coarsest(
             stored.dtype
             for name, stored in self.checkpoint.tensors.items()
             if not self.layout.has(name.rpartition(".")[0])
         )
+        return replace(manifest, dtype=str(DTYPES[plain]))  # type: ignore[arg-type]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What config.json says of the quantisation of a merged checkpoint."""
+        apart = [name.rpartition(".")[0] for name in self.copies]
+        return {QUANTISATION: with_plain(self.layout.settings(), apart)}
 
     def write_settings(self, directory: Path) -> None:
-        """Write how the weights are quantised into the `config.json` of a merged checkpoint."""
+        """Write them into the `config.json` of a merged checkpoint."""
         file = directory / "config.json"
-        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        apart = [name.rpartition(".")[0] for name in self.copies]
-        content[_SETTINGS] = with_plain(self.layout.settings(), apart)
+        content = json.loads(file.read_text(encoding="utf-8")) | self.settings
         file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+    def _shape(self, path: str) -> tuple[int, ...] | None:
+        """The shape of a module's weight."""
+        if self.layout.has(path):
+            return self.layout.shape(path)
+        stored = self.checkpoint.tensors.get(f"{path}.weight")
+        return None if stored is None else stored.shape
 
     @property
     def _tensors(self) -> Mapping[str, StoredTensor]:
         stored = self.checkpoint.tensors
         return {**stored, **{name: stored[source] for name, source in self.copies.items()}}
-
-
-def _rule(model: "PreTrainedModel", path: str) -> PlainRule | None:
-    """How a scale lies over the weight of a module that is not quantised."""
-    module = model.get_submodule(path)
-    check_foldable(module)
-    match layer_kind(module):
-        case "linear":
-            return "rows"
-        case "conv1d" | "embedding":
-            return "columns"
-        case "norm":
-            return "norm plus one" if adds_one(module) else "norm"
-    return None

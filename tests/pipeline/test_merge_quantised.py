@@ -14,6 +14,8 @@ from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.adapters.scales import Scale
 from propulsion_export.base_model.model_fingerprint import fingerprint_of_model
 from propulsion_export.errors import BaseModelError, UsageError
+from propulsion_export.pipeline import merge as pipeline
+from propulsion_export.pipeline import merge_by_model
 from propulsion_export.pipeline.merge import merge
 from propulsion_export.scaling.attach import attached
 from quantised_checkpoints import (
@@ -122,6 +124,29 @@ def test_integers_and_what_is_not_scaled_stay_byte_for_byte(base_of, folded, ran
     assert config["quantization_config"] == GPTQ
 
 
+@pytest.mark.parametrize("form", ["int4-group", "fp8", "gptq"])
+def test_names_alone_prepare_what_the_model_without_weights_does(
+    form, base_of, folded, random_adapter, monkeypatch
+):
+    base, model = base_of(form)
+    (base / "generation_config.json").write_text("{}")
+    adapter = replace(random_adapter(model), fingerprint=fingerprint_of_model(model))
+    asked = []
+    monkeypatch.setattr(merge_by_model, "prepare_by_model", asked.append)
+    by_names = folded(adapter, base, "fast")
+    monkeypatch.undo()
+    monkeypatch.setattr(pipeline, "prepare_by_names", lambda request: None)
+
+    by_model = folded(adapter, base, "slow")
+
+    assert asked == []
+    files = [each / "model.safetensors" for each in (by_names, by_model)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    both = [json.loads((each / "config.json").read_text()) for each in (by_names, by_model)]
+    assert both[0]["quantization_config"] == both[1]["quantization_config"]
+    assert both[0]["dtype"] == both[1]["dtype"] == "float32"
+
+
 def test_another_model_is_refused(base_of, folded, random_adapter):
     base, _ = base_of("int4-group")
     _, stranger = base_of("int8-channel", seed=1)
@@ -153,7 +178,7 @@ def test_a_method_without_a_layout_is_refused_by_name(method, base_of, folded, r
 def test_another_dtype_is_refused(base_of, folded, random_adapter):
     base, model = base_of("int4-group")
 
-    with pytest.raises(UsageError, match=r"--dtype float16: .* is quantised, expected"):
+    with pytest.raises(UsageError, match=r"--dtype float16: .* is quantised, expected keep"):
         folded(random_adapter(model), base, dtype="float16")
 
 

@@ -58,17 +58,22 @@ _OPTIONAL = ("tokenizer_file", "tokenizer_config_file", "normalizer_file", "targ
 _NAMED_IN_CODE = ("VOCAB_FILES_NAMES", "vocab_files_names")
 
 
-def tokenizer_files(source: str) -> dict[str, Path]:
+def tokenizer_files(source: str, *, ask_classes: bool = True) -> dict[str, Path]:
     """The files of a checkpoint's tokenizer, by path in the checkpoint; empty without a tokenizer.
 
     They include chat templates and the modules of a tokenizer that is code of its own.
+
+    Args:
+        source: the checkpoint's directory or name.
+        ask_classes: ask the tokenizer's class of transformers too, which imports it; without, it
+            is one that names no more than `VOCABULARY_FILES`.
     """
     found = _located(source, VOCABULARY_FILES)
     if not found:
         return {}
     settings = settings_in(source, TOKENIZER_CONFIG)
     modules = present_modules(source, settings.get(AUTO_MAP))
-    names = [*_versioned(settings), *_named_by_classes(source, settings)]
+    names = [*_versioned(settings), *(_named_by_classes(source, settings) if ask_classes else ())]
     for module in modules.values():
         names += _named_in_code(module)
     names += [*_TEMPLATES, *_more_templates(source)]
@@ -145,13 +150,13 @@ def _named_in_code(module: Path) -> Iterator[str]:
 
 
 def _more_templates(source: str) -> list[str]:
-    from transformers.utils.hub import is_offline_mode, list_repo_templates
-
     source = small_files(source)
     directory = Path(source)
     if directory.is_dir():
         files = sorted((directory / TEMPLATE_DIRECTORY).glob("*.jinja"))
         return [f"{TEMPLATE_DIRECTORY}/{file.name}" for file in files]
+    from transformers.utils.hub import is_offline_mode, list_repo_templates
+
     try:
         with quiet():
             found = list_repo_templates(source, local_files_only=is_offline_mode())

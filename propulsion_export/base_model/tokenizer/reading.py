@@ -79,12 +79,13 @@ def encode_texts(
     )
 
 
-def copy_tokenizer(source: str, directory: Path) -> None:
+def copy_tokenizer(source: str, directory: Path, *, ask_classes: bool = True) -> None:
     """Copy the tokenizer's files, unchanged, from a checkpoint; there may be none.
 
-    Unchanged, so that the version of transformers that wrote them can read them too.
+    Unchanged, so that the version of transformers that wrote them can read them too. `ask_classes`
+    is as for `tokenizer_files`.
     """
-    for name, file in tokenizer_files(source).items():
+    for name, file in tokenizer_files(source, ask_classes=ask_classes).items():
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, directory / name)
 

@@ -25,6 +25,7 @@ from propulsion_export.errors import BaseModelError
 from propulsion_export.merging.changes import Change, Given
 from propulsion_export.merging.quantised.config_groups import ConfigGroups, Weights
 from propulsion_export.merging.quantised.float_grids import float4, float4_step, float8_step
+from propulsion_export.merging.quantised.layout import COMPENSATED_STEPS
 from propulsion_export.merging.quantised.packing import packed_value
 from propulsion_export.merging.quantised.scales import (
     exact_products,
@@ -167,16 +168,16 @@ class CompressedTensors:
         return scale / whole[(0,) * len(whole.shape)] if whole is not None else scale
 
     def _value(self, path: str, weights: Weights, place: tuple[int, int]) -> tuple[float, float]:
-        """The stored value of a weight, and the distance to the next one."""
+        """The stored value of a weight, and how far from it what was quantised may have been."""
         if not self._is_packed(path):
             value = self.tensors[f"{path}.weight"][place]
-            return value, 1.0 if weights.kind == "int" else float8_step(value)
+            return value, COMPENSATED_STEPS if weights.kind == "int" else float8_step(value)
         (output, column), packed = place, self._packed(path)
         if packed.dtype == "U8":
             value = float4(int(packed[output, column // 2]) >> 4 * (column % 2) & 15)
             return value, float4_step(value)
         integer = packed_value(packed, lambda word: (output, word), column, weights.bits)
-        return integer - 2.0 ** (weights.bits - 1), 1.0
+        return integer - 2.0 ** (weights.bits - 1), COMPENSATED_STEPS
 
     def _zero(self, path: str, weights: Weights, place: tuple[int, ...]) -> float:
         stored = self.tensors.get(f"{path}.weight_zero_point")

@@ -17,13 +17,12 @@ from typing import Any
 from propulsion_export.base_model.tensor_files import Array, StoredTensor
 from propulsion_export.errors import BaseModelError
 from propulsion_export.merging.changes import Change
+from propulsion_export.merging.quantised.layout import COMPENSATED_STEPS
 from propulsion_export.merging.quantised.packing import packed_value
 from propulsion_export.merging.quantised.scales import scaled_scales
 
 _BITS = (2, 3, 4, 8)
 _ZERO_OFFSETS = {"gptq": 1, "gptq_v2": 0}
-# GPTQ moves weights that it has not rounded yet to make up for those that it has.
-_COMPENSATION = 4.0  # grid steps
 
 
 def find(settings: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> "Gptq | None":
@@ -88,7 +87,7 @@ class Gptq:
         value = packed_value(words, lambda word: (word, output), column, self.bits)
         zero = packed_value(zeros, lambda word: (group, word), output, self.bits)
         scale = self.tensors[f"{path}.scales"][group, output]
-        return scale * (value - zero - self.zero_offset), abs(scale) * _COMPENSATION
+        return scale * (value - zero - self.zero_offset), abs(scale) * COMPENSATED_STEPS
 
     def _group(self, path: str, column: int) -> int:
         indices = self.tensors.get(f"{path}.g_idx")

@@ -8,6 +8,7 @@ from typing import Any
 from propulsion_export.base_model.fingerprint import Fingerprint
 from propulsion_export.base_model.tensor_files import DTYPES, StoredTensor
 from propulsion_export.merging.quantised.activations import is_static_quantiser
+from propulsion_export.merging.quantised.awq import Awq
 from propulsion_export.merging.quantised.layout import Layout
 from propulsion_export.merging.quantised.modules import Modules, is_floating
 
@@ -82,8 +83,13 @@ def fingerprint_of_quantised(
 
 
 def _weights(layout: Layout, tensors: Mapping[str, StoredTensor]) -> dict[str, Any]:
-    """Every parameter by name, as if no module were quantised."""
+    """The parameters by name, as if no module were quantised.
+
+    AWQ moves factors between the norms, values and weights of a layer before it quantises them,
+    so that of its layers nothing is comparable (arXiv 2306.00978, as AutoAWQ writes it).
+    """
     quantised = Modules(layout, tensors).quantised
+    moved = {_block(path) for path in quantised} if isinstance(layout, Awq) else set()
     weights: dict[str, Any] = {
         name: PlainWeight(stored)
         for name, stored in tensors.items()
@@ -91,7 +97,15 @@ def _weights(layout: Layout, tensors: Mapping[str, StoredTensor]) -> dict[str, A
         and not is_static_quantiser(name)
         and (name.endswith(".bias") or not _is_part(layout, name))
     }
-    return weights | {f"{path}.weight": QuantisedWeight(layout, path) for path in quantised}
+    weights |= {f"{path}.weight": QuantisedWeight(layout, path) for path in quantised}
+    return {name: weight for name, weight in weights.items() if _block(name) not in moved}
+
+
+def _block(name: str) -> str:
+    """The numbered layer of a model that a name lies in; empty if it lies in none."""
+    parts = name.split(".")
+    numbers = [index for index, part in enumerate(parts) if part.isdecimal()]
+    return ".".join(parts[: numbers[0] + 1]) if numbers else ""
 
 
 def _is_part(layout: Layout, name: str) -> bool:

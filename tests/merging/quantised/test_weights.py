@@ -35,7 +35,7 @@ def quantiser(form):
     return lambda weight: quantised(form, weight)[0], config_of(scheme)
 
 
-@pytest.mark.parametrize("form", [*COMPRESSED, "gptq", "gptq compensated", "awq", "fp8"])
+@pytest.mark.parametrize("form", [*COMPRESSED, "gptq", "gptq compensated", "fp8"])
 def test_the_float_model_is_recognised_in_its_quantised_checkpoint(form, tiny_model, tmp_path):
     # The format of fp4 needs rows that 32 divides.
     model, stranger = (tiny_model("llama", seed=seed, intermediate_size=64) for seed in (0, 1))
@@ -46,6 +46,25 @@ def test_the_float_model_is_recognised_in_its_quantised_checkpoint(form, tiny_mo
 
     assert found.entries.keys() == recorded.entries.keys()
     assert found.vectors.keys() == recorded.vectors.keys()
+    assert recorded.difference(found) is None
+    assert "holds" in other.difference(found)
+
+
+def test_awq_is_recognised_by_what_lies_outside_of_its_layers(tiny_model, tmp_path):
+    """Before it quantises, it moves factors between the weights of a layer and its norms."""
+    model, stranger = (tiny_model("llama", seed=seed, intermediate_size=64) for seed in (0, 1))
+    recorded, other = fingerprint_of_model(model), fingerprint_of_model(stranger)
+    moved = torch.linspace(0.5, 2, 32)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.input_layernorm.weight /= moved
+            for name in ("q_proj", "k_proj", "v_proj"):
+                layer.self_attn.get_submodule(name).weight *= moved
+    quantised_checkpoint(tmp_path, model, *quantiser("awq"))
+
+    found = fingerprint_of_quantised(*read(tmp_path), recorded)
+
+    assert {*found.entries, *found.vectors} == {"embed_tokens.weight", "norm.weight"}
     assert recorded.difference(found) is None
     assert "holds" in other.difference(found)
 

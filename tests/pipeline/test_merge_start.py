@@ -1,0 +1,138 @@
+"""A merge of a plain language model imports neither torch nor transformers, and is the same."""
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+from propulsion_export.artifacts.artifact import Artifact
+from propulsion_export.base_model.model_fingerprint import fingerprint_of_model
+from propulsion_export.errors import BaseModelError
+from propulsion_export.pipeline import merge as pipeline
+from propulsion_export.pipeline.merge import merge
+
+MERGE = """
+import sys
+from pathlib import Path
+from propulsion_export.pipeline.merge import merge
+merge(sys.argv[1], Path(sys.argv[2]))
+print([name for name in ("torch", "transformers", "scipy") if name in sys.modules])
+"""
+
+
+@pytest.fixture
+def llama(tmp_path, tiny_checkpoint, tiny_model, write_adapter, positive_adapter):
+    """A Llama with its tokenizer, and an adapter for it: their directories."""
+    base, model = shutil.copytree(tiny_checkpoint("llama"), tmp_path / "base"), tiny_model("llama")
+    adapter = positive_adapter(model, name="one")
+    adapter = replace(
+        adapter,
+        base=str(base),
+        fingerprint=fingerprint_of_model(model),
+        task="text-generation",
+    )
+    return base, write_adapter(adapter, tmp_path / "one")
+
+
+def weights(directory):
+    return {file.name: file.read_bytes() for file in directory.glob("*.safetensors")}
+
+
+def test_neither_torch_nor_transformers_is_imported(llama, tmp_path):
+    _, adapter = llama
+
+    done = subprocess.run(
+        [sys.executable, "-c", MERGE, adapter, tmp_path / "out"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+    assert done.stdout.strip() == "[]"
+    assert Artifact.read(tmp_path / "out").manifest.adapters
+
+
+def test_both_ways_write_what_loads_as_the_same_model(llama, tmp_path, monkeypatch):
+    base, adapter = llama
+    assert (base / "tokenizer.json").is_file()
+    fast = merge(adapter, tmp_path / "fast")
+    monkeypatch.setattr(pipeline, "prepare_by_names", lambda request: None)
+
+    slow = merge(adapter, tmp_path / "slow")
+
+    ours, theirs = fast.directory, slow.directory
+    assert weights(ours) == weights(theirs) != weights(base)
+    assert replace(fast.manifest, files={}) == replace(slow.manifest, files={})
+    assert {file.name for file in ours.iterdir()} == {file.name for file in theirs.iterdir()}
+    for reader in (AutoConfig, GenerationConfig):
+        found = [reader.from_pretrained(place).to_dict() for place in (ours, theirs)]
+        assert found[0] == found[1]
+    both = [AutoTokenizer.from_pretrained(place) for place in (ours, theirs)]
+    assert both[0].get_vocab() == both[1].get_vocab()
+
+
+def test_another_base_model_is_refused_in_the_same_words(llama, tmp_path, tiny_model, monkeypatch):
+    base, adapter = llama
+    tiny_model("llama", seed=7).save_pretrained(base)
+
+    def message():
+        with pytest.raises(BaseModelError) as caught:
+            merge(adapter, tmp_path / "out")
+        return str(caught.value)
+
+    ours = message()
+    monkeypatch.setattr(pipeline, "prepare_by_names", lambda request: None)
+
+    assert ours == message()
+    assert "is not the base model of adapter one" in ours
+
+
+def settings(base, **changed):
+    file = base / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changed))
+
+
+def token_beyond_the_embedding(base):
+    file = base / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["model"]["vocab"]["far"] = 10**6
+    file.write_text(json.dumps(content))
+
+
+def unnamed_padding(base):
+    file = base / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"pad_token": "<none-has-it>"}))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda base: settings(base, auto_map={"AutoConfig": "own.Config"}),
+        lambda base: settings(base, architectures=["LlamaModel"]),
+        lambda base: settings(base, model_type="bert"),
+        lambda base: (base / "generation_config.json").unlink(),
+        token_beyond_the_embedding,
+        unnamed_padding,
+    ],
+    ids=["code", "bare", "type", "no-generation-config", "token", "padding"],
+)
+def test_what_names_do_not_tell_is_prepared_by_the_model(change, llama, tmp_path, monkeypatch):
+    base, adapter = llama
+    change(base)
+
+    class Reached(Exception):
+        pass
+
+    def reached(request):
+        raise Reached
+
+    from propulsion_export.pipeline import merge_by_model
+
+    monkeypatch.setattr(merge_by_model, "prepare_by_model", reached)
+
+    with pytest.raises(Reached):
+        merge(adapter, tmp_path / "out")
