@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from propulsion_export.base_model.checkpoint import INDEX_FILE, WEIGHTS_FILE, Checkpoint
-from propulsion_export.base_model.tensor_files import DTYPES, StoredTensor
+from propulsion_export.base_model.tensor_files import DTYPES, StoredTensor, file_metadata
 from propulsion_export.merging.changes import Change, Copied
 from propulsion_export.merging.plan import Plan, written_dtype, written_shape
 
@@ -61,8 +61,9 @@ def plan_files(
         return own
     shards = plan_shards(plan.changes, max_shard_size or DEFAULT_SHARD_SIZE)
     names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    metadata = _metadata(checkpoint)
     return [
-        WeightFile(name, _header(shard), shard)
+        WeightFile(name, _header(shard, metadata), shard)
         for name, shard in zip(names if len(names) > 1 else [WEIGHTS_FILE], shards, strict=True)
     ]
 
@@ -123,8 +124,16 @@ def _stored_header(file: Path) -> bytes:
         return length + content.read(int.from_bytes(length, "little"))
 
 
-def _header(changes: Mapping[str, Change]) -> bytes:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+def _metadata(checkpoint: Checkpoint) -> dict[str, str]:
+    """What the base model's headers say beside tensors; torchao describes each parameter there."""
+    stored = [tensor for tensor in checkpoint.tensors.values() if type(tensor) is StoredTensor]
+    files = dict.fromkeys(tensor.file for tensor in stored)
+    found = {name: text for file in files for name, text in file_metadata(file).items()}
+    return {**found, "format": "pt"}
+
+
+def _header(changes: Mapping[str, Change], metadata: Mapping[str, str]) -> bytes:
+    header: dict[str, Any] = {"__metadata__": metadata}
     offset = 0
     for name, change in changes.items():
         end = offset + size_of(change)

@@ -48,7 +48,8 @@ def initializer_name(path: str, side: Side, dimensions: int = 1) -> str:
 def attached(model: nn.Module, adapter: Adapter) -> Iterator[None]:
     """Let `model` compute with `adapter` inside the block; afterwards it is as it was.
 
-    Scales are rounded once, from float64 to the dtype of the module they act on.
+    Scales are rounded once, from float64 to the dtype of the module they act on; where that
+    holds quantised integers, to the dtype of the model's first floating-point parameter.
 
     Raises:
         AdapterError: the model has no such module or parameter, or one of another width; nothing
@@ -149,7 +150,8 @@ def _attach_(model: nn.Module, adapter: Adapter, undo: list[Any]) -> None:
         owner, _, buffer = initializer_name(path, scale.side, scale.values.ndim).rpartition(".")
         module = model.get_submodule(owner)
         like = next(module.parameters())
-        values = narrowed(torch.from_numpy(scale.values), like.dtype).to(like.device)
+        dtype = _computing_dtype(like, model)
+        values = narrowed(torch.from_numpy(scale.values), dtype).to(like.device)
         module.register_buffer(buffer, values, persistent=False)
         undo.append(partial(delattr, module, buffer))
         weight = path.rpartition(".")[2] if scale.values.ndim > 1 else None
@@ -166,6 +168,11 @@ def _attach_(model: nn.Module, adapter: Adapter, undo: list[Any]) -> None:
         )
         setattr(module, attribute, new)
         undo.append(lambda m=module, a=attribute, o=old: setattr(m, a, o))
+
+
+def _computing_dtype(like: torch.Tensor, model: nn.Module) -> torch.dtype:
+    every = (like, *model.parameters())
+    return next((p.dtype for p in every if p.is_floating_point()), torch.float32)
 
 
 def _hooks(module: nn.Module, side: Side, buffer: str, weight: str | None) -> list[Any]:

@@ -193,6 +193,32 @@ def test_attached_model_computes_in_every_dtype(dtype, tiny_bert, random_adapter
     assert_close(found.double(), expected, rtol=0, atol=30 * roundoff * float(expected.abs().max()))
 
 
+class Int8Linear(nn.Linear):
+    """A weight of integers, as quantised layers of other libraries have it."""
+
+    def __init__(self):
+        super().__init__(3, 4, bias=False)
+        integers = torch.arange(12).reshape(4, 3).to(torch.int8)
+        self.weight = nn.Parameter(integers, requires_grad=False)
+
+    def forward(self, inputs):
+        return inputs @ self.weight.to(inputs.dtype).T
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_scale_on_a_quantised_module_is_not_rounded_to_integers(dtype):
+    model = nn.Sequential(Int8Linear(), nn.LayerNorm(4, dtype=dtype))
+    scale = np.array([1.5, -0.5, 0.25, 2.0])
+    inputs = torch.ones(2, 3, dtype=dtype)
+    expected = model[0](inputs) * torch.from_numpy(scale).to(dtype)
+
+    with attached(model, Adapter("tuned", {"0": Scale(scale)})):
+        found = model[0](inputs)
+
+    assert found.dtype == dtype
+    assert torch.equal(found, expected)
+
+
 def test_all_misfits_are_named_at_once_and_nothing_is_changed(tiny_bert):
     model = tiny_bert()
     before = snapshot(model)

@@ -25,6 +25,9 @@ LAYOUTS: tuple[tuple[str, Find], ...] = (
     ("torchao", torchao.find),
 )
 
+# What lists the modules that are not quantised, where it is not `modules_to_not_convert`.
+_PLAIN = {"compressed-tensors": "ignore", "bitsandbytes": "llm_int8_skip_modules"}
+
 
 def find_layout(settings: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> Layout:
     """How a quantised checkpoint stores its linear layers.
@@ -49,10 +52,9 @@ def find_layout(settings: Mapping[str, Any], tensors: Mapping[str, StoredTensor]
 
 def with_plain(settings: Mapping[str, Any], paths: Sequence[str]) -> dict[str, Any]:
     """A `quantization_config` by which the modules at `paths` too are not quantised."""
-    changed = dict(settings)
-    compressed = settings.get("quant_method") == "compressed-tensors"
-    name = "ignore" if compressed else "modules_to_not_convert"
+    changed, method = dict(settings), settings.get("quant_method")
+    name = _PLAIN.get(str(method), "modules_to_not_convert")
     # Without such a list, transformers leaves out the head by itself.
-    if paths and (compressed or isinstance(settings.get(name), list)):
+    if paths and (method == "compressed-tensors" or isinstance(settings.get(name), list)):
         changed[name] = list(dict.fromkeys([*(settings.get(name) or ()), *paths]))
     return changed

@@ -31,6 +31,12 @@ def test_a_method_that_is_not_in_the_table_is_refused_with_those_that_are():
             {"quant_method": "fp8", "modules_to_not_convert": ["model.gate"]},
             {"modules_to_not_convert": ["model.gate", "lm_head"]},
         ),
+        (
+            {"quant_method": "bitsandbytes", "llm_int8_skip_modules": ["model.gate"]},
+            {"llm_int8_skip_modules": ["model.gate", "lm_head"]},
+        ),
+        ({"quant_method": "bitsandbytes", "llm_int8_skip_modules": None}, {}),
+        ({"quant_method": "torchao", "modules_to_not_convert": None}, {}),
     ],
 )
 def test_a_module_that_gets_a_plain_weight_is_named_where_the_method_asks_for_it(

@@ -14,7 +14,8 @@ from propulsion_export.adapters.adapter import Adapter  # noqa: E402
 from propulsion_export.adapters.scales import Scale  # noqa: E402
 from propulsion_export.base_model.fingerprint import Fingerprint  # noqa: E402
 from propulsion_export.merging.quantised.weights import fingerprint_of_quantised  # noqa: E402
-from quantised_checkpoints import merge_into, read  # noqa: E402
+from propulsion_export.pipeline import merge as pipeline  # noqa: E402
+from quantised_checkpoints import read  # noqa: E402
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
 
@@ -69,10 +70,13 @@ def random_scales(directory, seed=3):
     }
 
 
-def merge(base, directory, scales):
+def merge(base, directory, scales, **options):
+    """By the command."""
     adapter = Adapter(name="tuned", scales={path: Scale(scales[path]) for path in scales})
-    directory.mkdir()
-    merge_into(base, adapter, directory)
+    written = directory.with_name(f"{directory.name}-adapter")
+    written.mkdir()
+    adapter.write(written)
+    pipeline.merge(written, directory, model=str(base), task="text-generation", **options)
 
 
 def attach(model, scales):
@@ -116,15 +120,17 @@ def quantised(tmp_path_factory, floats):
     return make
 
 
+@pytest.mark.parametrize("shards", [None, "30KB"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_merged_checkpoint_computes_what_the_adapter_does(quantised, tmp_path, kind):
+def test_a_merged_checkpoint_computes_what_the_adapter_does(quantised, tmp_path, kind, shards):
     base, scales = quantised(kind), random_scales(quantised(kind))
     assert len(scales) == 14
     expected = logits(attach(load(base), scales))
 
-    merge(base, tmp_path / "merged", scales)
+    merge(base, tmp_path / "merged", scales, max_shard_size=shards)
 
     assert distance(logits(load(tmp_path / "merged")), expected) < CLOSE.get(kind, 2e-5)
+    assert (tmp_path / "merged/model.safetensors.index.json").is_file() == (shards is not None)
     assert distance(logits(load(base)), expected) > 0.3
 
 
