@@ -81,16 +81,14 @@ class Pieces:
             yield from self._of_tensor(name, [file.changes[name] for file in self._files])
 
     def _of_tensor(self, name: str, changes: list[Change]) -> Iterator[Piece]:
-        readers: dict[int, list[int]] = {}
+        readers: dict[StoredTensor, list[int]] = {}
         for output, change in enumerate(changes):
             if isinstance(change, Given):
                 yield self._given(name, change.values.tobytes(), output)
             else:
-                readers.setdefault(id(change.stored), []).append(output)
-        for outputs in readers.values():
-            change = changes[outputs[0]]
-            assert isinstance(change, Copied | Scaled)
-            yield from self._read(name, change.stored, outputs, changes)
+                readers.setdefault(change.stored, []).append(output)
+        for stored, outputs in readers.items():
+            yield from self._read(name, stored, outputs, changes)
 
     def _read(
         self, name: str, stored: StoredTensor, outputs: list[int], changes: list[Change]
