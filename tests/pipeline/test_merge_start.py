@@ -5,13 +5,20 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
+import ml_dtypes
+import numpy as np
 import pytest
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from safetensors.numpy import save_file
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, LlamaConfig
 
+from propulsion_export.adapters.adapter import Adapter
+from propulsion_export.adapters.scales import Scale
 from propulsion_export.artifacts.artifact import Artifact
 from propulsion_export.base_model.model_fingerprint import fingerprint_of_model
 from propulsion_export.errors import BaseModelError
+from propulsion_export.merging.plain_models import plain_modules
 from propulsion_export.pipeline import merge as pipeline
 from propulsion_export.pipeline.merge import merge
 
@@ -138,3 +145,49 @@ def test_what_names_do_not_tell_is_prepared_by_the_model(change, llama, tmp_path
 
     with pytest.raises(Reached):
         merge(adapter, tmp_path / "out")
+
+
+MEMORY = (
+    MERGE
+    + """
+import re
+status = Path("/proc/self/status").read_text()  # getrusage starts with the peak of the parent
+print(1024 * int(re.search(r"VmHWM:\\s+(\\d+)", status)[1]))
+"""
+)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="only Linux tells a process's peak memory so"
+)
+def test_memory_does_not_grow_with_the_model(tmp_path, write_adapter):
+    """Of the models, the larger one has tensors of 200 MB."""
+    peaks = []
+    for rows in (1000, 400_000):
+        settings = {"vocab_size": rows, "hidden_size": 256, "intermediate_size": 512}
+        config = LlamaConfig(**settings, num_hidden_layers=1, tie_word_embeddings=False)
+        base = tmp_path / f"base-{rows}"
+        config.architectures = ["LlamaForCausalLM"]
+        config.save_pretrained(base)
+        GenerationConfig().save_pretrained(base)
+        modules = plain_modules(json.loads((base / "config.json").read_text()))
+        shapes = {n: s for module in modules for n, s in module.parameters().items()}
+        zeros = {name: np.ones(shape, ml_dtypes.bfloat16) for name, shape in shapes.items()}
+        save_file(zeros, base / "model.safetensors", metadata={"format": "pt"})
+        scales = {"lm_head": Scale(np.linspace(0.5, 2, rows))}
+        adapter = Adapter("one", scales, base=str(base), task="text-generation")
+        path = write_adapter(adapter, tmp_path / f"one-{rows}")
+        done = subprocess.run(
+            [sys.executable, "-c", MEMORY, path, tmp_path / f"out-{rows}"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        imported, peak = done.stdout.splitlines()
+        assert imported == "[]"
+        peaks.append(int(peak))
+
+    assert (tmp_path / "base-400000" / "model.safetensors").stat().st_size > 400e6
+    assert peaks[1] < peaks[0] + 50e6
+    assert peaks[1] < 600e6
