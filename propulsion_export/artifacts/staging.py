@@ -12,6 +12,7 @@ from typing import Literal, get_args
 
 from propulsion_export.artifacts.replacing import aside, replace_directory, sweep, sync
 from propulsion_export.environment.hub_files import cached_repository
+from propulsion_export.environment.mounts import mount_points
 from propulsion_export.environment.paths import user_path
 from propulsion_export.errors import UsageError
 
@@ -167,7 +168,7 @@ def _refuse_other_kind(destination: Path, marker: Marker) -> None:
 
 
 def _refuse_mounts(destination: Path) -> None:
-    if destination.is_mount() or destination in (mounts := _mounts()):
+    if destination.is_mount() or destination in (mounts := mount_points()):
         raise UsageError(
             f"{destination}: is a mount point, expected a directory that can be moved",
             remedy="Choose a directory inside it.",
@@ -177,20 +178,6 @@ def _refuse_mounts(destination: Path) -> None:
             f"{destination}: holds the mount point {inside}, it is not replaced",
             remedy="Choose another directory.",
         )
-
-
-def _mounts() -> list[Path]:
-    """All mount points, those too that Path.is_mount cannot tell: bind mounts of one disk."""
-    try:
-        lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
-    except OSError:
-        return []
-    escaped = [line.split()[4] for line in lines]
-    return [Path(os.fsdecode(re.sub(rb"\\([0-7]{3})", _character, path))) for path in escaped]
-
-
-def _character(octal: re.Match[bytes]) -> bytes:
-    return bytes([int(octal[1], 8)])
 
 
 def _weights_beside_an_adapter(destination: Path, marker: Marker) -> str | None:
