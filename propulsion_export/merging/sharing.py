@@ -3,10 +3,8 @@
 import errno
 import fcntl
 import os
-from functools import cache
 from pathlib import Path
 
-from propulsion_export.artifacts.artifact import digest_of
 from propulsion_export.errors import UsageError
 
 _FICLONE = 0x40049409  # ioctl_ficlone(2)
@@ -20,8 +18,8 @@ _NO_CLONE = {
 }
 
 
-def link(base: Path, path: Path) -> str:
-    """Make `path` a hard link to a file of the base model; returns the file's digest.
+def link(base: Path, path: Path) -> None:
+    """Make `path` a hard link to a file of the base model.
 
     Raises:
         UsageError: the file system has no hard links, or it is another one.
@@ -36,14 +34,13 @@ def link(base: Path, path: Path) -> str:
             "your own on the same file system",
             remedy="Write beside the base model, or leave out --share.",
         ) from error
-    return _digest(base)
 
 
-def clone(base: Path, path: Path) -> str | None:
+def clone(base: Path, path: Path) -> bool:
     """Let `path` be a copy that shares the base model's blocks until either is changed.
 
     Returns:
-        The file's digest; None where the file system cannot do that, and `path` does not exist.
+        Whether the file system can do that; if not, `path` does not exist.
     """
     with base.open("rb") as source, path.open("xb") as target:
         try:
@@ -52,11 +49,5 @@ def clone(base: Path, path: Path) -> str | None:
             if error.errno not in _NO_CLONE:
                 raise
             path.unlink()
-            return None
-    return _digest(base)
-
-
-@cache
-def _digest(base: Path) -> str:
-    """Read once for all outputs that share the file."""
-    return digest_of(base)
+            return False
+    return True

@@ -60,7 +60,7 @@ def write_outputs(
         UsageError: a file cannot be linked.
         OSError: a file cannot be written.
     """
-    digests = [_reused(output, share=share) for output in outputs]
+    digests = _reuse(outputs, share=share)
     work = [
         _Work(output, [file for file in output.files if file.name not in found], found)
         for output, found in zip(outputs, digests, strict=True)
@@ -71,7 +71,7 @@ def write_outputs(
     _refuse_unchanged(work)
     for output, found in zip(outputs, digests, strict=True):
         found |= _write_index(output)
-    return [*digests]
+    return list(digests)
 
 
 @dataclass
@@ -84,16 +84,29 @@ class _Work:
     changed: bool = False
 
 
-def _reused(output: Output, *, share: bool) -> dict[str, str]:
-    """Link or clone the files that stay as they are; returns their digests."""
-    found: dict[str, str] = {}
-    for file in output.files:
-        if file.unchanged:
-            assert file.base is not None
-            path = output.directory / file.name
-            digest = link(file.base, path) if share else clone(file.base, path)
-            found |= {} if digest is None else {file.name: digest}
-    return found
+def _reuse(outputs: Sequence[Output], *, share: bool) -> list[dict[str, str]]:
+    """Link or clone the files that stay as they are; returns their digests for each output."""
+    reused = [
+        {
+            file.name: file.base
+            for file in output.files
+            if file.base is not None and file.unchanged and _placed(file, output, share=share)
+        }
+        for output in outputs
+    ]
+    bases = list(dict.fromkeys(base for each in reused for base in each.values()))
+    with ThreadPoolExecutor(_THREADS) as pool:
+        known = dict(zip(bases, pool.map(digest_of, bases), strict=True))
+    return [{name: known[base] for name, base in each.items()} for each in reused]
+
+
+def _placed(file: WeightFile, output: Output, *, share: bool) -> bool:
+    """Link or clone one file; whether that was possible."""
+    assert file.base is not None
+    if not share:
+        return clone(file.base, output.directory / file.name)
+    link(file.base, output.directory / file.name)
+    return True
 
 
 def _groups(works: Sequence[_Work]) -> list[list[tuple[_Work, WeightFile]]]:
