@@ -20,6 +20,7 @@ from propulsion_export.base_model.model_fingerprint import fingerprint_of_model
 from propulsion_export.errors import BaseModelError
 from propulsion_export.merging.plain_models import plain_modules
 from propulsion_export.pipeline import merge as pipeline
+from propulsion_export.pipeline import merge_by_model
 from propulsion_export.pipeline.merge import merge
 
 MERGE = """
@@ -45,6 +46,13 @@ def llama(tmp_path, tiny_checkpoint, tiny_model, write_adapter, positive_adapter
     return base, write_adapter(adapter, tmp_path / "one")
 
 
+def padded_with(token, adapter):
+    """The adapter as if it was trained with a padding token that the base model does not name."""
+    file = adapter / "adapter_config.json"
+    content = json.loads(file.read_text()) | {"tokenizer_settings": {"pad_token": token}}
+    file.write_text(json.dumps(content))
+
+
 def weights(directory):
     return {file.name: file.read_bytes() for file in directory.glob("*.safetensors")}
 
@@ -63,10 +71,15 @@ def test_neither_torch_nor_transformers_is_imported(llama, tmp_path):
     assert Artifact.read(tmp_path / "out").manifest.adapters
 
 
-def test_both_ways_write_what_loads_as_the_same_model(llama, tmp_path, monkeypatch):
+@pytest.mark.parametrize("token", [None, "[UNK]"])
+def test_both_ways_write_what_loads_as_the_same_model(token, llama, tmp_path, monkeypatch):
     base, adapter = llama
     assert (base / "tokenizer.json").is_file()
-    fast = merge(adapter, tmp_path / "fast")
+    if token is not None:
+        padded_with(token, adapter)
+    with monkeypatch.context() as only_names:
+        only_names.setattr(merge_by_model, "prepare_by_model", None)
+        fast = merge(adapter, tmp_path / "fast")
     monkeypatch.setattr(pipeline, "prepare_by_names", lambda request: None)
 
     slow = merge(adapter, tmp_path / "slow")
@@ -81,6 +94,11 @@ def test_both_ways_write_what_loads_as_the_same_model(llama, tmp_path, monkeypat
         assert found[0] == found[1], paths
     both = [AutoTokenizer.from_pretrained(place) for place in (ours, theirs)]
     assert both[0].get_vocab() == both[1].get_vocab()
+    assert (
+        both[0].pad_token
+        == both[1].pad_token
+        == (token or AutoTokenizer.from_pretrained(base).pad_token)
+    )
 
 
 def test_another_base_model_is_refused_in_the_same_words(llama, tmp_path, tiny_model, monkeypatch):
@@ -138,8 +156,6 @@ def test_what_names_do_not_tell_is_prepared_by_the_model(change, llama, tmp_path
 
     def reached(request):
         raise Reached
-
-    from propulsion_export.pipeline import merge_by_model
 
     monkeypatch.setattr(merge_by_model, "prepare_by_model", reached)
 
