@@ -22,7 +22,6 @@ from .options import (
 @click.option(
     "-a",
     "--adapter",
-    "adapters",
     required=True,
     multiple=True,
     metavar="[NAME=]DIR",
@@ -56,7 +55,7 @@ def command(
     console: Console,
     *,
     model: str | None,
-    adapters: tuple[str, ...],
+    adapter: tuple[str, ...],
     task: str,
     dtype: str,
     max_shard_size: str | None,
@@ -86,7 +85,7 @@ def command(
         trust_remote_code=trust_remote_code,
     )
     with console.progress() as progress:
-        artifacts = merge_adapters(adapters, output, options, progress)
+        artifacts = merge_adapters(adapter, output, options, progress)
     size, kind = size_of(output), artifacts[0].manifest.dtype
     found: dict[str, object] = {"artifact": str(output), "bytes": size, "dtype": kind}
     if len(artifacts) > 1:
