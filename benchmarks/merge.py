@@ -125,6 +125,8 @@ def write_base(directory: Path, layers: int) -> None:
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
     config = CONFIG | {"num_hidden_layers": layers}
     (directory / "config.json").write_text(json.dumps(config))
+    generation = {"bos_token_id": 1, "eos_token_id": 2}
+    (directory / "generation_config.json").write_text(json.dumps(generation))
 
 
 def write_shard(file: Path, shapes: Shapes, chooser: np.random.Generator) -> None:
