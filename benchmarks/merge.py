@@ -8,7 +8,8 @@ on every output of the attention's or of all linear layers. Each round runs `cp 
 checkpoint, an interpreter that does nothing, and the merge, as processes of their own; a round
 before the first is not counted, because what is written into memory for the first time takes
 longer. A ratio is the median over the rounds of the merge's time over that of the other two of the
-same round. PEFT loads, merges and saves the same scales, as (IA)^3, once.
+same round. A merge ends when its files are on the disk, `cp -r` when they are in memory, so there
+is a copy followed by `sync` too. PEFT loads, merges and saves the same scales, as (IA)^3, once.
 
 Outputs are deleted and the disk is waited for before each measurement. Needs room for the
 checkpoint and for two times the outputs.
@@ -18,6 +19,7 @@ import argparse
 import importlib.util
 import json
 import os
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -199,13 +201,18 @@ def cost_of(command: list[str | Path], output: Path | None = None) -> Cost:
     return Cost(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024)
 
 
-def copies(directory: Path, count: int) -> Cost:
-    """`cp -r` of the base model, as many times as there are adapters, one after the other."""
+def copies(directory: Path, count: int, *, synced: bool = False) -> Cost:
+    """`cp -r` of the base model, as many times as there are adapters, one after the other.
+
+    It ends when the pages are in memory; `synced`, when they are on the disk, as a merge does.
+    """
     outputs = [directory / f"copy{number}" for number in range(count)]
     for output in outputs:
         shutil.rmtree(output, ignore_errors=True)
-    lines = "; ".join(f"cp -r '{directory / 'base'}' '{output}'" for output in outputs)
-    return cost_of(["sh", "-c", f"set -e; {lines}"])
+    base = shlex.quote(str(directory / "base"))
+    lines = [f"cp -r {base} {shlex.quote(str(output))}" for output in outputs]
+    lines += [f"sync {shlex.quote(str(output))}/*" for output in outputs if synced]
+    return cost_of(["sh", "-c", "; ".join(["set -e", *lines])])
 
 
 def merge_command(directory: Path, count: int) -> list[str | Path]:
@@ -221,6 +228,7 @@ def contenders(directory: Path, count: int) -> dict[str, Callable[[], Cost]]:
     merging = merge_command(directory, count)
     return {
         "cp -r": lambda: copies(directory, count),
+        "cp -r, sync": lambda: copies(directory, count, synced=True),
         "interpreter": lambda: cost_of([sys.executable, "-c", "pass"]),
         "merge": lambda: cost_of(merging, directory / "merged"),
     }
@@ -243,11 +251,14 @@ def report_on(measured: dict[str, list[Cost]]) -> dict[str, float]:
     rounds = list(zip(*measured.values(), strict=True))
     return {
         "over_copy_and_start": statistics.median(
-            merge.seconds / (copy.seconds + start.seconds) for copy, start, merge in rounds
+            merge.seconds / (copy.seconds + start.seconds) for copy, _, start, merge in rounds
+        ),
+        "over_synced_copy_and_start": statistics.median(
+            merge.seconds / (copy.seconds + start.seconds) for _, copy, start, merge in rounds
         ),
         "over_copy_and_start_in_cpu_seconds": statistics.median(
             merge.cpu_seconds / (copy.cpu_seconds + start.cpu_seconds)
-            for copy, start, merge in rounds
+            for copy, _, start, merge in rounds
         ),
         "peak_megabytes": max(merge.peak_megabytes for merge in measured["merge"]),
     }
