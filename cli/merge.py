@@ -19,7 +19,15 @@ from .options import (
     epilog="\b\nExample: propulsion-export merge -a adapters/topic -o merged/topic --dtype float16"
 )
 @model_option
-@click.option("-a", "--adapter", required=True, metavar="[NAME=]DIR", help="Adapter directory.")
+@click.option(
+    "-a",
+    "--adapter",
+    required=True,
+    multiple=True,
+    metavar="[NAME=]DIR",
+    help="Adapter directory; repeat it to merge several, each into OUTPUT/NAME, while the base "
+    "model is read once.",
+)
 @task_option
 @dtype_option
 @click.option(
@@ -29,6 +37,17 @@ from .options import (
     "where the merge changes names or dtypes.",
 )
 @untie_option
+@click.option(
+    "--share",
+    is_flag=True,
+    help="Make weight files without a scaled tensor hard links to the base model's: no copy is "
+    "made, and editing one in place edits the base model's file and every other output's.",
+)
+@click.option(
+    "--verify",
+    is_flag=True,
+    help="Read the output again: every digest, and rows of every tensor recomputed in float64.",
+)
 @output_options
 @trust_option
 @console_options
@@ -36,38 +55,43 @@ def command(
     console: Console,
     *,
     model: str | None,
-    adapter: str,
+    adapter: tuple[str, ...],
     task: str,
     dtype: str,
     max_shard_size: str | None,
     untie: bool,
+    share: bool,
+    verify: bool,
     output: Path,
     force: bool,
     trust_remote_code: bool,
 ) -> None:
-    """Fold an adapter into the weights of its base model.
+    """Fold adapters into the weights of their base model.
 
     The directory written is a complete checkpoint: AutoModel.from_pretrained loads it without this
-    package.
+    package. Several adapters get a directory each, all of them or none.
     """
-    from propulsion_export.pipeline.merge import merge
+    from propulsion_export.pipeline.merge import MergeOptions, merge_adapters
 
+    options = MergeOptions(
+        model=model,
+        task=task,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        untie=untie,
+        share=share,
+        verify=verify,
+        force=force,
+        trust_remote_code=trust_remote_code,
+    )
     with console.progress() as progress:
-        artifact = merge(
-            adapter,
-            output,
-            model=model,
-            task=task,
-            dtype=dtype,
-            max_shard_size=max_shard_size,
-            untie=untie,
-            force=force,
-            trust_remote_code=trust_remote_code,
-            progress=progress,
-        )
-    size = size_of(output)
+        artifacts = merge_adapters(adapter, output, options, progress)
+    size, kind = size_of(output), artifacts[0].manifest.dtype
+    found: dict[str, object] = {"artifact": str(output), "bytes": size, "dtype": kind}
+    if len(artifacts) > 1:
+        found["artifacts"] = [str(artifact.directory) for artifact in artifacts]
     console.result(
-        {"artifact": str(output), "bytes": size, "dtype": artifact.manifest.dtype},
-        f"{output}: {human_size(size)}, {artifact.manifest.dtype}. Next: propulsion-export parity "
-        f"{output}",
+        found,
+        f"{output}: {human_size(size)}, {kind}. Next: propulsion-export parity "
+        f"{artifacts[0].directory}",
     )

@@ -3,6 +3,7 @@
     PropulsionExportError
     ├── UsageError              2   the call asks for something impossible
     │   └── UnknownAdapterError     the artifact has no adapter of that name
+    ├── VerificationError       1   what was written is not what was computed
     ├── UnavailableError        3   this machine cannot do it: shown as *not run*, never as passed
     └── InvalidInputError       4   an input is invalid, damaged or of another base model
         ├── AdapterError            an adapter directory
@@ -80,6 +81,12 @@ def unknown_adapters(
     return UnknownAdapterError(
         *(f"{directory}: has no adapter {name!r}, {expected}" for name in unknown), remedy=remedy
     )
+
+
+class VerificationError(PropulsionExportError):
+    """What was written is not what was computed, or cannot be read again."""
+
+    exit_code = 1
 
 
 class UnavailableError(PropulsionExportError):

@@ -15,12 +15,14 @@ from propulsion_export.errors import (
     UnavailableError,
     UnknownAdapterError,
     UsageError,
+    VerificationError,
 )
 
 CODES = {
     PropulsionExportError: 4,
     UsageError: 2,
     UnknownAdapterError: 2,
+    VerificationError: 1,
     UnavailableError: 3,
     InvalidInputError: 4,
     AdapterError: 4,

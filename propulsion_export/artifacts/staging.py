@@ -12,6 +12,7 @@ from typing import Literal, get_args
 
 from propulsion_export.artifacts.replacing import aside, replace_directory, sweep, sync
 from propulsion_export.environment.hub_files import cached_repository
+from propulsion_export.environment.mounts import mount_points
 from propulsion_export.environment.paths import user_path
 from propulsion_export.errors import UsageError
 
@@ -38,6 +39,7 @@ def staged_directory(
     marker: Marker,
     force: bool = False,
     inputs: Iterable[Path | str] = (),
+    several: bool = False,
 ) -> Iterator[Path]:
     """Yield an empty directory beside `destination`; on success it becomes `destination`.
 
@@ -50,13 +52,14 @@ def staged_directory(
             have it to be replaced.
         force: replace an earlier output.
         inputs: files and directories that the output is made from, which are never replaced.
+        several: whether it gets a directory of that kind for each of several outputs.
 
     Raises:
         UsageError: `check_replaceable` refuses the destination, or the disk is full.
     """
     destination = user_path(destination).resolve()
     with disk_errors_in_words(destination, FULL | _FORBIDDEN):
-        check_replaceable(destination, marker=marker, force=force, inputs=inputs)
+        check_replaceable(destination, marker=marker, force=force, inputs=inputs, several=several)
         destination.parent.mkdir(parents=True, exist_ok=True)
         partial = aside(destination, "partial")
         partial.mkdir()
@@ -66,14 +69,19 @@ def staged_directory(
             _open_to_readers(partial)
             sync(partial)
             # Checked again: another process may have written there meanwhile.
-            _refuse_to_lose(destination, marker, force=force)
+            _refuse_to_lose(destination, marker, force=force, several=several)
             replace_directory(partial, destination)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
 def check_replaceable(
-    destination: Path, *, marker: Marker, force: bool, inputs: Iterable[Path | str] = ()
+    destination: Path,
+    *,
+    marker: Marker,
+    force: bool,
+    inputs: Iterable[Path | str] = (),
+    several: bool = False,
 ) -> None:
     """Refuse a destination that holds something which must not be lost.
 
@@ -90,7 +98,7 @@ def check_replaceable(
         _refuse_cache(destination)
         sweep(destination)
         _refuse_inputs(destination, inputs)
-        _refuse_to_lose(destination, marker, force=force)
+        _refuse_to_lose(destination, marker, force=force, several=several)
 
 
 def _refuse_cache(destination: Path) -> None:
@@ -120,7 +128,9 @@ def _refuse_inputs(destination: Path, inputs: Iterable[Path | str]) -> None:
         )
 
 
-def _refuse_to_lose(destination: Path, marker: Marker, *, force: bool) -> None:
+def _refuse_to_lose(
+    destination: Path, marker: Marker, *, force: bool, several: bool = False
+) -> None:
     _refuse_unwritable(destination)
     if not destination.exists():
         return
@@ -134,14 +144,8 @@ def _refuse_to_lose(destination: Path, marker: Marker, *, force: bool) -> None:
             f"{destination}: exists and is not empty, expected a new or empty directory",
             remedy="Choose another directory, or replace this one with --force.",
         )
-    found = {known for known in MARKERS if (destination / known).is_file()}
-    if found != {marker}:
-        reason = f"holds {min(found - {marker})}" if found - {marker} else f"holds no {marker}"
-        raise UsageError(
-            f"{destination}: {reason}, so this command did not write it and --force does not "
-            "replace it",
-            remedy="Choose another directory.",
-        )
+    for place in sorted(destination.iterdir()) if several else [destination]:
+        _refuse_other_kind(place, marker)
     if weights := _weights_beside_an_adapter(destination, marker):
         raise UsageError(
             f"{destination}: holds the base model's weights too ({weights}), so --force does not "
@@ -152,8 +156,19 @@ def _refuse_to_lose(destination: Path, marker: Marker, *, force: bool) -> None:
         raise UsageError(f"{destination}: the current directory lies inside, it is not replaced")
 
 
+def _refuse_other_kind(destination: Path, marker: Marker) -> None:
+    found = {known for known in MARKERS if (destination / known).is_file()}
+    if found != {marker}:
+        reason = f"holds {min(found - {marker})}" if found - {marker} else f"holds no {marker}"
+        raise UsageError(
+            f"{destination}: {reason}, so this command did not write it and --force does not "
+            "replace it",
+            remedy="Choose another directory.",
+        )
+
+
 def _refuse_mounts(destination: Path) -> None:
-    if destination.is_mount() or destination in (mounts := _mounts()):
+    if destination.is_mount() or destination in (mounts := mount_points()):
         raise UsageError(
             f"{destination}: is a mount point, expected a directory that can be moved",
             remedy="Choose a directory inside it.",
@@ -163,20 +178,6 @@ def _refuse_mounts(destination: Path) -> None:
             f"{destination}: holds the mount point {inside}, it is not replaced",
             remedy="Choose another directory.",
         )
-
-
-def _mounts() -> list[Path]:
-    """All mount points, those too that Path.is_mount cannot tell: bind mounts of one disk."""
-    try:
-        lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
-    except OSError:
-        return []
-    escaped = [line.split()[4] for line in lines]
-    return [Path(os.fsdecode(re.sub(rb"\\([0-7]{3})", _character, path))) for path in escaped]
-
-
-def _character(octal: re.Match[bytes]) -> bytes:
-    return bytes([int(octal[1], 8)])
 
 
 def _weights_beside_an_adapter(destination: Path, marker: Marker) -> str | None:
@@ -263,10 +264,13 @@ def disk_errors_in_words(
 
 
 def _open_to_readers(directory: Path) -> None:
-    """Give every file the directory's permissions; safetensors creates files with 0600."""
+    """Give every file the directory's permissions; safetensors creates files with 0600.
+
+    A file that is linked elsewhere too keeps its own.
+    """
     rights = directory.stat().st_mode & 0o666
     for path in directory.rglob("*"):
-        if path.is_file() and not path.is_symlink():
+        if path.is_file() and not path.is_symlink() and path.stat().st_nlink == 1:
             path.chmod(rights)
 
 

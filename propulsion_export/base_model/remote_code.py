@@ -75,8 +75,6 @@ def own_modules(auto_map: Any) -> list[str]:
 
 def _needed(source: str, auto_map: Any) -> Iterator[tuple[str, Path | None]]:
     """Each module that an `auto_map` names or that another imports; None where it is missing."""
-    from transformers.dynamic_module_utils import get_relative_imports
-
     seen: set[str] = set()
     wanted = sorted(own_modules(auto_map))
     while wanted:
@@ -87,6 +85,8 @@ def _needed(source: str, auto_map: Any) -> Iterator[tuple[str, Path | None]]:
         file = locate(source, name) if leads_inside(name) else None
         yield name, file
         if file is not None:
+            from transformers.dynamic_module_utils import get_relative_imports
+
             beside = PurePosixPath(name).parent
             wanted += [f"{beside / module}.py" for module in get_relative_imports(file)]
 

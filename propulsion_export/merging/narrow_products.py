@@ -7,7 +7,8 @@ less than two units apart, on the same side of every midpoint of two 16-bit numb
 away than that, and round to the same number. Among subnormal float32 numbers, whose unit is fixed,
 they are at most one unit apart, as long as the factor is a normal number. The few products that are
 within two units of a midpoint are found and left to the caller: 8e-5 of all in bfloat16, 6e-4 in
-float16.
+float16. Where the factors have so few bits that every product is a float32 number, many may lie on
+a midpoint, but then they are known exactly, and rounded to the even neighbour.
 
 A bfloat16 is the upper half of a float32. A float16 divided by 2^112 is a float32 with the same
 exponent field and the same significand, subnormals of one being subnormals of the other. So both
@@ -29,6 +30,7 @@ Bits = npt.NDArray[np.uint32]
 Halves = npt.NDArray[np.uint16]
 Places = npt.NDArray[np.intp]
 
+_DIGITS, _LOWEST = 24, -149  # of float32: significant bits; the exponent of its smallest number
 _MARGIN = 2  # units of float32
 _DIVISOR = 2.0**112  # of float16: the offsets of the exponent fields are 15 and 127
 
@@ -39,13 +41,26 @@ class Widening:
 
     Attributes:
         write: writes them.
+        digits: how many significant bits they have.
+        lowest: they are multiples of 2 to this power.
         divisor: what they are divided by, a power of two.
         limit: magnitudes of this and more are what infinity and NaN have become.
     """
 
     write: Callable[[Array, Floats], None]
+    digits: int
+    lowest: int
     divisor: float = 1.0
     limit: float | None = None
+
+    def is_exact(self, factors: npt.NDArray[np.float64]) -> bool:
+        """Whether each product of a stored number and one of these is a float32 number.
+
+        A product that is too large for one is infinity.
+        """
+        digits = np.ldexp(np.frexp(factors)[0], _DIGITS - self.digits)
+        multiple = np.ldexp(factors, self.lowest - _LOWEST)
+        return all(bool((values == np.rint(values)).all()) for values in (digits, multiple))
 
 
 @dataclass(frozen=True)
@@ -92,9 +107,9 @@ def _drop_for_float16(bits: Bits, halves: Halves) -> None:
 
 # By the format's name of the stored dtype.
 WIDENINGS = {
-    "BF16": Widening(_widen_directly),
-    "F32": Widening(_widen_directly),
-    "F16": Widening(_widen_float16, _DIVISOR, 65520 / _DIVISOR),
+    "BF16": Widening(_widen_directly, digits=8, lowest=-133),
+    "F32": Widening(_widen_directly, digits=_DIGITS, lowest=_LOWEST),
+    "F16": Widening(_widen_float16, 11, -24 - 112, _DIVISOR, 65520 / _DIVISOR),
 }
 # By that of the dtype to write. Numbers below the limits round to finite ones even if they are two
 # units too low.
@@ -112,11 +127,13 @@ class NarrowProducts:
         widening: of the stored dtype.
         narrowing: of the dtype to write.
         factors: float32, of the tensor's shape; times the quotient of the divisors.
+        exact: whether all products are float32 numbers.
     """
 
     widening: Widening
     narrowing: Narrowing
     factors: Floats
+    exact: bool
 
     @classmethod
     def of(
@@ -140,7 +157,7 @@ class NarrowProducts:
         normal = np.abs(near) >= np.finfo(np.float32).tiny
         if not (normal | (factors == 0)).all():
             return None
-        return cls(widening, narrowing, np.broadcast_to(near, shape))
+        return cls(widening, narrowing, np.broadcast_to(near, shape), widening.is_exact(exact))
 
     def round(self, values: Array, first: int, numbers: Floats, halves: Halves) -> Places | None:
         """Write products of a run of elements, in memory that stays in the cache if it is short.
@@ -161,11 +178,20 @@ class NarrowProducts:
         scale_(numbers, first, self.factors)
         if not _magnitude(numbers) < self.narrowing.limit:
             return None
-        bits, dropped = numbers.view(np.uint32), self.narrowing.dropped
-        bits += (1 << dropped - 1) + _MARGIN
-        np.copyto(halves, bits, casting="unsafe")
-        halves &= (1 << dropped) - 1
-        uncertain = np.flatnonzero(halves <= 2 * _MARGIN)
+        return self._narrow(numbers.view(np.uint32), halves)
+
+    def _narrow(self, bits: Bits, halves: Halves) -> Places:
+        dropped, uncertain = self.narrowing.dropped, np.empty(0, np.intp)
+        if self.exact:
+            odd = bits >> dropped
+            odd &= 1
+            bits += odd
+            bits += (1 << dropped - 1) - 1
+        else:
+            bits += (1 << dropped - 1) + _MARGIN
+            np.copyto(halves, bits, casting="unsafe")
+            halves &= (1 << dropped) - 1
+            uncertain = np.flatnonzero(halves <= 2 * _MARGIN)
         self.narrowing.drop(bits, halves)
         return uncertain
 

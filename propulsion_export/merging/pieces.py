@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from propulsion_export.base_model.tensor_files import DTYPES, StoredTensor
+from propulsion_export.base_model.tensor_files import DTYPES, Array, StoredTensor
 from propulsion_export.merging.changes import Change, Copied, Given, Scaled
 from propulsion_export.merging.files import WeightFile, size_of
 from propulsion_export.merging.products import BLOCK, Products
@@ -76,21 +76,19 @@ class Pieces:
 
     def __iter__(self) -> Iterator[Piece]:
         for output, file in enumerate(self._files):
-            yield self._given("the header", file.header, output)
+            yield self._given("the header", memoryview(file.header), output)
         for name in self._files[0].changes:
             yield from self._of_tensor(name, [file.changes[name] for file in self._files])
 
     def _of_tensor(self, name: str, changes: list[Change]) -> Iterator[Piece]:
-        readers: dict[int, list[int]] = {}
+        readers: dict[StoredTensor, list[int]] = {}
         for output, change in enumerate(changes):
             if isinstance(change, Given):
-                yield self._given(name, change.values.tobytes(), output)
+                yield self._given(name, _bytes_of(change.values), output)
             else:
-                readers.setdefault(id(change.stored), []).append(output)
-        for outputs in readers.values():
-            change = changes[outputs[0]]
-            assert isinstance(change, Copied | Scaled)
-            yield from self._read(name, change.stored, outputs, changes)
+                readers.setdefault(change.stored, []).append(output)
+        for stored, outputs in readers.items():
+            yield from self._read(name, stored, outputs, changes)
 
     def _read(
         self, name: str, stored: StoredTensor, outputs: list[int], changes: list[Change]
@@ -99,15 +97,16 @@ class Pieces:
         width = DTYPES[stored.dtype].itemsize
         plain = all(isinstance(changes[output], Copied) for output in outputs)
         length = _COPIED if plain else BLOCK * width
-        source = stored if type(stored) is StoredTensor else _computed(stored)
+        # A GGUF file's are computed as a whole.
+        source = stored if type(stored) is StoredTensor else _bytes_of(stored.read())
         for first in range(0, stored.size, length):
             count = min(length, stored.size - first)
             targets = tuple(self._target(name, o, changes[o], count // width) for o in outputs)
             yield Piece(name, source, first, count, first // width, targets)
 
-    def _given(self, name: str, data: bytes, output: int) -> Piece:
+    def _given(self, name: str, data: memoryview, output: int) -> Piece:
         target = self._advance(output, len(data))
-        return Piece(name, memoryview(data), 0, len(data), 0, (target,))
+        return Piece(name, data, 0, len(data), 0, (target,))
 
     def _target(self, name: str, output: int, change: Change, elements: int) -> Target:
         size = elements * size_of(change) // max(1, _elements(change))
@@ -126,6 +125,5 @@ def _elements(change: Change) -> int:
     return change.stored.size // DTYPES[change.stored.dtype].itemsize
 
 
-def _computed(stored: StoredTensor) -> memoryview:
-    """The bytes of a tensor that a GGUF file holds in another form."""
-    return np.ascontiguousarray(stored.read()).reshape(-1).view(np.uint8).data
+def _bytes_of(values: Array) -> memoryview:
+    return np.ascontiguousarray(values).reshape(-1).view(np.uint8).data

@@ -160,7 +160,11 @@ def _vector(job: Job, stored: StoredTensor, adapter: Adapter, dtype: str) -> Arr
 
 
 def _narrowed(values: Array, dtype: str) -> Array:
-    return rounded(np.asarray(values, np.float64), DTYPES[dtype])
+    """Values of a floating-point dtype, rounded once."""
+    if values.dtype == np.float64:
+        return rounded(values, DTYPES[dtype])
+    with np.errstate(over="ignore"):  # a head may be large: it is not held in float64
+        return values.astype(DTYPES[dtype])
 
 
 def _check_shape(job: Job, factors: tuple[int, ...], stored: StoredTensor) -> None:

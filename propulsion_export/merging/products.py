@@ -35,6 +35,7 @@ class Products:
         factors = np.asarray(change.factors, np.float64)
         shape = change.stored.shape or (1,)
         self._factors = np.broadcast_to(factors, shape)
+        self._converts = bool((factors == 1).all())
         self._narrow = NarrowProducts.of(stored, written, factors, shape)
 
     def block(self, data: bytes | bytearray | memoryview | Array, first: int) -> Array:
@@ -57,7 +58,7 @@ class Products:
         with np.errstate(all="ignore"):
             if not self._by_float32(values, first, products):
                 self._by_float64(values, first, products)
-        if not self.changed:
+        if not (self.changed or self._converts):
             self.changed = not _same_bytes(values, products)
         return products.view(np.uint8)
 

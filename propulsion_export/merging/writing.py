@@ -23,6 +23,7 @@ from propulsion_export.errors import AdapterError, BaseModelError
 from propulsion_export.merging.files import WeightFile, index_of, total_size
 from propulsion_export.merging.pieces import Piece, Pieces
 from propulsion_export.merging.plan import Plan
+from propulsion_export.merging.sharing import clone, link
 from propulsion_export.merging.turns import Digest, Stopped, Turns
 
 _THREADS = 2
@@ -39,11 +40,16 @@ class Output:
 
 
 def write_outputs(
-    outputs: Sequence[Output], progress: Progress = silent
+    outputs: Sequence[Output], progress: Progress = silent, *, share: bool = False
 ) -> list[Mapping[str, str]]:
     """Write the weight files of merged checkpoints, and their indices.
 
     Outputs whose files hold tensors of the same names are written together, from one reading.
+
+    Args:
+        outputs: the checkpoints.
+        progress: called with the share done and what is being done.
+        share: make the base model's files that stay as they are hard links.
 
     Returns:
         For each output, the digests of the files written, `sha256:…` by name.
@@ -51,35 +57,69 @@ def write_outputs(
     Raises:
         AdapterError: a product is not finite in its dtype; an adapter changes no weight.
         BaseModelError: a file of the base model cannot be read, or was shortened.
+        UsageError: a file cannot be linked.
         OSError: a file cannot be written.
     """
-    meter = _Meter(sum(total_size(output.files) for output in outputs), progress)
-    digests: dict[int, dict[str, str]] = {id(output): {} for output in outputs}
-    for together in _groups(outputs):
-        changed = [output.plan.changed for output in together]
-        for files in zip(*(output.files for output in together), strict=True):
-            writer = _Files([output.directory for output in together], files, meter)
-            found = writer.write()
-            changed = [a or b for a, b in zip(changed, writer.changed, strict=True)]
-            for output, file, digest in zip(together, files, found, strict=True):
-                digests[id(output)][file.name] = digest
-        _refuse_unchanged(together, changed)
-    for output in outputs:
-        digests[id(output)] |= _write_index(output)
-    return [digests[id(output)] for output in outputs]
+    digests = _reuse(outputs, share=share)
+    work = [
+        _Work(output, [file for file in output.files if file.name not in found], found)
+        for output, found in zip(outputs, digests, strict=True)
+    ]
+    meter = _Meter(sum(total_size(each.files) for each in work), progress)
+    for together in _groups(work):
+        _Files(together, meter).write()
+    _refuse_unchanged(work)
+    for output, found in zip(outputs, digests, strict=True):
+        found |= _write_index(output)
+    return list(digests)
 
 
-def _groups(outputs: Sequence[Output]) -> list[list[Output]]:
-    """The outputs that are written together."""
-    groups: dict[Any, list[Output]] = {}
-    for output in outputs:
-        alike = tuple((file.name, *file.changes) for file in output.files)
-        groups.setdefault(alike, []).append(output)
+@dataclass
+class _Work:
+    """What is to be written for an output, the digests so far, and whether a product changed."""
+
+    output: Output
+    files: list[WeightFile]
+    digests: dict[str, str]
+    changed: bool = False
+
+
+def _reuse(outputs: Sequence[Output], *, share: bool) -> list[dict[str, str]]:
+    """Link or clone the files that stay as they are; returns their digests for each output."""
+    reused = [
+        {
+            file.name: file.base
+            for file in output.files
+            if file.base is not None and file.unchanged and _placed(file, output, share=share)
+        }
+        for output in outputs
+    ]
+    bases = list(dict.fromkeys(base for each in reused for base in each.values()))
+    with ThreadPoolExecutor(_THREADS) as pool:
+        known = dict(zip(bases, pool.map(digest_of, bases), strict=True))
+    return [{name: known[base] for name, base in each.items()} for each in reused]
+
+
+def _placed(file: WeightFile, output: Output, *, share: bool) -> bool:
+    """Link or clone one file; whether that was possible."""
+    assert file.base is not None
+    if not share:
+        return clone(file.base, output.directory / file.name)
+    link(file.base, output.directory / file.name)
+    return True
+
+
+def _groups(works: Sequence[_Work]) -> list[list[tuple[_Work, WeightFile]]]:
+    """The files of several outputs that are written together."""
+    groups: dict[Any, list[tuple[_Work, WeightFile]]] = {}
+    for work in works:
+        for file in work.files:
+            groups.setdefault((file.name, *file.changes), []).append((work, file))
     return list(groups.values())
 
 
-def _refuse_unchanged(outputs: Sequence[Output], changed: Sequence[bool]) -> None:
-    same = [output.plan for output, one in zip(outputs, changed, strict=True) if not one]
+def _refuse_unchanged(works: Sequence[_Work]) -> None:
+    same = [work.output.plan for work in works if not work.changed | work.output.plan.changed]
     if same:
         raise AdapterError(
             *(
@@ -122,30 +162,28 @@ class _Meter:
 class _Files:
     """Write one file of each of several outputs."""
 
-    def __init__(
-        self, directories: Sequence[Path], files: Sequence[WeightFile], meter: _Meter
-    ) -> None:
-        self._paths = [place / file.name for place, file in zip(directories, files, strict=True)]
-        self._meter, self._turns, self._lock = meter, Turns(), threading.Lock()
+    def __init__(self, files: Sequence[tuple[_Work, WeightFile]], meter: _Meter) -> None:
+        self._files, self._meter = files, meter
+        self._turns, self._lock = Turns(), threading.Lock()
         self._digests = [Digest(self._turns) for _ in files]
-        self._pieces = Pieces(files)
+        self._pieces = Pieces([file for _, file in files])
         self._waiting: Iterator[Piece] = iter(self._pieces)
         self._sources: dict[Path, int] = {}
         self._out: list[int] = []
 
-    @property
-    def changed(self) -> list[bool]:
-        """Whether a product of each output differs from what is stored."""
-        return [any(p.changed for p in each.values()) for each in self._pieces.products]
-
-    def write(self) -> list[str]:
-        """Write them all; returns their digests."""
+    def write(self) -> None:
+        """Write them all, and tell each output's work their digests and changes."""
         with ExitStack() as stack:
             stack.callback(self._close)
-            for path in self._paths:
+            for work, file in self._files:
+                path = work.output.directory / file.name
                 self._out.append(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
             self._run()
-        return [digest.value for digest in self._digests]
+        for (work, file), digest, products in zip(
+            self._files, self._digests, self._pieces.products, strict=True
+        ):
+            work.digests[file.name] = digest.value
+            work.changed |= any(product.changed for product in products.values())
 
     def _run(self) -> None:
         with ThreadPoolExecutor(_THREADS) as pool:

@@ -26,14 +26,16 @@ from propulsion_export.base_model.config import (
 from propulsion_export.base_model.fingerprint import Fingerprint
 from propulsion_export.base_model.gguf.source import find_gguf
 from propulsion_export.base_model.remote_code import AUTO_MAP
+from propulsion_export.base_model.settings import Settings, write_tokenizer_settings
 from propulsion_export.base_model.tasks import resolve_task
-from propulsion_export.base_model.tokenizer.files import TOKENIZER_CONFIG
+from propulsion_export.base_model.tokenizer.files import TOKENIZER_CONFIG, tokenizer_files
 from propulsion_export.base_model.tokenizer.ids_in_files import all_ids_below
 from propulsion_export.base_model.tokenizer.reading import copy_tokenizer
 from propulsion_export.environment.paths import user_path
 from propulsion_export.merging.plain_models import fitting_modules, plain_fingerprint, plain_jobs
 from propulsion_export.merging.plan import Plan, plan_changes
 from propulsion_export.merging.quantised.modules import PlainRule
+from propulsion_export.pipeline.base_settings import Settled
 from propulsion_export.pipeline.merge_request import MergeRequest, Prepared, merged_manifest
 from propulsion_export.pipeline.quantised_base import QuantisedBase
 
@@ -65,7 +67,7 @@ def prepare_by_names(request: MergeRequest) -> Prepared | None:
     plan = plan_changes(checkpoint, jobs, read)
     manifest = _manifest(request, fingerprint, plan)
     write = partial(_write_small_files, request, settings, manifest.dtype)
-    return Prepared(checkpoint, plan, manifest, "", write)
+    return Prepared(checkpoint, plan, manifest, _note(request), write)
 
 
 def _prepare_quantised(
@@ -82,7 +84,7 @@ def _prepare_quantised(
     manifest = base.manifest(_manifest(request, fingerprint, plan))
     merged = {**settings, **base.settings}
     write = partial(_write_small_files, request, merged, manifest.dtype)
-    return Prepared(base.checkpoint, plan, manifest, "", write)
+    return Prepared(base.checkpoint, plan, manifest, _note(request), write)
 
 
 def _manifest(request: MergeRequest, fingerprint: Fingerprint, plan: Plan) -> Manifest:
@@ -91,6 +93,11 @@ def _manifest(request: MergeRequest, fingerprint: Fingerprint, plan: Plan) -> Ma
     labels = labels_in(read, {}, None)
     entry = AdapterEntry(read.digest, request.directory, read.size, None, labels, None)
     return merged_manifest(request, entry, base, resolve_task(_TASK, ()), plan)
+
+
+def _note(request: MergeRequest) -> str:
+    """What the adapter brings beside its weights."""
+    return Settled(_tokenizer_settings(request)).note
 
 
 def _is_plain_directory(request: MergeRequest) -> bool:
@@ -107,12 +114,21 @@ def _is_usual(request: MergeRequest, settings: Mapping[str, Any]) -> bool:
         return False
     if resolve_task(request.task, architectures, adapter_tasks([read])) != _TASK:
         return False
-    if read.model_settings or read.tokenizer_settings or has_own_tokenizer(Path(request.directory)):
+    if read.model_settings or has_own_tokenizer(Path(request.directory)):
+        return False
+    if not read.tokenizer_settings.keys() <= {"pad_token"}:
         return False
     if settings_in(request.source, TOKENIZER_CONFIG).get(AUTO_MAP):
         return False
     refuse_pointers_in(user_path(request.source))
-    return all_ids_below(user_path(request.source), settings.get("vocab_size"))
+    own = map(str, read.tokenizer_settings.values())
+    return all_ids_below(user_path(request.source), settings.get("vocab_size"), own)
+
+
+def _tokenizer_settings(request: MergeRequest) -> Settings:
+    """What the adapter was trained with, if there is a tokenizer."""
+    has_one = bool(tokenizer_files(request.source, ask_classes=False))
+    return Settings({}, request.adapter.tokenizer_settings if has_one else {})
 
 
 def _write_small_files(
@@ -124,6 +140,7 @@ def _write_small_files(
     text = json.dumps(content | older | {"dtype": dtype}, indent=2) + "\n"
     (directory / _CONFIG).write_text(text, encoding="utf-8")
     copy_tokenizer(request.source, directory, ask_classes=False)
+    write_tokenizer_settings(directory, _tokenizer_settings(request))
     save_generation_settings(request.source, _TASK, directory)
     template = own_template(Path(request.directory))  # last: the others copy the base model's
     if template is not None:

@@ -225,6 +225,20 @@ def test_the_manifest_on_disk_is_exactly_this(switchable):
     }
 
 
+def test_a_digest_that_is_known_is_recorded_and_the_others_are_taken(tmp_path):
+    written = write_folded(tmp_path / "onnx")
+    (written.directory / "vocab.txt").write_text("a")
+    first, *others = sorted(written.manifest.files)
+    others = [*others, "vocab.txt"]
+
+    again = Artifact.write(written.directory, written.manifest, digests={first: "sha256:known"})
+
+    assert again.manifest.files[first] == "sha256:known"
+    assert {name: again.manifest.files[name] for name in others} == {
+        name: digest_of(written.directory / name) for name in others
+    }
+
+
 def test_a_digest_is_that_of_sha256(tmp_path):
     (tmp_path / "a").write_bytes(b"abc")
 

@@ -88,6 +88,21 @@ def test_every_value_times_many_factors(dtype, to, part):
     check(np.tile(every_value(dtype), (len(factors), 1)), factors, dtype, to)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "to", "bits"), [("BF16", "BF16", 16), ("F16", "F16", 13), ("F16", "BF16", 13)]
+)
+def test_every_value_times_factors_of_few_bits(dtype, to, bits):
+    """Their products are exact as float32, and many are midpoints."""
+    whole = np.random.default_rng(0).integers(1, 2**bits, 40)
+    factors = np.concatenate([[0, 1, -1, 1.5, -0.75, 3, 2.0**-7], -whole / 2.0**bits])[:, None]
+    longer, lower = np.array([[1 + 2.0**-bits]]), np.array([[2.0 ** -(bits + 1)]])
+
+    assert NarrowProducts.of(dtype, to, factors, (len(factors), 9)).exact
+    assert not NarrowProducts.of(dtype, to, longer, (1, 9)).exact
+    assert not NarrowProducts.of(dtype, dtype, lower, (1, 9)).exact
+    check(np.tile(every_value(dtype), (len(factors), 1)), factors, dtype, to)
+
+
 @pytest.mark.parametrize("to", NARROW)
 @pytest.mark.parametrize("dtype", NARROW)
 @pytest.mark.parametrize("power", [-53, -40, -29, -26, -25, -24, -23.4, -23, -22.7, -22, -21])

@@ -5,14 +5,22 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
+import ml_dtypes
+import numpy as np
 import pytest
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from safetensors.numpy import save_file
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, LlamaConfig
 
+from propulsion_export.adapters.adapter import Adapter
+from propulsion_export.adapters.scales import Scale
 from propulsion_export.artifacts.artifact import Artifact
 from propulsion_export.base_model.model_fingerprint import fingerprint_of_model
 from propulsion_export.errors import BaseModelError
+from propulsion_export.merging.plain_models import plain_modules
 from propulsion_export.pipeline import merge as pipeline
+from propulsion_export.pipeline import merge_by_model
 from propulsion_export.pipeline.merge import merge
 
 MERGE = """
@@ -38,6 +46,13 @@ def llama(tmp_path, tiny_checkpoint, tiny_model, write_adapter, positive_adapter
     return base, write_adapter(adapter, tmp_path / "one")
 
 
+def padded_with(token, adapter):
+    """The adapter as if it was trained with a padding token that the base model does not name."""
+    file = adapter / "adapter_config.json"
+    content = json.loads(file.read_text()) | {"tokenizer_settings": {"pad_token": token}}
+    file.write_text(json.dumps(content))
+
+
 def weights(directory):
     return {file.name: file.read_bytes() for file in directory.glob("*.safetensors")}
 
@@ -56,10 +71,15 @@ def test_neither_torch_nor_transformers_is_imported(llama, tmp_path):
     assert Artifact.read(tmp_path / "out").manifest.adapters
 
 
-def test_both_ways_write_what_loads_as_the_same_model(llama, tmp_path, monkeypatch):
+@pytest.mark.parametrize("token", [None, "[UNK]"])
+def test_both_ways_write_what_loads_as_the_same_model(token, llama, tmp_path, monkeypatch):
     base, adapter = llama
     assert (base / "tokenizer.json").is_file()
-    fast = merge(adapter, tmp_path / "fast")
+    if token is not None:
+        padded_with(token, adapter)
+    with monkeypatch.context() as only_names:
+        only_names.setattr(merge_by_model, "prepare_by_model", None)
+        fast = merge(adapter, tmp_path / "fast")
     monkeypatch.setattr(pipeline, "prepare_by_names", lambda request: None)
 
     slow = merge(adapter, tmp_path / "slow")
@@ -70,9 +90,15 @@ def test_both_ways_write_what_loads_as_the_same_model(llama, tmp_path, monkeypat
     assert {file.name for file in ours.iterdir()} == {file.name for file in theirs.iterdir()}
     for reader in (AutoConfig, GenerationConfig):
         found = [reader.from_pretrained(place).to_dict() for place in (ours, theirs)]
-        assert found[0] == found[1]
+        paths = [content.pop("_name_or_path", None) for content in found]
+        assert found[0] == found[1], paths
     both = [AutoTokenizer.from_pretrained(place) for place in (ours, theirs)]
     assert both[0].get_vocab() == both[1].get_vocab()
+    assert (
+        both[0].pad_token
+        == both[1].pad_token
+        == (token or AutoTokenizer.from_pretrained(base).pad_token)
+    )
 
 
 def test_another_base_model_is_refused_in_the_same_words(llama, tmp_path, tiny_model, monkeypatch):
@@ -130,9 +156,53 @@ def test_what_names_do_not_tell_is_prepared_by_the_model(change, llama, tmp_path
     def reached(request):
         raise Reached
 
-    from propulsion_export.pipeline import merge_by_model
-
     monkeypatch.setattr(merge_by_model, "prepare_by_model", reached)
 
     with pytest.raises(Reached):
         merge(adapter, tmp_path / "out")
+
+
+MEMORY = (
+    MERGE
+    + """
+import re
+status = Path("/proc/self/status").read_text()  # getrusage starts with the peak of the parent
+print(1024 * int(re.search(r"VmHWM:\\s+(\\d+)", status)[1]))
+"""
+)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="only Linux tells a process's peak memory so"
+)
+def test_memory_does_not_grow_with_the_model(tmp_path, write_adapter):
+    """Of the models, the larger one has tensors of 200 MB."""
+    peaks = []
+    for rows in (1000, 400_000):
+        settings = {"vocab_size": rows, "hidden_size": 256, "intermediate_size": 512}
+        config = LlamaConfig(**settings, num_hidden_layers=1, tie_word_embeddings=False)
+        base = tmp_path / f"base-{rows}"
+        config.architectures = ["LlamaForCausalLM"]
+        config.save_pretrained(base)
+        GenerationConfig().save_pretrained(base)
+        modules = plain_modules(json.loads((base / "config.json").read_text()))
+        shapes = {n: s for module in modules for n, s in module.parameters().items()}
+        zeros = {name: np.ones(shape, ml_dtypes.bfloat16) for name, shape in shapes.items()}
+        save_file(zeros, base / "model.safetensors", metadata={"format": "pt"})
+        scales = {"lm_head": Scale(np.linspace(0.5, 2, rows))}
+        adapter = Adapter("one", scales, base=str(base), task="text-generation")
+        path = write_adapter(adapter, tmp_path / f"one-{rows}")
+        done = subprocess.run(
+            [sys.executable, "-c", MEMORY, path, tmp_path / f"out-{rows}"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        imported, peak = done.stdout.splitlines()
+        assert imported == "[]"
+        peaks.append(int(peak))
+
+    assert (tmp_path / "base-400000" / "model.safetensors").stat().st_size > 400e6
+    assert peaks[1] < peaks[0] + 50e6
+    assert peaks[1] < 600e6

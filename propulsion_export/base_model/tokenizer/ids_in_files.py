@@ -1,7 +1,7 @@
 """Whether a tokenizer's files number its tokens below a model's embeddings, without loading it."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ _OWN_NAMES = ("bos_token", "eos_token", "unk_token")
 _ROOM = 8  # special tokens that a class may add though no file names them
 
 
-def all_ids_below(directory: Path, rows: Any) -> bool:
+def all_ids_below(directory: Path, rows: Any, more: Iterable[str] = ()) -> bool:
     """Whether that is certain; also without a tokenizer.
 
     A class adds special tokens that the vocabulary lacks, with the next numbers. It is certain if
@@ -25,13 +25,14 @@ def all_ids_below(directory: Path, rows: Any) -> bool:
     Args:
         directory: of the checkpoint.
         rows: how many embeddings the model has.
+        more: special tokens that are named elsewhere.
     """
     if not any((directory / name).is_file() for name in VOCABULARY_FILES):
         return True
     try:
         settings = read_settings_file(directory / TOKENIZER_CONFIG)
         numbers = _numbers(directory, settings)
-        named = set(_named(settings))
+        named = {*_named(settings), *more}
     except (ArtifactError, OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
     highest = max(numbers.values(), default=0)
