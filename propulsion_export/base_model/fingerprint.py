@@ -65,6 +65,7 @@ class Fingerprint:
         coarsest = max(dtypes, key=lambda dtype: _ROUNDING.get(dtype, 0.0), default="float32")
         entries, more = ({name: _sample(usable[name]) for name in each} for each in (names, others))
         steps = {name: _steps(usable[name]) for name in names if hasattr(usable[name], "step")}
+        steps = {name: row for name, row in steps.items() if any(row)}  # the others are floats
         return cls(coarsest, entries, more, steps)
 
     def difference(self, other: "Fingerprint") -> str | None:
