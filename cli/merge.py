@@ -6,9 +6,9 @@ import click
 
 from .console import Console, console_options, human_size, size_of
 from .options import (
+    directory_or_gguf_options,
     dtype_option,
     model_option,
-    output_options,
     task_option,
     trust_option,
     untie_option,
@@ -26,7 +26,12 @@ from .options import (
     "--max-shard-size", default="5GB", show_default=True, help="Largest size of one weight file."
 )
 @untie_option
-@output_options
+@click.option(
+    "--allow-range",
+    is_flag=True,
+    help="GGUF: write the nearest number where a tensor's type cannot hold a product.",
+)
+@directory_or_gguf_options
 @trust_option
 @console_options
 def command(
@@ -38,6 +43,7 @@ def command(
     dtype: str,
     max_shard_size: str,
     untie: bool,
+    allow_range: bool,
     output: Path,
     force: bool,
     trust_remote_code: bool,
@@ -45,8 +51,13 @@ def command(
     """Fold an adapter into the weights of its base model.
 
     The directory written is a complete checkpoint: AutoModel.from_pretrained loads it without this
-    package.
+    package. With a GGUF file as the base model, -o NAME.gguf writes that file again with the
+    adapter in it.
     """
+    if output.suffix.lower() == ".gguf":
+        _refuse_for_gguf({"--dtype": dtype != "keep", "--task": task not in _TASKS})
+        _merge_gguf(console, adapter, output, model, untie, allow_range, force)
+        return
     from propulsion_export.pipeline.merge import merge
 
     with console.progress() as progress:
@@ -68,3 +79,38 @@ def command(
         f"{output}: {human_size(size)}, {artifact.manifest.dtype}. Next: propulsion-export parity "
         f"{output}",
     )
+
+
+_TASKS = ("auto", "text-generation")
+
+
+def _refuse_for_gguf(given: dict[str, bool]) -> None:
+    from propulsion_export.errors import UsageError
+
+    if names := [name for name, is_given in given.items() if is_given]:
+        raise UsageError(f"{names[0]}: a GGUF file keeps its types, and is for text-generation")
+
+
+def _merge_gguf(
+    console: Console,
+    adapter: str,
+    output: Path,
+    model: str | None,
+    untie: bool,
+    allow_range: bool,
+    force: bool,
+) -> None:
+    from propulsion_export.pipeline.merge_gguf import merge_gguf
+
+    with console.progress() as progress:
+        merge_gguf(
+            adapter,
+            output,
+            model=model,
+            untie=untie,
+            allow_range=allow_range,
+            force=force,
+            progress=progress,
+        )
+    size = output.stat().st_size
+    console.result({"file": str(output), "bytes": size}, f"{output}: {human_size(size)}")

@@ -78,17 +78,18 @@ def _numbers(header: Header, name: str, content: Bytes) -> Array:
 
     place = header.tensors[name]
     if place.kind in _PLAIN:
-        return content.view(_PLAIN[place.kind]).astype(np.float32, copy=False)
+        plain: Array = content.view(_PLAIN[place.kind]).astype(np.float32, copy=False)
+        return plain
     blocks = content.reshape(-1, block_size(place)[1])
     try:
-        numbers: Array = dequantize(blocks, GGMLQuantizationType(place.kind))
-        return numbers.reshape(-1)
+        numbers: Array = dequantize(blocks, GGMLQuantizationType(place.kind)).reshape(-1)
     except NotImplementedError as error:
         raise BaseModelError(
             f"{header.file}: {name} is of the type {type_name(place.kind)}, which the package gguf "
             "cannot turn into numbers",
             remedy="Quantise the model to another type, such as Q4_K or Q8_0.",
         ) from error
+    return numbers
 
 
 def read_factors(header: Header, name: str) -> list[float]:
