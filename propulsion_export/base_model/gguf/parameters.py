@@ -1,14 +1,15 @@
 """Find the parameters of a GGUF file's language model by name, without building the model."""
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from propulsion_export.base_model.fingerprint import Fingerprint
 from propulsion_export.base_model.gguf.configuration import OUTPUT, model_settings
 from propulsion_export.base_model.gguf.entries import FileTensor, conversion_for
-from propulsion_export.base_model.gguf.header import Header
+from propulsion_export.base_model.gguf.header import Header, read_header
 from propulsion_export.base_model.gguf.names import name_map, tensor_names
 from propulsion_export.base_model.gguf.values import read_factors
 
@@ -60,3 +61,12 @@ class Parameters:
         """The fingerprint of the parameters with these names; those the file lacks are left out."""
         found = {name: self.find(name) for name in names}
         return Fingerprint.of({name: tensor for name, tensor in found.items() if tensor})
+
+
+def with_steps(fingerprint: Fingerprint, file: Path) -> Fingerprint:
+    """A fingerprint of a model loaded from a GGUF file, with the steps of the file's grids.
+
+    Another quantisation of the same model is recognised by it.
+    """
+    parameters = Parameters.of(read_header(file))
+    return replace(fingerprint, steps=parameters.fingerprint(fingerprint.entries).steps)

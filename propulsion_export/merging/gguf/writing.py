@@ -19,6 +19,7 @@ from propulsion_export.merging.gguf.plan import Plan
 from propulsion_export.merging.gguf.written import Written
 
 _PIECE = 1 << 20  # bytes of a tensor that are changed at a time
+_REPORTED = 0.1  # how much has to be done for another report of progress
 _COUNTS = 8  # the first byte of the numbers of tensors and keys
 
 
@@ -41,6 +42,7 @@ class Writer:
     allow_range: bool
     progress: Progress
     changed: bool = field(default=False, init=False)
+    _reported: float = field(default=0.0, init=False)
 
     def write(self, source: int, target: int) -> None:
         """Write the file to a descriptor that stands at its start; `source` is the base model's.
@@ -57,7 +59,7 @@ class Writer:
                 copy_range(source, target, end, place.start - end)
                 self._write(source, target, self.plan.changed[name])
                 end = place.start + place.size
-                self.progress((end - first) / (self._last - first), name)
+                self._report((end - first) / (self._last - first), name)
         stop = self._last if self.plan.added else os.fstat(source).st_size
         copy_range(source, target, end, stop - end)
         end = stop - first
@@ -65,6 +67,11 @@ class Writer:
             write_all(target, bytes(offset - end))
             self._write(source, target, self.plan.added[name])
             end = offset + self.plan.added[name].place.size
+
+    def _report(self, share: float, name: str) -> None:
+        if share >= self._reported + _REPORTED:
+            self.progress(share, f"wrote {name}")
+            self._reported = share
 
     @property
     def _last(self) -> int:
