@@ -16,10 +16,17 @@ from propulsion_export.base_model.gguf.parameters import Parameters
 from propulsion_export.base_model.tensor_files import Array
 from propulsion_export.errors import AdapterError, BaseModelError
 from propulsion_export.merging.gguf.blocks import FLOATS, can_scale_rows
-from propulsion_export.merging.gguf.spreading import check_shape, moved, on_axes, spread
+from propulsion_export.merging.gguf.spreading import (
+    check_shape,
+    is_embedding,
+    moved,
+    on_axes,
+    spread,
+)
 from propulsion_export.merging.gguf.written import Written
 
 _F32 = 0
+_HEAD = "lm_head"
 # llama.cpp computes the output of these with the token embedding, whatever else a file has.
 _NO_OUTPUT = ("gemma", "gemma2", "gemma3", "command-r", "cohere2")
 # Biases that llama.cpp adds where a file has them, by architecture.
@@ -85,26 +92,30 @@ def _of_scale(
 ) -> Iterator[Written]:
     """The tensors that one scale changes: of its weight, and of its bias."""
     experts = scale.values.ndim > 1
-    weight = _weight(parameters, path if experts else f"{path}.weight")
+    output = _is_output(parameters, path)
+    weight = _weight(parameters, path if experts else f"{path}.weight", output=output)
     if weight is None:
         raise AdapterError(f"{path}: the file has no tensor for it")
-    factors = on_axes(path, weight, scale)
+    factors = on_axes(path, weight, scale, embedding=not output and is_embedding(weight))
     channels = np.arange(factors.size).reshape(factors.shape)
-    output = parameters.tensor_name(f"{path}.weight") == OUTPUT
     for each in spread(weight, factors, channels):
-        # Of a tied model the output is made of the embedding.
         yield replace(each, name=OUTPUT) if output else each
     if not experts:
         yield from _of_bias(parameters, adapter, path, scale)
 
 
-def _weight(parameters: Parameters, name: str) -> FileTensor | None:
-    found = parameters.find(name)
-    if found is None and parameters.tensor_name(name) == OUTPUT and parameters.is_tied:
-        place = embedding_of(parameters.header)
-        whole = parameters.find("model.embed_tokens.weight")
-        return None if whole is None else replace(whole, shape=place.shape)
-    return found
+def _is_output(parameters: Parameters, path: str) -> bool:
+    """Whether a module is the head; llama.cpp's table has none where it is always tied."""
+    return path == _HEAD or parameters.tensor_name(f"{path}.weight") == OUTPUT
+
+
+def _weight(parameters: Parameters, name: str, *, output: bool) -> FileTensor | None:
+    """The tensors of a weight; of a tied model the output is made of the embedding."""
+    if not output or not parameters.is_tied:
+        return parameters.find(name)
+    header = parameters.header
+    conversion = conversion_of(header.architecture, OUTPUT, parameters.settings)
+    return FileTensor(header, (EMBEDDING,), conversion, embedding_of(header).shape)
 
 
 def _of_bias(

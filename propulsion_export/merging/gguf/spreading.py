@@ -13,7 +13,7 @@ from propulsion_export.merging.gguf.written import Written
 _EMBEDDINGS = "_embd.weight"
 
 
-def on_axes(path: str, weight: FileTensor, scale: Scale) -> Array:
+def on_axes(path: str, weight: FileTensor, scale: Scale, *, embedding: bool) -> Array:
     """A scale with as many axes as its weight has, to multiply that by.
 
     Raises:
@@ -23,7 +23,7 @@ def on_axes(path: str, weight: FileTensor, scale: Scale) -> Array:
     if values.ndim > 1:
         check_shape(path, values.shape, shape[:-1])
         return values[:, :, None]
-    if len(shape) == 1 or _is_embedding(weight):
+    if len(shape) == 1 or embedding:
         if scale.side == "input":
             raise AdapterError(f"{path}: scales the input, which only linear layers can take")
         check_shape(path, values.shape, shape[-1:])
@@ -33,7 +33,8 @@ def on_axes(path: str, weight: FileTensor, scale: Scale) -> Array:
     return values[:, None] if rows else values[None, :]
 
 
-def _is_embedding(weight: FileTensor) -> bool:
+def is_embedding(weight: FileTensor) -> bool:
+    """Whether a weight has a row for each token or position."""
     return weight.names[0].endswith(_EMBEDDINGS)
 
 

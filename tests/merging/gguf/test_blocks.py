@@ -151,7 +151,7 @@ def test_scales_of_eight_bits_take_powers_of_two_and_no_other_factor(kind):
     exact = np.array([[1.0], [2.0], [0.5], [4.0]])
 
     changed, lost = scaled_rows(blocks, exact, kind)
-    refused = [scaled_rows(blocks, exact * factor, kind)[1] for factor in (1.1, -1.0, 0.0)]
+    refused = [scaled_rows(blocks, exact * factor, kind)[1] for factor in (1.1, -1.0)]
 
     assert lost is None
     assert np.array_equal(numbers_of(changed, kind), exact * numbers_of(blocks, kind))
