@@ -143,7 +143,7 @@ def quantised(values, kind):
     try:
         return gguf.quantize(values, gguf.GGMLQuantizationType[kind])
     except NotImplementedError:
-        from llama_cpp import quantised_by_llama_cpp
+        from running_llama_cpp import quantised_by_llama_cpp
 
         return quantised_by_llama_cpp(values, kind)
 

