@@ -15,12 +15,14 @@ from propulsion_export.adapters.scales import Scale
 from propulsion_export.base_model.gguf.header import read_header
 from propulsion_export.base_model.gguf.parameters import Parameters
 from propulsion_export.base_model.loading import load_base
+from propulsion_export.base_model.tokenizer.reading import read_tokenizer
 from propulsion_export.pipeline.merge_gguf import merge_gguf
 
 # llama.cpp reports no probabilities of a token that is a part of a character.
 CHARACTERS = [bytes([33 + number % 94]).decode() * (1 + number // 94) for number in range(300)]
 TOKENS = {"tokenizer.ggml.tokens": ["<pad>", "<s>", "</s>", "Ċ", *CHARACTERS[4:]]}
 TOKENS |= {"tokenizer.ggml.merges": ["% %"]}
+ROOT = Path(__file__).parents[3]
 TIE = 1e-3  # of logits: what a GELU or another order of sums may change
 
 
@@ -96,6 +98,12 @@ def test_smollm2_in_f16_generates_what_pytorch_does(smollm2, saved, tmp_path):
     assert margins(merged, prompt, chosen).max() <= 0.05
 
 
+def glosses():
+    """Plain English."""
+    rows = (ROOT / "samples/data/topic.held-out.jsonl").read_text(encoding="utf-8").splitlines()
+    return ". ".join(json.loads(row)["text"] for row in rows[:60])
+
+
 def eight_bits(values):
     """Activations as llama.cpp's kernels read them: 32 numbers share a float16 scale."""
     blocks = values.reshape(-1, 32)
@@ -122,9 +130,10 @@ def test_smollm2_in_q4_1_is_no_further_from_pytorch_than_its_activations(smollm2
     """llama.cpp computes with activations of eight bits, which an adapter may make matter more."""
     adapter = saved(strong_adapter(smollm2, 0.2))
     merged = merge_gguf(adapter, tmp_path / "merged.gguf", model=str(smollm2))
-    tokens = [int(token) for token in np.random.default_rng(1).integers(100, 40000, 200)]
+    tokens = read_tokenizer(str(smollm2)).encode(glosses())[:200]
 
     base, merged_one = divergences(smollm2, tokens), divergences(merged, tokens)
 
+    assert len(tokens) == 200
     print(json.dumps({"base": base, "merged": merged_one}))
     assert merged_one[0] <= 1.2 * base[0] * max(1.0, merged_one[1] / base[1])
