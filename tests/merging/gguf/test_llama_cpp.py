@@ -126,9 +126,10 @@ def divergences(file, tokens):
 
 
 @pytest.mark.slow
-def test_smollm2_in_q4_1_is_no_further_from_pytorch_than_its_activations(smollm2, saved, tmp_path):
-    """llama.cpp computes with activations of eight bits, which an adapter may make matter more."""
-    adapter = saved(strong_adapter(smollm2, 0.2))
+@pytest.mark.parametrize("spread", [0.1, 0.2])
+def test_smollm2_in_q4_1_is_as_far_from_pytorch_as_its_base(spread, smollm2, saved, tmp_path):
+    """llama.cpp's activations have eight bits, which a strong adapter makes matter more."""
+    adapter = saved(strong_adapter(smollm2, spread))
     merged = merge_gguf(adapter, tmp_path / "merged.gguf", model=str(smollm2))
     tokens = read_tokenizer(str(smollm2)).encode(glosses())[:200]
 
@@ -136,4 +137,5 @@ def test_smollm2_in_q4_1_is_no_further_from_pytorch_than_its_activations(smollm2
 
     assert len(tokens) == 200
     print(json.dumps({"base": base, "merged": merged_one}))
-    assert merged_one[0] <= 1.2 * base[0] * max(1.0, merged_one[1] / base[1])
+    more = merged_one[1] / base[1] if spread > 0.1 else 1.0
+    assert merged_one[0] <= 1.2 * base[0] * more
