@@ -82,6 +82,7 @@ def _describe(adapter: Any) -> dict[str, Any]:
 
 def _describe_gguf(file: Path) -> dict[str, Any]:
     from propulsion_export.base_model.gguf.header import read_header
+    from propulsion_export.base_model.gguf.merges import merges_in
 
     header = read_header(file)
     return {
@@ -94,6 +95,10 @@ def _describe_gguf(file: Path) -> dict[str, Any]:
         "bytes": file.stat().st_size,
         "context_length": header.own().get("context_length"),
         "chat_template": "tokenizer.chat_template" in header.metadata,
+        "merged": [
+            {"adapter": each.adapter, "digest": each.digest, "base": each.base}
+            for each in merges_in(header)
+        ],
     }
 
 

@@ -6,9 +6,9 @@ import click
 
 from .console import Console, console_options, human_size, size_of
 from .options import (
+    directory_or_gguf_options,
     dtype_option,
     model_option,
-    output_options,
     task_option,
     trust_option,
     untie_option,
@@ -48,7 +48,12 @@ from .options import (
     is_flag=True,
     help="Read the output again: every digest, and rows of every tensor recomputed in float64.",
 )
-@output_options
+@click.option(
+    "--allow-range",
+    is_flag=True,
+    help="GGUF: write the nearest number where a tensor's type cannot hold a product.",
+)
+@directory_or_gguf_options
 @trust_option
 @console_options
 def command(
@@ -62,6 +67,7 @@ def command(
     untie: bool,
     share: bool,
     verify: bool,
+    allow_range: bool,
     output: Path,
     force: bool,
     trust_remote_code: bool,
@@ -69,8 +75,22 @@ def command(
     """Fold adapters into the weights of their base model.
 
     The directory written is a complete checkpoint: AutoModel.from_pretrained loads it without this
-    package. Several adapters get a directory each, all of them or none.
+    package. Several adapters get a directory each, all of them or none. With a GGUF file as the
+    base model, -o NAME.gguf writes that file again with the adapter in it.
     """
+    if output.suffix.lower() == ".gguf":
+        only_for_checkpoints = {
+            "--dtype": dtype != "keep",
+            "--task": task not in ("auto", "text-generation"),
+            "--max-shard-size": max_shard_size is not None,
+            "--share": share,
+            "--verify": verify,
+            "-a": len(adapter) > 1,
+        }
+        _refuse(only_for_checkpoints, "a GGUF file keeps its types and holds one adapter")
+        _merge_gguf(console, adapter[0], output, model, untie, allow_range, force)
+        return
+    _refuse({"--allow-range": allow_range}, "is for GGUF files")
     from propulsion_export.pipeline.merge import MergeOptions, merge_adapters
 
     options = MergeOptions(
@@ -95,3 +115,35 @@ def command(
         f"{output}: {human_size(size)}, {kind}. Next: propulsion-export parity "
         f"{artifacts[0].directory}",
     )
+
+
+def _refuse(given: dict[str, bool], reason: str) -> None:
+    from propulsion_export.errors import UsageError
+
+    if names := [name for name, is_given in given.items() if is_given]:
+        raise UsageError(f"{', '.join(names)}: {reason}", remedy="Leave it out.")
+
+
+def _merge_gguf(
+    console: Console,
+    adapter: str,
+    output: Path,
+    model: str | None,
+    untie: bool,
+    allow_range: bool,
+    force: bool,
+) -> None:
+    from propulsion_export.pipeline.merge_gguf import merge_gguf
+
+    with console.progress() as progress:
+        merge_gguf(
+            adapter,
+            output,
+            model=model,
+            untie=untie,
+            allow_range=allow_range,
+            force=force,
+            progress=progress,
+        )
+    size = output.stat().st_size
+    console.result({"file": str(output), "bytes": size}, f"{output}: {human_size(size)}")

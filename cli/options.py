@@ -119,9 +119,17 @@ def quantisation_options(function: Callable[P, R]) -> Callable[P, R]:
 
 def output_options(function: Callable[P, R]) -> Callable[P, R]:
     """Add `-o` and `--force`."""
+    return _output_options(function, DIRECTORY, "Output directory.")
+
+
+def directory_or_gguf_options(function: Callable[P, R]) -> Callable[P, R]:
+    """Add `-o` and `--force` to a command that may write a GGUF file."""
+    help = "Output directory, or NAME.gguf if the base model is a GGUF file."
+    return _output_options(function, HomePath(), help)
+
+
+def _output_options(function: Callable[P, R], kind: click.Path, help: str) -> Callable[P, R]:
     function = click.option(
         "--force", is_flag=True, help="Replace an earlier output of this command."
     )(function)
-    return click.option("-o", "--output", type=DIRECTORY, required=True, help="Output directory.")(
-        function
-    )
+    return click.option("-o", "--output", type=kind, required=True, help=help)(function)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from propulsion_export.engine import BuildOptions
     from propulsion_export.parity.reports.report import ParityReport
     from propulsion_export.pipeline.merge import merge
+    from propulsion_export.pipeline.merge_gguf import merge_gguf
     from propulsion_export.pipeline.onnx import export_modes, export_onnx
     from propulsion_export.pipeline.onnx_options import OnnxOptions
     from propulsion_export.pipeline.package import package
@@ -47,6 +48,7 @@ _HOMES = {
     "export_modes": "pipeline.onnx:export_modes",
     "export_onnx": "pipeline.onnx:export_onnx",
     "merge": "pipeline.merge:merge",
+    "merge_gguf": "pipeline.merge_gguf:merge_gguf",
     "package": "pipeline.package:package",
     "predict": "pipeline.run:predict",
     "remove_adapter": "artifacts.changing:remove_adapter",
@@ -71,6 +73,7 @@ __all__ = [
     "export_modes",
     "export_onnx",
     "merge",
+    "merge_gguf",
     "package",
     "predict",
     "remove_adapter",

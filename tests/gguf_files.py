@@ -131,11 +131,21 @@ def _write_tensor(writer, name, values, quantisation):
         writer.add_tensor(name, values)
         return
     kind = gguf.GGMLQuantizationType[quantisation]
-    packed = gguf.quantize(values, kind)
+    packed = quantised(values, quantisation)
     if quantisation == "F16":
         writer.add_tensor(name, packed)
     else:
         writer.add_tensor(name, packed, raw_dtype=kind)
+
+
+def quantised(values, kind):
+    """The bytes of float32 values in a quantised type; llama.cpp's own where gguf has none."""
+    try:
+        return gguf.quantize(values, gguf.GGMLQuantizationType[kind])
+    except NotImplementedError:
+        from running_llama_cpp import quantised_by_llama_cpp
+
+        return quantised_by_llama_cpp(values, kind)
 
 
 def _tokenizer():

@@ -1,12 +1,16 @@
 """Refuse to apply an adapter to a base model that `merge` made with that adapter."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.adapters.provenance import absolute
 from propulsion_export.artifacts.file_names import MANIFEST_FILE
-from propulsion_export.artifacts.manifest import Manifest, read_manifest
+from propulsion_export.artifacts.manifest import read_manifest
+from propulsion_export.base_model.gguf.header import read_header
+from propulsion_export.base_model.gguf.merges import merges_in
+from propulsion_export.base_model.gguf.source import find_gguf
 from propulsion_export.base_model.hub import locate
 from propulsion_export.environment.paths import user_path
 from propulsion_export.errors import BaseModelError
@@ -24,7 +28,7 @@ def check_not_merged(source: str, adapters: Sequence[Adapter]) -> None:
     """
     findings, original = [], source
     for merged in _merges(source):
-        original = merged.base.source
+        original = merged.base
         findings += [
             f"{source}: {finding}"
             for adapter in adapters
@@ -34,33 +38,54 @@ def check_not_merged(source: str, adapters: Sequence[Adapter]) -> None:
         raise BaseModelError(*findings, remedy=f"Give the base model itself with -m: {original}.")
 
 
-def _contradiction(merged: Manifest, adapter: Adapter) -> str | None:
+@dataclass(frozen=True)
+class _Merge:
+    """An adapter in a merged checkpoint or GGUF file; `said` is where that says so."""
+
+    adapter: str
+    digest: str
+    base: str
+    said: str
+
+
+def _contradiction(merged: _Merge, adapter: Adapter) -> str | None:
     """Why an adapter does not belong on a merged checkpoint; None if it may."""
-    ((held, entry),) = merged.adapters.items()
-    if entry.digest == adapter.digest:
+    if merged.digest == adapter.digest:
         return (
-            f"holds the adapter {held} already by its {MANIFEST_FILE}, and the adapter "
+            f"holds the adapter {merged.adapter} already by its {merged.said}, and the adapter "
             f"{adapter.name} is the same: its scales would be applied twice"
         )
     nameless = adapter.fingerprint is None and adapter.base is not None
-    if nameless and absolute(str(adapter.base)) == merged.base.source:
+    if nameless and absolute(str(adapter.base)) == merged.base:
         return (
-            f"holds the adapter {held}, expected the base model {merged.base.source}, which the "
+            f"holds the adapter {merged.adapter}, expected the base model {merged.base}, which the "
             f"adapter {adapter.name} was trained on"
         )
     return None
 
 
-def _merges(source: str) -> Iterator[Manifest]:
-    """The manifest of a merged checkpoint, then that of the one which it was made from, if any."""
+def _merges(source: str) -> Iterator[_Merge]:
+    """The last merge that made a checkpoint or GGUF file, then the one before it, and so on."""
     seen = set()
     while source not in seen:
         seen.add(source)
+        if (gguf := _gguf(source)) is not None:
+            # Such a file records all of them.
+            for each in reversed(merges_in(read_header(gguf))):
+                yield _Merge(each.adapter, each.digest, each.base, "metadata")
+            return
         file = _manifest_file(source)
         if file is None or (manifest := read_manifest(file)).kind != "merged":
             return
-        yield manifest
+        ((held, entry),) = manifest.adapters.items()
+        yield _Merge(held, entry.digest, manifest.base.source, MANIFEST_FILE)
         source = manifest.base.source
+
+
+def _gguf(source: str) -> Path | None:
+    """The GGUF file that a base model is, if it is there."""
+    path = user_path(source)
+    return find_gguf(source) if path.exists() else None
 
 
 def _manifest_file(source: str) -> Path | None:

@@ -58,7 +58,7 @@ def staged_directory(
         UsageError: `check_replaceable` refuses the destination, or the disk is full.
     """
     destination = user_path(destination).resolve()
-    with disk_errors_in_words(destination, FULL | _FORBIDDEN):
+    with disk_errors_in_words(destination, FULL | FORBIDDEN):
         check_replaceable(destination, marker=marker, force=force, inputs=inputs, several=several)
         destination.parent.mkdir(parents=True, exist_ok=True)
         partial = aside(destination, "partial")
@@ -94,22 +94,21 @@ def check_replaceable(
             to.
     """
     destination = user_path(destination).resolve()
-    with disk_errors_in_words(destination, _FORBIDDEN):
-        _refuse_cache(destination)
+    with disk_errors_in_words(destination, FORBIDDEN):
+        refuse_cache(destination)
         sweep(destination)
-        _refuse_inputs(destination, inputs)
+        refuse_inputs(destination, inputs)
         _refuse_to_lose(destination, marker, force=force, several=several)
 
 
-def _refuse_cache(destination: Path) -> None:
+def refuse_cache(destination: Path) -> None:
+    """Refuse a place in a hub's cache."""
     if cached_repository(destination) is not None:
-        raise UsageError(
-            f"{destination}: lies in a hub's cache, whose files other revisions share",
-            remedy=_ELSEWHERE,
-        )
+        found = f"{destination}: lies in a hub's cache, whose files other revisions share"
+        raise UsageError(found, remedy=_ELSEWHERE)
 
 
-def _refuse_inputs(destination: Path, inputs: Iterable[Path | str]) -> None:
+def refuse_inputs(destination: Path, inputs: Iterable[Path | str]) -> None:
     """Refuse to replace an input; names that are not paths here, such as a hub's, are skipped."""
     for given in inputs:
         path = user_path(given)
@@ -131,7 +130,7 @@ def _refuse_inputs(destination: Path, inputs: Iterable[Path | str]) -> None:
 def _refuse_to_lose(
     destination: Path, marker: Marker, *, force: bool, several: bool = False
 ) -> None:
-    _refuse_unwritable(destination)
+    refuse_unwritable(destination)
     if not destination.exists():
         return
     if not destination.is_dir():
@@ -184,11 +183,12 @@ def _weights_beside_an_adapter(destination: Path, marker: Marker) -> str | None:
     """A file of model weights in an adapter's directory; no command of ours writes one there."""
     if marker != "adapter_config.json":
         return None
-    names = sorted(path.name for path in destination.iterdir())
-    return next((name for name in names if re.match(_MODEL_WEIGHTS, name)), None)
+    names = (path.name for path in destination.iterdir())
+    return min((name for name in names if re.match(_MODEL_WEIGHTS, name)), default=None)
 
 
-def _refuse_unwritable(destination: Path) -> None:
+def refuse_unwritable(destination: Path) -> None:
+    """Refuse a place where nothing can be created."""
     above = next(path for path in destination.parents if path.exists())
     if not above.is_dir():
         raise UsageError(f"{above}: is a file, expected a directory to write {destination} in")
@@ -221,7 +221,7 @@ def replace_file(path: Path, content: bytes) -> None:
     Raises:
         UsageError: `path` is a directory or cannot be written to; the disk is full.
     """
-    with disk_errors_in_words(path, FULL | _FORBIDDEN):
+    with disk_errors_in_words(path, FULL | FORBIDDEN):
         path.parent.mkdir(parents=True, exist_ok=True)
         sweep(path)
         # Two threads may replace the same file, so each has a temporary name of its own.
@@ -274,7 +274,7 @@ def _open_to_readers(directory: Path) -> None:
             path.chmod(rights)
 
 
-_FORBIDDEN = {
+FORBIDDEN = {
     errno.EACCES: "no permission to write here",
     errno.ENOTDIR: "a part of the path is a file",
     errno.EEXIST: "a part of the path is a file",

@@ -15,6 +15,8 @@ from torch import nn
 
 from propulsion_export.base_model.chat.templates import read_template_file
 from propulsion_export.base_model.config import read_config, set_labels
+from propulsion_export.base_model.fingerprint import Fingerprint
+from propulsion_export.base_model.gguf.parameters import with_steps
 from propulsion_export.base_model.gguf.source import find_gguf
 from propulsion_export.base_model.loading import load_model, model_class_of
 from propulsion_export.base_model.model_inputs import (
@@ -130,6 +132,9 @@ def attach_adapter(base: TrainableBase, classes: Sequence[str], options: TrainOp
     model = get_peft_model(base.model, config)
     recorded = model.peft_config["default"]
     recorded.base_model_name_or_path = base.name
+    if recorded.base_fingerprint is not None and (file := find_gguf(base.name)) is not None:
+        found = Fingerprint.from_json(recorded.base_fingerprint)
+        recorded.base_fingerprint = with_steps(found, file).to_json()
     recorded.modules_to_save = saved or None  # PEFT had added the names of heads that may not exist
     if options.dtype != "float32":
         for path in saved:

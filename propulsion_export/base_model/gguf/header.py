@@ -10,7 +10,7 @@ import mmap
 import struct
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -47,12 +47,30 @@ class TensorPlace:
 
 
 @dataclass(frozen=True)
+class Sections:
+    """Where the parts of a header lie in the file, for who copies them.
+
+    Attributes:
+        keys: the first byte and the one behind the last of each metadata key with its value.
+        entries: the same of all that is said of the tensors.
+        data: the first byte of the tensors.
+        alignment: every tensor begins at a multiple of it, counted from `data`.
+    """
+
+    keys: Mapping[str, tuple[int, int]]
+    entries: tuple[int, int]
+    data: int
+    alignment: int
+
+
+@dataclass(frozen=True)
 class Header:
     """The metadata of a GGUF file and the places of its tensors, by name."""
 
     file: Path
     metadata: Mapping[str, Any]
     tensors: Mapping[str, TensorPlace]
+    sections: Sections = field(repr=False)
 
     @property
     def architecture(self) -> str:
@@ -113,19 +131,23 @@ class _Reader:
 
     def header(self) -> Header:
         tensor_count, key_count = self._counts()
-        metadata = {}
+        metadata, keys = {}, {}
         for _ in range(key_count):
+            first = self.place
             key = self._string()
             (kind,) = self._numbers("I")
             metadata[key] = self._value(kind)
+            keys[key] = (first, self.place)
         self._check_keys(metadata)
+        first = self.place
         entries = [self._tensor() for _ in range(tensor_count)]
         step = metadata.get("general.alignment", _ALIGNMENT)
         data = -(-self.place // step) * step
         tensors = {}
         for name, shape, kind, offset in entries:
             tensors[name] = self._placed(name, shape, kind, data + offset)
-        return Header(self.file, metadata, tensors)
+        sections = Sections(keys, (first, self.place), data, step)
+        return Header(self.file, metadata, tensors, sections)
 
     def _counts(self) -> tuple[int, int]:
         if self.content[: len(MAGIC)] != MAGIC:

@@ -7,7 +7,7 @@ tensors: what is left over on either side would make another model of it, so the
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,62 +16,34 @@ import torch
 import transformers
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from propulsion_export.base_model.gguf.conversions import (
-    GATE_AND_UP,
-    Conversion,
-    conversion_of,
-)
+from propulsion_export.base_model.gguf.entries import FileTensor, conversion_for
 from propulsion_export.base_model.gguf.files import small_files
 from propulsion_export.base_model.gguf.header import Header, read_header
+from propulsion_export.base_model.gguf.names import name_map, tensor_names
 from propulsion_export.base_model.gguf.rotary import FREQUENCIES, LONG, SHORT
 from propulsion_export.base_model.gguf.source import find_gguf
-from propulsion_export.base_model.gguf.values import read_values
 from propulsion_export.environment.quiet import quiet
 from propulsion_export.errors import BaseModelError
 
 # In the configuration, not in a parameter.
 _ROTARY = frozenset({FREQUENCIES, SHORT, LONG})
-_EXPERTS = re.compile(r"(.*\.layers\.(\d+)\.mlp\.experts)\.(gate_up_proj|down_proj)")
 # Biases that llama.cpp leaves out where they are all zero, or the model has none there.
 _ZERO = re.compile(r"\.(self_attn|attn|self_attention|mlp)\.[^.]+\.bias$")
 
 
 @dataclass(frozen=True, eq=False)
-class GgufTensor:
-    """A parameter that tensors of a GGUF file make; its numbers are computed when it is read.
+class GgufTensor(FileTensor):
+    """A parameter that tensors of a GGUF file make; its numbers are computed when it is read."""
 
-    Attributes:
-        header: of the file.
-        names: the tensors; none for a bias that the file leaves out, which is zero.
-        conversion: how they become the parameter.
-        shape: of the parameter.
-        dtype: of the parameter.
-    """
-
-    header: Header = field(repr=False)
-    names: tuple[str, ...]
-    conversion: Conversion = field(repr=False)
-    shape: tuple[int, ...]
-    dtype: torch.dtype = torch.float32
+    dtype: torch.dtype = torch.float32  # type: ignore[assignment]
 
     def read(self) -> torch.Tensor:
         """The whole parameter, in memory of its own."""
-        if not self.names:
-            return torch.zeros(self.shape)
-        arrays = [read_values(self.header, name) for name in self.names]
-        return torch.from_numpy(self.conversion.values(arrays)).contiguous()
+        return torch.from_numpy(self.array()).contiguous()
 
     def __getitem__(self, place: Any) -> Any:
         """One entry, by its position on every axis; the whole parameter for `...`."""
-        if place is Ellipsis:
-            return self.read()
-        return float(_last_read(self)[place])
-
-
-@lru_cache(maxsize=1)
-def _last_read(tensor: GgufTensor) -> torch.Tensor:
-    """The tensor again, for the next of several entries of it."""
-    return tensor.read()
+        return self.read() if place is Ellipsis else super().__getitem__(place)
 
 
 def gguf_tensors(source: str) -> dict[str, GgufTensor] | None:
@@ -119,27 +91,14 @@ def _wanted(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 def _sources(header: Header, model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
     """The tensors of the file that each parameter is made of, by its name."""
-    names = _name_map(header.architecture, int(model.config.num_hidden_layers))
-    found: dict[str, tuple[str, ...]] = {}
-    for parameter in _wanted(model):
-        inner = parameter.removeprefix(f"{model.base_model_prefix}.")
-        for path, _, kind in (one.rpartition(".") for one in (inner, parameter)):
-            name = f"{names.get_name(path)}.{kind}"
-            if name in header.tensors:
-                found[parameter] = (name,)
-        if match := _EXPERTS.fullmatch(parameter):
-            block = f"blk.{match[2]}.ffn"
-            kinds = ("gate", "up") if match[3] == "gate_up_proj" else ("down",)
-            found[parameter] = tuple(f"{block}_{kind}_exps.weight" for kind in kinds)
-    return found
-
-
-def _name_map(architecture: str, layers: int) -> Any:
-    """llama.cpp's table of the names of an architecture's tensors, by transformers' names."""
-    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
-
-    (number,) = (key for key, name in MODEL_ARCH_NAMES.items() if name == architecture)
-    return get_tensor_name_map(number, layers)
+    names = name_map(header)
+    found = {parameter: tensor_names(names, parameter) for parameter in _wanted(model)}
+    # Several tensors make one parameter together: one that is missing there is an error.
+    return {
+        parameter: each
+        for parameter, each in found.items()
+        if len(each) > 1 or all(name in header.tensors for name in each)
+    }
 
 
 def _refuse_left_over(
@@ -180,7 +139,7 @@ def _made(
         raise _lacks(header, missing[0])
     if not names and not _ZERO.search(parameter):
         raise _lacks(header, parameter)
-    conversion = _conversion(header.architecture, names, config)
+    conversion = conversion_for(header.architecture, names, config)
     if names:
         found = conversion.shape([header.tensors[name].shape for name in names])
         if found != shape:
@@ -189,12 +148,6 @@ def _made(
                 f"{list(found)}, expected {list(shape)} by its metadata"
             )
     return GgufTensor(header, names, conversion, shape)
-
-
-def _conversion(architecture: str, names: tuple[str, ...], config: Mapping[str, Any]) -> Conversion:
-    if len(names) > 1:
-        return GATE_AND_UP
-    return conversion_of(architecture, names[0] if names else "", config)
 
 
 def _lacks(header: Header, name: str) -> BaseModelError:

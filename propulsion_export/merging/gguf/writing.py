@@ -1,0 +1,170 @@
+"""Write a GGUF file with a plan carried out: the other bytes are copied as they are."""
+
+import os
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from propulsion_export.base_model.gguf.header import Header, TensorPlace, type_name
+from propulsion_export.base_model.gguf.metadata import Text, with_keys
+from propulsion_export.base_model.gguf.values import block_size
+from propulsion_export.base_model.tensor_files import Array
+from propulsion_export.environment.progress import Progress
+from propulsion_export.errors import AdapterError
+from propulsion_export.merging.gguf.blocks import FLOATS, Bytes, Lost, plain_rows, scaled_rows
+from propulsion_export.merging.gguf.copying import copy_range, write_all
+from propulsion_export.merging.gguf.plan import Plan
+from propulsion_export.merging.gguf.written import Written
+
+_PIECE = 1 << 20  # bytes of a tensor that are changed at a time
+_REPORTED = 0.1  # how much has to be done for another report of progress
+_COUNTS = 8  # the first byte of the numbers of tensors and keys
+
+
+@dataclass
+class Writer:
+    """Writes one file.
+
+    Attributes:
+        header: of the base model's file.
+        plan: what becomes of its tensors.
+        keys: metadata to add or replace.
+        allow_range: write the nearest number where a type cannot hold a product.
+        progress: called with the share of the bytes that are written.
+        changed: whether any tensor has got other bytes so far.
+    """
+
+    header: Header
+    plan: Plan
+    keys: Mapping[str, Text]
+    allow_range: bool
+    progress: Progress
+    changed: bool = field(default=False, init=False)
+    _reported: float = field(default=0.0, init=False)
+
+    def write(self, source: int, target: int) -> None:
+        """Write the file to a descriptor that stands at its start; `source` is the base model's.
+
+        Raises:
+            AdapterError: a type cannot hold a product and `allow_range` is off; names the tensor,
+                the channel and the block.
+            OSError: what reading or writing reports.
+        """
+        write_all(target, self._head(source))
+        first = end = self.header.sections.data
+        for name, place in sorted(self.header.tensors.items(), key=lambda item: item[1].start):
+            if name in self.plan.changed:
+                copy_range(source, target, end, place.start - end)
+                self._write(source, target, self.plan.changed[name])
+                end = place.start + place.size
+                self._report((end - first) / (self._last - first), name)
+        stop = self._last if self.plan.added else os.fstat(source).st_size
+        copy_range(source, target, end, stop - end)
+        end = stop - first
+        for name, offset in self._offsets().items():
+            write_all(target, bytes(offset - end))
+            self._write(source, target, self.plan.added[name])
+            end = offset + self.plan.added[name].place.size
+
+    def _report(self, share: float, name: str) -> None:
+        if share >= self._reported + _REPORTED:
+            self.progress(share, f"wrote {name}")
+            self._reported = share
+
+    @property
+    def _last(self) -> int:
+        """The first byte behind the base model's tensors."""
+        ends = (place.start + place.size for place in self.header.tensors.values())
+        return max(ends, default=self.header.sections.data)
+
+    def _offsets(self) -> dict[str, int]:
+        """Where the added tensors begin, behind the others, counted from the first of all."""
+        found, end = {}, self._last - self.header.sections.data
+        for name, each in self.plan.added.items():
+            found[name] = end + -end % self.header.sections.alignment
+            end = found[name] + each.place.size
+        return found
+
+    def _head(self, source: int) -> bytes:
+        """Everything before the tensors."""
+        sections, added = self.header.sections, self.plan.added
+        kept = os.pread(source, sections.data, 0)
+        keys, count = with_keys(kept, sections.keys, self.keys)
+        counts = struct.pack("<QQ", len(self.header.tensors) + len(added), count)
+        head = kept[:_COUNTS] + counts + keys + kept[slice(*sections.entries)]
+        for name, offset in self._offsets().items():
+            head += _entry(name, added[name].place, offset)
+        return head + bytes(-len(head) % sections.alignment)
+
+    def _write(self, source: int, target: int, written: Written) -> None:
+        if written.factors is None and written.given is None:
+            copy_range(source, target, written.place.start, written.place.size)
+            return
+        for stored, content, lost, first in _pieces(source, written):
+            if lost is not None and not self.allow_range:
+                raise _refused(self.header, written, lost, first)
+            self.changed = self.changed or not np.array_equal(stored, content)
+            write_all(target, content.reshape(-1).data)
+
+
+def _pieces(source: int, written: Written) -> Iterator[tuple[Bytes, Bytes, Lost | None, int]]:
+    """The stored and the new bytes of some rows after the other, and the number of their first."""
+    kind = type_name(written.place.kind)
+    if written.given is not None:
+        content, lost = plain_rows(written.given[None].astype(np.float64), kind)
+        yield np.empty(0, np.uint8), content, lost, 0
+        return
+    shape, size, factors = _layout(written)
+    rows = max(1, _PIECE // size)
+    for first in range(0, shape[0], rows):
+        count = min(rows, shape[0] - first)
+        content = _read(source, written.place.start + first * size, count * size)
+        stored = content.reshape(count, *shape[1:])
+        chosen = factors[first : first + count] if factors.shape[0] > 1 else factors
+        yield stored, *scaled_rows(stored, chosen, kind), first
+
+
+def _layout(written: Written) -> tuple[tuple[int, ...], int, Array]:
+    """The shape of a tensor's bytes, rows first, the size of a row, and the rows' factors."""
+    assert written.factors is not None
+    shape, (entries, size) = written.place.shape, block_size(written.place)
+    *leading, columns = shape if len(shape) > 1 else (1, *shape)
+    rows, blocks = int(np.prod(leading)), columns // entries
+    factors = written.factors.reshape(-1, written.factors.shape[-1])
+    if len(shape) == 1:
+        factors = written.factors.reshape(1, -1)
+    elif factors.shape[-1] == 1:
+        spread = np.broadcast_to(written.factors[..., 0], shape[:-1])
+        factors = spread.reshape(-1, 1)
+    plain = type_name(written.place.kind) in FLOATS
+    bytes_shape = (rows, blocks * size) if plain else (rows, blocks, size)
+    return bytes_shape, blocks * size, factors
+
+
+def _read(source: int, start: int, size: int) -> Bytes:
+    content = os.pread(source, size, start)
+    return np.frombuffer(content, np.uint8)
+
+
+def _refused(header: Header, written: Written, lost: Lost, first: int) -> AdapterError:
+    row = first + lost.row
+    channel = row
+    if written.channels is not None:
+        flat = written.channels.ravel()
+        by_column = written.channels.shape[-1] > 1
+        channel = int(flat[lost.block if by_column else row])
+    return AdapterError(
+        f"{header.file}: {written.name}, channel {channel}, block {lost.block}: it would be "
+        f"{lost.product:.4g}, which {lost.problem}",
+        remedy="Accept the nearest number with --allow-range.",
+    )
+
+
+def _entry(name: str, place: TensorPlace, offset: int) -> bytes:
+    """What the header says of a tensor."""
+    text = name.encode()
+    sizes = tuple(reversed(place.shape))
+    head = struct.pack("<Q", len(text)) + text + struct.pack("<I", len(sizes))
+    return head + struct.pack(f"<{len(sizes)}QIQ", *sizes, place.kind, offset)
