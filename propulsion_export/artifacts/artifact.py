@@ -62,6 +62,8 @@ _READ = (
     *("tokenizer*", "vocab.*", "sentencepiece*.model", "chat_template*"),
 )
 
+_NO_DIGESTS: Mapping[str, str] = {}
+
 # Arrays by name, such as a model's inputs; a runner is any callable from inputs to outputs.
 Tensors = Mapping[str, npt.NDArray[Any]]
 Runner = Callable[[Tensors], Tensors]
@@ -95,18 +97,20 @@ class Artifact:
         return cls(directory, manifest)
 
     @classmethod
-    def write(cls, directory: Path, manifest: Manifest) -> Self:
+    def write(
+        cls, directory: Path, manifest: Manifest, *, known: Mapping[str, str] = _NO_DIGESTS
+    ) -> Self:
         """Record the digests of all files in `directory`, then write the manifest.
 
         A bank's files get no digest, since they change in place; its registry has the rows'
-        checksums.
+        checksums. Files whose digests are `known`, by their path inside, are not read.
         """
         written = {
-            file.relative_to(directory).as_posix(): digest_of(file)
+            name: known.get(name) or digest_of(file)
             for file in sorted(directory.rglob("*"))
             if file.is_file()
             and file.name != MANIFEST_FILE
-            and not is_bank_file(file.relative_to(directory).as_posix())
+            and not is_bank_file(name := file.relative_to(directory).as_posix())
         }
         manifest = replace(manifest, files=written)
         replace_file(directory / MANIFEST_FILE, manifest.to_json().encode())

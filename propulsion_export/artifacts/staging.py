@@ -263,10 +263,13 @@ def disk_errors_in_words(
 
 
 def _open_to_readers(directory: Path) -> None:
-    """Give every file the directory's permissions; safetensors creates files with 0600."""
+    """Give every file the directory's permissions; safetensors creates files with 0600.
+
+    A file that another directory shares keeps those that it has there.
+    """
     rights = directory.stat().st_mode & 0o666
     for path in directory.rglob("*"):
-        if path.is_file() and not path.is_symlink():
+        if path.is_file() and not path.is_symlink() and path.stat().st_nlink == 1:
             path.chmod(rights)
 
 

@@ -1,7 +1,7 @@
 """Read and write graphs, their weights in files beside them, so that size is no limit."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +9,9 @@ import numpy as np
 import onnx_ir as ir
 from google.protobuf.message import DecodeError
 
-from propulsion_export.artifacts.file_names import GRAPH_FILE, WEIGHTS_FILE
+from propulsion_export.artifacts.file_names import GRAPH_FILE, OWN_WEIGHTS_FILE, WEIGHTS_FILE
 from propulsion_export.environment.hub_files import leads_inside
-from propulsion_export.errors import ArtifactError
+from propulsion_export.errors import ArtifactError, UsageError
 from propulsion_export.graph.ir_version import lower_ir_version_
 
 # Shapes and split lengths must be inside the graph: runtimes read them while inferring shapes.
@@ -30,29 +30,92 @@ def write_graphs(models: Mapping[str, ir.Model], directory: Path) -> None:
     A weight used by several graphs, or twice in one, is written once; small ones stay inside. The
     IR version is the lowest that the graph's opset and types allow.
     """
+    values = [value for model in models.values() for value in _large_weights(model)]
+    _write_weights_(values, directory, WEIGHTS_FILE)
+    _save(models, directory)
+
+
+def write_beside_shared(
+    models: Mapping[str, ir.Model], source: Path, directory: Path
+) -> tuple[str, ...]:
+    """Write graphs whose unchanged weights stay in the files of `source`, by hard links to them.
+
+    Weights that are not in a file of `source` go to `model.onnx.own.data`.
+
+    Args:
+        models: the graphs by file name.
+        source: the directory that the graphs were read from.
+        directory: where to write, on the same file system.
+
+    Returns:
+        The names of the files that are linked.
+
+    Raises:
+        UsageError: the files cannot be linked.
+    """
+    values = [value for model in models.values() for value in _large_weights(model)]
+    changed, kept = _by_kind(values)
+    names = tuple(dict.fromkeys(str(value.const_value.location) for value in kept))
+    for name in names:
+        _link(source / name, directory / name)
+    for value in kept:
+        _refer_(value, value.const_value, directory)
+    _write_weights_(changed, directory, OWN_WEIGHTS_FILE)
+    _save(models, directory)
+    return names
+
+
+def _by_kind(values: Iterable[ir.Value]) -> tuple[list[ir.Value], list[Any]]:
+    """The values whose tensors are in memory, and those whose are in a file."""
+    found: tuple[list[ir.Value], list[Any]] = ([], [])
+    for value in values:
+        found[isinstance(value.const_value, ir.ExternalTensor)].append(value)
+    return found
+
+
+def _link(source: Path, destination: Path) -> None:
+    try:
+        destination.hardlink_to(source.resolve())
+    except OSError as error:
+        raise UsageError(
+            f"--share: {source} cannot be linked from {destination.parent.parent} "
+            f"({error.strerror})",
+            remedy="Choose an output on the same disk, or leave --share out.",
+        ) from error
+
+
+def _write_weights_(values: Sequence[ir.Value], directory: Path, file: str) -> None:
+    """Write the values' tensors to a file, equal ones once, and let the values refer to it."""
     digests: dict[int, bytes] = {}
     unique: dict[bytes, Any] = {}
-    values = [value for model in models.values() for value in _large_weights(model)]
     for value in values:
         digests[id(value)] = key = _digest(value.const_value)
         unique.setdefault(key, value.const_value)
     places = {}
     if unique:
         written = ir.external_data.convert_tensors_to_external(
-            list(unique.values()), directory, WEIGHTS_FILE
+            list(unique.values()), directory, file
         )
         places = dict(zip(unique, written, strict=True))
     for value in values:
-        place = places[digests[id(value)]]
-        value.const_value = ir.ExternalTensor(
-            place.location,
-            place.offset,
-            place.length,
-            place.dtype,
-            shape=value.const_value.shape,
-            name=str(value.name),
-            base_dir=directory,
-        )
+        _refer_(value, places[digests[id(value)]], directory)
+
+
+def _refer_(value: ir.Value, place: Any, directory: Path) -> None:
+    """Let a value's tensor be where `place` is, in a file of `directory`."""
+    assert value.const_value is not None
+    value.const_value = ir.ExternalTensor(
+        place.location,
+        place.offset,
+        place.length,
+        place.dtype,
+        shape=value.const_value.shape,  # type: ignore[arg-type]
+        name=str(value.name),
+        base_dir=directory,
+    )
+
+
+def _save(models: Mapping[str, ir.Model], directory: Path) -> None:
     for name, model in models.items():
         model.producer_name = "propulsion-export"
         lower_ir_version_(model)

@@ -62,7 +62,7 @@ class FoldScales(ir.passes.InPlacePass):
             if not graph.initializers[name].uses():
                 graph.initializers.pop(name)
         for name in self.others.keys() & graph.initializers.keys():
-            _set(graph.initializers[name], self.others[name])
+            set_values(graph.initializers[name], self.others[name])
         return ir.passes.PassResult(model, modified=bool(names))
 
     def _fold_all(self, graph: ir.Graph, name: str) -> bool:
@@ -75,7 +75,7 @@ class FoldScales(ir.passes.InPlacePass):
             if product.node in sinks:
                 left = self._fold(graph, name, sinks[product.node])
                 kept.append(_leave(graph, product, left))
-        _set(scale, self.values[name])  # for the multiplies without a sink
+        set_values(scale, self.values[name])  # for the multiplies without a sink
         return any(kept) or len(kept) < len(products)
 
     def _fold(self, graph: ir.Graph, name: str, sink: Sink) -> Array:
@@ -85,7 +85,7 @@ class FoldScales(ir.passes.InPlacePass):
         for target, values in zip(sink.targets, originals, strict=True):
             old = target.value
             folded = _rounded_like(values * target.spread(split.folded), old)
-            new = add_constant(graph, _unused(graph, f"{old.name}.folded"), folded)
+            new = add_constant(graph, unused_name(graph, f"{old.name}.folded"), folded)
             target.node.replace_input_with(target.index, new)
             self._remove_unused(graph, old)
         return split.left
@@ -138,8 +138,7 @@ def split_factor(scale: Array, sink: Sink, originals: Sequence[Array]) -> SplitF
 
 def _stays_normal(products: Array, target: Target) -> Array:
     """For each channel, whether all its new quantisation scales are stored with full precision."""
-    numpy_type = _numpy_type(target.value)
-    limits = np.finfo(numpy_type)
+    limits = np.finfo(numpy_type(target.value))
     sizes = np.abs(products)
     good = (sizes == 0) | ((sizes >= limits.smallest_normal) & (sizes <= limits.max))
     others = tuple(axis for axis in range(good.ndim) if axis != target.axis % good.ndim)
@@ -152,13 +151,13 @@ def _leave(graph: ir.Graph, product: ScaleProduct, left: Array) -> bool:
         bypass(graph, product.node.outputs[0], product.other)
         graph.remove(product.node, safe=True)
         return False
-    name = _unused(graph, f"{product.scale.name}.left")
+    name = unused_name(graph, f"{product.scale.name}.left")
     new = add_constant(graph, name, _rounded_like(left, product.scale))
     product.node.replace_input_with(product.index, new)
     return True
 
 
-def _unused(graph: ir.Graph, name: str) -> str:
+def unused_name(graph: ir.Graph, name: str) -> str:
     """A name that no initializer has: a scale may act more than once."""
     free, count = name, 1
     while free in graph.initializers:
@@ -166,15 +165,18 @@ def _unused(graph: ir.Graph, name: str) -> str:
     return free
 
 
-def _set(value: ir.Value, values: Array) -> None:
+def set_values(value: ir.Value, values: Array) -> None:
+    """Give an initializer other values, float64, rounded once to its dtype."""
+    value.shape = ir.Shape(values.shape)
     value.const_value = ir.tensor(_rounded_like(values, value), name=value.name)
 
 
 def _rounded_like(values: Array, value: ir.Value) -> Array:
-    return rounded(values, _numpy_type(value))
+    return rounded(values, numpy_type(value))
 
 
-def _numpy_type(value: ir.Value) -> np.dtype[Any]:
+def numpy_type(value: ir.Value) -> np.dtype[Any]:
+    """The numpy type of an initializer."""
     tensor = value.const_value
     dtype = value.dtype if tensor is None else tensor.dtype
     assert dtype is not None
