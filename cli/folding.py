@@ -17,6 +17,7 @@ from .verdict import exit_code, verdict_line
 if TYPE_CHECKING:
     from propulsion_export.artifacts.artifact import Artifact
     from propulsion_export.parity.reports.report import ParityReport
+    from propulsion_export.pipeline.fold_onnx import Runtime
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -28,6 +29,7 @@ _TAKEN = {
     "output",
     "mode",
     "share",
+    "for_runtime",
     "untie",
     "force",
     "no_parity",
@@ -48,6 +50,7 @@ class FoldRequest:
     output: Path
     share: bool
     untie: bool
+    for_runtime: "Runtime"
     force: bool
     trust_remote_code: bool
 
@@ -67,21 +70,32 @@ def from_options(function: Callable[P, R]) -> Callable[P, R]:
             is_flag=True,
             help="With --from: hard-link the file of the weights that do not change.",
         ),
+        click.option(
+            "--for",
+            "for_runtime",
+            type=click.Choice(["any", "tensorrt"]),
+            default="any",
+            show_default=True,
+            help="With --from. tensorrt: signs of scales go into quantised integers.",
+        ),
     )
     for option in reversed(options):
         function = option(function)
     return function
 
 
-def check_from(from_artifact: Path | None, mode: Sequence[str], *, share: bool) -> None:
+def check_from(
+    from_artifact: Path | None, mode: Sequence[str], *, share: bool, for_runtime: str
+) -> None:
     """Refuse options that do nothing with `--from`, or without it.
 
     Raises:
         UsageError: naming each of them.
     """
     if from_artifact is None:
-        if share:
-            raise UsageError("--share: does nothing without --from", remedy="Leave it out.")
+        idle = {"--share": share, "--for": for_runtime != "any"}
+        if found := [f"{name}: does nothing without --from" for name, is_ in idle.items() if is_]:
+            raise UsageError(*found, remedy="Leave it out.")
         return
     context = click.get_current_context()
     given = [
@@ -111,6 +125,7 @@ def fold(console: Console, request: FoldRequest, *, parity: bool) -> int:
                 from_artifact=request.from_artifact,
                 share=request.share,
                 untie=request.untie,
+                for_runtime=request.for_runtime,
                 force=request.force,
                 trust_remote_code=request.trust_remote_code,
                 progress=progress,

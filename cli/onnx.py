@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from propulsion_export.artifacts.artifact import Artifact
     from propulsion_export.artifacts.manifest import ExecutionProvider, Exporter, Mode
     from propulsion_export.parity.reports.report import ParityReport
+    from propulsion_export.pipeline.fold_onnx import Runtime
     from propulsion_export.pipeline.producing import ExporterChoice
     from propulsion_export.pipeline.quantisation_options import QuantizationForm, QuantizedType
 
@@ -119,6 +120,7 @@ def command(
     no_parity: bool,
     from_artifact: Path | None,
     share: bool,
+    for_runtime: "Runtime",
     **options: Unpack[ExportArguments],
 ) -> int:
     """Export to ONNX: an adapter folded in, several to switch between, or one in every row.
@@ -131,7 +133,7 @@ def command(
     With --from, adapters are folded into an artifact's graphs without a trace: one into DIR,
     several into DIR/NAME each.
     """
-    check_from(from_artifact, mode, share=share)
+    check_from(from_artifact, mode, share=share, for_runtime=for_runtime)
     if from_artifact is not None:
         request = FoldRequest(
             from_artifact,
@@ -139,6 +141,7 @@ def command(
             output,
             share,
             options["untie"],
+            for_runtime,
             options["force"],
             options["trust_remote_code"],
         )

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.adapters.provenance import check_base
@@ -28,6 +29,8 @@ from propulsion_export.graph.refolding.programs import SourceGraphs
 from propulsion_export.graph.signature import signature
 from propulsion_export.pipeline.folded_files import FoldedFiles
 
+Runtime = Literal["any", "tensorrt"]
+
 
 @dataclass(frozen=True)
 class FoldOptions:
@@ -35,6 +38,7 @@ class FoldOptions:
 
     share: bool = False
     untie: bool = False
+    for_runtime: Runtime = "any"
     trust_remote_code: bool = False
 
 
@@ -45,6 +49,7 @@ def fold_onnx(
     from_artifact: Path | str,
     share: bool = False,
     untie: bool = False,
+    for_runtime: Runtime = "any",
     force: bool = False,
     trust_remote_code: bool = False,
     progress: Progress = silent,
@@ -62,6 +67,9 @@ def fold_onnx(
             an adapter. It is read once.
         share: leave weights that do not change in the file of `from_artifact`, by a hard link.
         untie: copy a weight that is scaled and that something else reads as well.
+        for_runtime: `tensorrt`: the graph is for engines, so negative scales and zeros change the
+            integers of quantised weights, where they have a counterpart, and no multiply by a sign
+            is left.
         force: replace an earlier output.
         trust_remote_code: run code that the tokenizer brings.
         progress: called with the share done and what is being done.
@@ -85,11 +93,13 @@ def fold_onnx(
     progress(0.05, f"reading {from_artifact}")
     artifact = Artifact.read(from_artifact)
     _check_source(artifact)
+    if for_runtime == "tensorrt":
+        _check_engine(artifact)
     for read in adapters:
         _check_adapter(artifact, read)
     with stage("read"):
         graphs = SourceGraphs.read(artifact)
-    options = FoldOptions(share, untie, trust_remote_code)
+    options = FoldOptions(share, untie, for_runtime, trust_remote_code)
     written = {}
     with _staged(places, force=force, inputs=inputs) as staged:
         for number, read in enumerate(adapters):
@@ -113,7 +123,8 @@ class _Folding:
     def write(self, directory: Path) -> Artifact:
         """Write the folded artifact into an empty directory."""
         with stage(f"fold {self.adapter.name}"):
-            programs = self.graphs.fold(self.adapter, untie=self.options.untie)
+            signs = self.options.for_runtime == "tensorrt"
+            programs = self.graphs.fold(self.adapter, untie=self.options.untie, signs=signs)
         entry = self._entry()
         known = {}
         with stage(f"write {self.adapter.name}"):
@@ -200,6 +211,25 @@ def _check_source(artifact: Artifact) -> None:
         found = ", ".join(manifest.adapters)
         raise ArtifactError(f"{where}: has {found} folded in, {expected}", remedy=remedy)
     check_consistent(artifact.directory, manifest)
+
+
+def _check_engine(artifact: Artifact) -> None:
+    """Refuse graphs that TensorRT has no operators for.
+
+    Raises:
+        ArtifactError: naming what they have.
+    """
+    quantised = artifact.manifest.quantization
+    if artifact.manifest.exporter == "genai":
+        found, option = "the operators of onnxruntime-genai's builder", "--exporter transformers"
+    elif quantised is not None and quantised.form != "qdq":
+        found, option = f"weights in the form {quantised.form}", "--quantization-form qdq"
+    else:
+        return
+    raise ArtifactError(
+        f"--for tensorrt: {artifact.directory} has {found}, which TensorRT does not take",
+        remedy=f"Export the source with {option}.",
+    )
 
 
 def _check_adapter(artifact: Artifact, adapter: Adapter) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
@@ -35,13 +36,21 @@ class FoldScales(ir.passes.InPlacePass):
             skipped.
         others: float64, by the name of the initializer: what the adapter brings besides scales,
             trained biases and saved modules, which are set.
+        signs: whether negative scales and zeros change the integers behind a DequantizeLinear, so
+            that no multiply by a sign is left. A channel that uses the lowest integer, which has no
+            counterpart above zero, keeps its multiply.
         multiplied: after the call, the names of the scales that still have a multiply.
     """
 
     def __init__(
-        self, values: Mapping[str, Array], others: Mapping[str, Array] | None = None
+        self,
+        values: Mapping[str, Array],
+        others: Mapping[str, Array] | None = None,
+        *,
+        signs: bool = False,
     ) -> None:
         super().__init__()
+        self.signs = signs
         self.values = values
         self.others = others or {}
         self.multiplied: list[str] = []
@@ -82,13 +91,30 @@ class FoldScales(ir.passes.InPlacePass):
         """Fold a scale into one call; returns what is left to multiply by."""
         originals = [self._read(target) for target in sink.targets]
         split = split_factor(self.values[name], sink, originals)
+        moved = self._move_signs(graph, sink, split.left)
         for target, values in zip(sink.targets, originals, strict=True):
-            old = target.value
-            folded = _rounded_like(values * target.spread(split.folded), old)
-            new = add_constant(graph, unused_name(graph, f"{old.name}.folded"), folded)
-            target.node.replace_input_with(target.index, new)
-            self._remove_unused(graph, old)
-        return split.left
+            factors = split.folded if target.quantises else split.folded * moved
+            self._replace(
+                graph, target, _rounded_like(values * target.spread(factors), target.value)
+            )
+        return np.where(moved == 1, split.left, 1)
+
+    def _replace(self, graph: ir.Graph, target: Target, values: Array) -> None:
+        old = target.value
+        new = add_constant(graph, unused_name(graph, f"{old.name}.folded"), values)
+        target.node.replace_input_with(target.index, new)
+        self._remove_unused(graph, old)
+
+    def _move_signs(self, graph: ir.Graph, sink: Sink, left: Array) -> Array:
+        """Multiply integers by the signs and zeros of `left`; what they were multiplied by."""
+        moved = np.ones_like(left)
+        for target in sink.targets if self.signs and sink.positive else ():
+            if target.quantises and (integers := integers_of(target)) is not None:
+                moved = np.where(_can_move(integers, left), left, 1)
+                if (moved != 1).any():
+                    changed = (integers.values * moved).astype(integers.stored)
+                    self._replace(graph, Target(target.node, 0), changed)
+        return moved
 
     def _remove_unused(self, graph: ir.Graph, value: ir.Value) -> None:
         """Remove a constant that nothing reads any more, with what computed it."""
@@ -109,6 +135,32 @@ class FoldScales(ir.passes.InPlacePass):
         values = read_constant(target.value) if found is None else found
         assert values is not None
         return values.astype(np.float64)
+
+
+class Integers(NamedTuple):
+    """The integers of a DequantizeLinear, outputs last, int8, and the numpy type they have."""
+
+    values: Array
+    stored: np.dtype[Any]
+
+
+def integers_of(target: Target) -> Integers | None:
+    """The integers that quantisation scales belong to; None if they are computed."""
+    value = target.node.inputs[0]
+    stored = None if value is None else read_constant(value)
+    return None if stored is None else Integers(stored.astype(np.int8), stored.dtype)
+
+
+def _lowest(stored: np.dtype[Any]) -> int:
+    return -8 if stored == ml_dtypes.int4 else -128
+
+
+def _can_move(integers: Integers, left: Array) -> Array:
+    """Which channels are to be multiplied by -1 or 0, and have a place for the results."""
+    lowest = _lowest(integers.stored)
+    negatable = (integers.values != lowest).all(axis=0)
+    found: Array = (left == 0) | ((left == -1) & negatable)
+    return found
 
 
 class SplitFactor(NamedTuple):

@@ -68,7 +68,7 @@ class SourceGraphs:
         }
         return max(counts, default=len(self.manifest.base.labels or ()) or self._room)
 
-    def fold(self, adapter: Adapter, *, untie: bool) -> dict[str, ir.Model]:
+    def fold(self, adapter: Adapter, *, untie: bool, signs: bool = False) -> dict[str, ir.Model]:
         """Copies of the graphs with an adapter folded in, by file name.
 
         Weights are multiplied in float64 and rounded once; of quantised ones only the quantisation
@@ -77,6 +77,8 @@ class SourceGraphs:
         Args:
             adapter: the adapter.
             untie: copy a weight that the adapter scales and something else reads as well.
+            signs: of quantised weights, change the integers where a scale is negative or zero, see
+                `quantisation.FoldScales`.
 
         Raises:
             AdapterError: the graphs have no place for a tensor of the adapter, or a product is too
@@ -95,7 +97,7 @@ class SourceGraphs:
             _fold_weights(programs, brought, untie=untie)
         else:
             for program in programs.values():
-                FoldScales(brought.scales, brought.others)(program)
+                FoldScales(brought.scales, brought.others, signs=signs)(program)
         if self.manifest.exporter == "transformers":
             for program in programs.values():
                 optimise(program)
