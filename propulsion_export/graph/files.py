@@ -1,5 +1,6 @@
 """Read and write graphs, their weights in files beside them, so that size is no limit."""
 
+import fcntl
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from propulsion_export.graph.ir_version import lower_ir_version_
 
 # Shapes and split lengths must be inside the graph: runtimes read them while inferring shapes.
 _INLINE_BYTES = 64 * 1024
+_FICLONE = 0x40049409  # of linux/fs.h: let a file share the blocks of another
 
 
 def write_graph(model: ir.Model, directory: Path) -> Path:
@@ -38,9 +40,11 @@ def write_graphs(models: Mapping[str, ir.Model], directory: Path) -> None:
 def write_beside_shared(
     models: Mapping[str, ir.Model], source: Path, directory: Path
 ) -> tuple[str, ...]:
-    """Write graphs whose unchanged weights stay in the files of `source`, by hard links to them.
+    """Write graphs whose unchanged weights stay in the files of `source`, which are shared.
 
-    Weights that are not in a file of `source` go to `model.onnx.own.data`.
+    A file is cloned where the file system can, as XFS and Btrfs; else it gets a hard link, which
+    the onnx package refuses to load weights from. Weights that are not in a file of `source` go to
+    `model.onnx.own.data`.
 
     Args:
         models: the graphs by file name.
@@ -48,16 +52,16 @@ def write_beside_shared(
         directory: where to write, on the same file system.
 
     Returns:
-        The names of the files that are linked.
+        The names of the files that are shared.
 
     Raises:
-        UsageError: the files cannot be linked.
+        UsageError: the files cannot be shared.
     """
     values = [value for model in models.values() for value in _large_weights(model)]
     changed, kept = _by_kind(values)
     names = tuple(dict.fromkeys(str(value.const_value.location) for value in kept))
     for name in names:
-        _link(source / name, directory / name)
+        _share(source / name, directory / name)
     for value in kept:
         _refer_(value, value.const_value, directory)
     _write_weights_(changed, directory, OWN_WEIGHTS_FILE)
@@ -73,15 +77,27 @@ def _by_kind(values: Iterable[ir.Value]) -> tuple[list[ir.Value], list[Any]]:
     return found
 
 
-def _link(source: Path, destination: Path) -> None:
+def _share(source: Path, destination: Path) -> None:
     try:
-        destination.hardlink_to(source.resolve())
+        if not _cloned(source, destination):
+            destination.hardlink_to(source.resolve())
     except OSError as error:
         raise UsageError(
             f"--share: {source} cannot be linked from {destination.parent.parent} "
             f"({error.strerror})",
             remedy="Choose an output on the same disk, or leave --share out.",
         ) from error
+
+
+def _cloned(source: Path, destination: Path) -> bool:
+    """Whether the file system has made a copy that shares the blocks of the source."""
+    try:
+        with source.open("rb") as old, destination.open("xb") as new:
+            fcntl.ioctl(new.fileno(), _FICLONE, old.fileno())
+    except OSError:
+        destination.unlink(missing_ok=True)
+        return False
+    return True
 
 
 def _write_weights_(values: Sequence[ir.Value], directory: Path, file: str) -> None:
@@ -140,7 +156,41 @@ def read_graph(directory: Path, name: str = GRAPH_FILE) -> ir.Model:
     ]
     if escaping:
         raise ArtifactError(*escaping, remedy="Export it again.")
+    _read_linked_(model, directory)
     return model
+
+
+class _LinkedTensor(ir.ExternalTensor):
+    """Weights in a file that several artifacts share.
+
+    onnx_ir 1.1 reads nothing from a file with several hard links, lest somebody links a secret file
+    into a model's directory (docs/security.md there). `read_graph` has checked where the file is,
+    and an artifact has its digest.
+    """
+
+    def _check_path_containment(self) -> None:
+        pass
+
+
+def _read_linked_(model: ir.Model, directory: Path) -> None:
+    for value in (value for graph in all_graphs(model) for value in graph.initializers.values()):
+        tensor = value.const_value
+        if not isinstance(tensor, ir.ExternalTensor):
+            continue
+        if _links(directory / tensor.location) > 1:
+            value.const_value = _LinkedTensor(
+                tensor.location,
+                tensor.offset,
+                tensor.length,
+                tensor.dtype,
+                shape=tensor.shape,
+                name=str(value.name),
+                base_dir=directory,
+            )
+
+
+def _links(file: Path) -> int:
+    return file.stat().st_nlink if file.is_file() else 0
 
 
 def external_files(model: ir.Model) -> tuple[str, ...]:

@@ -65,7 +65,9 @@ def fold_onnx(
             by their names, which appear together or not at all.
         from_artifact: a switchable artifact of the adapters' base model, or a folded one without
             an adapter. It is read once.
-        share: leave weights that do not change in the file of `from_artifact`, by a hard link.
+        share: leave weights that do not change in the file of `from_artifact`: cloned where the
+            file system can, else hard-linked. ONNX Runtime and TensorRT read such files, onnx.load
+            and onnx.checker refuse those with several hard links, of both artifacts.
         untie: copy a weight that is scaled and that something else reads as well.
         for_runtime: `tensorrt`: the graph is for engines, so negative scales and zeros change the
             integers of quantised weights, where they have a counterpart, and no multiply by a sign

@@ -64,6 +64,7 @@ class FoldedFiles:
     def _write_config(self, directory: Path) -> None:
         """Write config.json: as the artifact's, with the adapter's labels and settings."""
         content = read_settings(self.artifact.directory)
+        ordered = list(content) == sorted(content)
         own = dict(self.adapter.model_settings)
         own.pop(_PROBLEM_TYPE, None)
         content |= own
@@ -74,6 +75,8 @@ class FoldedFiles:
             content["label2id"] = {name: names.index(name) for name in sorted(names)}
             if task.prediction == "class":
                 self._set_problem_type(content, len(names))
+        if ordered:
+            content = dict(sorted(content.items()))
         file = directory / "config.json"
         file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
