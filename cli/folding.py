@@ -68,8 +68,8 @@ def from_options(function: Callable[P, R]) -> Callable[P, R]:
         click.option(
             "--share",
             is_flag=True,
-            help="With --from: share the file of weights that do not change, cloned or hard-linked. "
-            "onnx.load refuses the latter.",
+            help="With --from: share the file of weights that do not change, cloned or "
+            "hard-linked; onnx.load refuses the latter.",
         ),
         click.option(
             "--for",
