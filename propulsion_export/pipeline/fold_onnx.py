@@ -126,7 +126,8 @@ class _Folding:
         """Write the folded artifact into an empty directory."""
         with stage(f"fold {self.adapter.name}"):
             signs = self.options.for_runtime == "tensorrt"
-            programs = self.graphs.fold(self.adapter, untie=self.options.untie, signs=signs)
+            folded = self.graphs.fold(self.adapter, untie=self.options.untie, signs=signs)
+        programs = folded.programs
         entry = self._entry()
         known = {}
         with stage(f"write {self.adapter.name}"):
@@ -136,8 +137,8 @@ class _Folding:
             else:
                 write_graphs(programs, directory)
             labels = entry.labels or self.graphs.labels_of(self.adapter)
-            folded = FoldedFiles(self.artifact, self.adapter, entry, labels)
-            folded.write(directory, trust_remote_code=self.options.trust_remote_code)
+            beside = FoldedFiles(self.artifact, self.adapter, entry, labels, folded.untied)
+            beside.write(directory, trust_remote_code=self.options.trust_remote_code)
             entries = {name: GraphEntry(*signature(each)) for name, each in programs.items()}
             return Artifact.write(directory, self._manifest(entries, entry), known=known)
 

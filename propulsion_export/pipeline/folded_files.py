@@ -10,7 +10,7 @@ from propulsion_export.adapters.settings import check_settings
 from propulsion_export.artifacts.artifact import Artifact
 from propulsion_export.artifacts.file_names import GENAI_CONFIG_FILE
 from propulsion_export.artifacts.manifest import AdapterEntry
-from propulsion_export.base_model.config import read_settings
+from propulsion_export.base_model.config import read_config, read_settings
 from propulsion_export.base_model.settings import (
     SINGLE_LABEL,
     Settings,
@@ -32,12 +32,14 @@ class FoldedFiles:
         adapter: what is folded in.
         entry: of the adapter in the manifest.
         labels: the names of the classes, or how many there are; None without a head that has any.
+        untied: whether a weight was copied that modules of the base model share.
     """
 
     artifact: Artifact
     adapter: Adapter
     entry: AdapterEntry
     labels: tuple[str, ...] | int | None
+    untied: bool = False
 
     def write(self, directory: Path, *, trust_remote_code: bool) -> None:
         """Write them into a directory.
@@ -57,6 +59,8 @@ class FoldedFiles:
         )
         settings = Settings({}, dict(self.adapter.tokenizer_settings))
         self._write_config(directory)
+        if self.untied:
+            self._untie(directory, trust_remote_code=trust_remote_code)
         texts.write(directory, settings)
         texts.record(directory, settings)
         copy_artifact_files(self.artifact, manifest.files.keys() & {GENAI_CONFIG_FILE}, directory)
@@ -77,8 +81,16 @@ class FoldedFiles:
                 self._set_problem_type(content, len(names))
         if ordered:
             content = dict(sorted(content.items()))
-        file = directory / "config.json"
-        file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        _write_json(directory / "config.json", content)
+
+    def _untie(self, directory: Path, *, trust_remote_code: bool) -> None:
+        """Say in config.json that weights are not tied, where its class does not always tie."""
+        from propulsion_export.scaling.fold.ties import always_ties
+
+        config = read_config(str(directory), trust_remote_code=trust_remote_code)
+        if not always_ties(config):
+            content = read_settings(directory) | {"tie_word_embeddings": False}
+            _write_json(directory / "config.json", content)
 
     def _set_problem_type(self, content: dict[str, Any], labels: int) -> None:
         """Say what the logits mean; transformers refuses to read single labels of one class."""
@@ -86,6 +98,10 @@ class FoldedFiles:
         content.pop(_PROBLEM_TYPE, None)
         if kind is not None and not (labels == 1 and kind == SINGLE_LABEL):
             content[_PROBLEM_TYPE] = kind
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _names(labels: tuple[str, ...] | int) -> tuple[str, ...]:

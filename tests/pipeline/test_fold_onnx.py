@@ -354,9 +354,7 @@ def test_integers_with_other_signs_do_not_pass(quantised, signed, tmp_path):
     report = check_parity(directory)
 
     assert not report.passed
-    assert "integers of no layer of the base model" in next(
-        check.detail for check in report.checks if check.name == "weights"
-    )
+    assert any("integers of no layer" in check.detail for check in report.checks)
 
 
 def quantisation_scales(directory):

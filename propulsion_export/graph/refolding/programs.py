@@ -28,6 +28,19 @@ from propulsion_export.graph.slot_plan import parts_of
 
 
 @dataclass(frozen=True)
+class FoldedGraphs:
+    """Graphs with an adapter folded in.
+
+    Attributes:
+        programs: by file name.
+        untied: whether a weight that modules share was copied.
+    """
+
+    programs: dict[str, ir.Model]
+    untied: bool = False
+
+
+@dataclass(frozen=True)
 class SourceGraphs:
     """The graphs of an artifact, read once for any number of adapters.
 
@@ -68,8 +81,8 @@ class SourceGraphs:
         }
         return max(counts, default=len(self.manifest.base.labels or ()) or self._room)
 
-    def fold(self, adapter: Adapter, *, untie: bool, signs: bool = False) -> dict[str, ir.Model]:
-        """Copies of the graphs with an adapter folded in, by file name.
+    def fold(self, adapter: Adapter, *, untie: bool, signs: bool = False) -> FoldedGraphs:
+        """Copies of the graphs with an adapter folded in.
 
         Weights are multiplied in float64 and rounded once; of quantised ones only the quantisation
         scales change. What does not change stays on disk.
@@ -93,15 +106,16 @@ class SourceGraphs:
             brought = insert_scales_(programs, adapter)
         if labels is not None:
             self._resize(programs, brought, labels)
+        untied = False
         if self.manifest.quantization is None:
-            _fold_weights(programs, brought, untie=untie)
+            untied = _fold_weights(programs, brought, untie=untie)
         else:
             for program in programs.values():
                 FoldScales(brought.scales, brought.others, signs=signs)(program)
         if self.manifest.exporter == "transformers":
             for program in programs.values():
                 optimise(program)
-        return programs
+        return FoldedGraphs(programs, untied)
 
     def _unpacked(
         self, programs: Mapping[str, ir.Model], adapter: Adapter, labels: int | None
@@ -157,7 +171,8 @@ class SourceGraphs:
             resize_labels_(program.graph, output, heads, labels)
 
 
-def _fold_weights(programs: Mapping[str, ir.Model], brought: Brought, *, untie: bool) -> None:
+def _fold_weights(programs: Mapping[str, ir.Model], brought: Brought, *, untie: bool) -> bool:
+    """Fold into weights that are not quantised; whether one of them had to be copied."""
     folds = {name: FoldWeights(brought.scales, brought.others) for name in programs}
     for name, program in programs.items():
         folds[name](program)
@@ -167,13 +182,17 @@ def _fold_weights(programs: Mapping[str, ir.Model], brought: Brought, *, untie: 
             *(f"{path}: found no weight in the graph to fold its scale into" for path in left),
             remedy="Export it with --mode folded from the base model.",
         )
-    _check_shared(programs, folds, untie=untie)
+    return _check_shared(programs, folds, untie=untie)
 
 
 def _check_shared(
     programs: Mapping[str, ir.Model], folds: Mapping[str, FoldWeights], *, untie: bool
-) -> None:
-    """Refuse to copy a weight that other nodes read too, in its graph or in another."""
+) -> bool:
+    """Whether a weight was copied that other nodes read too, in its graph or in another.
+
+    Raises:
+        BaseModelError: one was, and `untie` is off.
+    """
     sizes = {weight: size for fold in folds.values() for weight, size in fold.copied.items()}
     folded = {weight for fold in folds.values() for weight in fold.folded}
     for name, program in programs.items():
@@ -191,6 +210,7 @@ def _check_shared(
             ),
             remedy="Accept that with --untie, or keep the switchable artifact.",
         )
+    return bool(sizes)
 
 
 def _path(scale: str) -> str:
