@@ -100,7 +100,7 @@ def fold_onnx(
     for read in adapters:
         _check_adapter(artifact, read)
     with stage("read"):
-        graphs = SourceGraphs.read(artifact)
+        graphs = SourceGraphs.read(artifact, trust_remote_code=trust_remote_code)
     options = FoldOptions(share, untie, for_runtime, trust_remote_code)
     written = {}
     with _staged(places, force=force, inputs=inputs) as staged:

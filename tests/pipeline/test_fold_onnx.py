@@ -13,11 +13,13 @@ from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.adapters.scales import Scale
 from propulsion_export.artifacts.artifact import Artifact
 from propulsion_export.cli.app import main
+from propulsion_export.engine import BuildOptions
 from propulsion_export.errors import AdapterError, ArtifactError, BaseModelError, UsageError
 from propulsion_export.graph.files import read_graph, write_graphs
 from propulsion_export.pipeline.fold_onnx import fold_onnx
 from propulsion_export.pipeline.onnx import export_onnx
 from propulsion_export.pipeline.parity import check_parity
+from propulsion_export.pipeline.trt import build_engine
 from propulsion_export.runners.onnxruntime import onnxruntime_runner
 
 
@@ -95,6 +97,15 @@ def test_the_builders_graph_equals_its_folded_export(kind, genai_world, genai_ar
 
     assert_same_graphs(tmp_path / "found", genai_artifact(kind, "folded"))
     assert_same_files(tmp_path / "found", genai_artifact(kind, "folded"))
+
+
+def test_the_builders_graph_without_slots_can_be_the_source(genai_world, genai_artifact, tmp_path):
+    world = genai_world("llama")
+    export_onnx([], tmp_path / "base", model=str(world.base), exporter="genai")
+
+    fold_onnx([world.one], tmp_path / "found", from_artifact=tmp_path / "base")
+
+    assert_same_graphs(tmp_path / "found", genai_artifact("llama", "folded"))
 
 
 def test_a_head_has_the_adapters_labels_and_biases_are_folded(world, switchable, folded, tmp_path):
@@ -361,6 +372,24 @@ def quantisation_scales(directory):
     for node in graphs(directory)["model.onnx"].graph:
         if node.op_type == "DequantizeLinear":
             yield node.inputs[1].const_value.numpy()
+
+
+def test_an_engine_is_built_of_signed_integers_and_shared_weights(
+    quantised, signed, tmp_path, monkeypatch
+):
+    pytest.importorskip("tensorrt_rtx", reason="an engine is built")
+    monkeypatch.setattr(files, "_INLINE_BYTES", 512)
+    source = tmp_path / "source"
+    shutil.copytree(quantised, source)
+    write_graphs({"model.onnx": read_graph(source)}, source)
+    Artifact.write(source, Artifact.read(quantised).manifest)
+    folded = tmp_path / "folded"
+    fold_onnx([signed], folded, from_artifact=source, share=True, for_runtime="tensorrt")
+
+    options = BuildOptions(runtime="tensorrt-rtx", targets=("sm_89",))
+    artifact = build_engine(folded, tmp_path / "engine", options)
+
+    assert artifact.manifest.mode == "folded"
 
 
 def test_for_tensorrt_the_form_of_onnx_runtime_is_refused(genai_world, genai_artifact, tmp_path):

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import onnx_ir as ir
@@ -15,11 +15,13 @@ from propulsion_export.artifacts.file_names import GRAPH_FILE
 from propulsion_export.artifacts.layout import pack
 from propulsion_export.artifacts.manifest import Manifest
 from propulsion_export.artifacts.tensor_names import MODULES_INPUT, SCALES_INPUT
+from propulsion_export.base_model.config import read_config
 from propulsion_export.base_model.tasks import TASKS
 from propulsion_export.errors import BaseModelError
 from propulsion_export.graph.files import read_graph
 from propulsion_export.graph.optimise import TRANSPOSED, optimise
 from propulsion_export.graph.quantisation.folding import FoldScales, set_values
+from propulsion_export.graph.refolding.builder_modules import insert_builder_scales_
 from propulsion_export.graph.refolding.heads import resize_labels_
 from propulsion_export.graph.refolding.modules import Brought, insert_scales_
 from propulsion_export.graph.refolding.unpacking import UnpackInput
@@ -48,14 +50,17 @@ class SourceGraphs:
         manifest: of the artifact.
         programs: its graphs by file name; weights stay on disk.
         defaults: the base model's values of the packed inputs, float64; none in a folded artifact.
+        skeleton: the base model's class without weights, for a graph of onnxruntime-genai's builder
+            without slots, which names its nodes by layer.
     """
 
     manifest: Manifest
     programs: Mapping[str, ir.Model]
     defaults: Mapping[str, Array]
+    skeleton: Any | None = None
 
     @classmethod
-    def read(cls, artifact: Artifact) -> Self:
+    def read(cls, artifact: Artifact, *, trust_remote_code: bool = False) -> Self:
         """Read the graphs of a switchable artifact, or of one without adapters.
 
         Raises:
@@ -68,6 +73,7 @@ class SourceGraphs:
             manifest,
             {name: read_graph(artifact.directory, name) for name in names},
             {name: values.astype(np.float64) for name, values in feeds.items()},
+            _skeleton(artifact, trust_remote_code=trust_remote_code),
         )
 
     def labels_of(self, adapter: Adapter) -> int | None:
@@ -102,6 +108,9 @@ class SourceGraphs:
         programs = {name: program.clone() for name, program in self.programs.items()}
         if self.manifest.mode == "switchable":
             brought = self._unpacked(programs, adapter, labels)
+        elif self.skeleton is not None:
+            program, dtype = programs[GRAPH_FILE], self.manifest.dtype
+            brought = insert_builder_scales_(program, self.skeleton, adapter, dtype)
         else:
             brought = insert_scales_(programs, adapter)
         if labels is not None:
@@ -169,6 +178,18 @@ class SourceGraphs:
                 set_values(initializers[name], brought.others[name])
             heads = [initializers[name] for name in brought.others.keys() & initializers.keys()]
             resize_labels_(program.graph, output, heads, labels)
+
+
+def _skeleton(artifact: Artifact, *, trust_remote_code: bool) -> Any | None:
+    manifest = artifact.manifest
+    if manifest.exporter != "genai" or manifest.mode != "folded":
+        return None
+    from propulsion_export.base_model.loading import load_empty
+
+    config = read_config(str(artifact.directory), trust_remote_code=trust_remote_code)
+    return load_empty(
+        config, manifest.task, head={}, labels=None, trust_remote_code=trust_remote_code
+    )
 
 
 def _fold_weights(programs: Mapping[str, ir.Model], brought: Brought, *, untie: bool) -> bool:
