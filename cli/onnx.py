@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 import click
 
 from .console import Console, console_options, human_size, size_of
+from .folding import FoldRequest, check_from, fold, from_options
 from .options import (
     dtype_option,
     model_option,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from propulsion_export.artifacts.artifact import Artifact
     from propulsion_export.artifacts.manifest import ExecutionProvider, Exporter, Mode
     from propulsion_export.parity.reports.report import ParityReport
+    from propulsion_export.pipeline.fold_onnx import Runtime
     from propulsion_export.pipeline.producing import ExporterChoice
     from propulsion_export.pipeline.quantisation_options import QuantizationForm, QuantizedType
 
@@ -104,6 +106,7 @@ class ExportArguments(TypedDict):
     help="Without -a: most labels that a head may have.  [default: 16, or the base model's]",
 )
 @click.option("--train-bias", is_flag=True, help="Without -a: slots for trained biases too.")
+@from_options
 @click.option("--no-parity", is_flag=True, help="Do not compare with PyTorch afterwards.")
 @output_options
 @trust_option
@@ -115,6 +118,9 @@ def command(
     output: Path,
     mode: tuple["Mode", ...],
     no_parity: bool,
+    from_artifact: Path | None,
+    share: bool,
+    for_runtime: "Runtime",
     **options: Unpack[ExportArguments],
 ) -> int:
     """Export to ONNX: an adapter folded in, several to switch between, or one in every row.
@@ -123,7 +129,23 @@ def command(
     small file each if switchable, one row each in a bank. `adapter add` adds more later. Then
     compares with PyTorch, unless --no-parity is given. Several modes become DIR/folded,
     DIR/switchable and DIR/bank. -v shows where the time went.
+
+    With --from, adapters are folded into an artifact's graphs without a trace: one into DIR,
+    several into DIR/NAME each.
     """
+    check_from(from_artifact, mode, share=share, for_runtime=for_runtime)
+    if from_artifact is not None:
+        request = FoldRequest(
+            from_artifact,
+            adapter,
+            output,
+            share,
+            options["untie"],
+            for_runtime,
+            options["force"],
+            options["trust_remote_code"],
+        )
+        return fold(console, request, parity=not no_parity)
     from propulsion_export.pipeline.onnx import export_modes
     from propulsion_export.pipeline.onnx_options import OnnxOptions
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from propulsion_export.artifacts.changing import add_adapter, remove_adapter
     from propulsion_export.engine import BuildOptions
     from propulsion_export.parity.reports.report import ParityReport
+    from propulsion_export.pipeline.fold_onnx import fold_onnx
     from propulsion_export.pipeline.merge import merge
     from propulsion_export.pipeline.merge_gguf import merge_gguf
     from propulsion_export.pipeline.onnx import export_modes, export_onnx
@@ -47,6 +48,7 @@ _HOMES = {
     "check_parity": "pipeline.parity:check_parity",
     "export_modes": "pipeline.onnx:export_modes",
     "export_onnx": "pipeline.onnx:export_onnx",
+    "fold_onnx": "pipeline.fold_onnx:fold_onnx",
     "merge": "pipeline.merge:merge",
     "merge_gguf": "pipeline.merge_gguf:merge_gguf",
     "package": "pipeline.package:package",
@@ -72,6 +74,7 @@ __all__ = [
     "check_parity",
     "export_modes",
     "export_onnx",
+    "fold_onnx",
     "merge",
     "merge_gguf",
     "package",

@@ -49,4 +49,6 @@ def test_options_of_the_command_line_are_parameters_of_the_functions():
         only_there = {"as_json", "quiet", "verbose", "no_parity", "junit"}
         if name == "merge":  # a GGUF file has a function of its own
             only_there |= inspect.signature(propulsion_export.merge_gguf).parameters.keys()
+        if name == "onnx":  # the parameters of a function of its own
+            only_there |= inspect.signature(propulsion_export.fold_onnx).parameters.keys()
         assert options - only_there <= inspect.signature(function).parameters.keys(), name

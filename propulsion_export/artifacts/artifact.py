@@ -62,6 +62,7 @@ _READ = (
     *("tokenizer*", "vocab.*", "sentencepiece*.model", "chat_template*"),
 )
 
+
 # Arrays by name, such as a model's inputs; a runner is any callable from inputs to outputs.
 Tensors = Mapping[str, npt.NDArray[Any]]
 Runner = Callable[[Tensors], Tensors]

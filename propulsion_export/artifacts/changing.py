@@ -104,8 +104,8 @@ def _label_room(manifest: Manifest) -> int | None:
 def _fitted(artifact: Artifact, new: Adapter, *, allow_range: bool) -> Tensors:
     """The packed inputs of an adapter, [D] each, after checking that it fits the artifact."""
     manifest = artifact.manifest
-    _check_task(manifest, new)
-    _check_head(manifest, new)
+    check_task(manifest, new)
+    check_head(manifest, new)
     if Path(manifest.base.source).is_dir():  # it may be gone, and a hub is not asked here
         check_not_merged(manifest.base.source, [new])
     check_settings(
@@ -125,18 +125,26 @@ def _fitted(artifact: Artifact, new: Adapter, *, allow_range: bool) -> Tensors:
     return pack(new, manifest.layout, packed_inputs(artifact, BASE_NAME))
 
 
-def _check_task(manifest: Manifest, new: Adapter) -> None:
-    """Refuse an adapter of another task; to an artifact that embeds, any task's may be added."""
+def check_task(manifest: Manifest, new: Adapter) -> None:
+    """Refuse an adapter of another task; to an artifact that embeds, any task's may be added.
+
+    Raises:
+        AdapterError: it is for another task.
+    """
     embeds = TASKS[manifest.task].prediction == "embedding"
     if new.task not in (None, manifest.task) and not embeds:
         raise AdapterError(
             f"adapter {new.name}: is for {new.task}, the artifact for {manifest.task}",
-            remedy="Add it to an artifact for its own task.",
+            remedy="Take an artifact for its own task.",
         )
 
 
-def _check_head(manifest: Manifest, new: Adapter) -> None:
-    """Refuse an adapter without a head if it would use another adapter's."""
+def check_head(manifest: Manifest, new: Adapter) -> None:
+    """Refuse an adapter without a head if it would use another adapter's.
+
+    Raises:
+        AdapterError: naming what it lacks.
+    """
     heads = [slot.path for slot in manifest.layout.get(MODULES_INPUT, ())]
     lacking = [name for name in heads if name not in new.modules]
     if lacking and not manifest.base.own_head:

@@ -14,6 +14,8 @@ ENCODER_DECODER_FILES = (
 )
 WEIGHTS_FILE = f"{GRAPH_FILE}.data"  # the weights of all graphs in the directory
 ENGINE_FILE = "model.engine"
+# Beside a file of weights that several artifacts share: those of this one.
+OWN_WEIGHTS_FILE = f"{GRAPH_FILE}.own.data"
 ADAPTERS = "adapters"
 BASE_FEEDS = f"{ADAPTERS}/{BASE_NAME}.safetensors"
 # In packages: the id of each adapter of a bank, and the bank as an array for numpy.

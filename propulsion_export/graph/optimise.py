@@ -34,6 +34,7 @@ _SHAPE_RULES = (
     "two_reshapes_matmul_reshape_rule",
     "unsqueeze_unsqueeze_rule",
 )
+TRANSPOSED = ".T"  # behind the name of a weight whose transpose is a constant of its own
 _ROUNDS = 2  # folding and rewriting give each other work; onnxscript's own number
 
 
@@ -47,12 +48,23 @@ def optimise(model: ir.Model) -> ir.Model:
         from onnxscript.rewriter import RewritePass
 
         common.InlinePass()(model)
+        _name_transposed(model.graph)
         for _ in range(_ROUNDS):
             fold_constants(model, onnx_shape_inference=True)
             RewritePass(exact_rules())(model)
             common.RemoveUnusedNodesPass()(model)
         _clean_up(model)
     return model
+
+
+def _name_transposed(graph: ir.Graph) -> None:
+    """Keep the parameter's name where the transpose of a small weight is folded to a constant."""
+    for node in graph:
+        weight = node.inputs[0] if node.op_type == "Transpose" else None
+        if weight is None or not weight.is_initializer() or weight.shape is None:
+            continue
+        if len(weight.shape) == 2 and len(weight.uses()) == 1:
+            node.outputs[0].name = f"{weight.name}{TRANSPOSED}"
 
 
 def exact_rules() -> Sequence[Any]:

@@ -29,7 +29,7 @@ class RemoveScales(ir.passes.InPlacePass):
             for product in list(products_by(scale)):
                 bypass(graph, product.node.outputs[0], product.other)
                 graph.remove(product.node, safe=True)
-            _remove_chain(graph, scale)
+            remove_chain(graph, scale)
             graph.initializers.pop(str(scale.name))
         return ir.passes.PassResult(model, modified=bool(scales))
 
@@ -46,8 +46,8 @@ def bypass(graph: ir.Graph, scaled: ir.Value, value: ir.Value) -> None:
     ir.convenience.replace_all_uses_with(scaled, value, replace_graph_outputs=True)
 
 
-def _remove_chain(graph: ir.Graph, value: ir.Value) -> None:
+def remove_chain(graph: ir.Graph, value: ir.Value) -> None:
     """Remove the nodes that only changed the shape or type of a scale nobody reads any more."""
     for node, _ in list(value.uses()):
-        _remove_chain(graph, node.outputs[0])
+        remove_chain(graph, node.outputs[0])
         graph.remove(node, safe=True)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
@@ -35,13 +36,21 @@ class FoldScales(ir.passes.InPlacePass):
             skipped.
         others: float64, by the name of the initializer: what the adapter brings besides scales,
             trained biases and saved modules, which are set.
+        signs: whether negative scales and zeros change the integers behind a DequantizeLinear, so
+            that no multiply by a sign is left. A channel that uses the lowest integer, which has no
+            counterpart above zero, keeps its multiply.
         multiplied: after the call, the names of the scales that still have a multiply.
     """
 
     def __init__(
-        self, values: Mapping[str, Array], others: Mapping[str, Array] | None = None
+        self,
+        values: Mapping[str, Array],
+        others: Mapping[str, Array] | None = None,
+        *,
+        signs: bool = False,
     ) -> None:
         super().__init__()
+        self.signs = signs
         self.values = values
         self.others = others or {}
         self.multiplied: list[str] = []
@@ -62,7 +71,7 @@ class FoldScales(ir.passes.InPlacePass):
             if not graph.initializers[name].uses():
                 graph.initializers.pop(name)
         for name in self.others.keys() & graph.initializers.keys():
-            _set(graph.initializers[name], self.others[name])
+            set_values(graph.initializers[name], self.others[name])
         return ir.passes.PassResult(model, modified=bool(names))
 
     def _fold_all(self, graph: ir.Graph, name: str) -> bool:
@@ -75,20 +84,37 @@ class FoldScales(ir.passes.InPlacePass):
             if product.node in sinks:
                 left = self._fold(graph, name, sinks[product.node])
                 kept.append(_leave(graph, product, left))
-        _set(scale, self.values[name])  # for the multiplies without a sink
+        set_values(scale, self.values[name])  # for the multiplies without a sink
         return any(kept) or len(kept) < len(products)
 
     def _fold(self, graph: ir.Graph, name: str, sink: Sink) -> Array:
         """Fold a scale into one call; returns what is left to multiply by."""
         originals = [self._read(target) for target in sink.targets]
         split = split_factor(self.values[name], sink, originals)
+        moved = self._move_signs(graph, sink, split.left)
         for target, values in zip(sink.targets, originals, strict=True):
-            old = target.value
-            folded = _rounded_like(values * target.spread(split.folded), old)
-            new = add_constant(graph, _unused(graph, f"{old.name}.folded"), folded)
-            target.node.replace_input_with(target.index, new)
-            self._remove_unused(graph, old)
-        return split.left
+            factors = split.folded if target.quantises else split.folded * moved
+            self._replace(
+                graph, target, _rounded_like(values * target.spread(factors), target.value)
+            )
+        return np.where(moved == 1, split.left, 1)
+
+    def _replace(self, graph: ir.Graph, target: Target, values: Array) -> None:
+        old = target.value
+        new = add_constant(graph, unused_name(graph, f"{old.name}.folded"), values)
+        target.node.replace_input_with(target.index, new)
+        self._remove_unused(graph, old)
+
+    def _move_signs(self, graph: ir.Graph, sink: Sink, left: Array) -> Array:
+        """Multiply integers by the signs and zeros of `left`; what they were multiplied by."""
+        moved = np.ones_like(left)
+        for target in sink.targets if self.signs and sink.positive else ():
+            if target.quantises and (integers := integers_of(target)) is not None:
+                moved = np.where(_can_move(integers, left), left, 1)
+                if (moved != 1).any():
+                    changed = (integers.values * moved).astype(integers.stored)
+                    self._replace(graph, Target(target.node, 0), changed)
+        return moved
 
     def _remove_unused(self, graph: ir.Graph, value: ir.Value) -> None:
         """Remove a constant that nothing reads any more, with what computed it."""
@@ -109,6 +135,32 @@ class FoldScales(ir.passes.InPlacePass):
         values = read_constant(target.value) if found is None else found
         assert values is not None
         return values.astype(np.float64)
+
+
+class Integers(NamedTuple):
+    """The integers of a DequantizeLinear, outputs last, int8, and the numpy type they have."""
+
+    values: Array
+    stored: np.dtype[Any]
+
+
+def integers_of(target: Target) -> Integers | None:
+    """The integers that quantisation scales belong to; None if they are computed."""
+    value = target.node.inputs[0]
+    stored = None if value is None else read_constant(value)
+    return None if stored is None else Integers(stored.astype(np.int8), stored.dtype)
+
+
+def _lowest(stored: np.dtype[Any]) -> int:
+    return -8 if stored == ml_dtypes.int4 else -128
+
+
+def _can_move(integers: Integers, left: Array) -> Array:
+    """Which channels are to be multiplied by -1 or 0, and have a place for the results."""
+    lowest = _lowest(integers.stored)
+    negatable = (integers.values != lowest).all(axis=0)
+    found: Array = (left == 0) | ((left == -1) & negatable)
+    return found
 
 
 class SplitFactor(NamedTuple):
@@ -138,8 +190,7 @@ def split_factor(scale: Array, sink: Sink, originals: Sequence[Array]) -> SplitF
 
 def _stays_normal(products: Array, target: Target) -> Array:
     """For each channel, whether all its new quantisation scales are stored with full precision."""
-    numpy_type = _numpy_type(target.value)
-    limits = np.finfo(numpy_type)
+    limits = np.finfo(numpy_type(target.value))
     sizes = np.abs(products)
     good = (sizes == 0) | ((sizes >= limits.smallest_normal) & (sizes <= limits.max))
     others = tuple(axis for axis in range(good.ndim) if axis != target.axis % good.ndim)
@@ -152,13 +203,13 @@ def _leave(graph: ir.Graph, product: ScaleProduct, left: Array) -> bool:
         bypass(graph, product.node.outputs[0], product.other)
         graph.remove(product.node, safe=True)
         return False
-    name = _unused(graph, f"{product.scale.name}.left")
+    name = unused_name(graph, f"{product.scale.name}.left")
     new = add_constant(graph, name, _rounded_like(left, product.scale))
     product.node.replace_input_with(product.index, new)
     return True
 
 
-def _unused(graph: ir.Graph, name: str) -> str:
+def unused_name(graph: ir.Graph, name: str) -> str:
     """A name that no initializer has: a scale may act more than once."""
     free, count = name, 1
     while free in graph.initializers:
@@ -166,15 +217,18 @@ def _unused(graph: ir.Graph, name: str) -> str:
     return free
 
 
-def _set(value: ir.Value, values: Array) -> None:
+def set_values(value: ir.Value, values: Array) -> None:
+    """Give an initializer other values, float64, rounded once to its dtype."""
+    value.shape = ir.Shape(values.shape)
     value.const_value = ir.tensor(_rounded_like(values, value), name=value.name)
 
 
 def _rounded_like(values: Array, value: ir.Value) -> Array:
-    return rounded(values, _numpy_type(value))
+    return rounded(values, numpy_type(value))
 
 
-def _numpy_type(value: ir.Value) -> np.dtype[Any]:
+def numpy_type(value: ir.Value) -> np.dtype[Any]:
+    """The numpy type of an initializer."""
     tensor = value.const_value
     dtype = value.dtype if tensor is None else tensor.dtype
     assert dtype is not None

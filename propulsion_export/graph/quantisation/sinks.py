@@ -74,7 +74,7 @@ def find_sinks(products: Sequence[ScaleProduct], slots: Collection[str]) -> dict
     for product in products:
         width = product.scale.shape[0] if product.scale.shape is not None else None
         if isinstance(width, int) and product.scale.is_initializer():
-            sink = _find(product.other, width, slots)
+            sink = find_sink(product.other, width, slots)
             if sink is not None:
                 found[product.node] = sink
     readers = {target.node for sink in found.values() for target in sink.targets}
@@ -103,8 +103,14 @@ def read_constant(value: ir.Value) -> Array | None:
     return None
 
 
-def _find(value: ir.Value, width: int, slots: Collection[str]) -> Sink | None:
-    """Walk from a scaled value to the node that computes it."""
+def find_sink(value: ir.Value, width: int, slots: Collection[str]) -> Sink | None:
+    """Walk from a scaled value, with `width` channels, to the node that computes it.
+
+    Args:
+        value: what is scaled; nothing else reads it.
+        width: of its last axis.
+        slots: as for `find_sinks`.
+    """
     biases: list[Target] = []
     while (node := _only_for_the_scale(value)) is not None:
         found = _ending(node, value, width, slots)

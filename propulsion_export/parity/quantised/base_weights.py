@@ -10,7 +10,7 @@ several layers, one behind the other, or half of those of one.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -35,10 +35,22 @@ _SHOWN = 3  # of the nodes that are wrong
 
 @dataclass(frozen=True)
 class BaseWeight:
-    """The quantised weight of one layer of the base model, by the path of its module."""
+    """The quantised weight of one layer of the base model, by the path of its module.
+
+    `signed`: its integers with the signs and zeros of a folded adapter's scales, which a graph for
+    TensorRT may have instead; None where they are the same.
+    """
 
     path: str
     values: QuantisedWeight
+    signed: Array | None = None
+
+    @property
+    def integers(self) -> Iterator[Array]:
+        """The integers that a graph may have, int8 [outputs, inputs]."""
+        yield self.values.integers
+        if self.signed is not None:
+            yield self.signed
 
 
 @dataclass(frozen=True)
@@ -75,19 +87,25 @@ class Match:
         return list({piece.weight.path: piece.weight for piece in self.pieces}.values())
 
 
-def match(base: BaseModel, nodes: Sequence[NodeWeight], dtype: str) -> Match:
+def match(
+    base: BaseModel, nodes: Sequence[NodeWeight], dtype: str, folded: Adapter | None = None
+) -> Match:
     """Quantise the layers of `base` as the nodes are, and find each node's rows among them.
 
     Args:
         base: the base model, not quantised.
         nodes: the quantised weights of a graph.
         dtype: of the graph's other weights, in which the base model's were quantised.
+        folded: the adapter that is folded into the graph, if any; where quantisation scales have to
+            be positive, the signs of its scales may be in the integers.
     """
     pieces: list[Piece] = []
     unknown: list[NodeWeight] = []
     ordered = sorted(nodes, key=_form)
     for form, same in groupby(ordered, key=_form):
         weights = list(_quantised(base.model, form, dtype))
+        if form.positive:
+            weights = [_with_signs(weight, folded) for weight in weights]
         known = _first_rows(weights)
         for node in same:
             found = _pieces(node, known)
@@ -185,6 +203,14 @@ def _quantised(model: nn.Module, form: _Form, dtype: str) -> Iterator[BaseWeight
         yield BaseWeight(path, quantise(values, form.bits, form.block, positive=form.positive))
 
 
+def _with_signs(weight: BaseWeight, folded: Adapter | None) -> BaseWeight:
+    scale = None if folded is None else folded.scales.get(weight.path)
+    if scale is None or scale.side != "output" or (scale.values > 0).all():
+        return weight
+    signs = np.sign(scale.values).astype(np.int8)[:, None]
+    return replace(weight, signed=weight.values.integers * signs)
+
+
 _Known = dict[bytes, list[tuple[BaseWeight, int]]]
 
 
@@ -193,8 +219,9 @@ def _first_rows(weights: Iterable[BaseWeight]) -> _Known:
     known: _Known = {}
     for weight in weights:
         rows = len(weight.values.integers)
-        for row in {0, rows // 2}:
-            known.setdefault(weight.values.integers[row].tobytes(), []).append((weight, row))
+        for integers in weight.integers:
+            for row in {0, rows // 2}:
+                known.setdefault(integers[row].tobytes(), []).append((weight, row))
     return known
 
 
@@ -218,7 +245,8 @@ def _piece(node: NodeWeight, start: int, weight: BaseWeight, first: int) -> Piec
     whole = len(weight.values.integers) - first
     for rows in (whole, len(weight.values.integers) // 2):
         own = node.values.integers[start : start + rows]
-        if len(own) == rows and np.array_equal(own, weight.values.integers[first : first + rows]):
+        options = (integers[first : first + rows] for integers in weight.integers)
+        if len(own) == rows and any(np.array_equal(own, option) for option in options):
             return Piece(node, start, weight, first, rows)
     return None
 

@@ -142,9 +142,9 @@ def quantise_base_(
         use_quantised_weights_(base, every_linear_layer(base, entry, kept, dtype))
         reason = "the weights of an engine cannot be read; its outputs are compared all the same"
         return QuantisedParity(artifact, batches, plain, NotRun("weights", reason))
-    found = match(base, nodes, dtype)
-    use_quantised_weights_(base, found.weights)
     folded = adapters[0] if adapters and artifact.manifest.mode == "folded" else None
+    found = match(base, nodes, dtype, folded)
+    use_quantised_weights_(base, found.weights)
     return QuantisedParity(artifact, batches, plain, check_weights(found, folded))
 
 

@@ -70,7 +70,7 @@ def untie_(model: nn.Module) -> None:
             replace_parameters_(model.get_submodule(owner), {attribute: copy})
         seen.add(id(parameter))
     for config in _configs(model):
-        if not _always_ties(config):
+        if not always_ties(config):
             config.tie_word_embeddings = False
 
 
@@ -108,7 +108,7 @@ def _configs(model: nn.Module) -> list[Any]:
     return [config] if text is config else [config, text]
 
 
-def _always_ties(config: Any) -> bool:
+def always_ties(config: Any) -> bool:
     """Whether the configuration's class ignores `tie_word_embeddings` and always ties, as T5's.
 
     The original T5 scales the decoder's output because weights are tied, so a configuration
