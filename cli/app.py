@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from propulsion_export.artifacts.staging import FULL
+from propulsion_export.environment.quiet import silence_optional_packages
 from propulsion_export.errors import PropulsionExportError, UnavailableError, UsageError
 
 from .streams import (
@@ -110,6 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
         prepare_streams(arguments)
+        silence_optional_packages()
         code = app.main(list(arguments), prog_name="propulsion-export", standalone_mode=False)
     except ReaderGone:
         code = READER_GONE

@@ -166,19 +166,22 @@ def save_generation_settings(source: str, task: str, directory: Path) -> None:
 
     Older checkpoints have them in config.json, which transformers still reads but no longer writes.
     """
-    if not TASKS[task].generates:
-        return
-    source, file = small_files(source), directory / _GENERATION_CONFIG
-    copy_files((file.name, _CHAT_TEMPLATE), source, directory)
-    if file.exists():
+    if not TASKS[task].generates or copy_generation_settings(source, directory):
         return
     from transformers import GenerationConfig
 
     with quiet():
         settings = GenerationConfig.from_pretrained(
-            source, config_file_name="config.json", _from_model_config=True
+            small_files(source), config_file_name="config.json", _from_model_config=True
         )
-    file.write_text(settings.to_json_string(), encoding="utf-8")
+    text = settings.to_json_string()
+    (directory / _GENERATION_CONFIG).write_text(text, encoding="utf-8")
+
+
+def copy_generation_settings(source: str, directory: Path) -> bool:
+    """Copy a generative base model's own files; returns whether it has generation settings."""
+    copy_files((_GENERATION_CONFIG, _CHAT_TEMPLATE), small_files(source), directory)
+    return (directory / _GENERATION_CONFIG).exists()
 
 
 def _written_settings(config: "PretrainedConfig") -> dict[str, Any]:

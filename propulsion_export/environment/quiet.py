@@ -24,7 +24,15 @@ _LOGGERS = (
     "datasets",
     "huggingface_hub",
 )
+# Imported by transformers where they are installed; they tell of kernels that nobody asked for.
+_OPTIONAL = ("torchao", "bitsandbytes", "torch.utils._pytree")
 _ONE_AT_A_TIME = threading.RLock()
+
+
+def silence_optional_packages() -> None:
+    """Let packages that transformers imports by itself report errors only, from now on."""
+    for name in _OPTIONAL:
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 @contextmanager

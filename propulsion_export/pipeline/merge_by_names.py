@@ -19,8 +19,8 @@ from propulsion_export.artifacts.manifest import AdapterEntry, BaseEntry, Manife
 from propulsion_export.base_model.chat.templates import write_template
 from propulsion_export.base_model.checkpoint import Checkpoint
 from propulsion_export.base_model.config import (
+    copy_generation_settings,
     refuse_pointers_in,
-    save_generation_settings,
     settings_in,
 )
 from propulsion_export.base_model.fingerprint import Fingerprint
@@ -40,7 +40,7 @@ from propulsion_export.pipeline.merge_request import MergeRequest, Prepared, mer
 from propulsion_export.pipeline.quantised_base import QuantisedBase
 
 _TASK = "text-generation"
-_CONFIG, _GENERATION = "config.json", "generation_config.json"
+_CONFIG = "config.json"
 # What changes how a model is built or read, by its name in config.json.
 _SPECIAL = (AUTO_MAP, "text_config", "pruned_heads")
 
@@ -101,9 +101,8 @@ def _note(request: MergeRequest) -> str:
 
 
 def _is_plain_directory(request: MergeRequest) -> bool:
-    """Whether the base model is a directory with all that transformers writes."""
-    directory = user_path(request.source)
-    whole = all((directory / name).is_file() for name in (_CONFIG, _GENERATION))
+    """Whether the base model is a directory of safetensors with a config.json."""
+    whole = (user_path(request.source) / _CONFIG).is_file()
     return whole and not request.trust_remote_code and find_gguf(request.source) is None
 
 
@@ -141,7 +140,7 @@ def _write_small_files(
     (directory / _CONFIG).write_text(text, encoding="utf-8")
     copy_tokenizer(request.source, directory, ask_classes=False)
     write_tokenizer_settings(directory, _tokenizer_settings(request))
-    save_generation_settings(request.source, _TASK, directory)
+    copy_generation_settings(request.source, directory)  # older models have them in config.json
     template = own_template(Path(request.directory))  # last: the others copy the base model's
     if template is not None:
         write_template(directory, template)

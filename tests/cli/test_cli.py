@@ -1,6 +1,7 @@
 import errno
 import io
 import json
+import logging
 import os
 import shlex
 import shutil
@@ -805,3 +806,26 @@ def test_what_a_place_is_to_blame_for_is_one_line(monkeypatch, capsys, code):
     told = capsys.readouterr()
     assert exit.value.code == json.loads(told.out)["exit_code"] == 2
     assert told.err == f"propulsion-export: /some/where: {os.strerror(code)}\n"
+
+
+@pytest.mark.parametrize(
+    ("output", "options", "refused"),
+    [
+        ("merged.gguf", ["--share", "--verify"], "--share, --verify: a GGUF file keeps its types"),
+        ("merged.gguf", ["--dtype", "float16"], "--dtype: a GGUF file keeps its types"),
+        ("merged.gguf", ["-a", "other"], "-a: a GGUF file keeps its types and holds one adapter"),
+        ("merged", ["--allow-range"], "--allow-range: is for GGUF files. Leave it out."),
+    ],
+)
+def test_options_of_the_other_kind_of_merge_are_refused(output, options, refused, run, adapter):
+    code, _, error = run("merge", "-a", adapter, "-o", adapter.parent / output, *options)
+
+    assert (code, refused in error) == (2, True), error
+
+
+def test_packages_that_transformers_imports_by_itself_only_report_errors(run):
+    run("doctor")
+
+    assert {logging.getLogger(name).level for name in ("torchao", "bitsandbytes")} == {
+        logging.ERROR
+    }

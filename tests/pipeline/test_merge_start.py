@@ -11,7 +11,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, LlamaConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+)
 
 from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.adapters.scales import Scale
@@ -101,6 +107,25 @@ def test_both_ways_write_what_loads_as_the_same_model(token, llama, tmp_path, mo
     )
 
 
+def test_generation_settings_may_be_in_config_json(llama, tmp_path, monkeypatch):
+    base, adapter = llama
+    (base / "generation_config.json").unlink()
+    settings(base, temperature=0.5, eos_token_id=7)
+    with monkeypatch.context() as only_names:
+        only_names.setattr(merge_by_model, "prepare_by_model", None)
+        fast = merge(adapter, tmp_path / "fast")
+    monkeypatch.setattr(pipeline, "prepare_by_names", lambda request: None)
+    slow = merge(adapter, tmp_path / "slow")
+
+    found = [
+        AutoModelForCausalLM.from_pretrained(one.directory).generation_config.to_dict()
+        for one in (fast, slow)
+    ]
+
+    assert [one["eos_token_id"] for one in found] == [7, 7]
+    assert [one["temperature"] for one in found] == [0.5, 0.5]
+
+
 def test_another_base_model_is_refused_in_the_same_words(llama, tmp_path, tiny_model, monkeypatch):
     base, adapter = llama
     tiny_model("llama", seed=7).save_pretrained(base)
@@ -140,11 +165,10 @@ def unnamed_padding(base):
         lambda base: settings(base, auto_map={"AutoConfig": "own.Config"}),
         lambda base: settings(base, architectures=["LlamaModel"]),
         lambda base: settings(base, model_type="bert"),
-        lambda base: (base / "generation_config.json").unlink(),
         token_beyond_the_embedding,
         unnamed_padding,
     ],
-    ids=["code", "bare", "type", "no-generation-config", "token", "padding"],
+    ids=["code", "bare", "type", "token", "padding"],
 )
 def test_what_names_do_not_tell_is_prepared_by_the_model(change, llama, tmp_path, monkeypatch):
     base, adapter = llama
