@@ -5,8 +5,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from propulsion_export.base_model.checkpoint import Entries
 from propulsion_export.base_model.fingerprint import Fingerprint
-from propulsion_export.base_model.tensor_files import DTYPES, StoredTensor
+from propulsion_export.base_model.tensor_files import StoredTensor
 from propulsion_export.merging.quantised.activations import is_static_quantiser
 from propulsion_export.merging.quantised.awq import Awq
 from propulsion_export.merging.quantised.layout import Layout
@@ -41,24 +42,6 @@ class QuantisedWeight:
         return self.layout.entry(self.path, place)[1]
 
 
-@dataclass(frozen=True)
-class PlainWeight:
-    """A tensor that is not quantised, with numpy's name of its dtype."""
-
-    stored: StoredTensor
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.stored.shape
-
-    @property
-    def dtype(self) -> str:
-        return DTYPES[self.stored.dtype].name
-
-    def __getitem__(self, place: tuple[int, ...]) -> float:
-        return self.stored[place]
-
-
 def fingerprint_of_quantised(
     layout: Layout, tensors: Mapping[str, StoredTensor], recorded: Fingerprint | None = None
 ) -> Fingerprint:
@@ -91,7 +74,7 @@ def _weights(layout: Layout, tensors: Mapping[str, StoredTensor]) -> dict[str, A
     quantised = Modules(layout, tensors).quantised
     moved = {_block(path) for path in quantised} if isinstance(layout, Awq) else set()
     weights: dict[str, Any] = {
-        name: PlainWeight(stored)
+        name: Entries(stored)
         for name, stored in tensors.items()
         if is_floating(stored)
         and not is_static_quantiser(name)
