@@ -9,7 +9,7 @@ measured on the base model, and counts like e_ref.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import takewhile
 
 import numpy as np
@@ -97,17 +97,6 @@ def compare(
     return [
         _compare_output(name, inputs, oracle, reference, candidate, dtype) for name in oracle[0]
     ]
-
-
-def with_runtime_error(errors: OutputErrors, share: float) -> OutputErrors:
-    """Let a runtime's own error count as PyTorch's does, where it is the larger one.
-
-    Args:
-        errors: of one output.
-        share: the error that the runtime makes of the base model's same output, as a share of that
-            output's largest value.
-    """
-    return replace(errors, allowed=max(errors.allowed, FACTOR * share * errors.scale))
 
 
 def has_positions(name: str, inputs: Sequence[Tensors], oracle: Sequence[Tensors]) -> bool:

@@ -178,6 +178,8 @@ def _compare(
         compute=compute,
         draft=None if callable(run) else partial(continue_greedily, run),
     )
+    if quantised is not None:
+        quantised = quantised.with_rounded_activations(base, judged, compute)
     progress(0.7, f"running {name}")
     pooling, subjects, run = _with_embeddings(read, base, options.given, subjects, batches, run)
     checks = (
@@ -189,11 +191,11 @@ def _compare(
     verdict = replace(verdict, inputs=rows, checks=checks)
     if quantised is None:
         return verdict
-    plain = list(quantised.unquantised)
-    _, plain, shipped = _with_embeddings(read, base, options.given, plain, batches, candidate)
-    quantised = replace(quantised, unquantised=plain)
-    rounded, texts = exact is not candidate, options.inputs is not None
-    verdict = quantised.extend(verdict, subjects, shipped, rounded=rounded, texts=texts)
+    embed = partial(_with_embeddings, read, base, options.given)
+    _, plain, shipped = embed(list(quantised.unquantised), batches, candidate)
+    _, rounded, _ = embed(list(quantised.rounded), batches, candidate)
+    quantised = replace(quantised, unquantised=plain, rounded=rounded)
+    verdict = quantised.extend(verdict, subjects, shipped, texts=options.inputs is not None)
     return judge_price(verdict, options.max_kl)
 
 

@@ -26,7 +26,12 @@ from propulsion_export.graph.quantisation.weights import (
 )
 
 Use = Literal["linear", "embedding"]
-_BIAS = 5  # the input of MatMulNBits
+# Behind them: the order of groups, and a bias.
+_PLAIN_INPUTS = 4
+_ATTRIBUTES = {
+    *("K", "N", "bits", "block_size", "accuracy_level"),
+    *("gather_axis", "quantize_axis"),
+}
 _FOUR_BITS = (ir.DataType.INT4, ir.DataType.UINT4)
 
 
@@ -73,8 +78,6 @@ def float_weight(node: ir.Node) -> Array | None:
     name, inputs_first = str(node.name), True
     if node.op_type == "MatMulNBits":
         values = _packed(node, name, "linear").values
-        if len(node.inputs) > _BIAS and node.inputs[_BIAS] is not None:
-            raise ArtifactError(f"{name}: adds a bias, expected an Add behind it")
     elif _constant(node.inputs[0]) is not None:
         values = _dequantised(node, name).values
         inputs_first = not _use(node)[1]
@@ -100,6 +103,7 @@ def _found(model: ir.Model) -> Iterator[NodeWeight]:
 def _packed(node: ir.Node, name: str, use: Use) -> NodeWeight:
     raw, scales = _read(node.inputs[1 if use == "linear" else 0], name), _read(node.inputs[2], name)
     _check_symmetric(node, 3, name)
+    _check_plain(node, name)
     bits: Bits = 8 if _integer(node, "bits", 4) == 8 else 4
     rows = _integer(node, "N", len(raw))
     integers = _unpacked(raw.reshape(rows, -1), bits)
@@ -122,6 +126,17 @@ def _check_symmetric(node: ir.Node, index: int, name: str) -> None:
     packed = node.op_type != "DequantizeLinear"
     if zeros is not None and (packed or np.any(_read(zeros, name))):
         raise ArtifactError(f"{name}: has zero points, expected a symmetric quantisation")
+
+
+def _check_plain(node: ir.Node, name: str) -> None:
+    """Refuse inputs and attributes that change what a packed weight means."""
+    more = [value.name for value in node.inputs[_PLAIN_INPUTS:] if value is not None]
+    unknown = sorted(node.attributes.keys() - _ATTRIBUTES)
+    if more or unknown:
+        raise ArtifactError(
+            f"{name}: has {', '.join(map(str, [*more, *unknown]))}, expected its input, integers "
+            "and scales, and nothing that changes them"
+        )
 
 
 def _dequantised(node: ir.Node, name: str) -> NodeWeight:

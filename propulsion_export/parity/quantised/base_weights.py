@@ -253,6 +253,8 @@ def _piece(node: NodeWeight, start: int, weight: BaseWeight, first: int) -> Piec
 
 def _rows_as(piece: Piece, factor: Array | float) -> Array:
     """The rows, bool [rows], whose scales are the base model's times `factor`, rounded once."""
+    if piece.found.shape != piece.expected.shape:
+        return np.zeros(piece.rows, np.bool_)
     expected = rounded(piece.expected.astype(np.float64) * factor, piece.found.dtype)
     same: Array = (piece.found == expected).all(axis=1)
     return same
@@ -283,8 +285,13 @@ def _difference(piece: Piece, wrong: Array, adapter: Adapter | None) -> str:
     factor = _factor(piece, adapter)
     expected = piece.expected * (1.0 if factor is None else factor)
     row = int(np.argmax(wrong))
+    if piece.found.shape != expected.shape:
+        return (
+            f"{piece.weight.path}: has {piece.found.shape[1]} scales a row, expected "
+            f"{expected.shape[1]}"
+        )
     block = int(np.argmax(piece.found[row] != expected[row].astype(piece.found.dtype)))
     return (
         f"{piece.weight.path}: the scale of row {piece.first + row}, block {block} is "
-        f"{float(piece.found[row, block]):.6g}, expected {float(expected[row, block]):.6g}"
+        f"{float(piece.found[row, block]):.9g}, expected {float(expected[row, block]):.9g}"
     )

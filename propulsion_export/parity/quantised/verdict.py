@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Self
 
 from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.artifacts.artifact import Artifact, Runner, Tensors
@@ -26,8 +27,8 @@ from propulsion_export.parity.quantised.base_weights import (
     match,
     use_quantised_weights_,
 )
-from propulsion_export.parity.quantised.shipped import OutputsByName, ShippedVerdict, judge_shipped
-from propulsion_export.parity.quantised.unquantised import compute_unquantised
+from propulsion_export.parity.quantised.outputs import compute_outputs, rounded_inputs
+from propulsion_export.parity.quantised.shipped import OutputsByName, judge_shipped
 from propulsion_export.parity.reports.report import Check, NotRun, ParityReport, Price
 from propulsion_export.parity.subject import Subject
 from propulsion_export.runners.decoding import Candidate, replaying
@@ -63,14 +64,30 @@ class QuantisedParity:
     Attributes:
         artifact: what is judged.
         batches: the inputs.
-        unquantised: what the unquantised model computes; see `compute_unquantised`.
+        unquantised: what the unquantised model computes; see `compute_outputs`.
         weights: the check of the weights, or why there is none.
+        paths: of the quantised layers.
+        rounded: what PyTorch computes with rounded activations; see `with_rounded_activations`.
     """
 
     artifact: Artifact
     batches: Sequence[Tensors]
     unquantised: Sequence[Subject]
     weights: Check | NotRun
+    paths: Sequence[str]
+    rounded: Sequence[Subject] = ()
+
+    def with_rounded_activations(
+        self, base: BaseModel, adapters: Sequence[Adapter], compute: Compute
+    ) -> Self:
+        """Compute what quantised layers make of inputs in 8 bits; leaves the artifact's dtype."""
+        manifest = self.artifact.manifest
+        assert manifest.quantization is not None
+        with rounded_inputs(base.model, self.paths, manifest.quantization):
+            found = compute_outputs(
+                self.artifact, base, adapters, self.batches, compute, manifest.dtype
+            )
+        return replace(self, rounded=found)
 
     def extend(
         self,
@@ -78,7 +95,6 @@ class QuantisedParity:
         subjects: Sequence[Subject],
         shipped: Candidate,
         *,
-        rounded: bool,
         texts: bool,
     ) -> ParityReport:
         """The report of the cases with the weights, the graph as shipped, and the price.
@@ -87,16 +103,13 @@ class QuantisedParity:
             report: with the checks of the graph in floating point, where there is one.
             subjects: what PyTorch computes with the dequantised weights.
             shipped: the graph as shipped.
-            rounded: whether it reads rounded activations.
             texts: whether the batches are given texts, whose perplexity says something.
         """
         run = shipped if callable(shipped) else replaying(shipped)
         found = outputs_of(subjects, self.batches, run)
-        verdict = ShippedVerdict((), (), ())
-        if rounded:
-            dtype = self.artifact.manifest.dtype
-            exact = _errors(report.checks)
-            verdict = judge_shipped(subjects, self.batches, found, dtype, exact)
+        rounded = {one.name: one.oracle for one in self.rounded}
+        dtype, exact = self.artifact.manifest.dtype, _errors(report.checks)
+        verdict = judge_shipped(subjects, self.batches, found, rounded, dtype, exact)
         weights = [self.weights] if isinstance(self.weights, Check) else []
         not_run = [self.weights] if isinstance(self.weights, NotRun) else []
         return replace(
@@ -136,16 +149,19 @@ def quantise_base_(
     if entry is None:
         return None
     nodes = _nodes(artifact)
-    plain = compute_unquantised(artifact, base, adapters, batches, compute)
+    plain = compute_outputs(artifact, base, adapters, batches, compute)
     if nodes is None:
         kept = {name for adapter in adapters for name in adapter.modules}
-        use_quantised_weights_(base, every_linear_layer(base, entry, kept, dtype))
+        weights = every_linear_layer(base, entry, kept, dtype)
+        use_quantised_weights_(base, weights)
         reason = "the weights of an engine cannot be read; its outputs are compared all the same"
-        return QuantisedParity(artifact, batches, plain, NotRun("weights", reason))
+        not_run = NotRun("weights", reason)
+        return QuantisedParity(artifact, batches, plain, not_run, [one.path for one in weights])
     folded = adapters[0] if adapters and artifact.manifest.mode == "folded" else None
     found = match(base, nodes, dtype, folded)
     use_quantised_weights_(base, found.weights)
-    return QuantisedParity(artifact, batches, plain, check_weights(found, folded))
+    paths = [one.path for one in found.weights]
+    return QuantisedParity(artifact, batches, plain, check_weights(found, folded), paths)
 
 
 def exact_candidate(

@@ -60,7 +60,7 @@ class Rounding:
     """How far a runtime's rounding of the inputs of quantised layers moves an output.
 
     Attributes:
-        adapter: the state it was measured on: `base`, or the adapter that is folded in.
+        adapter: the state it was measured on: `base`, or an adapter.
         output: its name.
         error: distance of the graph as shipped from the oracle, root mean square.
         exact: the same of the graph in floating point; None where the runtime cannot compute so.

@@ -110,5 +110,5 @@ def test_a_bias_inside_is_refused():
     bias = np.ones(8, np.float32)
     model = quantised(np.ones((32, 8), np.float32), 1, bias=bias)
 
-    with pytest.raises(ArtifactError, match="layer: adds a bias"):
+    with pytest.raises(ArtifactError, match="layer: has b, expected its input"):
         ComputeInFloat()(model)

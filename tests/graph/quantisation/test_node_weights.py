@@ -119,3 +119,26 @@ def test_zero_points_are_refused():
 
     with pytest.raises(ArtifactError, match="n: has zero points"):
         node_weights(ir.from_proto(graph([node], tensors, value, OUTPUTS)))
+
+
+@pytest.mark.parametrize("what", ["input", "attribute"])
+def test_what_changes_the_meaning_of_a_packed_weight_is_refused(what):
+    packed, scales = quantise_for_matmulnbits(np.ones((64, 4), np.float32), 4, 32)
+    values = [ir.Value(name=n, const_value=ir.tensor(v)) for n, v in (("q", packed), ("s", scales))]
+    attributes = {"K": 64, "N": 4, "bits": 4, "block_size": 32}
+    if what == "input":
+        values += [
+            None,
+            ir.Value(name="order", const_value=ir.tensor(np.arange(2, dtype=np.int32))),
+        ]
+    else:
+        attributes["order"] = 1
+    node = ir.node(
+        "MatMulNBits", [ir.Value(name="x"), *values], attributes, domain="com.microsoft", name="n"
+    )
+    model = ir.Model(ir.Graph([], [], nodes=[node]), ir_version=10)
+
+    with pytest.raises(
+        ArtifactError, match="n: has order, expected its input, integers and scales"
+    ):
+        node_weights(model)

@@ -107,7 +107,7 @@ def test_a_small_mistake_hides_behind_rounded_activations(world, planted):
     report = check_parity(planted(one_channel_off_by_a_percent(Adapter.read(world.three), world)))
 
     shipped = [check for check in report.checks if check.case.startswith("shipped")]
-    assert len(shipped) == 4
+    assert len(shipped) == 5
     assert all(check.passed for check in shipped)
     assert report.verdict == "failed"
 

@@ -1,8 +1,11 @@
-"""The graph as shipped is judged with the rounding that the base model has."""
+"""The graph as shipped may err as much as PyTorch does with activations in 8 bits."""
 
 import numpy as np
 import pytest
+import torch
 
+from propulsion_export.artifacts.manifest import QuantizationEntry
+from propulsion_export.parity.quantised.outputs import rounded_inputs
 from propulsion_export.parity.quantised.shipped import judge_shipped
 from propulsion_export.parity.subject import Subject
 
@@ -22,24 +25,26 @@ def judged(found, *, size=1.0, base=BASE + ROUNDING, exact=None):
     adapted = subject("one", BASE + size * EFFECT, BASE)
     outputs = {"base": [{"y": base}], "one": [{"y": found}]}
     subjects = [adapted, subject("base", BASE)]
-    return judge_shipped(subjects, INPUTS, outputs, "float32", exact or {})
+    rounded = {one.name: [{"y": one.oracle[0]["y"] + ROUNDING[::-1]}] for one in subjects}
+    return judge_shipped(subjects, INPUTS, outputs, rounded, "float32", exact or {})
 
 
-def verdicts(verdict):
-    return {check.case: check.passed for check in verdict.checks}
+def verdicts(verdict, adapter="one"):
+    return {check.case: check.passed for check in verdict.checks if check.adapter == adapter}
 
 
-def test_an_error_as_large_as_the_base_models_passes():
+def test_an_error_as_large_as_rounded_activations_make_passes():
     verdict = judged(BASE + EFFECT + ROUNDING[::-1])
 
     assert verdicts(verdict) == {"shipped parity": True, "shipped effect": True}
     assert not verdict.not_run
 
 
-def test_the_rounding_of_the_base_model_is_told():
+def test_the_rounding_of_every_state_is_told():
     verdict = judged(BASE + EFFECT, exact={("base", "y"): 1e-6})
 
-    (rounding,) = verdict.rounding
+    own, rounding = verdict.rounding
+    assert (own.adapter, own.error, own.exact) == ("one", 0, None)
     assert rounding.error == pytest.approx(np.sqrt(np.square(ROUNDING).mean()))
     assert (rounding.adapter, rounding.exact) == ("base", 1e-6)
 
@@ -51,8 +56,17 @@ def test_an_adapter_that_is_lost_in_part_fails(kept):
     assert verdicts(verdict) == {"shipped parity": False, "shipped effect": False}
 
 
-def test_an_error_beyond_four_times_the_base_models_fails():
+def test_an_error_beyond_four_times_that_fails():
     assert not verdicts(judged(BASE + EFFECT + 9 * ROUNDING))["shipped parity"]
+
+
+def test_a_base_model_that_is_another_fails():
+    """It does not widen what its adapters may err."""
+    broken = BASE + 9 * ROUNDING
+    verdict = judged(broken + EFFECT, base=broken)
+
+    assert verdicts(verdict, "base") == {"shipped parity": False}
+    assert not verdicts(verdict)["shipped parity"]
 
 
 def test_one_token_at_which_the_adapter_amplifies_rounding_does_not_decide():
@@ -87,7 +101,7 @@ def test_a_base_model_that_is_not_finite_fails(value):
 
     verdict = judged(BASE + EFFECT, base=broken)
 
-    assert verdicts(verdict) == {"shipped parity": False}
+    assert verdicts(verdict, "base") == {"shipped parity": False}
 
 
 def test_an_adapter_that_is_not_finite_fails():
@@ -95,17 +109,40 @@ def test_an_adapter_that_is_not_finite_fails():
 
 
 def test_other_outputs_fail():
-    verdict = judge_shipped([subject("base", BASE)], INPUTS, {"base": [{"z": BASE}]}, "float32", {})
+    found, plain = {"base": [{"z": BASE}]}, {"base": [{"y": BASE}]}
 
-    assert verdicts(verdict) == {"shipped parity": False}
+    verdict = judge_shipped([subject("base", BASE)], INPUTS, found, plain, "float32", {})
+
+    assert verdicts(verdict, "base") == {"shipped parity": False}
 
 
-def test_a_folded_adapter_is_judged_by_its_effect_alone():
-    adapted = subject("one", BASE + EFFECT, BASE)
-    for kept, passes in ((1, True), (0, False)):
-        found = {"one": [{"y": BASE + kept * EFFECT + ROUNDING}]}
+@pytest.mark.parametrize("block", [0, 4, 3])
+def test_inputs_in_8_bits_are_multiples_of_a_step_for_each_block(block):
+    x = NUMBERS.normal(size=(5, 8)).astype(np.float32)
+    layer = torch.nn.Linear(8, 8, bias=False)
+    layer.weight = torch.nn.Parameter(torch.eye(8))
+    entry = QuantizationEntry(4, "matmulnbits", block)
+    model = torch.nn.Sequential(layer)
 
-        verdict = judge_shipped([adapted], INPUTS, found, "float32", {})
+    with torch.no_grad(), rounded_inputs(model, ["0"], entry):
+        found = model(torch.from_numpy(x)).numpy()
 
-        assert verdicts(verdict).get("shipped effect", False) == passes
-        assert verdict.rounding[0].adapter == "one"
+    length = block or 8
+    for start in range(0, 8, length):
+        part, own = x[:, start : start + length], found[:, start : start + length]
+        steps = np.abs(part).max(axis=1, keepdims=True) / 127
+        np.testing.assert_allclose(own / steps, np.rint(part / steps), atol=1e-3)
+    with torch.no_grad():
+        np.testing.assert_array_equal(model(torch.from_numpy(x)).numpy(), x)
+
+
+def test_inputs_of_a_tensor_with_one_number_share_a_step():
+    x = torch.tensor([[127.0, 0.4], [0.6, -2.2]])
+    layer = torch.nn.Linear(2, 2, bias=False)
+    layer.weight = torch.nn.Parameter(torch.eye(2))
+
+    entry = QuantizationEntry(8, "qdq", 0, activations="int8")
+    with torch.no_grad(), rounded_inputs(layer, [""], entry):
+        found = layer(x)
+
+    assert found.tolist() == [[127, 0], [1, -2]]
