@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from propulsion_export.artifacts.staging import FULL
+from propulsion_export.artifacts.disk_errors import FULL
 from propulsion_export.environment.quiet import silence_optional_packages
 from propulsion_export.errors import PropulsionExportError, UnavailableError, UsageError
 

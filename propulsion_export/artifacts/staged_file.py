@@ -7,15 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
+from propulsion_export.artifacts.disk_errors import FORBIDDEN, FULL, disk_errors_in_words
 from propulsion_export.artifacts.replacing import aside, sweep
-from propulsion_export.artifacts.staging import (
-    FORBIDDEN,
-    FULL,
-    disk_errors_in_words,
-    refuse_cache,
-    refuse_inputs,
-    refuse_unwritable,
-)
+from propulsion_export.artifacts.staging import refuse_cache, refuse_inputs, refuse_unwritable
 from propulsion_export.environment.paths import user_path
 from propulsion_export.errors import UsageError
 

@@ -1,15 +1,16 @@
 """Write outputs to a temporary place and move them, so that they appear complete or not at all."""
 
-import errno
+import json
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, get_args
 
+from propulsion_export.artifacts.disk_errors import ELSEWHERE, FORBIDDEN, FULL, disk_errors_in_words
 from propulsion_export.artifacts.replacing import aside, replace_directory, sweep, sync
 from propulsion_export.environment.hub_files import cached_repository
 from propulsion_export.environment.mounts import mount_points
@@ -20,16 +21,7 @@ from propulsion_export.errors import UsageError
 # replaces only a directory of its own kind.
 Marker = Literal["propulsion.json", "adapter_config.json", "parity.json"]
 MARKERS: tuple[Marker, ...] = get_args(Marker)
-# What a full or read-only disk reports, by error number.
-FULL = {
-    errno.ENOSPC: "no space left on the device",
-    errno.EDQUOT: "the disk quota is used up",
-    errno.EFBIG: "the file may not grow that large",
-    errno.EROFS: "the file system is read-only",
-}
-
 _MODEL_WEIGHTS = r"(model|pytorch_model)[-.].*(safetensors|bin)"
-_ELSEWHERE = "Choose another place for the output."
 
 
 @contextmanager
@@ -39,6 +31,7 @@ def staged_directory(
     marker: Marker,
     force: bool = False,
     inputs: Iterable[Path | str] = (),
+    kind: str | None = None,
     several: bool = False,
 ) -> Iterator[Path]:
     """Yield an empty directory beside `destination`; on success it becomes `destination`.
@@ -52,6 +45,7 @@ def staged_directory(
             have it to be replaced.
         force: replace an earlier output.
         inputs: files and directories that the output is made from, which are never replaced.
+        kind: of an artifact, as its manifest says: `onnx` does not replace `merged`, for example.
         several: whether it gets a directory of that kind for each of several outputs.
 
     Raises:
@@ -59,7 +53,9 @@ def staged_directory(
     """
     destination = user_path(destination).resolve()
     with disk_errors_in_words(destination, FULL | FORBIDDEN):
-        check_replaceable(destination, marker=marker, force=force, inputs=inputs, several=several)
+        check_replaceable(
+            destination, marker=marker, force=force, inputs=inputs, kind=kind, several=several
+        )
         destination.parent.mkdir(parents=True, exist_ok=True)
         partial = aside(destination, "partial")
         partial.mkdir()
@@ -69,7 +65,7 @@ def staged_directory(
             _open_to_readers(partial)
             sync(partial)
             # Checked again: another process may have written there meanwhile.
-            _refuse_to_lose(destination, marker, force=force, several=several)
+            _refuse_to_lose(destination, marker, kind, force=force, several=several)
             replace_directory(partial, destination)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -81,6 +77,7 @@ def check_replaceable(
     marker: Marker,
     force: bool,
     inputs: Iterable[Path | str] = (),
+    kind: str | None = None,
     several: bool = False,
 ) -> None:
     """Refuse a destination that holds something which must not be lost.
@@ -90,22 +87,22 @@ def check_replaceable(
 
     Raises:
         UsageError: the destination is a file, or a directory that is not empty, and `force` is off
-            or it has no `marker`; it is or holds one of the `inputs`; its parent cannot be written
-            to.
+            or it has no `marker` or is of another `kind`; it is or holds one of the `inputs`; its
+            parent cannot be written to.
     """
     destination = user_path(destination).resolve()
     with disk_errors_in_words(destination, FORBIDDEN):
         refuse_cache(destination)
         sweep(destination)
         refuse_inputs(destination, inputs)
-        _refuse_to_lose(destination, marker, force=force, several=several)
+        _refuse_to_lose(destination, marker, kind, force=force, several=several)
 
 
 def refuse_cache(destination: Path) -> None:
     """Refuse a place in a hub's cache."""
     if cached_repository(destination) is not None:
         found = f"{destination}: lies in a hub's cache, whose files other revisions share"
-        raise UsageError(found, remedy=_ELSEWHERE)
+        raise UsageError(found, remedy=ELSEWHERE)
 
 
 def refuse_inputs(destination: Path, inputs: Iterable[Path | str]) -> None:
@@ -128,7 +125,7 @@ def refuse_inputs(destination: Path, inputs: Iterable[Path | str]) -> None:
 
 
 def _refuse_to_lose(
-    destination: Path, marker: Marker, *, force: bool, several: bool = False
+    destination: Path, marker: Marker, kind: str | None, *, force: bool, several: bool
 ) -> None:
     refuse_unwritable(destination)
     if not destination.exists():
@@ -144,7 +141,7 @@ def _refuse_to_lose(
             remedy="Choose another directory, or replace this one with --force.",
         )
     for place in sorted(destination.iterdir()) if several else [destination]:
-        _refuse_other_kind(place, marker)
+        _refuse_other_kind(place, marker, kind)
     if weights := _weights_beside_an_adapter(destination, marker):
         raise UsageError(
             f"{destination}: holds the base model's weights too ({weights}), so --force does not "
@@ -155,15 +152,32 @@ def _refuse_to_lose(
         raise UsageError(f"{destination}: the current directory lies inside, it is not replaced")
 
 
-def _refuse_other_kind(destination: Path, marker: Marker) -> None:
+def _refuse_other_kind(destination: Path, marker: Marker, kind: str | None) -> None:
     found = {known for known in MARKERS if (destination / known).is_file()}
-    if found != {marker}:
-        reason = f"holds {min(found - {marker})}" if found - {marker} else f"holds no {marker}"
+    if found - {marker}:
+        reason = f"holds {min(found - {marker})}"
+    elif not found:
+        reason = f"holds no {marker}"
+    elif kind is not None and (earlier := _kind_in(destination / marker)) not in (kind, None):
+        reason = f"is of kind {earlier}, not {kind}"
+    else:
+        reason = ""
+    if reason:
         raise UsageError(
             f"{destination}: {reason}, so this command did not write it and --force does not "
             "replace it",
             remedy="Choose another directory.",
         )
+
+
+def _kind_in(manifest: Path) -> str | None:
+    """The kind of an artifact; None if its manifest is damaged: an output that nobody can use."""
+    try:
+        content = json.loads(manifest.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    kind = content.get("kind") if isinstance(content, dict) else None
+    return kind if isinstance(kind, str) else None
 
 
 def _refuse_mounts(destination: Path) -> None:
@@ -193,7 +207,7 @@ def refuse_unwritable(destination: Path) -> None:
     if not above.is_dir():
         raise UsageError(f"{above}: is a file, expected a directory to write {destination} in")
     if not os.access(above, os.W_OK):
-        raise UsageError(f"{above}: no permission to write here", remedy=_ELSEWHERE)
+        raise UsageError(f"{above}: no permission to write here", remedy=ELSEWHERE)
 
 
 def check_replaceable_file(path: Path, *, holds: bytes) -> None:
@@ -237,32 +251,6 @@ def replace_file(path: Path, content: bytes) -> None:
             partial.unlink(missing_ok=True)
 
 
-@contextmanager
-def disk_errors_in_words(
-    destination: Path, reasons: Mapping[int, str] = FULL, *, remedy: str = _ELSEWHERE
-) -> Iterator[None]:
-    """Turn errors of a full or read-only disk into one line; other errors pass unchanged.
-
-    Args:
-        destination: the path that was being written, for the message.
-        reasons: the text of the message by error number.
-        remedy: the remedy in the message.
-
-    Raises:
-        UsageError: an error with one of the numbers in `reasons` occurred.
-    """
-    try:
-        yield
-    except UsageError:
-        raise
-    except Exception as error:
-        if reason := next((text for code, text in reasons.items() if _is(error, code)), None):
-            raise UsageError(
-                f"{destination}: {reason}; nothing was written", remedy=remedy
-            ) from error
-        raise
-
-
 def _open_to_readers(directory: Path) -> None:
     """Give every file the directory's permissions; safetensors creates files with 0600.
 
@@ -272,32 +260,3 @@ def _open_to_readers(directory: Path) -> None:
     for path in directory.rglob("*"):
         if path.is_file() and not path.is_symlink() and path.stat().st_nlink == 1:
             path.chmod(rights)
-
-
-FORBIDDEN = {
-    errno.EACCES: "no permission to write here",
-    errno.ENOTDIR: "a part of the path is a file",
-    errno.EEXIST: "a part of the path is a file",
-    errno.ENAMETOOLONG: "the name is too long",
-    errno.ENOENT: "nothing can be created here",
-    errno.EISDIR: "is a directory, expected a file to write",
-}
-# Some report a full disk without a number: numpy's tofile, then torch.save.
-_UNNUMBERED = {
-    errno.ENOSPC: re.compile(
-        r"\d+ requested and \d+ written|unexpected pos \d+ vs \d+|iostream error"
-        r"|PytorchStreamWriter failed writing"
-    )
-}
-
-
-def _is(error: Exception, code: int) -> bool:
-    """Whether the error has this number; writers in Rust and C++ give it only in the text."""
-    if isinstance(error, OSError) and error.errno is not None:
-        return error.errno == code
-    text, unnumbered = str(error), _UNNUMBERED.get(code)
-    return (
-        re.search(rf"os error {code}\b", text) is not None
-        or os.strerror(code) in text
-        or (unnumbered is not None and unnumbered.search(text) is not None)
-    )

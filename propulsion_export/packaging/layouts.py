@@ -22,11 +22,13 @@ class ServerLayout:
         module: the module of this package that writes it.
         summary: the artifact it takes and the server that loads it, for `--help`.
         options: the fields of `PackageOptions` that it uses.
+        kind: what the manifest of a package says.
     """
 
     module: str
     summary: str
     options: tuple[str, ...] = ()
+    kind: str = "onnx"
 
 
 @dataclass(frozen=True)
@@ -51,5 +53,6 @@ LAYOUTS = {
         "triton",
         "a bank, a folded export or an engine for Triton",
         options=("model_name", "max_batch_size"),
+        kind="triton",
     ),
 }

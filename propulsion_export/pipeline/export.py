@@ -54,7 +54,8 @@ def export(
     inputs = (*map(source_of, adapter), base_source(model, read_adapters(adapter)))
     for name, part in parts.items():
         marker: Marker = REPORT_FILE if name.startswith("parity") else MANIFEST_FILE
-        check_replaceable(part, marker=marker, force=force, inputs=inputs)
+        kind = None if name.startswith("parity") else name
+        check_replaceable(part, marker=marker, kind=kind, force=force, inputs=inputs)
     exported = export_onnx(
         adapter,
         parts["onnx"],

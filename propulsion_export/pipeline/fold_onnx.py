@@ -91,7 +91,7 @@ def fold_onnx(
     places = _places(output, list(sources))
     inputs = (*sources.values(), str(from_artifact))
     for place in places.values():
-        check_replaceable(place, marker=MANIFEST_FILE, force=force, inputs=inputs)
+        check_replaceable(place, marker=MANIFEST_FILE, kind="onnx", force=force, inputs=inputs)
     progress(0.05, f"reading {from_artifact}")
     artifact = Artifact.read(from_artifact)
     _check_source(artifact)
@@ -188,7 +188,9 @@ def _staged(
     with ExitStack() as stack:
         yield {
             name: stack.enter_context(
-                staged_directory(place, marker=MANIFEST_FILE, force=force, inputs=inputs)
+                staged_directory(
+                    place, marker=MANIFEST_FILE, kind="onnx", force=force, inputs=inputs
+                )
             )
             for name, place in places.items()
         }

@@ -121,7 +121,12 @@ def merge_adapters(
     inputs = (*map(source_of, adapters), source)
     several = len(read) > 1
     check_replaceable(
-        output, marker=MANIFEST_FILE, force=options.force, inputs=inputs, several=several
+        output,
+        marker=MANIFEST_FILE,
+        kind="merged",
+        force=options.force,
+        inputs=inputs,
+        several=several,
     )
     for adapter in read:
         check_identity(adapter)
@@ -134,7 +139,12 @@ def merge_adapters(
     note = next(iter(prepared.values())).note
     progress(0.1, f"folding {size:,} scales into {source}{note}")
     with staged_directory(
-        output, marker=MANIFEST_FILE, force=options.force, inputs=inputs, several=several
+        output,
+        marker=MANIFEST_FILE,
+        kind="merged",
+        force=options.force,
+        inputs=inputs,
+        several=several,
     ) as directory:
         places = {name: directory / name if several else directory for name in prepared}
         artifacts = _write(prepared, places, shard_size, options, progress)

@@ -64,15 +64,16 @@ def package(
         ArtifactError: the artifact is damaged, or its manifest describes another graph.
         UnavailableError: a package is missing.
     """
-    check_replaceable(output, marker=MANIFEST_FILE, force=force, inputs=(artifact,))
-    read = Artifact.read(artifact)
     options = _options_for(layout, PackageOptions(model_name, max_batch_size), output)
+    kind = LAYOUTS[layout].kind
+    check_replaceable(output, marker=MANIFEST_FILE, kind=kind, force=force, inputs=(artifact,))
+    read = Artifact.read(artifact)
     module = importlib.import_module(f"{packaging.__name__}.{LAYOUTS[layout].module}")
     write: WritePackage = module.plan(read, options)
     check_signature(read)
     progress(0.1, f"copying {artifact}")
     with staged_directory(
-        output, marker=MANIFEST_FILE, force=force, inputs=(artifact,)
+        output, marker=MANIFEST_FILE, kind=kind, force=force, inputs=(artifact,)
     ) as directory:
         adapters = sorted(set(write(directory)) - {BASE_NAME})
     progress(1.0, f"wrote {output}")

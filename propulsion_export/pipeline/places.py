@@ -28,7 +28,9 @@ class Places:
     def check(self) -> None:
         """Refuse directories that hold something which must not be lost, before long work."""
         for place in self.by_mode.values():
-            check_replaceable(place, marker=MANIFEST_FILE, force=self.force, inputs=self.inputs)
+            check_replaceable(
+                place, marker=MANIFEST_FILE, kind="onnx", force=self.force, inputs=self.inputs
+            )
 
     @contextmanager
     def staged(self) -> Iterator[dict[Mode, Path]]:
@@ -37,7 +39,11 @@ class Places:
             yield {
                 mode: stack.enter_context(
                     staged_directory(
-                        place, marker=MANIFEST_FILE, force=self.force, inputs=self.inputs
+                        place,
+                        marker=MANIFEST_FILE,
+                        kind="onnx",
+                        force=self.force,
+                        inputs=self.inputs,
                     )
                 )
                 for mode, place in self.by_mode.items()

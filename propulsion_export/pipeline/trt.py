@@ -31,7 +31,7 @@ def build_engine(
     Raises:
         PropulsionExportError: as its subclasses say; nothing is left at `output` then.
     """
-    check_replaceable(output, marker=MANIFEST_FILE, force=force, inputs=[artifact])
+    check_replaceable(output, marker=MANIFEST_FILE, kind="engine", force=force, inputs=[artifact])
     read = Artifact.read(artifact)
     if read.manifest.kind != "onnx":
         raise ArtifactError(
@@ -39,7 +39,7 @@ def build_engine(
             remedy="`propulsion-export onnx` makes one.",
         )
     check_signature(read)
-    with staged_directory(output, marker=MANIFEST_FILE, force=force) as directory:
+    with staged_directory(output, marker=MANIFEST_FILE, kind="engine", force=force) as directory:
         manifest = write_engine(read, directory, options, lambda m: progress(0.5, m))
         written = Artifact.write(directory, manifest)
     progress(1.0, f"wrote {output}")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import transformers
 
-from propulsion_export.artifacts.staging import disk_errors_in_words
+from propulsion_export.artifacts.disk_errors import disk_errors_in_words
 from propulsion_export.environment.progress import Progress
 from propulsion_export.errors import UsageError
 from propulsion_export.training.checkpoint_digests import check_best

@@ -233,6 +233,32 @@ def test_force_replaces_its_own_kind_only(tmp_path, wanted, found):
     assert caught.value.exit_code == 2
 
 
+@pytest.mark.parametrize(
+    ("content", "replaced"),
+    [
+        ('{"kind": "merged"}', True),
+        ("damaged", True),
+        ('{"kind": "onnx"}', False),
+        ('{"kind": "triton"}', False),
+    ],
+)
+def test_force_replaces_artifacts_of_the_kind_that_is_written(tmp_path, content, replaced):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "propulsion.json").write_text(content)
+    check = functools.partial(
+        check_replaceable, out, marker="propulsion.json", kind="merged", force=True
+    )
+
+    if replaced:
+        check()
+    else:
+        with pytest.raises(
+            UsageError, match=r"is of kind .*, not merged.*--force"
+        ):
+            check()
+
+
 @pytest.mark.parametrize("force", [False, True])
 @pytest.mark.parametrize(
     ("destination", "given", "words"),

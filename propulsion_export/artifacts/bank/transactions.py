@@ -14,8 +14,8 @@ from propulsion_export.artifacts.bank.registry import (
     read_state,
 )
 from propulsion_export.artifacts.bank.row_file import tidy
+from propulsion_export.artifacts.disk_errors import FULL, disk_errors_in_words
 from propulsion_export.artifacts.file_names import ADAPTERS
-from propulsion_export.artifacts.staging import FULL, disk_errors_in_words
 from propulsion_export.environment.permissions import check_permission
 from propulsion_export.errors import ArtifactError, UsageError
 
