@@ -253,9 +253,7 @@ def test_force_replaces_artifacts_of_the_kind_that_is_written(tmp_path, content,
     if replaced:
         check()
     else:
-        with pytest.raises(
-            UsageError, match=r"is of kind .*, not merged.*--force"
-        ):
+        with pytest.raises(UsageError, match=r"is of kind .*, not merged.*--force"):
             check()
 
 
