@@ -79,15 +79,16 @@ def command(
     base model, -o NAME.gguf writes that file again with the adapter in it.
     """
     if output.suffix.lower() == ".gguf":
-        only_for_checkpoints = {
-            "--dtype": dtype != "keep",
-            "--task": task not in ("auto", "text-generation"),
-            "--max-shard-size": max_shard_size is not None,
-            "--share": share,
-            "--verify": verify,
-            "-a": len(adapter) > 1,
-        }
-        _refuse(only_for_checkpoints, "a GGUF file keeps its types and holds one adapter")
+        _refuse({"--dtype": dtype != "keep"}, "every tensor of a GGUF file keeps its type")
+        _refuse({"--task": task not in ("auto", "text-generation")}, "GGUF files generate text")
+        one_file = {"--max-shard-size": max_shard_size is not None, "--share": share}
+        _refuse(one_file, "a merged GGUF file is one new file")
+        _refuse({"--verify": verify}, "reads merged checkpoints again, no GGUF files")
+        _refuse(
+            {"-a": len(adapter) > 1},
+            "several adapters are given, a GGUF file takes one",
+            "Merge each into a file of its own.",
+        )
         _merge_gguf(console, adapter[0], output, model, untie, allow_range, force)
         return
     _refuse({"--allow-range": allow_range}, "is for GGUF files")
@@ -117,11 +118,11 @@ def command(
     )
 
 
-def _refuse(given: dict[str, bool], reason: str) -> None:
+def _refuse(given: dict[str, bool], reason: str, remedy: str = "Leave it out.") -> None:
     from propulsion_export.errors import UsageError
 
     if names := [name for name, is_given in given.items() if is_given]:
-        raise UsageError(f"{', '.join(names)}: {reason}", remedy="Leave it out.")
+        raise UsageError(f"{', '.join(names)}: {reason}", remedy=remedy)
 
 
 def _merge_gguf(

@@ -1,6 +1,7 @@
 """`merge` into a GGUF file: the file again, with an adapter in its scales. No torch."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from propulsion_export.adapters.adapter import Adapter
@@ -81,8 +82,16 @@ def merge_gguf(
                 f"adapter {read.name}: changes no weight of {file}, expected an effect",
                 remedy="Is this the trained adapter?",
             )
-    progress(1.0, f"wrote {output}")
+    progress(1.0, f"wrote {output}{_nearest(writer.nearest)}")
     return output
+
+
+def _nearest(findings: Mapping[str, str]) -> str:
+    """What --allow-range let pass, in words."""
+    if not findings:
+        return ""
+    first = next(iter(findings.values()))
+    return f". Tensors with the nearest numbers: {len(findings)}, the first {first}"
 
 
 def _file(source: str, output: Path) -> Path:

@@ -811,9 +811,14 @@ def test_what_a_place_is_to_blame_for_is_one_line(monkeypatch, capsys, code):
 @pytest.mark.parametrize(
     ("output", "options", "refused"),
     [
-        ("merged.gguf", ["--share", "--verify"], "--share, --verify: a GGUF file keeps its types"),
-        ("merged.gguf", ["--dtype", "float16"], "--dtype: a GGUF file keeps its types"),
-        ("merged.gguf", ["-a", "other"], "-a: a GGUF file keeps its types and holds one adapter"),
+        ("merged.gguf", ["--share"], "--share: a merged GGUF file is one new file. Leave it out."),
+        ("merged.gguf", ["--verify"], "--verify: reads merged checkpoints again, no GGUF files."),
+        ("merged.gguf", ["--dtype", "float16"], "--dtype: every tensor of a GGUF file keeps its"),
+        (
+            "merged.gguf",
+            ["-a", "other"],
+            "a GGUF file takes one. Merge each into a file of its own",
+        ),
         ("merged", ["--allow-range"], "--allow-range: is for GGUF files. Leave it out."),
     ],
 )

@@ -34,6 +34,7 @@ class Writer:
         allow_range: write the nearest number where a type cannot hold a product.
         progress: called with the share of the bytes that are written.
         changed: whether any tensor has got other bytes so far.
+        nearest: with `allow_range`, the first number of each tensor that its type cannot hold.
     """
 
     header: Header
@@ -42,6 +43,7 @@ class Writer:
     allow_range: bool
     progress: Progress
     changed: bool = field(default=False, init=False)
+    nearest: dict[str, str] = field(default_factory=dict, init=False)
     _reported: float = field(default=0.0, init=False)
 
     def write(self, source: int, target: int) -> None:
@@ -103,10 +105,19 @@ class Writer:
             copy_range(source, target, written.place.start, written.place.size)
             return
         for stored, content, lost, first in _pieces(source, written):
-            if lost is not None and not self.allow_range:
-                raise _refused(self.header, written, lost, first)
+            if lost is not None:
+                self._accept(written, lost, first)
             self.changed = self.changed or not np.array_equal(stored, content)
             write_all(target, content.reshape(-1).data)
+
+    def _accept(self, written: Written, lost: Lost, first: int) -> None:
+        finding = _finding(written, lost, first)
+        if not self.allow_range:
+            raise AdapterError(
+                f"{self.header.file}: {finding}",
+                remedy="Accept the nearest number with --allow-range.",
+            )
+        self.nearest.setdefault(written.name, finding)
 
 
 def _pieces(source: int, written: Written) -> Iterator[tuple[Bytes, Bytes, Lost | None, int]]:
@@ -148,17 +159,17 @@ def _read(source: int, start: int, size: int) -> Bytes:
     return np.frombuffer(content, np.uint8)
 
 
-def _refused(header: Header, written: Written, lost: Lost, first: int) -> AdapterError:
+def _finding(written: Written, lost: Lost, first: int) -> str:
+    """Where a number is that its type cannot hold, and what it would be."""
     row = first + lost.row
     channel = row
     if written.channels is not None:
         flat = written.channels.ravel()
         by_column = written.channels.shape[-1] > 1
         channel = int(flat[lost.block if by_column else row])
-    return AdapterError(
-        f"{header.file}: {written.name}, channel {channel}, block {lost.block}: it would be "
-        f"{lost.product:.4g}, which {lost.problem}",
-        remedy="Accept the nearest number with --allow-range.",
+    return (
+        f"{written.name}, channel {channel}, block {lost.block}: it would be "
+        f"{lost.product:.4g}, which {lost.problem}"
     )
 
 

@@ -175,7 +175,13 @@ def test_a_product_out_of_range_names_the_channel_of_the_adapter(saved, tmp_path
 
     with pytest.raises(AdapterError, match=r"blk.0.attn_q.weight, channel 1, block 0: .*--allow-"):
         merged(tmp_path, adapter, file)
-    written = merged(tmp_path, adapter, file, allow_range=True)
+    said = []
+    written = merged(
+        tmp_path, adapter, file, allow_range=True, progress=lambda _, text: said.append(text)
+    )
+    assert (
+        "Tensors with the nearest numbers: 1, the first blk.0.attn_q.weight, channel 1" in said[-1]
+    )
 
     assert all(torch.isfinite(values).all() for values in weights(written).values())
 
