@@ -13,11 +13,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from propulsion_export.base_model.tensor_files import Array, StoredTensor
+from propulsion_export.base_model.tensor_files import StoredTensor
 from propulsion_export.errors import BaseModelError
-from propulsion_export.merging.changes import Change
-from propulsion_export.merging.quantised.packing import packed_value
-from propulsion_export.merging.quantised.scales import scaled_scales
+from propulsion_export.merging.quantised.packing import PackedColumns, packed_value
 
 _BITS, _PACKED = 4, 8
 # Which four bits of a word hold each of its eight outputs (AutoAWQ's reverse order).
@@ -42,33 +40,12 @@ def find(settings: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> "A
 
 
 @dataclass(frozen=True)
-class Awq:
-    """See `Layout`.
-
-    Attributes:
-        config: the checkpoint's `quantization_config`.
-        tensors: the checkpoint's tensors by name.
-    """
-
-    config: Mapping[str, Any]
-    tensors: Mapping[str, StoredTensor]
-
-    def has(self, path: str) -> bool:
-        return f"{path}.qweight" in self.tensors
+class Awq(PackedColumns):
+    """See `Layout`."""
 
     def shape(self, path: str) -> tuple[int, int]:
         inputs, words = self.tensors[f"{path}.qweight"].shape
         return words * _PACKED, inputs
-
-    def scaled(self, path: str, scale: Array) -> Mapping[str, Change]:
-        name = f"{path}.scales"
-        return scaled_scales(path, name, self.tensors[name], scale, axis=1)
-
-    def unscaled(self, path: str) -> Mapping[str, Change]:
-        return {}
-
-    def settings(self) -> Mapping[str, Any]:
-        return self.config
 
     def entry(self, path: str, place: tuple[int, int]) -> tuple[float, float]:
         output, column = place

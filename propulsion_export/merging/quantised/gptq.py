@@ -14,12 +14,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from propulsion_export.base_model.tensor_files import Array, StoredTensor
+from propulsion_export.base_model.tensor_files import StoredTensor
 from propulsion_export.errors import BaseModelError
-from propulsion_export.merging.changes import Change
 from propulsion_export.merging.quantised.layout import COMPENSATED_STEPS
-from propulsion_export.merging.quantised.packing import packed_value
-from propulsion_export.merging.quantised.scales import scaled_scales
+from propulsion_export.merging.quantised.packing import PackedColumns, packed_value
 
 _BITS = (2, 3, 4, 8)
 _ZERO_OFFSETS = {"gptq": 1, "gptq_v2": 0}
@@ -48,37 +46,20 @@ def find(settings: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> "G
 
 
 @dataclass(frozen=True)
-class Gptq:
+class Gptq(PackedColumns):
     """See `Layout`.
 
     Attributes:
-        config: the checkpoint's `quantization_config`.
-        tensors: the checkpoint's tensors by name.
         bits: the width of an integer.
         zero_offset: what is added to a stored zero point.
     """
 
-    config: Mapping[str, Any]
-    tensors: Mapping[str, StoredTensor]
     bits: int
     zero_offset: int
-
-    def has(self, path: str) -> bool:
-        return f"{path}.qweight" in self.tensors
 
     def shape(self, path: str) -> tuple[int, int]:
         words, outputs = self.tensors[f"{path}.qweight"].shape
         return outputs, words * 32 // self.bits
-
-    def scaled(self, path: str, scale: Array) -> Mapping[str, Change]:
-        name = f"{path}.scales"
-        return scaled_scales(path, name, self.tensors[name], scale, axis=1)
-
-    def unscaled(self, path: str) -> Mapping[str, Change]:
-        return {}
-
-    def settings(self) -> Mapping[str, Any]:
-        return self.config
 
     def entry(self, path: str, place: tuple[int, int]) -> tuple[float, float]:
         output, column = place

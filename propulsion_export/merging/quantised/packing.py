@@ -1,8 +1,12 @@
-"""Read single integers out of packed words, without reading a whole tensor."""
+"""Weights packed into words of 32 bits, as GPTQ and AWQ store them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
-from propulsion_export.base_model.tensor_files import StoredTensor
+from propulsion_export.base_model.tensor_files import Array, StoredTensor
+from propulsion_export.merging.changes import Change
+from propulsion_export.merging.quantised.scales import scaled_scales
 
 _WORD = 32  # bits
 
@@ -27,3 +31,33 @@ def packed_value(
 
 def _word(words: StoredTensor, place: tuple[int, ...]) -> int:
     return int(words[place]) & 0xFFFFFFFF
+
+
+@dataclass(frozen=True)
+class PackedColumns:
+    """What GPTQ and AWQ have in common: packed `qweight`, and `scales` [groups, outputs].
+
+    Attributes:
+        config: the checkpoint's `quantization_config`.
+        tensors: the checkpoint's tensors by name.
+    """
+
+    config: Mapping[str, Any]
+    tensors: Mapping[str, StoredTensor]
+
+    def has(self, path: str) -> bool:
+        """See `Layout`."""
+        return f"{path}.qweight" in self.tensors
+
+    def scaled(self, path: str, scale: Array) -> Mapping[str, Change]:
+        """See `Layout`."""
+        name = f"{path}.scales"
+        return scaled_scales(path, name, self.tensors[name], scale, axis=1)
+
+    def unscaled(self, path: str) -> Mapping[str, Change]:
+        """See `Layout`."""
+        return {}
+
+    def settings(self) -> Mapping[str, Any]:
+        """See `Layout`."""
+        return self.config
