@@ -19,13 +19,11 @@ class Target:
 
     Attributes:
         output: the index of the output.
-        number: of the piece in the output's file, from 0.
         offset: in the output's file.
         products: multiplies the piece first; None if it is written as it is.
     """
 
     output: int
-    number: int
     offset: int
     products: Products | None = None
 
@@ -56,7 +54,6 @@ class _Cursor:
     """How far the pieces of one output's file have come."""
 
     offset: int = 0
-    number: int = 0
 
 
 class Pieces:
@@ -114,8 +111,7 @@ class Pieces:
 
     def _advance(self, output: int, size: int, products: Products | None = None) -> Target:
         cursor = self._cursors[output]
-        target = Target(output, cursor.number, cursor.offset, products)
-        cursor.number += 1
+        target = Target(output, cursor.offset, products)
         cursor.offset += size
         return target
 

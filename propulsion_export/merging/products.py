@@ -38,23 +38,31 @@ class Products:
         self._converts = bool((factors == 1).all())
         self._narrow = NarrowProducts.of(stored, written, factors, shape)
 
-    def block(self, data: bytes | bytearray | memoryview | Array, first: int) -> Array:
+    def block(
+        self,
+        data: bytes | bytearray | memoryview | Array,
+        first: int,
+        into: Array | None = None,
+    ) -> Array:
         """The products of consecutive elements, row-major; any number, `BLOCK` or more for speed.
 
         Args:
             data: the stored bytes of the elements.
             first: the number of the first of them in the tensor.
+            into: uint8, with room for the bytes to write; default: a buffer of the calling thread,
+                valid until this thread computes the next block, of this or another tensor.
 
         Returns:
-            The bytes to write, uint8, in a buffer of the calling thread; valid until this thread
-            computes the next block, of this or another tensor.
+            The bytes to write, uint8: the first of `into`.
 
         Raises:
             AdapterError: a product is not finite in the dtype to write. The finding starts with
                 the element's place, such as `[3, 5]`, so that the tensor's name can be put before.
         """
         values = np.frombuffer(data, np.uint8).view(self._stored)
-        products = _BUFFERS.products(values.size * self._written.itemsize).view(self._written)
+        size = values.size * self._written.itemsize
+        room = _BUFFERS.products(size) if into is None else into[:size]
+        products = room.view(self._written)
         with np.errstate(all="ignore"):
             if not self._by_float32(values, first, products):
                 self._by_float64(values, first, products)

@@ -1,32 +1,29 @@
 """Write merged checkpoints: every byte of the base model is read once, every other written once.
 
-Two threads take pieces in turn; each reads one, multiplies it, writes it and adds it to the file's
-digest while it is in the cache. Memory does not grow with the checkpoint.
+One thread reads and multiplies pieces (`reading`), this one writes them and adds them to the file's
+digest while they are in the cache. Memory does not grow with the checkpoint.
 """
 
+import hashlib
 import os
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from propulsion_export.artifacts.artifact import digest_of
-from propulsion_export.base_model.tensor_files import Array, StoredTensor, shortened
 from propulsion_export.environment.progress import Progress, silent
-from propulsion_export.errors import AdapterError, BaseModelError
+from propulsion_export.errors import AdapterError
 from propulsion_export.merging.files import WeightFile, index_of, total_size
-from propulsion_export.merging.pieces import Piece, Pieces
+from propulsion_export.merging.pieces import Pieces
 from propulsion_export.merging.plan import Plan
+from propulsion_export.merging.reading import Reader
 from propulsion_export.merging.sharing import clone, link
-from propulsion_export.merging.turns import Digest, Stopped, Turns
 
-_THREADS = 2
+_THREADS = 2  # that hash files which are only linked
 _EVERY = 1.0  # seconds between two reports of the progress
 
 
@@ -65,9 +62,10 @@ def write_outputs(
         _Work(output, [file for file in output.files if file.name not in found], found)
         for output, found in zip(outputs, digests, strict=True)
     ]
-    meter = _Meter(sum(total_size(each.files) for each in work), progress)
+    headers = sum(len(file.header) for each in work for file in each.files)
+    meter = _Meter(headers + sum(total_size(each.files) for each in work), progress)
     for together in _groups(work):
-        _Files(together, meter).write()
+        _write_together(together, meter)
     _refuse_unchanged(work)
     for output, found in zip(outputs, digests, strict=True):
         found |= _write_index(output)
@@ -139,128 +137,50 @@ def _write_index(output: Output) -> dict[str, str]:
 
 
 class _Meter:
-    """Count bytes over all threads, and report how many there are and how fast they come."""
+    """Count bytes, and report about once a second how many there are and how fast they come."""
 
     def __init__(self, total: int, progress: Progress) -> None:
         self._total, self._progress = total, progress
-        self._lock, self._done, self._start = threading.Lock(), 0, time.monotonic()
+        self._done, self._start = 0, time.monotonic()
+        self._reported = self._start
 
     def add(self, count: int) -> None:
-        with self._lock:
-            self._done += count
+        self._done += count
+        if time.monotonic() - self._reported >= _EVERY:
+            self._reported = time.monotonic()
+            self._report(self._reported - self._start)
 
-    def report(self) -> None:
-        done, seconds = self._done, max(time.monotonic() - self._start, 1e-9)
-        share = done / max(self._total, 1)
+    def _report(self, seconds: float) -> None:
         self._progress(
-            0.1 + 0.85 * share,
-            f"folding: {done / 1e9:.1f} of {self._total / 1e9:.1f} GB, "
-            f"{done / seconds / 1e6:.0f} MB/s",
+            0.1 + 0.85 * self._done / max(self._total, 1),
+            f"folding: {self._done / 1e9:.1f} of {self._total / 1e9:.1f} GB, "
+            f"{self._done / seconds / 1e6:.0f} MB/s",
         )
 
 
-class _Files:
-    """Write one file of each of several outputs."""
-
-    def __init__(self, files: Sequence[tuple[_Work, WeightFile]], meter: _Meter) -> None:
-        self._files, self._meter = files, meter
-        self._turns, self._lock = Turns(), threading.Lock()
-        self._digests = [Digest(self._turns) for _ in files]
-        self._pieces = Pieces([file for _, file in files])
-        self._waiting: Iterator[Piece] = iter(self._pieces)
-        self._sources: dict[Path, int] = {}
-        self._out: list[int] = []
-
-    def write(self) -> None:
-        """Write them all, and tell each output's work their digests and changes."""
-        with ExitStack() as stack:
-            stack.callback(self._close)
-            for work, file in self._files:
-                path = work.output.directory / file.name
-                self._out.append(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
-            self._run()
-        for (work, file), digest, products in zip(
-            self._files, self._digests, self._pieces.products, strict=True
-        ):
-            work.digests[file.name] = digest.value
-            work.changed |= any(product.changed for product in products.values())
-
-    def _run(self) -> None:
-        with ThreadPoolExecutor(_THREADS) as pool:
-            try:
-                threads = [pool.submit(self._work) for _ in range(_THREADS)]
-                while wait(threads, timeout=_EVERY).not_done:
-                    self._meter.report()
-            finally:  # an interrupt ends the threads too
-                self._turns.stop()
-        _raise_first(threads)
-
-    def _work(self) -> None:
-        """Write pieces until there is none left, in a thread of its own."""
-        buffer = np.empty(1 << 20, np.uint8)
-        try:
-            while (piece := self._take()) is not None:
-                self._write(piece, self._read(piece, buffer))
-        except BaseException:
-            self._turns.stop()
-            raise
-
-    def _take(self) -> Piece | None:
-        self._turns.check()
-        with self._lock:
-            return next(self._waiting, None)
-
-    def _read(self, piece: Piece, buffer: Array) -> memoryview:
-        if isinstance(piece.source, memoryview):
-            return piece.source[piece.first : piece.first + piece.count]
-        view = buffer.data[: piece.count]
-        _read_into(view, self._source(piece.source.file), piece.source, piece.first)
-        return view
-
-    def _source(self, file: Path) -> int:
-        with self._lock:
-            if file not in self._sources:
-                self._sources[file] = os.open(file, os.O_RDONLY)
-            return self._sources[file]
-
-    def _write(self, piece: Piece, data: memoryview) -> None:
-        for target in piece.targets:
-            written: Any = data
-            if target.products is not None:
-                try:
-                    written = target.products.block(data, piece.element)
-                except AdapterError as error:
-                    named = (f"{piece.name}: {finding}" for finding in error.findings)
-                    raise AdapterError(*named, remedy=error.remedy) from error
-            _write_all(self._out[target.output], memoryview(written), target.offset)
-            self._digests[target.output].add(target.number, written)
-            self._meter.add(len(written))
-
-    def _close(self) -> None:
-        for descriptor in (*self._sources.values(), *self._out):
-            os.close(descriptor)
+def _write_together(files: Sequence[tuple[_Work, WeightFile]], meter: _Meter) -> None:
+    """Write one file of each of several outputs; tell each its digest and whether it changes."""
+    pieces = Pieces([file for _, file in files])
+    digests = [hashlib.sha256() for _ in files]
+    with ExitStack() as stack:
+        targets = [stack.enter_context(_created(w.output.directory / f.name)) for w, f in files]
+        for block in stack.enter_context(Reader(pieces)):
+            _write_all(targets[block.output], block.data, block.offset)
+            digests[block.output].update(block.data)
+            meter.add(len(block.data))
+    for (work, file), digest, products in zip(files, digests, pieces.products, strict=True):
+        work.digests[file.name] = f"sha256:{digest.hexdigest()}"
+        work.changed |= any(product.changed for product in products.values())
 
 
-def _raise_first(threads: Sequence[Future[None]]) -> None:
-    """Raise the error of the thread that failed, if one did."""
-    for thread in threads:
-        with suppress(Stopped):
-            thread.result()
-
-
-def _read_into(view: memoryview, descriptor: int, stored: StoredTensor, first: int) -> None:
-    """Fill `view` with a tensor's bytes from byte `first` on."""
-    done = 0
-    while done < len(view):
-        try:
-            count = os.preadv(descriptor, [view[done:]], stored.offset + first + done)
-        except OSError as error:
-            raise BaseModelError(
-                f"{stored.file}: cannot be read ({error.strerror})", remedy="Copy it again."
-            ) from error
-        if count == 0:
-            raise shortened(stored.file)
-        done += count
+@contextmanager
+def _created(path: Path) -> Iterator[int]:
+    """A descriptor of a new file."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
