@@ -21,6 +21,7 @@ import numpy as np
 from propulsion_export.adapters.scales import Array
 from propulsion_export.artifacts.artifact import Runner, Tensors
 from propulsion_export.artifacts.tensor_names import LOGITS
+from propulsion_export.parity.evidence import Allowed, Evidence
 from propulsion_export.parity.reports.report import Case, Check
 from propulsion_export.parity.subject import Continuation, Subject
 from propulsion_export.runners.decoding import (
@@ -60,6 +61,16 @@ def greedy_choice(logits: Array) -> tuple[Array, Array]:
     best = np.partition(logits.astype(np.float64), -2, axis=-1)[..., -2:]
     with np.errstate(invalid="ignore"):  # infinity minus infinity
         return greedy(logits), best[..., 1] - best[..., 0]
+
+
+def judge_generative(evidence: Evidence, allowed: Allowed) -> Iterator[Check]:
+    """The cases of this module for every state, if the artifact generates."""
+    if callable(evidence.candidate):
+        return
+    for subject in evidence.subjects:
+        if subject.name in allowed:
+            bound = allowed[subject.name][LOGITS]
+            yield from judge_generation(subject, evidence.batches[0], evidence.candidate, bound)
 
 
 def judge_generation(

@@ -1,7 +1,7 @@
 """Parity of a bank in mixed batches, each row of which has its own adapter."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import cycle, islice
 
 import numpy as np
@@ -10,27 +10,26 @@ from propulsion_export.adapters.scales import Array
 from propulsion_export.artifacts.artifact import Runner, Tensors
 from propulsion_export.artifacts.tensor_names import IDS_INPUT
 from propulsion_export.parity.comparison import hidden_positions
+from propulsion_export.parity.evidence import Allowed, Evidence
 from propulsion_export.parity.reports.report import Check
 from propulsion_export.parity.subject import Subject
 
-# The error that the parity case allows, by subject and output.
-Allowed = Mapping[str, Mapping[str, float]]
 
-
-def judge_mixed(
-    subjects: Sequence[Subject], inputs: Sequence[Tensors], candidate: Runner, allowed: Allowed
-) -> Check:
+def judge_mixed(evidence: Evidence, allowed: Allowed) -> Iterator[Check]:
     """Check that every row of a mixed batch is within the allowed error of its adapter's oracle.
 
     The detail also says whether each row is bit for bit as in a batch of its adapter alone; shapes
-    are the same there, so that kernels have no reason to compute in another way.
-
-    Args:
-        subjects: the adapters, with one adapter id each among their feeds.
-        inputs: batches; as many are run as give every subject a row.
-        candidate: the model under test.
-        allowed: the allowed errors, without the subjects that failed to return their outputs.
+    are the same there, so that kernels have no reason to compute in another way. As many batches
+    are run as give every adapter a row. Only a bank has this case.
     """
+    if evidence.artifact.manifest.mode == "bank" and allowed:
+        yield mixed_rows(evidence.subjects, evidence.batches, evidence.runner, allowed)
+
+
+def mixed_rows(
+    subjects: Sequence[Subject], inputs: Sequence[Tensors], candidate: Runner, allowed: Allowed
+) -> Check:
+    """The case `mixed` of states with one adapter id each among their feeds."""
     judged = [subject for subject in subjects if subject.name in allowed]
     chosen = cycle(judged)
     rows = len(next(iter(inputs[0].values())))

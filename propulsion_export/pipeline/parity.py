@@ -13,7 +13,6 @@ from propulsion_export.adapters.specification import read_adapters, source_of
 from propulsion_export.artifacts.artifact import Artifact, Tensors
 from propulsion_export.artifacts.layout import labels_in
 from propulsion_export.artifacts.staging import check_replaceable, staged_directory
-from propulsion_export.artifacts.tensor_names import LOGITS
 from propulsion_export.base_model.loading import BaseModel
 from propulsion_export.base_model.sentences.files import read_sentence_pipeline
 from propulsion_export.base_model.tasks import TASKS
@@ -25,7 +24,8 @@ from propulsion_export.parity.cases import judge
 from propulsion_export.parity.devices import check_device, choose_compute
 from propulsion_export.parity.drawn import draw_adapters, feeds_for_drawn
 from propulsion_export.parity.embeddings import check_pooling, embedding, with_embeddings
-from propulsion_export.parity.generation import continue_greedily, judge_generation
+from propulsion_export.parity.evidence import Evidence, FurtherCases, allowed_errors
+from propulsion_export.parity.generation import continue_greedily, judge_generative
 from propulsion_export.parity.inputs import load_recorded_base, make_batches
 from propulsion_export.parity.mixing import judge_mixed
 from propulsion_export.parity.oracle import GREEDY_STEPS, compute_oracle
@@ -38,11 +38,12 @@ from propulsion_export.parity.quantised.verdict import (
 from propulsion_export.parity.reports.html import to_html
 from propulsion_export.parity.reports.report import Check, NotRun, ParityReport
 from propulsion_export.parity.subject import Subject
-from propulsion_export.runners.decoding import Candidate, replaying
+from propulsion_export.runners.decoding import Candidate
 from propulsion_export.runners.opening import REFERENCE_LENGTH, choose_runner, open_candidate
 
 # The most adapters of a bank that one verdict judges: PyTorch computes each in float64.
 MOST_ADAPTERS = 16
+_FURTHER_CASES: tuple[FurtherCases, ...] = (judge_generative, judge_mixed)
 REPORT_FILE: Literal["parity.json"] = "parity.json"
 
 
@@ -182,10 +183,11 @@ def _compare(
         quantised = quantised.with_rounded_activations(base, judged, compute)
     progress(0.7, f"running {name}")
     pooling, subjects, run = _with_embeddings(read, base, options.given, subjects, batches, run)
+    evidence = Evidence(read, base, judged, batches, subjects, run, compute, seed)
     checks = (
         *_about_adapters(read, adapters, base, seed),
         *pooling,
-        *([] if exact is None else _judge(read, subjects, batches, run)),
+        *([] if exact is None else _judge(evidence)),
     )
     rows = sum(len(next(iter(batch.values()))) for batch in batches)
     verdict = replace(verdict, inputs=rows, checks=checks)
@@ -251,24 +253,13 @@ def _with_embeddings(
     return [check], subjects, candidate
 
 
-def _judge(
-    read: Artifact, subjects: Sequence[Subject], batches: Sequence[Tensors], run: Candidate
-) -> list[Check]:
-    """All cases; generative models are judged as runners of whole sequences first."""
-    whole = run if callable(run) else replaying(run)
-    checks = list(judge(subjects, batches, whole, read.manifest.dtype))
-    allowed = {
-        check.adapter: {errors.output: errors.allowed for errors in check.outputs}
-        for check in checks
-        if check.case == "parity" and check.outputs
-    }
-    if not callable(run):
-        judged = [subject for subject in subjects if subject.name in allowed]
-        for subject in judged:
-            bound = allowed[subject.name][LOGITS]
-            checks += judge_generation(subject, batches[0], run, bound)
-    if read.manifest.mode == "bank" and allowed:
-        checks.append(judge_mixed(subjects, batches, whole, allowed))
+def _judge(evidence: Evidence) -> list[Check]:
+    """All cases; what the others allow is what the case `parity` has found."""
+    dtype = evidence.artifact.manifest.dtype
+    checks = list(judge(evidence.subjects, evidence.batches, evidence.runner, dtype))
+    allowed = allowed_errors(checks)
+    for cases in _FURTHER_CASES:
+        checks += cases(evidence, allowed)
     return checks
 
 

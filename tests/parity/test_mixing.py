@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from propulsion_export.artifacts.tensor_names import BANK_INPUT, IDS_INPUT
-from propulsion_export.parity.mixing import judge_mixed
+from propulsion_export.parity.mixing import mixed_rows
 from propulsion_export.parity.subject import Subject
 
 BANK = np.array([[1.0, 1.0], [2.0, -1.0], [0.5, 3.0]])
@@ -39,7 +39,7 @@ def subjects():
 
 
 def judged(candidate, inputs=INPUTS, allowed=ALLOWED):
-    return judge_mixed(subjects(), inputs, candidate, allowed)
+    return mixed_rows(subjects(), inputs, candidate, allowed)
 
 
 def test_the_right_rows_pass_and_are_bit_for_bit():
@@ -102,7 +102,7 @@ def test_every_adapter_has_a_row_even_when_there_are_more_than_rows():
         Subject(s.name, (compute({**few[0], **s.feeds}),), (), None, s.feeds) for s in subjects()
     ]
 
-    assert judge_mixed(three, few, watched, ALLOWED).passed
+    assert mixed_rows(three, few, watched, ALLOWED).passed
     assert seen == {0, 1, 2}
 
 

@@ -25,6 +25,12 @@ Case = Literal[
     "shipped parity",
     "shipped effect",
     "price",
+    "PyTorch",
+    "inputs",
+    "tables",
+    "identity",
+    "added",
+    "against",
 ]
 
 
@@ -38,6 +44,8 @@ class Check:
         passed: whether it holds.
         detail: one line: what was found against what was allowed.
         outputs: the errors behind it, output by output.
+        effect_over_error: how many times the error the effect of the scales is; None where the
+            check has no effect.
     """
 
     case: Case
@@ -45,6 +53,22 @@ class Check:
     passed: bool
     detail: str
     outputs: tuple[OutputErrors, ...] = ()
+    effect_over_error: float | None = None
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """One kind of input or output, and whether the verdict has looked at it.
+
+    Attributes:
+        what: such as `rows of the longest length`.
+        covered: whether it was compared.
+        detail: how, with numbers; or why not, and the option that would.
+    """
+
+    what: str
+    covered: bool
+    detail: str
 
 
 @dataclass(frozen=True)
@@ -137,6 +161,7 @@ class ParityReport:
         checks: the checks that ran.
         not_run: the checks that could not run.
         tools: versions by tool.
+        coverage: what was compared, and what was not.
         rounding: of activations, where the base model is quantised and the runtime rounds them.
         price: of quantisation, adapter by adapter; told, and judged only by a check `price`.
     """
@@ -150,6 +175,7 @@ class ParityReport:
     checks: tuple[Check, ...] = ()
     not_run: tuple[NotRun, ...] = ()
     tools: dict[str, str] = field(default_factory=dict)
+    coverage: tuple[Coverage, ...] = ()
     rounding: tuple[Rounding, ...] = ()
     price: tuple[Price, ...] = ()
 
