@@ -110,7 +110,7 @@ def model_settings(header: Header, factors: Factors) -> dict[str, Any]:
         settings["rope_parameters"] = _rotary(keys, read, factors, head)
     settings |= _SPECIAL.get(header.architecture, _nothing)(keys, settings, head)
     _refuse_unread(keys, settings, head)
-    return settings | _tokens(header)
+    return settings | _tokens(header, settings["vocab_size"])
 
 
 def embedding_of(header: Header) -> TensorPlace:
@@ -305,8 +305,15 @@ def _is_one_or_none(value: Any) -> bool:
     return value in (0, 1)
 
 
-def _tokens(header: Header) -> dict[str, Any]:
-    """The numbers of the tokens that begin, end and pad a text; None without one."""
+def _tokens(header: Header, rows: int) -> dict[str, Any]:
+    """The numbers of the tokens that begin, end and pad a text; None without one.
+
+    Raises:
+        BaseModelError: the file names a special token that the embedding has no row for.
+    """
+    for key, value in header.metadata.items():
+        if key.startswith("tokenizer.ggml.") and key.endswith("_token_id") and value >= rows:
+            raise BaseModelError(f"{header.file}: {key} is {value}, expected a number below {rows}")
     names = {"bos": "bos", "eos": "eos", "pad": "padding"}
     return {
         f"{name}_token_id": header.metadata.get(f"tokenizer.ggml.{key}_token_id")

@@ -96,6 +96,8 @@ def _found(model: ir.Model) -> Iterator[NodeWeight]:
             yield _packed(node, name, "embedding")
         elif node.op_type == "DequantizeLinear" and _constant(node.inputs[0]) is not None:
             yield _dequantised(node, name)
+        elif node.op_type == "QuantizeLinear":
+            _check_activation(node, name)
         elif node.op_type == "QMoE":
             raise ArtifactError(f"{name}: the quantised weights of experts cannot be read")
 
@@ -123,9 +125,24 @@ def _unpacked(raw: Array, bits: int) -> Array:
 def _check_symmetric(node: ir.Node, index: int, name: str) -> None:
     """Refuse zero points: packed bytes have another one than zero where they name none."""
     zeros = node.inputs[index] if len(node.inputs) > index else None
-    packed = node.op_type != "DequantizeLinear"
+    packed = node.op_type not in ("QuantizeLinear", "DequantizeLinear")
     if zeros is not None and (packed or np.any(_read(zeros, name))):
         raise ArtifactError(f"{name}: has zero points, expected a symmetric quantisation")
+
+
+def _check_activation(node: ir.Node, name: str) -> None:
+    """Refuse an activation that is read back by another scale than it was rounded with."""
+    _check_symmetric(node, 2, name)
+    scale = _read(node.inputs[1], name)
+    for user, _ in node.outputs[0].uses():
+        if user.op_type != "DequantizeLinear":
+            continue
+        _check_symmetric(user, 2, str(user.name))
+        if not np.array_equal(_read(user.inputs[1], name), scale):
+            raise ArtifactError(
+                f"{name}: its scale is {scale}, that of {user.name} behind it "
+                f"{_read(user.inputs[1], name)}, expected the same"
+            )
 
 
 def _check_plain(node: ir.Node, name: str) -> None:

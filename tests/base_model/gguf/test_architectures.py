@@ -125,6 +125,11 @@ REFUSED = {
         {},
         r"sliding_window is 16, which the llama",
     ),
+    "end-beyond": (
+        {"tokenizer.ggml.eos_token_id": 100_000},
+        {},
+        r"tokenizer.ggml.eos_token_id is 100000, expected a number below",
+    ),
     "scale": ({"llama.residual_scale": 0.5}, {}, r"llama.residual_scale is 0.5"),
     "not-causal": ({"llama.attention.causal": False}, {}, r"llama.attention.causal is False"),
     "unknown-key": ({"llama.attention.something": 3}, {}, r"llama.attention.something is 3"),

@@ -142,3 +142,28 @@ def test_what_changes_the_meaning_of_a_packed_weight_is_refused(what):
         ArtifactError, match="n: has order, expected its input, integers and scales"
     ):
         node_weights(model)
+
+
+@pytest.mark.parametrize(
+    ("zero", "behind", "message"),
+    [
+        (3, 0.5, "q: has zero points, expected a symmetric quantisation"),
+        (0, 0.25, "q: its scale is 0.5, that of d behind it 0.25, expected the same"),
+    ],
+)
+def test_activations_that_are_not_read_as_they_were_rounded_are_refused(zero, behind, message):
+    tensors = [
+        numpy_helper.from_array(np.array(value), name)
+        for name, value in (
+            ("scale", np.float32(0.5)), ("behind", np.float32(behind)), ("zero", np.int8(zero)),
+            ("none", np.int8(0)),
+        )
+    ]  # fmt: skip
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["rounded"], "q"),
+        helper.make_node("DequantizeLinear", ["rounded", "behind", "none"], ["y"], "d"),
+    ]
+    value = helper.make_tensor_value_info("x", TensorProto.FLOAT, [None, INPUTS])
+
+    with pytest.raises(ArtifactError, match=message):
+        node_weights(ir.from_proto(graph(nodes, tensors, value, INPUTS)))
