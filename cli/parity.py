@@ -29,6 +29,14 @@ if TYPE_CHECKING:
     metavar="NAME=DIR",
     help="Directory of an adapter; repeatable.  [default: where it was at export]",
 )
+@click.option(
+    "--against",
+    type=DIRECTORY,
+    multiple=True,
+    metavar="DIR",
+    help="Another artifact of the same base model to compare with, for each adapter that both "
+    "have; repeatable.",
+)
 @runner_option
 @click.option(
     "--inputs",
@@ -70,6 +78,7 @@ def command(
     artifact: Path,
     model: str | None,
     adapter: tuple[str, ...],
+    against: tuple[Path, ...],
     runner: str,
     inputs: Path | None,
     seed: int | None,
@@ -99,6 +108,7 @@ def command(
             artifact,
             model=model,
             adapter=adapter,
+            against=against,
             runner=runner,
             inputs=inputs,
             seed=seed,

@@ -64,18 +64,52 @@ def add_adapter(
     """
     (new,) = read_adapters([adapter])
     check_identity(new)
+    source = source_of(adapter)
     with exclusive_lock(artifact):
         read = _read_changeable(artifact)
-        check_sentence_pipeline(str(read.directory), read.manifest.task, source_of(adapter))
-        check_tokenizer(new.name, Path(source_of(adapter)), read.directory)
+        check_sentence_pipeline(str(read.directory), read.manifest.task, source)
+        check_tokenizer(new.name, Path(source), read.directory)
+        check_task(read.manifest, new)
         feeds = _fitted(read, new, allow_range=allow_range)
-        entry = _entry(read.manifest, new, source_of(adapter))
-        entry = replace(entry, chat_template=_template(read, Path(entry.source)))
-        if read.manifest.mode == "bank":
-            row = to_row(feeds, read.manifest.layout)
-            read.open_bank().add(new.name, row, entry, replace=force)
-            return read
-        return _add(read, new.name, feeds, entry, force=force)
+        template = _template(read, Path(source))
+        entry = replace(_entry(read.manifest, new, source), chat_template=template)
+        return _put(read, new.name, feeds, entry, force=force)
+
+
+def put_adapter(artifact: Path | str, new: Adapter, source: str) -> Artifact:
+    """Add an adapter that has been read already, whatever its task and the range of its scales.
+
+    What else lies in its directory, a tokenizer for example, is not looked at.
+
+    Args:
+        artifact: the directory of a switchable artifact or a bank.
+        new: the adapter; its name is free.
+        source: where it was read, for the record.
+
+    Raises:
+        ArtifactError, AdapterError, BaseModelError, UsageError: as for `add_adapter`.
+    """
+    with exclusive_lock(artifact):
+        read = _read_changeable(artifact)
+        feeds = _fitted(read, new, allow_range=True)
+        return _put(read, new.name, feeds, _entry(read.manifest, new, source), force=False)
+
+
+def is_changeable(manifest: Manifest) -> bool:
+    """Whether adapters can be added to such an artifact and removed from it."""
+    if manifest.mode == "folded" or _is_package(manifest):
+        return False
+    return manifest.kind != "engine" or _takes_adapters(manifest)
+
+
+def _put(
+    read: Artifact, name: str, feeds: Tensors, entry: AdapterEntry, *, force: bool
+) -> Artifact:
+    if read.manifest.mode == "bank":
+        row = to_row(feeds, read.manifest.layout)
+        read.open_bank().add(name, row, entry, replace=force)
+        return read
+    return _add(read, name, feeds, entry, force=force)
 
 
 def _entry(manifest: Manifest, new: Adapter, source: str) -> AdapterEntry:
@@ -104,7 +138,6 @@ def _label_room(manifest: Manifest) -> int | None:
 def _fitted(artifact: Artifact, new: Adapter, *, allow_range: bool) -> Tensors:
     """The packed inputs of an adapter, [D] each, after checking that it fits the artifact."""
     manifest = artifact.manifest
-    check_task(manifest, new)
     check_head(manifest, new)
     if Path(manifest.base.source).is_dir():  # it may be gone, and a hub is not asked here
         check_not_merged(manifest.base.source, [new])

@@ -2,57 +2,232 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import cycle, islice
 
 import numpy as np
 
 from propulsion_export.adapters.scales import Array
 from propulsion_export.artifacts.artifact import Runner, Tensors
-from propulsion_export.artifacts.tensor_names import IDS_INPUT
+from propulsion_export.artifacts.manifest import Manifest
+from propulsion_export.artifacts.tensor_names import IDS_INPUT, LOGITS
 from propulsion_export.parity.comparison import hidden_positions
 from propulsion_export.parity.evidence import Allowed, Evidence
+from propulsion_export.parity.generation import continue_greedily
 from propulsion_export.parity.reports.report import Check
-from propulsion_export.parity.subject import Subject
+from propulsion_export.parity.subject import Continuation, Subject
+from propulsion_export.runners.decoding import Generator
+
+_STEPS = 16  # tokens that mixed rows generate
 
 
 def judge_mixed(evidence: Evidence, allowed: Allowed) -> Iterator[Check]:
     """Check that every row of a mixed batch is within the allowed error of its adapter's oracle.
 
     The detail also says whether each row is bit for bit as in a batch of its adapter alone; shapes
-    are the same there, so that kernels have no reason to compute in another way. As many batches
-    are run as give every adapter a row. Only a bank has this case.
+    are the same there, so that kernels have no reason to compute in another way. A generative model
+    generates for mixed rows too. Only a bank has these cases.
     """
-    if evidence.artifact.manifest.mode == "bank" and allowed:
-        yield mixed_rows(evidence.subjects, evidence.batches, evidence.runner, allowed)
+    if evidence.artifact.manifest.mode != "bank" or not allowed:
+        return
+    most = most_rows(evidence.artifact.manifest)
+    yield mixed_rows(evidence.subjects, evidence.batches, evidence.runner, allowed, most=most)
+    if not callable(evidence.candidate):
+        yield mixed_generation(evidence.subjects, evidence.candidate, allowed, most=most)
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """Some rows of a batch, in any order and number, with an adapter each.
+
+    Attributes:
+        words: what is special about it.
+        batch: the index of the batch.
+        rows: the rows.
+        states: the adapter, or the base model, of each row.
+    """
+
+    words: str
+    batch: int
+    rows: Sequence[int]
+    states: Sequence[Subject]
+
+    def run(self, inputs: Sequence[Tensors], candidate: Runner) -> Tensors:
+        """The outputs of all rows."""
+        chosen = {name: values[list(self.rows)] for name, values in inputs[self.batch].items()}
+        return candidate({**chosen, **_feeds(self.states)})
+
+
+@dataclass(frozen=True)
+class _Shares:
+    """The largest shares of the allowed error that the arrangements use, by their words."""
+
+    found: dict[str, float] = field(default_factory=dict)
+
+    def add(self, words: str, shares: Sequence[float]) -> None:
+        """Keep the largest; NaN if there is one, which Python's own max() can lose."""
+        self.found[words] = float(np.max([self.found.get(words, 0.0), *shares]))
+
+    @property
+    def worst(self) -> tuple[str, float]:
+        place = int(np.argmax(list(self.found.values())))
+        return list(self.found.items())[place]
 
 
 def mixed_rows(
-    subjects: Sequence[Subject], inputs: Sequence[Tensors], candidate: Runner, allowed: Allowed
+    subjects: Sequence[Subject],
+    inputs: Sequence[Tensors],
+    candidate: Runner,
+    allowed: Allowed,
+    *,
+    most: int | None = None,
 ) -> Check:
-    """The case `mixed` of states with one adapter id each among their feeds."""
+    """The case `mixed` of states with one adapter id each among their feeds.
+
+    Args:
+        subjects: the states.
+        inputs: the batches.
+        candidate: the model under test.
+        allowed: the allowed error of each output, by state.
+        most: how many rows a batch may have; default: any number.
+    """
     judged = [subject for subject in subjects if subject.name in allowed]
-    chosen = cycle(judged)
-    rows = len(next(iter(inputs[0].values())))
-    batches = max(len(inputs), math.ceil(len(judged) / rows))
-    shares: list[float] = []
-    exact = True
-    for index in islice(cycle(range(len(inputs))), batches):
-        batch = inputs[index]
-        mixed = list(islice(chosen, len(next(iter(batch.values())))))
-        found = candidate({**batch, **_feeds(mixed)})
-        for row, subject in enumerate(mixed):
-            errors = _errors(subject, inputs, index, row, found)
-            shares += [_share(error, allowed[subject.name][name]) for name, error in errors]
-            own = candidate({**batch, **subject.feeds})
-            exact &= all(np.array_equal(found[name][row], own[name][row]) for name in found)
-    worst = float(np.max(shares))  # NaN if there is one, which Python's own max() can lose
+    shares, exact = _Shares(), True
+    alone: dict[tuple[int, str], Tensors] = {}
+    for one in arrangements(judged, inputs, most):
+        found = one.run(inputs, candidate)
+        errors = (
+            (error, allowed[subject.name][name])
+            for place, subject in enumerate(one.states)
+            for name, error in _errors(subject, inputs, one, place, found)
+        )
+        shares.add(one.words, [_share(*each) for each in errors])
+        if one.words == _IN_TURN:
+            exact &= _is_as_alone(one, found, inputs, candidate, alone)
+    words, worst = shares.worst
     return Check(
         "mixed",
         "all",
         worst <= 1,
         f"rows with an adapter each use up to {worst:.1%} of the allowed error; "
-        f"{'bit for bit' if exact else 'not bit for bit'} as among rows of their adapter alone",
+        f"{'bit for bit' if exact else 'not bit for bit'} as among rows of their adapter alone; "
+        f"batches: {', '.join(shares.found)}; worst: {words}",
     )
+
+
+_IN_TURN = "adapters in turn"
+
+
+def arrangements(
+    judged: Sequence[Subject], inputs: Sequence[Tensors], most: int | None = None
+) -> Iterator[Arrangement]:
+    """The mixed batches: as many in turn as give every adapter a row, then special ones.
+
+    Args:
+        judged: the states.
+        inputs: the batches whose rows are taken.
+        most: how many rows a batch may have.
+    """
+    rows = [len(next(iter(batch.values()))) for batch in inputs]
+    chosen = cycle(judged)
+    for index in islice(
+        cycle(range(len(inputs))), max(len(inputs), math.ceil(len(judged) / rows[0]))
+    ):
+        yield Arrangement(_IN_TURN, index, range(rows[index]), list(islice(chosen, rows[index])))
+    first = [judged[row % len(judged)] for row in range(rows[0])]
+    yield Arrangement("in another order", 0, range(rows[0]), first[::-1])
+    yield Arrangement("one in all rows", 0, range(rows[0]), first[:1] * rows[0])
+    for place, subject in enumerate(judged):
+        yield Arrangement("a single row", 0, [place % rows[0]], [subject])
+    count = 2 * max(len(judged), rows[0]) + 1
+    many = [place // 2 % rows[0] for place in range(count)][:most]
+    # Behind every batch's worth of rows the order moves by one, so that it does not repeat.
+    states = [judged[(place + place // rows[0]) % len(judged)] for place in range(len(many))]
+    yield Arrangement("more rows than adapters, each twice", 0, many, states)
+
+
+def _is_as_alone(
+    one: Arrangement,
+    found: Tensors,
+    inputs: Sequence[Tensors],
+    candidate: Runner,
+    alone: dict[tuple[int, str], Tensors],
+) -> bool:
+    """Whether every row is bit for bit as among rows of its adapter; `alone` keeps what has run."""
+    batch = inputs[one.batch]
+    for subject in one.states:
+        if (one.batch, subject.name) not in alone:
+            alone[one.batch, subject.name] = candidate({**batch, **subject.feeds})
+    expected = (alone[one.batch, subject.name] for subject in one.states)
+    return all(
+        np.array_equal(found[name][row], own[name][row])
+        for row, own in enumerate(expected)
+        for name in own
+    )
+
+
+def mixed_generation(
+    subjects: Sequence[Subject],
+    generator: Generator,
+    allowed: Allowed,
+    *,
+    most: int | None = None,
+) -> Check:
+    """Check that rows with an adapter each generate the tokens that they generate alone.
+
+    Where a token is another, the oracle's two best must have been closer than two allowed errors,
+    as in the case `greedy`.
+
+    Args:
+        subjects: the states, with the continuations of the same prompts.
+        generator: the model under test.
+        allowed: the allowed error of the logits, by state.
+        most: how many rows a batch may have.
+    """
+    going = [
+        (subject, subject.continuation)
+        for subject in subjects
+        if subject.name in allowed and subject.continuation is not None
+    ]
+    prompt = going[0][1].prompt
+    prompts = len(prompt["input_ids"])
+    rows = [place % prompts for place in range(max(prompts, len(going)))][:most]
+    pairs = list(islice(cycle(going), len(rows)))
+    steps = min(_STEPS, *(told.tokens.shape[1] for _, told in pairs))
+    taken = {name: values[rows] for name, values in prompt.items()}
+    tokens, margins = continue_greedily(
+        generator, {**taken, **_feeds([subject for subject, _ in pairs])}, steps
+    )
+    findings = [] if np.isfinite(margins).all() else ["logits are not finite"]
+    for place, (subject, told) in enumerate(pairs):
+        tie = 2 * allowed[subject.name][LOGITS]
+        findings += _partings(subject.name, told, rows[place], tokens[place], tie)
+    detail = "; ".join(findings) or f"{steps} tokens behind {len(rows)} mixed prompts are as alone"
+    return Check("mixed", "all, generating", not findings, detail)
+
+
+def most_rows(manifest: Manifest) -> int | None:
+    """How many rows a batch of an engine may have; None without a limit."""
+    if manifest.engine is None:
+        return None
+    shapes = [
+        profile["input_ids"] for profile in manifest.engine.profiles if "input_ids" in profile
+    ]
+    return min((shape["max"][0] for shape in shapes), default=None)
+
+
+def _partings(name: str, told: Continuation, row: int, tokens: Array, tie: float) -> Iterator[str]:
+    """Where mixed tokens are others than alone, and rounding does not explain it."""
+    expected = (told.tokens if told.candidate is None else told.candidate[0])[row, : len(tokens)]
+    if (tokens == expected).all():
+        return
+    step = int(np.argmax(tokens != expected))
+    margin = float(told.margins[row, step])
+    if not margin <= tie:
+        yield (
+            f"prompt {row} with {name} parts at step {step} from what it generates alone, where "
+            f"the oracle's two best logits are {margin:.3g} apart, no tie (up to {tie:.3g})"
+        )
 
 
 def _feeds(subjects: Sequence[Subject]) -> Tensors:
@@ -61,12 +236,16 @@ def _feeds(subjects: Sequence[Subject]) -> Tensors:
 
 
 def _errors(
-    subject: Subject, inputs: Sequence[Tensors], batch: int, row: int, found: Tensors
+    subject: Subject, inputs: Sequence[Tensors], one: Arrangement, place: int, found: Tensors
 ) -> Iterator[tuple[str, float]]:
     """The largest error of each output in one row, without the positions that the mask hides."""
-    for name in subject.oracle[batch]:
+    batch, row = one.batch, one.rows[place]
+    for name, expected in subject.oracle[batch].items():
+        if name not in found or found[name].shape != (len(one.rows), *expected.shape[1:]):
+            yield name, math.inf
+            continue
         hidden = hidden_positions(name, inputs, subject.oracle)[batch][row]
-        error = np.abs(found[name][row].astype(np.float64) - subject.oracle[batch][name][row])
+        error = np.abs(found[name][place].astype(np.float64) - expected[row])
         yield name, float(np.where(hidden, 0.0, error).max(initial=0))
 
 

@@ -74,6 +74,7 @@ def export(
         progress(0.7, f"comparing {name} with PyTorch")
         reports[name] = check_parity(
             parts[name],
+            against=[parts["onnx"]] if name == "engine" else [],
             report=parts[f"parity-{name}"],
             force=force,
             trust_remote_code=trust_remote_code,

@@ -1,7 +1,7 @@
 """`parity`: does an artifact compute what the PyTorch base model with its adapters computes?"""
 
 import random
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,13 @@ from propulsion_export.parity.embeddings import check_pooling, embedding, with_e
 from propulsion_export.parity.evidence import Evidence, FurtherCases, allowed_errors
 from propulsion_export.parity.generation import continue_greedily, judge_generative
 from propulsion_export.parity.inputs import load_recorded_base, make_batches
+from propulsion_export.parity.matrix.against import (
+    Other,
+    judge_against,
+    read_other,
+    references_at,
+)
+from propulsion_export.parity.matrix.judging import judge_matrix
 from propulsion_export.parity.mixing import judge_mixed
 from propulsion_export.parity.oracle import GREEDY_STEPS, compute_oracle
 from propulsion_export.parity.quantised.verdict import (
@@ -43,7 +50,7 @@ from propulsion_export.runners.opening import REFERENCE_LENGTH, choose_runner, o
 
 # The most adapters of a bank that one verdict judges: PyTorch computes each in float64.
 MOST_ADAPTERS = 16
-_FURTHER_CASES: tuple[FurtherCases, ...] = (judge_generative, judge_mixed)
+_FURTHER_CASES: tuple[FurtherCases, ...] = (judge_generative, judge_mixed, judge_matrix)
 REPORT_FILE: Literal["parity.json"] = "parity.json"
 
 
@@ -52,6 +59,7 @@ def check_parity(
     *,
     model: str | None = None,
     adapter: Sequence[str | Path] = (),
+    against: Sequence[Path] = (),
     runner: str = "auto",
     inputs: Path | None = None,
     seed: int | None = None,
@@ -70,6 +78,8 @@ def check_parity(
         model: where the base model is now; default: where it was when the artifact was made.
         adapter: where adapters are now, `NAME=DIR`; default: where they were. If a bank has more
             than 16, these are judged and others chosen at random.
+        against: directories of other artifacts of the same base model, to be compared with for
+            every adapter that they have too.
         runner: the runtime; `auto`: the default for its kind and dtype.
         inputs: file of texts to compare on, one per line (.txt) or JSONL with `text`; default:
             random tokens.
@@ -94,7 +104,7 @@ def check_parity(
     """
     if force and report is None:
         raise UsageError("--force: does nothing without --report", remedy="Leave it out.")
-    given = (artifact, model, inputs, *map(source_of, adapter))
+    given = (artifact, model, inputs, *against, *map(source_of, adapter))
     _check_report_place(report, [path for path in given if path], force=force)
     read = Artifact.read(artifact)
     seed = _effective_seed(read, seed, inputs)
@@ -102,6 +112,7 @@ def check_parity(
         _check_report_place(report, _recorded_sources(read), force=force)
     check_signature(read)
     check_price_option(read, max_kl)
+    others = [read_other(read, directory) for directory in against]
     name = choose_runner(read, runner)
     check_device(device)
     adapters = _adapters(read, adapter, seed)
@@ -114,7 +125,9 @@ def check_parity(
         seed=None if inputs and not _is_random(read) else seed,
         tools=tool_versions(),
     )
-    options = _Options(adapter, model, inputs, seed, device, low_memory, max_kl, trust_remote_code)
+    options = _Options(
+        adapter, others, model, inputs, seed, device, low_memory, max_kl, trust_remote_code
+    )
     try:
         verdict = _compare(read, verdict, adapters, options, progress)
     except UnavailableError as error:
@@ -127,9 +140,15 @@ def check_parity(
 
 @dataclass(frozen=True)
 class _Options:
-    """What to compare with and how; the arguments of `check_parity` of these names."""
+    """What to compare with and how; the arguments of `check_parity` of these names.
+
+    Attributes:
+        given: the adapters.
+        others: the artifacts to compare with.
+    """
 
     given: Sequence[str | Path]
+    others: Sequence[Other]
     model: str | None
     inputs: Path | None
     seed: int
@@ -168,6 +187,7 @@ def _compare(
     )
     compute = choose_compute(base, options.device, low_memory=options.low_memory)
     quantised = quantise_base_(read, base, judged, batches, compute)
+    at_others = references_at(options.others, read, base, judged, batches, compute)
     subjects = compute_oracle(
         read,
         base,
@@ -189,16 +209,40 @@ def _compare(
         *pooling,
         *([] if exact is None else _judge(evidence)),
     )
+    embed = partial(_with_embeddings, read, base, options.given)
+    at_others = {dtype: embed(found, batches, run)[1] for dtype, found in at_others.items()}
     rows = sum(len(next(iter(batch.values()))) for batch in batches)
     verdict = replace(verdict, inputs=rows, checks=checks)
+    verdict = _compare_with_others(verdict, evidence, at_others, options)
     if quantised is None:
         return verdict
-    embed = partial(_with_embeddings, read, base, options.given)
     _, plain, shipped = embed(list(quantised.unquantised), batches, candidate)
     _, rounded, _ = embed(list(quantised.rounded), batches, candidate)
     quantised = replace(quantised, unquantised=plain, rounded=rounded)
     verdict = quantised.extend(verdict, subjects, shipped, texts=options.inputs is not None)
     return judge_price(verdict, options.max_kl)
+
+
+def _compare_with_others(
+    verdict: ParityReport,
+    evidence: Evidence,
+    references: Mapping[str, Sequence[Subject]],
+    options: _Options,
+) -> ParityReport:
+    """The verdict with the case `against` for every other artifact."""
+    allowed, trust = allowed_errors(verdict.checks), options.trust_remote_code
+    found = [
+        result
+        for other in options.others
+        for result in judge_against(evidence, allowed, other, references, trust_remote_code=trust)
+    ]
+    checks = [one for one in found if isinstance(one, Check)]
+    not_run = [one for one in found if isinstance(one, NotRun)]
+    return replace(
+        verdict,
+        checks=(*verdict.checks, *checks),
+        not_run=(*verdict.not_run, *not_run),
+    )
 
 
 def _effective_seed(artifact: Artifact, seed: int | None, inputs: Path | None) -> int:

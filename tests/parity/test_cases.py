@@ -66,12 +66,7 @@ def test_right_candidate_passes_every_case_that_applies():
         ("parity", "two"): True,
         ("effect", "two"): True,
         ("padding", "two"): True,
-        ("switching", "base"): True,
     }
-
-
-def test_one_subject_alone_is_not_switched():
-    assert {check.case for check in judged(candidate, "one")} == {"parity", "effect", "padding"}
 
 
 def test_inputs_without_a_mask_have_no_padding_case():
@@ -107,7 +102,8 @@ def test_adapter_without_effect_fails():
     (check,) = [c for c in judge([same], INPUTS, candidate, "float32") if c.case == "effect"]
 
     assert not check.passed
-    assert "change the outputs by 0 times" in check.detail
+    assert "the effect is 0 times PyTorch's own error" in check.detail
+    assert check.effect_over_error == 0
 
 
 def weak(kept, *, size=2.0, seed=0):
@@ -148,6 +144,7 @@ def test_a_tenth_of_a_strong_effect_may_be_lost_or_added(kept, passes):
 
     assert check.passed == passes
     assert check.detail.startswith(f"{kept:.0%}"[:2])
+    assert check.effect_over_error == pytest.approx(1000)
 
 
 def test_an_effect_below_the_error_tells_nothing_and_fails():
@@ -240,20 +237,6 @@ def test_class_scores_as_many_as_the_first_batchs_positions_are_not_cut():
     checks = judge([Subject("base", oracle, oracle, None, {})], INPUTS, scores, "float32")
 
     assert not failed(checks)
-
-
-def test_switching_case_catches_a_candidate_with_a_memory():
-    seen = []
-
-    def stateful(feeds):
-        seen.append(feeds)
-        return model(feeds, error=1e-10 * len(seen))  # far less than parity allows
-
-    checks = judged(stateful, "base", "one")
-
-    assert failed(judged(model, "base", "one")) == set()
-    assert failed(checks) == {("switching", "base")}
-    assert "changed" in checks[-1].detail
 
 
 def test_missing_output_fails_and_the_other_subjects_are_still_judged():

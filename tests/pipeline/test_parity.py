@@ -34,7 +34,8 @@ def test_a_switchable_export_is_judged_with_every_adapter_and_none(switchable):
         ("parity", "three"), ("parity", "five"), ("parity", "base"),
         ("effect", "three"), ("effect", "five"),
         ("padding", "three"), ("padding", "five"), ("padding", "base"),
-        ("switching", "three"),
+        ("switching", "three"), ("switching", "five"), ("identity", "base"),
+        ("added", "three"), ("added", "five"),
     }  # fmt: skip
     assert report.inputs == 16
 

@@ -129,4 +129,5 @@ def _effect(
             f"activations, more than {FACTOR:g} times are needed",
         )
     words = effect_in_words(share, times, "the error of rounded activations")
-    return Check("shipped effect", subject.name, abs(share - 1) <= LOST, words)
+    passed = abs(share - 1) <= LOST
+    return Check("shipped effect", subject.name, passed, words, effect_over_error=times)

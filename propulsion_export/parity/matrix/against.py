@@ -1,0 +1,262 @@
+"""Compare two artifacts of one base model and adapter, such as a merged checkpoint and an engine.
+
+Each of them may be as far from the oracle as the case `parity` allows, so their outputs may be as
+far apart as both together. The outputs of the other one are compared with no oracle: that this
+artifact passes, and that they agree, says what the other is worth.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from propulsion_export.adapters.adapter import Adapter
+from propulsion_export.adapters.names import BASE_NAME
+from propulsion_export.adapters.scales import Array
+from propulsion_export.artifacts.artifact import Artifact, Runner, Tensors
+from propulsion_export.artifacts.manifest import Manifest
+from propulsion_export.base_model.loading import BaseModel
+from propulsion_export.base_model.sentences.files import read_sentence_pipeline
+from propulsion_export.base_model.tasks import TASKS
+from propulsion_export.errors import ArtifactError, UnavailableError, UsageError
+from propulsion_export.graph.signature import check_signature
+from propulsion_export.parity.comparison import compare, hidden_positions
+from propulsion_export.parity.embeddings import embedding
+from propulsion_export.parity.evidence import Allowed, Evidence
+from propulsion_export.parity.forwards import Compute
+from propulsion_export.parity.quantised.outputs import compute_outputs
+from propulsion_export.parity.quantised.verdict import exact_candidate
+from propulsion_export.parity.reports.report import Check, NotRun
+from propulsion_export.parity.states import feeds_of
+from propulsion_export.parity.subject import Subject
+from propulsion_export.runners.decoding import replaying
+from propulsion_export.runners.opening import choose_runner, open_candidate
+
+
+@dataclass(frozen=True)
+class Other:
+    """Another artifact to compare with.
+
+    Attributes:
+        artifact: the other artifact.
+        names: what it calls each state that both have, by the name here.
+    """
+
+    artifact: Artifact
+    names: Mapping[str, str]
+
+    @property
+    def dtype(self) -> str:
+        """The precision of the other artifact."""
+        return self.artifact.manifest.dtype
+
+    @property
+    def label(self) -> str:
+        """Where it is, and what it is."""
+        manifest = self.artifact.manifest
+        return f"{self.artifact.directory} ({manifest.kind}, {manifest.mode}, {manifest.dtype})"
+
+
+def read_other(own: Artifact, directory: Path) -> Other:
+    """Read an artifact and find what it shares with `own`.
+
+    Raises:
+        UsageError: it is the same directory.
+        ArtifactError: it is damaged, of another task or base model, quantised otherwise, or has no
+            adapter of `own`.
+    """
+    other = Artifact.read(directory)
+    if other.directory.resolve() == own.directory.resolve():
+        raise UsageError(
+            f"--against: {directory} is the artifact itself, expected another one",
+            remedy="Leave it out.",
+        )
+    check_signature(other)
+    ours, theirs = own.manifest, other.manifest
+    findings = []
+    if ours.task != theirs.task:
+        findings.append(f"is for {theirs.task}, expected {ours.task}")
+    if difference := ours.base.fingerprint.difference(theirs.base.fingerprint):
+        findings.append(f"was made from another base model ({difference})")
+    if _weights(ours) != _weights(theirs):
+        findings.append(f"has {_weights(theirs)} weights, expected {_weights(ours)} ones")
+    names = _shared(own, other)
+    if not names:
+        findings.append("has no adapter of the same digest, expected one at least")
+    if findings:
+        raise ArtifactError(
+            *(f"--against: {directory}: {finding} as {own.directory}" for finding in findings),
+            remedy="Compare two exports of the same adapter.",
+        )
+    if _has_base(ours) and _has_base(theirs):
+        names[BASE_NAME] = BASE_NAME
+    return Other(other, names)
+
+
+def references_at(
+    others: Sequence[Other],
+    own: Artifact,
+    base: BaseModel,
+    adapters: Sequence[Adapter],
+    batches: Sequence[Tensors],
+    compute: Compute,
+) -> dict[str, list[Subject]]:
+    """What PyTorch computes in every state at other precisions than the artifact's, by dtype.
+
+    The model of `base` keeps its values.
+    """
+    references = {}
+    for dtype in sorted({other.dtype for other in others} - {own.manifest.dtype}):
+        with _values_kept(base.model):
+            references[dtype] = compute_outputs(own, base, adapters, batches, compute, dtype)
+    return references
+
+
+@contextmanager
+def _values_kept(model: Any) -> Iterator[None]:
+    """Give a model its own values again after it was converted to another dtype."""
+    parameters = [(parameter, parameter.data) for parameter in model.parameters()]
+    buffers = [(module, dict(module._buffers)) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for parameter, values in parameters:
+            parameter.data = values
+        for module, own in buffers:
+            module._buffers |= own
+
+
+def judge_against(
+    evidence: Evidence,
+    allowed: Allowed,
+    other: Other,
+    references: Mapping[str, Sequence[Subject]],
+    *,
+    trust_remote_code: bool = False,
+) -> Iterator[Check | NotRun]:
+    """The case `against` for every state that both artifacts have.
+
+    Args:
+        evidence: of the artifact that is judged.
+        allowed: what it may err.
+        other: the artifact to compare with.
+        references: see `references_at`.
+        trust_remote_code: run code that the other artifact brings.
+    """
+    states = [s for s in evidence.subjects if s.name in other.names and s.name in allowed]
+    try:
+        run, name = _open(evidence, other.artifact, trust_remote_code=trust_remote_code)
+    except UnavailableError as error:
+        yield NotRun(f"against {other.label}", str(error))
+        return
+    if not states:
+        yield NotRun(f"against {other.label}", "none of what both have could be judged here")
+    # onnx's own evaluator takes minutes for what others compute in a second.
+    batches = evidence.batches[:1] if name == "reference" else evidence.batches
+    for state in states:
+        bounds = _bounds(evidence, allowed, other, state, references)
+        feeds = feeds_of(other.artifact, other.names[state.name], {})
+        ours = [evidence.runner({**batch, **state.feeds}) for batch in batches]
+        theirs = [run({**batch, **feeds}) for batch in batches]
+        yield _agreement(evidence, state, other, bounds, (batches, ours, theirs))
+
+
+def _open(evidence: Evidence, artifact: Artifact, *, trust_remote_code: bool) -> tuple[Runner, str]:
+    """The other artifact as a runner of whole sequences, and the name of its runtime."""
+    name = choose_runner(artifact, "auto")
+    shipped = open_candidate(artifact, name, trust_remote_code=trust_remote_code)
+    candidate = exact_candidate(artifact, name, shipped, trust_remote_code=trust_remote_code)
+    if candidate is None:
+        raise UnavailableError(f"{name} rounds activations, which hides what the weights do")
+    if not callable(candidate):
+        return replaying(candidate), name
+    pipeline = read_sentence_pipeline(artifact.directory)
+    embeds = TASKS[evidence.base.task].prediction == "embedding" and pipeline is not None
+    return (embedding(candidate, pipeline) if embeds and pipeline else candidate), name
+
+
+def _bounds(
+    evidence: Evidence,
+    allowed: Allowed,
+    other: Other,
+    state: Subject,
+    references: Mapping[str, Sequence[Subject]],
+) -> dict[str, tuple[float, float]]:
+    """What each of the artifacts may err, by output."""
+    ours = allowed[state.name]
+    if other.dtype not in references:
+        return {name: (bound, bound) for name, bound in ours.items()}
+    (reference,) = [one for one in references[other.dtype] if one.name == state.name]
+    errors = compare(evidence.batches, state.oracle, reference.oracle, state.oracle, other.dtype)
+    return {each.output: (ours[each.output], each.allowed) for each in errors}
+
+
+def _agreement(
+    evidence: Evidence,
+    state: Subject,
+    other: Other,
+    bounds: Mapping[str, tuple[float, float]],
+    outputs: tuple[Sequence[Tensors], Sequence[Tensors], Sequence[Tensors]],
+) -> Check:
+    """Check that the outputs of both artifacts for some batches are no further apart."""
+    batches, ours, theirs = outputs
+    labelled = TASKS[evidence.base.task].labelled_output
+    used: dict[str, float] = {}
+    findings: dict[str, str] = {}
+    for name, (one, another) in bounds.items():
+        if not all(name in each for each in theirs):
+            findings[name], used[name] = f"{name}: {other.label} does not return it", math.inf
+            continue
+        pairs = [(a[name], b[name]) for a, b in zip(ours, theirs, strict=True)]
+        pairs = [_same_labels(*pair) for pair in pairs] if name == labelled else pairs
+        distance = _distance(pairs, hidden_positions(name, batches, ours))
+        used[name] = distance / (one + another) if one + another else distance and math.inf
+        findings[name] = (
+            f"{name}: differs from {other.label} by {distance:.3g}, allowed "
+            f"{one + another:.3g} ({one:.3g} here and {another:.3g} there)"
+        )
+    worst = list(used)[int(np.argmax(list(used.values())))]  # NaN is the worst
+    called = other.names[state.name]
+    words = "" if called == state.name else f", called {called} there"
+    return Check("against", state.name, used[worst] <= 1, findings[worst] + words)
+
+
+def _distance(pairs: Sequence[tuple[Array, Array]], hidden: Sequence[Array]) -> float:
+    """The largest difference where nothing is hidden; infinite where shapes differ."""
+    if any(one.shape != another.shape for one, another in pairs):
+        return math.inf
+    with np.errstate(invalid="ignore"):  # infinity minus infinity
+        differences = [np.abs(a.astype(np.float64) - b.astype(np.float64)) for a, b in pairs]
+    parts = zip(differences, hidden, strict=True)
+    return float(np.max([d[~np.broadcast_to(h, d.shape)].max(initial=0) for d, h in parts]))
+
+
+def _same_labels(one: Array, another: Array) -> tuple[Array, Array]:
+    """Scores of the labels that both have; the others are padding for adapters with more."""
+    count = min(one.shape[-1], another.shape[-1])
+    return one[..., :count], another[..., :count]
+
+
+def _shared(own: Artifact, other: Artifact) -> dict[str, str]:
+    """What another artifact calls each adapter of `own` that it has too."""
+    theirs = {entry.digest: name for name, entry in other.list_adapters().items()}
+    entries = own.list_adapters().items()
+    return {name: theirs[entry.digest] for name, entry in entries if entry.digest in theirs}
+
+
+def _has_base(manifest: Manifest) -> bool:
+    """Whether the base model can be run, with a head of its own if it needs one."""
+    return manifest.mode != "folded" and manifest.base.own_head
+
+
+def _weights(manifest: Manifest) -> str:
+    """How the weights are quantised, in words; what they are computed in makes no difference."""
+    entry = manifest.quantization
+    if entry is None:
+        return "unquantised"
+    form = f"{entry.form}, block size {entry.block_size}, scales in {manifest.dtype}"
+    return f"int{entry.bits} ({form})"
