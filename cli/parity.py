@@ -48,7 +48,11 @@ if TYPE_CHECKING:
     type=click.IntRange(0, 2**32 - 1),
     help="Seed for the generated inputs, and for the adapters if chosen at random.  [default: 0]",
 )
-@click.option("--report", type=DIRECTORY, help="Directory for parity.json and parity.html.")
+@click.option(
+    "--report",
+    type=DIRECTORY,
+    help="Directory for parity.json and parity.html; of a failure also the inputs, failing/.",
+)
 @click.option("--junit", type=FILE, help="JUnit XML for a CI.")
 @click.option("--force", is_flag=True, help="Replace an earlier --report.")
 @click.option(
@@ -70,6 +74,11 @@ if TYPE_CHECKING:
     help="Most that quantised weights may cost: mean KL divergence from the unquantised model, "
     "in nats.  [default: any; it is only told]",
 )
+@click.option(
+    "--bisect",
+    is_flag=True,
+    help="On failure, find the first module that is wrong, and its channels.",
+)
 @trust_option
 @console_options
 def command(
@@ -88,6 +97,7 @@ def command(
     device: str,
     low_memory: bool,
     max_kl: float | None,
+    bisect: bool,
     trust_remote_code: bool,
 ) -> int:
     """Compare an artifact with PyTorch: does it compute the same?
@@ -117,6 +127,7 @@ def command(
             device=device,
             low_memory=low_memory,
             max_kl=max_kl,
+            bisect=bisect,
             trust_remote_code=trust_remote_code,
             progress=progress,
         )
@@ -137,4 +148,10 @@ def _text(console: Console, verdict: "ParityReport") -> str:
         console.table(("price for", "output", "quantisation costs"), told) + "\n" if told else ""
     )
     rounding = "".join(f"rounded activations: {one}\n" for one in verdict.rounding)
-    return table + price + rounding + verdict_line(verdict)
+    located = "".join(f"bisect: {line}\n" for one in verdict.located for line in one.lines())
+    missed = "".join(
+        f"not run: {one.what}: {one.reason}\n"
+        for one in verdict.not_run
+        if one.what.startswith("bisect")
+    )
+    return table + price + rounding + located + missed + verdict_line(verdict)

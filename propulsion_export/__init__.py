@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from propulsion_export.pipeline.parity import check_parity
     from propulsion_export.pipeline.run import predict
     from propulsion_export.pipeline.trt import build_engine
+    from propulsion_export.runners.opening import open_runner
     from propulsion_export.serving.generation import Settings
     from propulsion_export.serving.loaded_model import Reply
     from propulsion_export.serving.session import Session
@@ -51,6 +52,7 @@ _HOMES = {
     "fold_onnx": "pipeline.fold_onnx:fold_onnx",
     "merge": "pipeline.merge:merge",
     "merge_gguf": "pipeline.merge_gguf:merge_gguf",
+    "open_runner": "runners.opening:open_runner",
     "package": "pipeline.package:package",
     "predict": "pipeline.run:predict",
     "remove_adapter": "artifacts.changing:remove_adapter",
@@ -77,6 +79,7 @@ __all__ = [
     "fold_onnx",
     "merge",
     "merge_gguf",
+    "open_runner",
     "package",
     "predict",
     "remove_adapter",

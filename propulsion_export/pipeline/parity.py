@@ -1,7 +1,7 @@
 """`parity`: does an artifact compute what the PyTorch base model with its adapters computes?"""
 
 import random
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,11 +20,13 @@ from propulsion_export.environment.machine import tool_versions
 from propulsion_export.environment.progress import Progress, silent
 from propulsion_export.errors import AdapterError, UnavailableError, UsageError, unknown_adapters
 from propulsion_export.graph.signature import check_signature
+from propulsion_export.parity.bisect.locate import locate_failures
 from propulsion_export.parity.cases import judge
 from propulsion_export.parity.devices import check_device, choose_compute
 from propulsion_export.parity.drawn import draw_adapters, feeds_for_drawn
 from propulsion_export.parity.embeddings import check_pooling, embedding, with_embeddings
 from propulsion_export.parity.evidence import Evidence, FurtherCases, allowed_errors
+from propulsion_export.parity.failing import FailingRun, worst_failing_run
 from propulsion_export.parity.generation import continue_greedily, judge_generative
 from propulsion_export.parity.inputs import load_recorded_base, make_batches
 from propulsion_export.parity.matrix.against import (
@@ -44,6 +46,7 @@ from propulsion_export.parity.quantised.verdict import (
 )
 from propulsion_export.parity.reports.html import to_html
 from propulsion_export.parity.reports.report import Check, NotRun, ParityReport
+from propulsion_export.parity.reports.reproduce import write_failing_run
 from propulsion_export.parity.subject import Subject
 from propulsion_export.runners.decoding import Candidate
 from propulsion_export.runners.opening import REFERENCE_LENGTH, choose_runner, open_candidate
@@ -68,6 +71,7 @@ def check_parity(
     device: str = "auto",
     low_memory: bool = False,
     max_kl: float | None = None,
+    bisect: bool = False,
     trust_remote_code: bool = False,
     progress: Progress = silent,
 ) -> ParityReport:
@@ -92,6 +96,8 @@ def check_parity(
         low_memory: let PyTorch compute with one layer of the model in memory at a time.
         max_kl: the most that quantised weights may cost an adapter or the base model, in nats: the
             mean Kullback-Leibler divergence from the unquantised model. Default: any, only told.
+        bisect: find the first module that is wrong where a comparison has failed; see `located` of
+            the report.
         trust_remote_code: run code that the base model brings.
         progress: called with the share done and what is being done.
 
@@ -115,6 +121,11 @@ def check_parity(
     others = [read_other(read, directory) for directory in against]
     name = choose_runner(read, runner)
     check_device(device)
+    if bisect and low_memory:
+        raise UsageError(
+            "--bisect: needs the whole model in memory, in float64 too",
+            remedy="Leave --low-memory out.",
+        )
     adapters = _adapters(read, adapter, seed)
     verdict = ParityReport(
         artifact=str(artifact),
@@ -125,15 +136,27 @@ def check_parity(
         seed=None if inputs and not _is_random(read) else seed,
         tools=tool_versions(),
     )
+    worst: list[FailingRun] = []
+    keep = None if report is None else worst.append
     options = _Options(
-        adapter, others, model, inputs, seed, device, low_memory, max_kl, trust_remote_code
+        adapter,
+        others,
+        model,
+        inputs,
+        seed,
+        device,
+        low_memory,
+        max_kl,
+        bisect,
+        keep,
+        trust_remote_code,
     )
     try:
         verdict = _compare(read, verdict, adapters, options, progress)
     except UnavailableError as error:
         verdict = replace(verdict, not_run=(NotRun(f"{name} on {artifact}", str(error)),))
     if report is not None:
-        write_report(verdict, report, force=force)
+        write_report(verdict, report, force=force, artifact=read, worst=next(iter(worst), None))
     progress(1.0, verdict.verdict)
     return verdict
 
@@ -145,6 +168,7 @@ class _Options:
     Attributes:
         given: the adapters.
         others: the artifacts to compare with.
+        keep: called with the worst run of a failure; None: nothing is kept.
     """
 
     given: Sequence[str | Path]
@@ -155,6 +179,8 @@ class _Options:
     device: str
     low_memory: bool
     max_kl: float | None
+    bisect: bool
+    keep: Callable[[FailingRun], None] | None
     trust_remote_code: bool
 
 
@@ -214,6 +240,13 @@ def _compare(
     rows = sum(len(next(iter(batch.values()))) for batch in batches)
     verdict = replace(verdict, inputs=rows, checks=checks)
     verdict = _compare_with_others(verdict, evidence, at_others, options)
+    if options.keep is not None and exact is not None and not verdict.passed:
+        worst = worst_failing_run(evidence, checks, allowed_errors(checks))
+        if worst is not None:
+            options.keep(worst)
+    if options.bisect and exact is not None and not verdict.passed:
+        progress(0.9, "looking for the first wrong module")
+        verdict = _with_located(evidence, verdict, options)
     if quantised is None:
         return verdict
     _, plain, shipped = embed(list(quantised.unquantised), batches, candidate)
@@ -307,11 +340,36 @@ def _judge(evidence: Evidence) -> list[Check]:
     return checks
 
 
-def write_report(verdict: ParityReport, directory: Path, *, force: bool = False) -> None:
-    """Write `parity.json` and the self-contained `parity.html` into a directory of their own."""
+def _with_located(evidence: Evidence, verdict: ParityReport, options: _Options) -> ParityReport:
+    """The report with the first wrong module of each failure."""
+    artifact, base = evidence.artifact, evidence.base
+    if artifact.manifest.dtype != "float32" and artifact.manifest.quantization is None:
+        # The weights of the base model have been rounded to the artifact's precision by now.
+        trust = options.trust_remote_code
+        base = load_recorded_base(
+            artifact, evidence.adapters, options.model, trust_remote_code=trust
+        )
+    located, not_run = locate_failures(evidence, verdict.checks, verdict.runner, base)
+    return replace(verdict, located=located, not_run=(*verdict.not_run, *not_run))
+
+
+def write_report(
+    verdict: ParityReport,
+    directory: Path,
+    *,
+    force: bool = False,
+    artifact: Artifact | None = None,
+    worst: FailingRun | None = None,
+) -> None:
+    """Write `parity.json` and the self-contained `parity.html` into a directory of their own.
+
+    With the worst run of a failure of `artifact`, also `failing/`: its arrays and `reproduce.py`.
+    """
     with staged_directory(directory, marker=REPORT_FILE, force=force) as staged:
         (staged / "parity.html").write_text(to_html(verdict), encoding="utf-8")
         (staged / REPORT_FILE).write_text(verdict.to_json(), encoding="utf-8")
+        if worst is not None and artifact is not None:
+            write_failing_run(worst, artifact, verdict.runner, staged, final=directory)
 
 
 def _adapters(artifact: Artifact, given: Sequence[str | Path], seed: int) -> list[Adapter]:

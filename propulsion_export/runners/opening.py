@@ -4,7 +4,7 @@ import importlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -17,7 +17,14 @@ from propulsion_export.base_model.generation_settings import first_decoder_token
 from propulsion_export.base_model.tasks import TASKS
 from propulsion_export.environment.machine import cuda_devices
 from propulsion_export.errors import UnavailableError, UsageError
-from propulsion_export.runners.decoding import Candidate, CausalModel, EncoderDecoder, Generator
+from propulsion_export.runners.decoding import (
+    Candidate,
+    CausalModel,
+    EncoderDecoder,
+    Generator,
+    recomputing,
+    replaying,
+)
 from propulsion_export.runners.right_padding import RightPaddedModel
 from propulsion_export.runners.table import RUNTIMES, runtimes_of
 
@@ -58,6 +65,46 @@ def _shown(manifest: Manifest) -> str:
     return f"{manifest.kind} artifacts{made}"
 
 
+def open_runner(
+    artifact: Path | str,
+    runner: str = "auto",
+    *,
+    steps: Literal["once", "stepwise", "recomputed"] = "stepwise",
+    in_float: bool = False,
+    trust_remote_code: bool = False,
+) -> Runner:
+    """Open an artifact as a function from arrays to arrays, as `parity` runs it.
+
+    The function takes a padded batch, such as `input_ids` and `attention_mask` int64 [rows,
+    length], with the adapter's inputs (`Artifact.feeds`), and returns the outputs by name. A
+    generative model returns the logits of every position.
+
+    Args:
+        artifact: directory of a merged checkpoint, an ONNX export or an engine.
+        runner: the runtime; `auto`: the default for its kind and dtype.
+        steps: how a generative model reads a batch: `stepwise`, with its cache, or `recomputed`,
+            in one pass. Other models read it at once.
+        in_float: let quantised layers compute in floating point where the runtime can.
+        trust_remote_code: run code that a checkpoint brings.
+
+    Raises:
+        ArtifactError: the artifact is damaged.
+        UsageError: the runtime does not run this kind of artifact.
+        UnavailableError: this machine cannot run it.
+    """
+    read = Artifact.read(artifact)
+    name = choose_runner(read, runner)
+    candidate = open_candidate(
+        read,
+        name,
+        trust_remote_code=trust_remote_code,
+        in_float=in_float and opens_in_float(name),
+    )
+    if callable(candidate):
+        return candidate
+    return recomputing(candidate) if steps == "recomputed" else replaying(candidate)
+
+
 def open_candidate(
     artifact: Artifact, name: str, *, trust_remote_code: bool = False, in_float: bool = False
 ) -> Candidate:
@@ -73,7 +120,13 @@ def open_candidate(
             artifact, trust_remote_code=trust_remote_code
         )
         return candidate
-    open_path = partial(_open, artifact, name, in_float=in_float)
+    return candidate_of(artifact, partial(_open, artifact, name, in_float=in_float))
+
+
+def candidate_of(artifact: Artifact, open_path: Callable[[Path], Runner]) -> Candidate:
+    """The graphs or the engine of an artifact as a candidate; `open_path` opens each file."""
+    if artifact.manifest.mode == "bank":
+        open_path = _opening_with_ids(open_path)
     architecture = TASKS[artifact.manifest.task].architecture
     if architecture == "decoder":
         return _open_decoder(artifact, open_path)
@@ -125,7 +178,11 @@ def _open(artifact: Artifact, name: str, path: Path, *, in_float: bool) -> Runne
     module = _module(name)
     opener = module.open_graph_in_float if in_float else module.open_graph
     run: Runner = opener(path, artifact, device=RUNTIMES[name].device)
-    return _with_ids(run) if artifact.manifest.mode == "bank" else run
+    return run
+
+
+def _opening_with_ids(open_path: Callable[[Path], Runner]) -> Callable[[Path], Runner]:
+    return lambda path: _with_ids(open_path(path))
 
 
 def _with_ids(run: Runner) -> Runner:

@@ -5,7 +5,9 @@ from html import escape
 from typing import Any
 
 from propulsion_export.parity.comparison import FACTOR, OutputErrors
+from propulsion_export.parity.reports.channels import channels_picture
 from propulsion_export.parity.reports.junit import replace_forbidden
+from propulsion_export.parity.reports.located import Located
 from propulsion_export.parity.reports.picture import picture
 from propulsion_export.parity.reports.report import Check, ParityReport
 
@@ -81,6 +83,7 @@ def to_html(report: ParityReport) -> str:
         _section("Errors, output by output", f'<div class="pictures">{"".join(panels)}</div>')
         if panels
         else "",
+        _section("The first wrong module", _located(report)) if report.located else "",
         _section("Price of quantisation", _price(report)) if report.price else "",
         _section("Not run", _table(("What", "Why"), not_run)) if not_run else "",
         _section("Tool versions", _table(("Tool", "Version"), sorted(report.tools.items())))
@@ -155,6 +158,21 @@ def _checks(checks: tuple[Check, ...]) -> str:
         for check in checks
     )
     return _framed(("Case", "Adapter", "Verdict", "Found"), rows)
+
+
+def _located(report: ParityReport) -> str:
+    """The first wrong module of each failure, with the errors of its channels."""
+    panels = [_culprit(one, number) for number, one in enumerate(report.located, start=1)]
+    return f'<div class="pictures">{"".join(panels)}</div>'
+
+
+def _culprit(located: Located, number: int) -> str:
+    where, how = map(_text, located.lines())
+    drawing = channels_picture(located, number) if located.channel_errors else ""
+    return (
+        f'<figure class="beyond">\n<figcaption><h3>{_text(located.path)}</h3>{_mark(False)}'
+        f"</figcaption>\n<p>{where}.</p>\n{drawing}\n<p>{how}.</p>\n</figure>\n"
+    )
 
 
 def _price(report: ParityReport) -> str:

@@ -3,6 +3,7 @@
 import io
 import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 from propulsion_export.parity.comparison import DECADES, OutputErrors
@@ -10,7 +11,7 @@ from propulsion_export.parity.comparison import DECADES, OutputErrors
 # Where the axis of counts begins; below one, so that a single element is seen.
 _BASELINE = 0.5
 # Stand-ins for the page's own colours, so that a picture follows light and dark.
-_INK, _MUTED, _CANDIDATE, _REFERENCE, _FAILED = (
+INK, MUTED, CANDIDATE, _REFERENCE, FAILED = (
     "#010101",
     "#020202",
     "#030303",
@@ -18,11 +19,11 @@ _INK, _MUTED, _CANDIDATE, _REFERENCE, _FAILED = (
     "#050505",
 )
 _VARIABLES = {
-    _INK: "var(--ink)",
-    _MUTED: "var(--muted)",
-    _CANDIDATE: "var(--candidate)",
+    INK: "var(--ink)",
+    MUTED: "var(--muted)",
+    CANDIDATE: "var(--candidate)",
     _REFERENCE: "var(--reference)",
-    _FAILED: "var(--failed)",
+    FAILED: "var(--failed)",
 }
 # Parts to remove: the header, the date, style rules for the whole page, comments, fonts.
 _USELESS = re.compile(
@@ -36,23 +37,45 @@ def picture(errors: OutputErrors, number: int, heading: str) -> str:
     """An inline SVG of both error histograms and the limits; a sentence when there is none."""
     if not any(errors.histogram) and not any(errors.reference_histogram):
         return "<p>No finite error above 0 to draw.</p>"
-    svg = _draw(errors)
+    title = (
+        f"{heading}: how many elements err by how much; candidate at most {errors.error:.3g}, "
+        f"PyTorch at most {errors.reference_error:.3g}, allowed {errors.allowed:.3g}"
+    )
+    return inlined(_draw(errors), f"picture-{number}", title)
+
+
+def inlined(svg: str, name: str, title: str) -> str:
+    """Matplotlib's SVG document as a part of a page, in the page's colours.
+
+    Args:
+        svg: drawn with the colours of `INK`, `MUTED`, `CANDIDATE` and `FAILED`.
+        name: begins every id; several pictures share the page.
+        title: what the picture shows, for those who do not see it.
+    """
     view = re.findall(r'viewBox="[^"]*"', svg)[0]
     svg = _USELESS.sub("", svg)
-    # Several pictures share the page, so their ids must differ.
-    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>picture-{number}-", svg)
+    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)
     for stand_in, variable in _VARIABLES.items():
         svg = svg.replace(stand_in, variable)
-    title = f"picture-{number}-title"
     return (
-        f'<svg role="img" aria-labelledby="{title}" {view}>\n<title id="{title}">{heading}: how '
-        f"many elements err by how much; candidate at most {errors.error:.3g}, PyTorch at most "
-        f"{errors.reference_error:.3g}, allowed {errors.allowed:.3g}</title>{svg}"
+        f'<svg role="img" aria-labelledby="{name}-title" {view}>\n'
+        f'<title id="{name}-title">{title}</title>{svg}'
     )
 
 
 def _draw(errors: OutputErrors) -> str:
     """Both histograms over the decades of the error, as matplotlib's SVG document."""
+
+    def draw(axes: Any) -> None:
+        _draw_histograms(axes, errors)
+        _draw_limits(axes, errors)
+        _arrange(axes, errors)
+
+    return drawn(draw)
+
+
+def drawn(draw: Callable[[Any], None]) -> str:
+    """What `draw` puts on matplotlib's axes, as an SVG document; equal input, equal text."""
     # Not pyplot: a figure of its own needs no display and leaves no global state.
     from matplotlib import style
     from matplotlib.figure import Figure
@@ -61,17 +84,14 @@ def _draw(errors: OutputErrors) -> str:
     settings = {"svg.fonttype": "none", "svg.hashsalt": "parity", "font.size": 9}
     with style.context(["default", settings]):
         figure = Figure(figsize=(6.2, 3.0))
-        axes = figure.add_axes((0.085, 0.155, 0.88, 0.72))
-        _draw_histograms(axes, errors)
-        _draw_limits(axes, errors)
-        _arrange(axes, errors)
+        draw(figure.add_axes((0.085, 0.155, 0.88, 0.72)))
         document = io.StringIO()
         figure.savefig(document, format="svg", transparent=True)
     return document.getvalue()
 
 
 def _draw_histograms(axes: Any, errors: OutputErrors) -> None:
-    filled = {"fill": True, "alpha": 0.45, "color": _CANDIDATE, "linewidth": 0}
+    filled = {"fill": True, "alpha": 0.45, "color": CANDIDATE, "linewidth": 0}
     outlined = {"color": _REFERENCE, "linewidth": 1.8, "linestyle": (0, (4, 1.5))}
     series = [
         (errors.histogram, errors.error, "candidate", filled),
@@ -107,9 +127,9 @@ def _draw_limits(axes: Any, errors: OutputErrors) -> None:
         text = f"PyTorch's largest {errors.reference_error:.2g}"
         axes.annotate(text, (own, 0.97), (-4, 0), ha="right", color=_REFERENCE, **near)
     if (allowed := _log(errors.allowed)) is not None:
-        axes.axvline(allowed, color=_FAILED, linewidth=1.8)
+        axes.axvline(allowed, color=FAILED, linewidth=1.8)
         text = f"allowed {errors.allowed:.2g}"
-        axes.annotate(text, (allowed, 0.97), (5, 0), ha="left", color=_FAILED, **near)
+        axes.annotate(text, (allowed, 0.97), (5, 0), ha="left", color=FAILED, **near)
 
 
 def _arrange(axes: Any, errors: OutputErrors) -> None:
@@ -129,12 +149,12 @@ def _arrange(axes: Any, errors: OutputErrors) -> None:
     tens = range(0, math.ceil(math.log10(peak)) + 1, 1 + int(math.log10(peak)) // 5)
     axes.set_yticks([10.0**ten for ten in tens], [_power(ten) for ten in tens])
     axes.minorticks_off()
-    axes.set_xlabel("absolute error against float64", color=_MUTED)
-    axes.set_ylabel("elements", color=_MUTED)
-    axes.tick_params(color=_MUTED, labelcolor=_INK)
+    axes.set_xlabel("absolute error against float64", color=MUTED)
+    axes.set_ylabel("elements", color=MUTED)
+    axes.tick_params(color=MUTED, labelcolor=INK)
     for side, spine in axes.spines.items():
-        spine.set(color=_MUTED, visible=side in ("left", "bottom"))
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=2, frameon=False, labelcolor=_INK)
+        spine.set(color=MUTED, visible=side in ("left", "bottom"))
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=2, frameon=False, labelcolor=INK)
 
 
 def _power(ten: int) -> str:

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from propulsion_export.environment.json_text import to_json
 from propulsion_export.parity.comparison import DECADES, FACTOR, OutputErrors
+from propulsion_export.parity.reports.located import Located
 
 SCHEMA_VERSION = 1
 Verdict = Literal["passed", "failed", "not run"]
@@ -164,6 +165,7 @@ class ParityReport:
         coverage: what was compared, and what was not.
         rounding: of activations, where the base model is quantised and the runtime rounds them.
         price: of quantisation, adapter by adapter; told, and judged only by a check `price`.
+        located: the first wrong modules of failures, where `--bisect` asked for them.
     """
 
     artifact: str
@@ -178,6 +180,7 @@ class ParityReport:
     coverage: tuple[Coverage, ...] = ()
     rounding: tuple[Rounding, ...] = ()
     price: tuple[Price, ...] = ()
+    located: tuple[Located, ...] = ()
 
     @property
     def verdict(self) -> Verdict:

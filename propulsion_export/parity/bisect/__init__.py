@@ -1,0 +1,1 @@
+"""Where a failing artifact first leaves its tolerance: the module, its channels, its multiply."""

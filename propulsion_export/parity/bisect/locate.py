@@ -1,0 +1,198 @@
+"""Find the first module of a failing artifact that leaves its tolerance."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+
+from propulsion_export.artifacts.artifact import Runner, Tensors
+from propulsion_export.base_model.eos_pooling import pools_at_eos
+from propulsion_export.base_model.loading import BaseModel
+from propulsion_export.errors import PropulsionExportError
+from propulsion_export.parity.bisect.culprit import Culprit, find_culprit
+from propulsion_export.parity.bisect.matching import Errors, Pooled
+from propulsion_export.parity.bisect.sides import CandidateSide, open_side, torch_sides
+from propulsion_export.parity.evidence import Evidence
+from propulsion_export.parity.reports.located import Located, Multiply
+from propulsion_export.parity.reports.report import Check, NotRun
+from propulsion_export.parity.states import states_of
+from propulsion_export.parity.subject import Subject
+from propulsion_export.runners.decoding import alone, recomputing, replaying
+
+# What no module is to blame for, or what a copy in floating point cannot show.
+_NOT_NUMERIC = {
+    "labels", "pooling", "sample", "weights", "shipped parity", "shipped effect", "price"
+}  # fmt: skip
+_MOST = 3  # adapters whose failures are located
+_BINS = 512  # of channels, in a report
+# Above this rows run one by one: every value of a graph is in memory at once.
+_LARGE = 2**28
+_Steps = Literal["in one pass", "step by step"]
+_ENGINE = (
+    "an engine shows no intermediate values; run `parity --bisect` on the ONNX export that it was "
+    "built from"
+)
+_ALL_RIGHT = (
+    "every module whose output can be told in the artifact is within its tolerance on these inputs"
+)
+
+
+def locate_failures(
+    evidence: Evidence, checks: Sequence[Check], runner: str, base: BaseModel
+) -> tuple[tuple[Located, ...], tuple[NotRun, ...]]:
+    """Locate the first failure of each adapter, of at most 3 adapters.
+
+    Args:
+        evidence: of the verdict.
+        checks: what was found.
+        runner: the runtime that ran the artifact.
+        base: the base model, its weights as the oracle had them.
+
+    Returns:
+        The modules, and why there is none for a failure.
+    """
+    found = [_locate(evidence, check, runner, base) for check in _first_failures(evidence, checks)]
+    return (
+        tuple(one for one in found if isinstance(one, Located)),
+        tuple(one for one in found if isinstance(one, NotRun)),
+    )
+
+
+def _first_failures(evidence: Evidence, checks: Sequence[Check]) -> list[Check]:
+    names = {subject.name for subject in evidence.subjects}
+    failed: dict[str, Check] = {}
+    for check in checks:
+        if not check.passed and check.case not in _NOT_NUMERIC and check.adapter in names:
+            failed.setdefault(check.adapter, check)
+    return list(failed.values())[:_MOST]
+
+
+def _locate(evidence: Evidence, check: Check, runner: str, base: BaseModel) -> Located | NotRun:
+    what = f"bisect of {check.case} of {check.adapter}"
+    if evidence.artifact.manifest.kind == "engine":
+        return NotRun(what, _ENGINE)
+    subject = next(each for each in evidence.subjects if each.name == check.adapter)
+    try:
+        return _Bisection(evidence, base, subject, runner).run(check) or NotRun(what, _ALL_RIGHT)
+    except PropulsionExportError as error:
+        return NotRun(what, error.findings[0])
+
+
+@dataclass(frozen=True)
+class _Bisection:
+    """One state of an artifact that has failed."""
+
+    evidence: Evidence
+    base: BaseModel
+    subject: Subject
+    runner: str
+
+    def run(self, check: Check) -> Located | None:
+        """The first wrong module in one pass, else in steps that read a cache."""
+        steps: tuple[_Steps, ...] = ("in one pass",)
+        if not callable(self.evidence.candidate):
+            steps = ("in one pass", "step by step")
+        side = open_side(self.evidence.artifact, self.runner, self.base)
+        for each in steps:
+            self._feed(side, each)
+            for graph, pooled in self._compare(side).items():
+                dtype = self.evidence.artifact.manifest.dtype
+                if (culprit := find_culprit(pooled, dtype)) is not None:
+                    return self._told(check, graph, pooled, culprit, each)
+            side.clear()
+        return None
+
+    def _feed(self, side: CandidateSide, steps: _Steps) -> None:
+        candidate = side.candidate
+        if callable(candidate):
+            run: Runner = candidate
+        else:
+            run = (recomputing if steps == "in one pass" else replaying)(candidate)
+        for batch in self._batches(steps):
+            run({**batch, **self.subject.feeds})
+
+    def _batches(self, steps: _Steps) -> Sequence[Tensors]:
+        """The inputs; as rows alone where the model or memory asks for it."""
+        artifact, batches = self.evidence.artifact, self.evidence.batches
+        apart = steps == "step by step" and artifact.manifest.pads_right
+        apart |= pools_at_eos(self.base.model.config, self.base.task)
+        if "attention_mask" in batches[0] and (apart or _is_large(self.base)):
+            return [alone(batch, row) for batch in batches for row in _rows(batch)]
+        return batches
+
+    def _compare(self, side: CandidateSide) -> dict[str, Pooled]:
+        artifact = self.evidence.artifact
+        states = states_of(artifact, self.base, self.evidence.adapters, ())
+        adapter = next(each.attach for each in states if each.name == self.subject.name)
+        dtype = artifact.manifest.dtype
+        found: dict[str, Pooled] = {}
+        for run, oracle, reference in torch_sides(self.base, side.runs, adapter, dtype):
+            pooled = found.setdefault(run.graph, Pooled())
+            pooled.add_(oracle, reference, run.values, side.places[run.graph], run.mask)
+        return found
+
+    def _told(
+        self, check: Check, graph: str, pooled: Pooled, culprit: Culprit, steps: _Steps
+    ) -> Located:
+        dtype = self.evidence.artifact.manifest.dtype
+        target, allowed = culprit.target, culprit.target.allowed(dtype)
+        path, call = culprit.call
+        kind = pooled.kinds[culprit.call]
+        between = culprit.between
+        located = Located(
+            case=check.case,
+            adapter=check.adapter,
+            graph=graph if self.evidence.artifact.manifest.kind == "onnx" else "",
+            path=path or "the model itself",
+            kind=kind + (f", call {call + 1}" if call else ""),
+            reads="itself" if between is None else between[0],
+            error=float("nan"),
+            allowed=allowed,
+            reference_error=target.reference,
+            multiply=self._multiply(culprit, dtype),
+            steps=steps,
+        )
+        nearest = target.nearest() or _nearest_other(target.others)
+        return _with_channels(located, [errors for _, errors in nearest]) if nearest else located
+
+    def _multiply(self, culprit: Culprit, dtype: str) -> Multiply:
+        if culprit.scaled_from is None:
+            return "none"
+        if self.evidence.artifact.manifest.mode == "folded":
+            return "folded"
+        return "wrong" if culprit.scaled_from.is_met(dtype) else "right"
+
+
+def _is_large(base: BaseModel) -> bool:
+    """Whether one batch of a model has so many values that its rows run one by one."""
+    weights: int = sum(each.numel() * each.element_size() for each in base.model.parameters())
+    return weights > _LARGE
+
+
+def _rows(batch: Tensors) -> range:
+    return range(len(batch["input_ids"]))
+
+
+def _nearest_other(others: dict[str, Errors]) -> list[tuple[str, Errors]]:
+    return sorted(others.items(), key=lambda item: item[1].total)[:1]
+
+
+def _with_channels(located: Located, parts: Sequence[Errors]) -> Located:
+    """The same with the errors of each channel."""
+    largest = np.concatenate([part.largest for part in parts])
+    products = np.concatenate([part.products for part in parts])
+    squares = np.concatenate([part.squares for part in parts])
+    worst = int(np.where(np.isnan(largest), np.inf, largest).argmax())
+    per_bin = max(1, -(-largest.size // _BINS))
+    bins = [float(largest[at : at + per_bin].max()) for at in range(0, largest.size, per_bin)]
+    return replace(
+        located,
+        error=float(largest.max()),
+        channels=largest.size,
+        channels_off=int((~(largest <= located.allowed)).sum()),
+        worst_channel=worst,
+        factor=float(products[worst] / squares[worst]) if squares[worst] else None,
+        per_bin=per_bin,
+        channel_errors=tuple(bins),
+    )

@@ -1,0 +1,69 @@
+"""A planted mistake is found at its module; a right artifact has none."""
+
+import pytest
+from planted_modules import (
+    SCALES,
+    Judged,
+    all_wrong,
+    one_channel,
+    parameters_in,
+    plant_in_graph,
+    row_wrong,
+    with_scale,
+)
+
+from propulsion_export.parity.reports.report import NotRun
+
+QUERY = "bert.encoder.layer.1.attention.self.query"
+INNER = "bert.encoder.layer.0.intermediate.dense"
+
+
+@pytest.fixture(scope="module")
+def judged(export_world):
+    made = {}
+
+    def make(mode):
+        if mode not in made:
+            made[mode] = Judged(export_world(mode))
+        return made[mode]
+
+    return make
+
+
+@pytest.mark.parametrize("mode", ["folded", "switchable", "bank"])
+def test_in_a_right_artifact_no_module_is_wrong(mode, judged):
+    found = judged(mode).locate()
+
+    assert isinstance(found, NotRun)
+    assert "every module" in found.reason
+
+
+@pytest.mark.parametrize("mode", ["switchable", "bank"])
+@pytest.mark.parametrize("change", SCALES, ids=lambda change: change.__name__)
+def test_a_mistaken_scale_is_found_at_its_module(change, mode, judged):
+    one = judged(mode)
+
+    found = one.locate(feeds=one.feeds_with(with_scale(one.adapter, QUERY, change)))
+
+    assert (found.path, found.reads, found.multiply) == (QUERY, "itself", "wrong")
+
+
+def test_the_wrong_channel_of_a_scale_is_named(judged):
+    one = judged("switchable")
+
+    found = one.locate(feeds=one.feeds_with(with_scale(one.adapter, QUERY, one_channel)))
+
+    assert (found.channels, found.channels_off, found.worst_channel) == (32, 1, 5)
+    assert found.factor == pytest.approx(1.01, rel=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["folded", "switchable", "bank"])
+@pytest.mark.parametrize("change", [row_wrong, all_wrong], ids=lambda change: change.__name__)
+def test_a_wrong_weight_is_found_at_its_module(change, mode, judged, tmp_path):
+    one = judged(mode)
+    name = next(name for name, path, kind in parameters_in(one.directory) if path == INNER)
+
+    found = one.locate(plant_in_graph(one.directory, tmp_path / "planted", name, change))
+
+    assert (found.path, found.reads) == (INNER, "itself")
+    assert found.multiply == ("folded" if mode == "folded" else "right")
