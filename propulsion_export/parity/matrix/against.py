@@ -207,17 +207,18 @@ def _agreement(
     labelled = TASKS[evidence.base.task].labelled_output
     used: dict[str, float] = {}
     findings: dict[str, str] = {}
-    for name, (one, another) in bounds.items():
+    for name, (here, there) in bounds.items():
         if not all(name in each for each in theirs):
             findings[name], used[name] = f"{name}: {other.label} does not return it", math.inf
             continue
         pairs = [(a[name], b[name]) for a, b in zip(ours, theirs, strict=True)]
         pairs = [_same_labels(*pair) for pair in pairs] if name == labelled else pairs
-        distance = _distance(pairs, hidden_positions(name, batches, ours))
-        used[name] = distance / (one + another) if one + another else distance and math.inf
+        hidden = hidden_positions(name, batches, [{name: found} for found, _ in pairs])
+        distance = _distance(pairs, hidden)
+        used[name] = distance / (here + there) if here + there else distance and math.inf
         findings[name] = (
             f"{name}: differs from {other.label} by {distance:.3g}, allowed "
-            f"{one + another:.3g} ({one:.3g} here and {another:.3g} there)"
+            f"{here + there:.3g} ({here:.3g} here and {there:.3g} there)"
         )
     worst = list(used)[int(np.argmax(list(used.values())))]  # NaN is the worst
     called = other.names[state.name]
@@ -232,7 +233,7 @@ def _distance(pairs: Sequence[tuple[Array, Array]], hidden: Sequence[Array]) -> 
     with np.errstate(invalid="ignore"):  # infinity minus infinity
         differences = [np.abs(a.astype(np.float64) - b.astype(np.float64)) for a, b in pairs]
     parts = zip(differences, hidden, strict=True)
-    return float(np.max([d[~np.broadcast_to(h, d.shape)].max(initial=0) for d, h in parts]))
+    return float(np.max([values[~unseen].max(initial=0) for values, unseen in parts]))
 
 
 def _same_labels(one: Array, another: Array) -> tuple[Array, Array]:

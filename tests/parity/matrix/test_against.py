@@ -62,14 +62,19 @@ def test_another_precision_may_err_as_pytorch_does_there(switchable, export_worl
 
     report = check_parity(switchable, against=[half])
 
-    own = against(check_parity(half, against=[switchable]))["three"]
+    other = check_parity(half, against=[switchable])
     assert report.passed
-    assert own.passed
-    found = against(report)["three"].detail
-    here, there = found.split("(")[-1].removesuffix(" there)").split(" here and ")
-    assert float(there) > 100 * float(here)
-    # From the other side it is the same sum.
-    assert own.detail.endswith(f"({there} here and {here} there)")
+    assert other.passed
+    here, there = bounds(against(report)["three"])
+    assert there > 100 * here
+    # From the other side it is the same sum; the width of the head changes PyTorch's sums a little.
+    assert bounds(against(other)["three"]) == pytest.approx((there, here), rel=0.5)
+
+
+def bounds(check):
+    """What the artifact and the other one may err."""
+    here, there = check.detail.split("(")[-1].removesuffix(" there)").split(" here and ")
+    return float(here), float(there)
 
 
 def pretended(directory, other, adapter):
