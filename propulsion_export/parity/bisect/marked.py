@@ -17,6 +17,8 @@ from propulsion_export.runners.onnxruntime import onnxruntime_runner
 from propulsion_export.runners.reference import reference_runner
 
 ADAPTER_INPUTS = {*PACKED_INPUTS, BANK_INPUT, IDS_INPUT}
+# Lengths and shapes must be inside the graph: runtimes read them while inferring shapes.
+_INLINE_BYTES = 64 * 1024
 _PROVIDERS = {"onnxruntime": "CPUExecutionProvider", "onnxruntime-cuda": "CUDAExecutionProvider"}
 
 
@@ -63,7 +65,8 @@ def mark_graph(artifact: Artifact, name: str, runner: str, model: Any) -> Marked
             program.graph.outputs.append(value)
     with tempfile.TemporaryDirectory(prefix="propulsion-export-") as place:
         copy = Path(place) / name
-        ir.save(program, copy, external_data=f"{name}.data")
+        weights = f"{name}.data"
+        ir.save(program, copy, external_data=weights, size_threshold_bytes=_INLINE_BYTES)
         return MarkedGraph(_open(copy, artifact, runner), outputs, places)
 
 

@@ -150,10 +150,11 @@ def _shown(expected: Array, mask: Array | None) -> Array | None:
     if mask is None or mask.all():
         return None
     leading = expected.shape[:-1]
+    real: Array = mask.reshape(-1) == 1
     if leading == mask.shape or leading == (mask.size,):
-        return mask.reshape(-1) == 1
+        return real
     if len(leading) > 2 and leading[:2] == mask.shape:
-        return np.repeat(mask.reshape(-1) == 1, int(np.prod(leading[2:])))
+        return np.repeat(real, int(np.prod(leading[2:])))
     return None
 
 

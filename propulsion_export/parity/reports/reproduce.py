@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -93,10 +94,15 @@ def write_failing_run(
     """
     folder = report / FOLDER
     folder.mkdir()
-    np.savez_compressed(folder / "inputs.npz", **run.inputs)
-    np.savez_compressed(folder / "oracle.npz", **run.oracle)
-    np.savez_compressed(folder / "candidate.npz", **_storable(run.candidate))
-    np.savez_compressed(folder / "counted.npz", **run.counted)
+    arrays = {
+        "inputs": run.inputs,
+        "oracle": run.oracle,
+        "candidate": _storable(run.candidate),
+        "counted": run.counted,
+    }
+    for name, values in arrays.items():
+        by_name: dict[str, Any] = dict(values)
+        np.savez_compressed(folder / f"{name}.npz", **by_name)
     if run.feeds:
         save_file(dict(run.feeds), folder / "adapter.safetensors")
     program = _PROGRAM.format(
