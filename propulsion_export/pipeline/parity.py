@@ -22,6 +22,7 @@ from propulsion_export.errors import AdapterError, UnavailableError, UsageError,
 from propulsion_export.graph.signature import check_signature
 from propulsion_export.parity.cases import judge
 from propulsion_export.parity.devices import check_device, choose_compute
+from propulsion_export.parity.diagnosis import judge_own_error, judge_padding_effect
 from propulsion_export.parity.drawn import draw_adapters, feeds_for_drawn
 from propulsion_export.parity.embeddings import check_pooling, embedding, with_embeddings
 from propulsion_export.parity.evidence import Evidence, FurtherCases, allowed_errors
@@ -29,6 +30,7 @@ from propulsion_export.parity.generation import continue_greedily, judge_generat
 from propulsion_export.parity.inputs import load_recorded_base, make_batches
 from propulsion_export.parity.mixing import judge_mixed
 from propulsion_export.parity.oracle import GREEDY_STEPS, compute_oracle
+from propulsion_export.parity.own_error import ceiling_of
 from propulsion_export.parity.quantised.verdict import (
     check_price_option,
     exact_candidate,
@@ -256,7 +258,9 @@ def _with_embeddings(
 def _judge(evidence: Evidence) -> list[Check]:
     """All cases; what the others allow is what the case `parity` has found."""
     dtype = evidence.artifact.manifest.dtype
-    checks = list(judge(evidence.subjects, evidence.batches, evidence.runner, dtype))
+    ceiling = ceiling_of(evidence.base.model.config, dtype)
+    checks = list(judge(evidence.subjects, evidence.batches, evidence.runner, dtype, ceiling))
+    checks += [*judge_own_error(evidence, checks), *judge_padding_effect(evidence)]
     allowed = allowed_errors(checks)
     for cases in _FURTHER_CASES:
         checks += cases(evidence, allowed)
