@@ -87,11 +87,10 @@ def _scripts_as_python() -> Iterator[None]:
     kind: Any = torch.jit.ScriptFunction
     compiled = kind.__call__
 
-    def call(script: Any, *arguments: Any, **named: Any) -> Any:
-        python = getattr(script, "_torchdynamo_inline", None)
-        return (python or partial(compiled, script))(*arguments, **named)
+    def python(script: Any) -> Any:
+        return getattr(script, "_torchdynamo_inline", None) or partial(compiled, script)
 
-    with _replaced(kind, "__call__", call):
+    with _replaced(kind, "__call__", property(python)):
         yield
 
 

@@ -17,8 +17,10 @@ from typing import Any
 
 from propulsion_export.parity.comparison import FACTOR, UNIT_ROUNDOFF, Ceiling
 
-# benchmarks/own_error.py measures PyTorch's error / (u * sqrt(n) * scale).
-CONSTANT = 100.0
+# benchmarks/own_error.py measures PyTorch's error / (u * sqrt(n) * scale) in float32: at most 17 in
+# tiny models, and 96 in SmolLM2 with a random adapter, which amplifies through 30 layers. This is
+# about four times that.
+CONSTANT = 400.0
 # A tolerance as large as the output's largest value decides nothing: zeros would pass.
 LARGEST_SHARE = 1.0
 
