@@ -13,6 +13,7 @@ from propulsion_export.artifacts.artifact import Tensors
 from propulsion_export.artifacts.layout import Layout, width_of
 from propulsion_export.artifacts.manifest import Mode
 from propulsion_export.artifacts.tensor_names import MODULES_INPUT, ROWS_INPUT, SCALES_INPUT
+from propulsion_export.base_model.dtypes import cast_
 from propulsion_export.base_model.loading import BaseModel
 from propulsion_export.environment.stages import stage
 from propulsion_export.graph.modes import (
@@ -91,7 +92,7 @@ def build_folded(
         return ExportedGraphs("folded", programs, {}, {})
     with stage("fold"):
         if adapter is None:
-            base.model.to(dtype)
+            cast_(base.model, dtype)
         else:
             fold_(base.model, adapter, dtype=dtype, untie=untie)
     if shared.model is not None and can_fold(shared.model, base.model):
@@ -129,7 +130,7 @@ def build_switchable(
         shared: the trace of other modes, used or made.
     """
     layout, defaults = plan_slots(base, slots, dtype)
-    base.model.to(dtype)
+    cast_(base.model, dtype)
     scaled = _scaled(base, layout, defaults, opset, quantisation, shared or SharedTrace())
     feeds = feeds_of(adapters, layout, defaults)
     return ExportedGraphs("switchable", to_switchable(scaled), layout, feeds)
@@ -152,7 +153,7 @@ def build_bank(
     """
     layout, defaults = plan_slots(base, slots, dtype)
     check_possible(base.model, layout)
-    base.model.to(dtype)
+    cast_(base.model, dtype)
     programs = None
     if set(layout) == {SCALES_INPUT} and not takes_detours(layout):
         scaled = _scaled(base, layout, defaults, opset, quantisation, shared or SharedTrace())
@@ -217,12 +218,12 @@ def _folded_into_integers(
     shared: SharedTrace,
 ) -> dict[str, ir.Model]:
     if adapter is None:
-        base.model.to(dtype)
+        cast_(base.model, dtype)
         scaled = _without_slots(base, opset)
         _quantise(scaled.programs, {}, quantisation)
         return to_folded(scaled)
     layout, defaults = plan_slots(base, [adapter], dtype)
-    base.model.to(dtype)
+    cast_(base.model, dtype)
     scaled = _scaled(base, layout, defaults, opset, quantisation, shared)
     roomy = with_room(adapter, base.room, base.label_parameters)
     return to_quantised_folded(scaled, roomy)

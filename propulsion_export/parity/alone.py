@@ -22,7 +22,16 @@ _TOGETHER, _ROUNDING = 4, 1e-10
 
 
 class PaddingChangesRowsError(Exception):
-    """Rows that ran together are not as they are alone; they have to run alone."""
+    """Rows that ran together are not as they are alone.
+
+    Attributes:
+        effect: the largest change of an output; None where that is not measured, because all rows
+            can run alone.
+    """
+
+    def __init__(self, effect: float | None = None) -> None:
+        super().__init__()
+        self.effect = effect
 
 
 @dataclass(frozen=True)

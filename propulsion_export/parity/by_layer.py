@@ -17,6 +17,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from propulsion_export.artifacts.artifact import Tensors
+from propulsion_export.base_model.dtypes import dtypes_of_tensors
 from propulsion_export.base_model.loading import BaseModel
 from propulsion_export.base_model.model_fingerprint import output_embeddings
 from propulsion_export.errors import UsageError
@@ -101,10 +102,11 @@ def _numbers(outputs: Tensors, base: BaseModel) -> Tensors:
 def emptied(model: nn.Module, device: str, dtype: torch.dtype) -> Iterator[Fill]:
     """Take the weights out of layers and embeddings; the value fills modules inside a block.
 
-    Whatever else the model has is converted to `dtype`, on `device`. Afterwards the model has its
-    own tensors again.
+    Whatever else the model has is converted to `dtype`, see `base_model.dtypes`, on `device`.
+    Afterwards the model has its own tensors again.
     """
     large = {part for module in _large(model) for part in module.modules()}
+    kinds = dtypes_of_tensors(model, dtype)
     own = [
         (module, table, dict(table))
         for module in model.modules()
@@ -117,10 +119,10 @@ def emptied(model: nn.Module, device: str, dtype: torch.dtype) -> Iterator[Fill]
                 table |= {n: None if t is None else _like(t, change(t)) for n, t in tensors.items()}
 
     def converted(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(device, dtype) if tensor.is_floating_point() else tensor.to(device)
+        return tensor.to(device, kinds.get(id(tensor), tensor.dtype))
 
     def hollow(tensor: torch.Tensor) -> torch.Tensor:
-        kind = dtype if tensor.is_floating_point() else tensor.dtype
+        kind = kinds.get(id(tensor), tensor.dtype)
         return torch.zeros((), dtype=kind, device=device).expand(tensor.shape)
 
     @contextmanager

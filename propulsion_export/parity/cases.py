@@ -14,6 +14,7 @@ import numpy as np
 from propulsion_export.artifacts.artifact import Runner, Tensors
 from propulsion_export.parity.comparison import (
     FACTOR,
+    Ceiling,
     OutputErrors,
     compare,
     has_positions,
@@ -30,9 +31,17 @@ Outputs = Sequence[Tensors]
 
 
 def judge(
-    subjects: Sequence[Subject], inputs: Sequence[Tensors], candidate: Runner, dtype: str
+    subjects: Sequence[Subject],
+    inputs: Sequence[Tensors],
+    candidate: Runner,
+    dtype: str,
+    ceiling: Ceiling | None = None,
 ) -> tuple[Check, ...]:
-    """Run the candidate on every subject and every case that applies."""
+    """Run the candidate on every subject and every case that applies.
+
+    A row alone is not compared with the same row in a batch where the model itself depends on
+    padding. A ceiling says how large an error of PyTorch itself counts, see `own_error`.
+    """
     checks: list[Check] = []
     for subject in subjects:
         outputs = [candidate({**batch, **subject.feeds}) for batch in inputs]
@@ -43,12 +52,12 @@ def judge(
         if problem:
             checks.append(Check("parity", subject.name, False, problem))
             continue
-        errors = tuple(compare(inputs, subject.oracle, subject.reference, outputs, dtype))
+        errors = tuple(compare(inputs, subject.oracle, subject.reference, outputs, dtype, ceiling))
         passed = all(output.passed for output in errors)
         checks.append(Check("parity", subject.name, passed, _worst(errors), errors))
         if subject.unscaled is not None:
             checks.append(_effect(subject, inputs, errors, outputs))
-        if "attention_mask" in inputs[0]:
+        if "attention_mask" in inputs[0] and subject.padding_effect is None:
             checks.append(_padding(subject, inputs, candidate, errors))
     return tuple(checks)
 

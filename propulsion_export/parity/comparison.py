@@ -5,10 +5,11 @@ PyTorch itself makes at the artifact's precision on the same inputs, against the
 them. A candidate may err by at most FACTOR times e_ref, and e_ref counts as no less than the unit
 roundoff of the precision times the size of the output, so that a lucky zero does not condemn a
 good artifact. What a runtime rounds beyond the precision, the inputs of quantised layers, is
-measured on the base model, and counts like e_ref.
+measured on the base model, and counts like e_ref. Where e_ref is more than rounding explains, see
+`own_error`, a candidate may err by what rounding explains, and not by a multiple of it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
@@ -21,6 +22,8 @@ from propulsion_export.artifacts.artifact import Tensors
 # 1.9; single inputs exceed 4 now and then, which is why errors are pooled.
 FACTOR = 4.0
 UNIT_ROUNDOFF = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+# From the largest value of an output to the largest error of PyTorch itself that counts.
+Ceiling = Callable[[float], float]
 # Bins of the error histograms: decades of the absolute error, for the pictures.
 DECADES = tuple(range(-16, 5))
 _CACHED = 2**17  # elements
@@ -42,6 +45,7 @@ class OutputErrors:
         non_finite: how many of the candidate's are NaN or infinite.
         histogram: elements per decade of the candidate's error, see DECADES.
         reference_histogram: the same for PyTorch's error.
+        explained: the largest `reference_error` that counts, see `own_error`; None: any.
     """
 
     output: str
@@ -55,6 +59,12 @@ class OutputErrors:
     non_finite: int
     histogram: tuple[int, ...]
     reference_histogram: tuple[int, ...]
+    explained: float | None = None
+
+    @property
+    def is_explained(self) -> bool:
+        """Whether PyTorch's own error is one that rounding explains; false for NaN."""
+        return self.explained is None or self.reference_error <= self.explained
 
     @property
     def passed(self) -> bool:
@@ -88,14 +98,17 @@ def compare(
     reference: Sequence[Tensors],
     candidate: Sequence[Tensors],
     dtype: str,
+    ceiling: Ceiling | None = None,
 ) -> list[OutputErrors]:
     """Compare output by output; each sequence has one entry per batch of `inputs`.
 
     Names and shapes must agree, see `mismatch`. Positions that the attention mask hides do not
-    count towards the error, but a NaN there fails all the same.
+    count towards the error, but a NaN there fails all the same. A ceiling says how large an error
+    of the reference counts; None: any.
     """
     return [
-        _compare_output(name, inputs, oracle, reference, candidate, dtype) for name in oracle[0]
+        _compare_output(name, inputs, oracle, reference, candidate, dtype, ceiling)
+        for name in oracle[0]
     ]
 
 
@@ -134,6 +147,7 @@ def _compare_output(
     reference: Sequence[Tensors],
     candidate: Sequence[Tensors],
     dtype: str,
+    ceiling: Ceiling | None,
 ) -> OutputErrors:
     hidden = hidden_positions(name, inputs, oracle)
     errors = _pooled_errors(name, hidden, oracle, candidate)
@@ -141,19 +155,23 @@ def _compare_output(
     sizes = zip(hidden, oracle, strict=True)
     scale = _largest([_without(here, np.abs(batch[name])) for here, batch in sizes])
     own = _largest(reference_errors)
-    floor = UNIT_ROUNDOFF[dtype] * scale
+    explained = None if ceiling is None else ceiling(scale)
+    allowed = FACTOR * max(own, UNIT_ROUNDOFF[dtype] * scale)
+    if explained is not None and not own <= explained:  # NaN too
+        allowed = explained
     return OutputErrors(
         output=name,
         error=_largest(errors),
         rms=_root_mean_square(errors),
         reference_error=own,
-        allowed=FACTOR * max(own, floor),
+        allowed=allowed,
         scale=scale,
         worst=_worst(name, errors, oracle, candidate),
         elements=sum(batch.size for batch in errors),
         non_finite=sum(int(np.isnan(batch).sum()) for batch in errors),
         histogram=_histogram(errors),
         reference_histogram=_histogram(reference_errors),
+        explained=explained,
     )
 
 

@@ -13,6 +13,7 @@ from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.adapters.scales import Array
 from propulsion_export.artifacts.artifact import Tensors
 from propulsion_export.artifacts.tensor_names import LOGITS
+from propulsion_export.base_model.dtypes import cast_
 from propulsion_export.base_model.loading import BaseModel
 from propulsion_export.base_model.tasks import TASKS
 from propulsion_export.parity.float64 import float64_throughout
@@ -74,7 +75,7 @@ def compute_whole(device: str) -> Compute:
     """
 
     def compute(base: BaseModel, works: Sequence[Work], dtype: torch.dtype) -> list[list[Tensors]]:
-        base.model.to(device, dtype)
+        cast_(base.model, dtype, device)
         prefixes = Prefixes.of(base.model, [work.adapter for work in works])
         results = []
         with precision(dtype):

@@ -4,6 +4,7 @@ What two states have in common is computed once: an adapter without a head and b
 taken away, is the base model.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -147,8 +148,14 @@ def _truths(plan: _Plan, states: Sequence[State], fed: Mapping[str, Tensors]) ->
     """The subjects as computed in float64; their values at the artifact's precision are missing."""
     try:
         return _asked_truths(plan, states, fed, together=True)
-    except PaddingChangesRowsError:
-        return _asked_truths(plan, states, fed, together=False)
+    except PaddingChangesRowsError as error:
+        effect = error.effect
+    except BaseModelError:
+        if plan.architecture != "encoder":
+            raise
+        effect = math.inf  # rows alone are too short for some models
+    truths = _asked_truths(plan, states, fed, together=False)
+    return [replace(truth, padding_effect=effect) for truth in truths]
 
 
 def _asked_truths(

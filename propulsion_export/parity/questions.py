@@ -2,7 +2,7 @@
 
 | architecture | in float64 | at the artifact's precision |
 |---|---|---|
-| encoder | the batches | the batches |
+| encoder | rows alone, see `encoder_rows` | the batches |
 | decoder | rows alone, see `alone` | the batches, stepwise with a cache |
 | encoder-decoder | rows alone | the batches, stepwise with a cache |
 """
@@ -21,9 +21,10 @@ from propulsion_export.base_model.loading import BaseModel
 from propulsion_export.base_model.tasks import TASKS
 from propulsion_export.parity.alone import grouped, in_batches, rows_of, run_alone, ungrouped
 from propulsion_export.parity.continuing import Drafted
+from propulsion_export.parity.encoder_rows import grouped_rows
 from propulsion_export.parity.forwards import Forwards, Item, decoder_pass
 from propulsion_export.parity.generation import padded_inside
-from propulsion_export.runners.decoding import recomputing, replaying
+from propulsion_export.runners.decoding import alone, recomputing, replaying
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,16 +36,21 @@ class Question:
 
 
 def outputs_in_float64(base: BaseModel, batches: Sequence[Tensors], *, together: bool) -> Question:
-    """The outputs of every batch; rows of a decoder run together only if asked to.
+    """The outputs of every batch, of each row alone; rows run together only if asked to.
+
+    An encoder's rows run in their padded batches if they are not to run together: it is asked for
+    where such a model has no rows alone.
 
     Raises:
         PaddingChangesRowsError: raised on reading, if rows that ran together changed each other.
     """
     if _architecture(base) == "decoder":
-        alone = _rows_alone(rows_of(batches), together=together)
-        return Question(alone.items, lambda found: tuple(in_batches(alone.read(found), batches)))
+        rows = _rows_alone(rows_of(batches), together=together)
+        return Question(rows.items, lambda found: tuple(in_batches(rows.read(found), batches)))
     if _architecture(base) == "encoder-decoder":
         return Question([_alone(batch) for batch in batches], tuple)
+    if together and all("attention_mask" in batch for batch in batches):
+        return _encoder_rows_alone(base, batches)
     return _of_encoder(base, batches)
 
 
@@ -56,6 +62,36 @@ def own_outputs(base: BaseModel, batches: Sequence[Tensors]) -> Question:
     if _architecture(base) == "encoder-decoder":
         return Question([_stepwise(batch) for batch in batches], tuple)
     return _of_encoder(base, batches)
+
+
+def own_procedures(base: BaseModel, batch: Tensors) -> dict[str, Question]:
+    """What `own_outputs` does with a batch beyond a row alone, step by step; named by a phrase.
+
+    Each gives the outputs of the one batch.
+    """
+    padded, cached = "in a padded batch", "with a cache, step by step"
+    if _architecture(base) == "decoder":
+        tokens = (batch["input_ids"], batch["attention_mask"])
+        return {
+            padded: Question([decoder_pass(*tokens)], tuple),
+            cached: Question([decoder_pass(*tokens, stepwise=True)], tuple),
+        }
+    if _architecture(base) == "encoder-decoder":
+        return {
+            padded: Question([_in_one_step(batch)], tuple),
+            cached: Question([_stepwise(batch)], tuple),
+        }
+    return {padded: _of_encoder(base, [batch])}
+
+
+def row_alone(base: BaseModel, batch: Tensors, row: int) -> Item:
+    """One row of a batch without its padding, in one pass."""
+    single = alone(batch, row)
+    if _architecture(base) == "decoder":
+        return decoder_pass(single["input_ids"], single["attention_mask"])
+    if _architecture(base) == "encoder-decoder":
+        return _in_one_step(single)
+    return Forwards((single,))
 
 
 def logits_padded_inside(batch: Tensors) -> Question:
@@ -77,8 +113,8 @@ def continuation(base: BaseModel, draft: Drafted, *, together: bool) -> Question
         PaddingChangesRowsError: as by `outputs_in_float64`.
     """
     if _architecture(base) == "decoder":
-        alone = _rows_alone(draft.whole, together=together)
-        return Question(alone.items, lambda found: draft.continuation(alone.read(found)))
+        rows = _rows_alone(draft.whole, together=together)
+        return Question(rows.items, lambda found: draft.continuation(rows.read(found)))
     return Question([_alone(draft.begun)], lambda found: draft.continuation(found[0][LOGITS]))
 
 
@@ -103,6 +139,19 @@ def _rows_alone(rows: Sequence[Array], *, together: bool) -> Question:
     if probe is None:
         return Question(arranged.forwards, arranged.logits)
     return Question([*arranged.forwards, probe], arranged.checked_logits)
+
+
+def _encoder_rows_alone(base: BaseModel, batches: Sequence[Tensors]) -> Question:
+    """The outputs of every row alone, at their places in the batches."""
+    rows = grouped_rows(batches, together=not pools_at_eos(base.model.config, base.task))
+    if rows.most_padded is None:
+        return _of_encoder(base, batches)
+    single, padded = rows.forwards, _passes(base, batches[rows.most_padded])
+
+    def read(found: Sequence[Tensors]) -> tuple[Tensors, ...]:
+        return rows.outputs(found[: len(single)], _joined(found[len(single) :]))
+
+    return Question([*single, *padded], read)
 
 
 def _of_encoder(base: BaseModel, batches: Sequence[Tensors]) -> Question:

@@ -42,6 +42,9 @@ class Subject:
         inside: the oracle's logits of a causal language model for the first batch, padded as by
             `generation.padded_inside`; None where they are not finite in PyTorch, as for some
             models with a window shorter than the padding.
+        padding_effect: how much the padding of a batch changes an output in float64, where the
+            model depends on it; `oracle` is then that of the padded batches. None where it does
+            not, and `oracle` has every row alone.
     """
 
     name: str
@@ -51,3 +54,4 @@ class Subject:
     feeds: Tensors
     continuation: Continuation | None = None
     inside: Array | None = None
+    padding_effect: float | None = None

@@ -23,6 +23,7 @@ from propulsion_export.graph.signature import check_signature
 from propulsion_export.parity.bisect.locate import locate_failures
 from propulsion_export.parity.cases import judge
 from propulsion_export.parity.devices import check_device, choose_compute
+from propulsion_export.parity.diagnosis import judge_own_error, judge_padding_effect
 from propulsion_export.parity.drawn import draw_adapters, feeds_for_drawn
 from propulsion_export.parity.embeddings import check_pooling, embedding, with_embeddings
 from propulsion_export.parity.evidence import Evidence, FurtherCases, allowed_errors
@@ -38,6 +39,7 @@ from propulsion_export.parity.matrix.against import (
 from propulsion_export.parity.matrix.judging import judge_matrix
 from propulsion_export.parity.mixing import judge_mixed
 from propulsion_export.parity.oracle import GREEDY_STEPS, compute_oracle
+from propulsion_export.parity.own_error import ceiling_of
 from propulsion_export.parity.quantised.verdict import (
     check_price_option,
     exact_candidate,
@@ -333,7 +335,9 @@ def _with_embeddings(
 def _judge(evidence: Evidence) -> list[Check]:
     """All cases; what the others allow is what the case `parity` has found."""
     dtype = evidence.artifact.manifest.dtype
-    checks = list(judge(evidence.subjects, evidence.batches, evidence.runner, dtype))
+    ceiling = ceiling_of(evidence.base.model.config, dtype)
+    checks = list(judge(evidence.subjects, evidence.batches, evidence.runner, dtype, ceiling))
+    checks += [*judge_own_error(evidence, checks), *judge_padding_effect(evidence)]
     allowed = allowed_errors(checks)
     for cases in _FURTHER_CASES:
         checks += cases(evidence, allowed)

@@ -49,7 +49,8 @@ def attached(model: nn.Module, adapter: Adapter) -> Iterator[None]:
     """Let `model` compute with `adapter` inside the block; afterwards it is as it was.
 
     Scales are rounded once, from float64 to the dtype of the module they act on; where that
-    holds quantised integers, to the dtype of the model's first floating-point parameter.
+    holds quantised integers, or stays in float32 in a model of 16 bits, to the dtype of the model's
+    first floating-point parameter.
 
     Raises:
         AdapterError: the model has no such module or parameter, or one of another width; nothing
@@ -171,8 +172,9 @@ def _attach_(model: nn.Module, adapter: Adapter, undo: list[Any]) -> None:
 
 
 def _computing_dtype(like: torch.Tensor, model: nn.Module) -> torch.dtype:
-    every = (like, *model.parameters())
-    return next((p.dtype for p in every if p.is_floating_point()), torch.float32)
+    first = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    wider = like.is_floating_point() and like.dtype.itemsize > first.itemsize
+    return like.dtype if like.is_floating_point() and not wider else first
 
 
 def _hooks(module: nn.Module, side: Side, buffer: str, weight: str | None) -> list[Any]:

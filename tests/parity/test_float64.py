@@ -1,6 +1,7 @@
 """The oracle computes in float64 throughout, also where a model casts to float32 inside."""
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -13,6 +14,45 @@ from propulsion_export.parity.float64 import float64_throughout
 
 NARROW = (torch.float32, torch.float16, torch.bfloat16, torch.complex64)
 TOKENS = np.random.default_rng(0).integers(4, 90, (3, 21))
+
+
+ARRAY = np.ones(3, np.float32)
+
+
+def scripted(function):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch advises against TorchScript
+        return torch.jit.script(function)
+
+
+@scripted
+def compiled(x: torch.Tensor):
+    return torch.softmax(x.float(), dim=-1)
+
+
+@scripted
+def calling_compiled(x: torch.Tensor):
+    return compiled(x) + torch.arange(3, dtype=torch.float32)
+
+
+class Cast(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.float()
+
+
+def with_default(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        return torch.zeros(3)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def in_autocast(x):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return x @ x[:, None]
 
 
 class NarrowOperations(TorchDispatchMode):
@@ -210,6 +250,18 @@ def test_distances_fall_into_the_buckets_that_float32_puts_them_in(buckets, furt
         pytest.param(lambda x: torch.zeros(3), id="default"),
         pytest.param(lambda x: torch.tensor(0.5), id="tensor"),
         pytest.param(lambda x: torch.ones(3, dtype=torch.long).float(), id="of-integers"),
+        pytest.param(lambda x: x.type(torch.FloatTensor), id="type-class"),
+        pytest.param(lambda x: torch.FloatTensor([0.5]), id="class"),
+        pytest.param(lambda x: torch.from_numpy(ARRAY), id="of-array"),
+        pytest.param(lambda x: torch.as_tensor(ARRAY), id="as-tensor"),
+        pytest.param(lambda x: torch.tensor(ARRAY), id="copy-of-array"),
+        pytest.param(lambda x: torch.tensor(ARRAY[0]), id="of-number"),
+        pytest.param(lambda x: compiled(x), id="script"),
+        pytest.param(lambda x: calling_compiled(x), id="script-in-script"),
+        pytest.param(lambda x: Cast.apply(x), id="autograd-function"),
+        pytest.param(lambda x: with_default(torch.float16), id="set-default-dtype"),
+        pytest.param(lambda x: in_autocast(x), id="autocast"),
+        pytest.param(lambda x: torch.vmap(lambda y: y.float())(x), id="vmap"),
     ],
 )
 def test_each_way_to_make_narrow_numbers_makes_float64(made):
@@ -218,6 +270,26 @@ def test_each_way_to_make_narrow_numbers_makes_float64(made):
     with float64_throughout():
         assert made(value).dtype == torch.float64
     assert torch.get_default_dtype() == torch.float32
+
+
+def test_compiled_functions_and_classes_are_as_they_were_afterwards():
+    value = torch.ones(3, dtype=torch.float64)
+
+    with float64_throughout():
+        wide = compiled(value)
+
+    assert wide.dtype == torch.float64
+    assert compiled(value).dtype == torch.float32
+    assert value.type(torch.FloatTensor).dtype == torch.float32
+
+
+def test_what_is_changed_in_place_stays_the_same_tensor():
+    with float64_throughout():
+        value = torch.ones(3, dtype=torch.float64)
+        narrow = value.numpy().astype(np.float32)
+        kept = torch.zeros(3)
+        assert kept.add_(torch.from_numpy(narrow)) is kept
+        assert (kept == 1).all()
 
 
 def test_complex_numbers_are_as_wide():

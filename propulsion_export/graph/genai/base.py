@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from propulsion_export.artifacts.layout import Layout
 from propulsion_export.artifacts.manifest import Dtype
+from propulsion_export.base_model.dtypes import cast_
 from propulsion_export.graph.genai.builder import build_graph, check_possible
 from propulsion_export.graph.genai.mends import mend_graph_
 from propulsion_export.graph.genai.nodes import Nodes
@@ -65,7 +66,7 @@ def base_graph(model: PreTrainedModel, dtype: torch.dtype, options: GenaiOptions
     """
     name: Dtype = str(dtype).removeprefix("torch.")  # type: ignore[assignment]
     check_possible(model, name, options)
-    model.to(dtype)
+    cast_(model, dtype)
     built = build_graph(model, name, options)
     nodes = Nodes(model, built.program)
     mend_graph_(nodes, model, name)

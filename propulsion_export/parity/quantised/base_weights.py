@@ -22,6 +22,7 @@ from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.adapters.scales import Array
 from propulsion_export.artifacts.manifest import QuantizationEntry
 from propulsion_export.artifacts.rounding import rounded
+from propulsion_export.base_model.dtypes import dtypes_of_tensors
 from propulsion_export.base_model.loading import BaseModel
 from propulsion_export.graph.quantisation.node_weights import NodeWeight, Use
 from propulsion_export.graph.quantisation.weights import Bits, QuantisedWeight, dequantise
@@ -191,12 +192,14 @@ def _form(node: NodeWeight) -> _Form:
 
 
 def _quantised(model: nn.Module, form: _Form, dtype: str) -> Iterator[BaseWeight]:
+    precision = getattr(torch, dtype)
+    dtypes = dtypes_of_tensors(model, precision)
     for path, module in model.named_modules(remove_duplicate=False):
         kind = layer_kind(module)
         if _USES.get(kind) != form.use:
             continue
         weight: Any = module.weight
-        own = weight.detach().to(getattr(torch, dtype)).cpu().numpy()
+        own = weight.detach().to(dtypes.get(id(weight), precision)).cpu().numpy()
         values = own.T if kind == "conv1d" else own
         if form.block and form.positive and values.shape[1] % form.block:
             continue  # only blocks of one length can be quantised so

@@ -1,10 +1,13 @@
 """Fold an adapter into a model in memory."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 
 from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.adapters.scales import Scale
+from propulsion_export.base_model.dtypes import cast_, dtypes_as_loaded
 from propulsion_export.errors import AdapterError
 from propulsion_export.scaling.attach import check_fits
 from propulsion_export.scaling.expert_rules import folded_expert_weight
@@ -22,8 +25,9 @@ def fold_(
 ) -> None:
     """Multiply the adapter's scales into the weights of `model`, in place.
 
-    Folded weights are computed in float64 and rounded once to `dtype` (None: each to its own);
-    all others are cast. Nothing changes if anything does not fit.
+    Folded weights are computed in float64 and rounded once, to the dtype that transformers gives
+    them at the precision `dtype` (None: each to its own); all others are cast. Nothing changes if
+    anything does not fit.
 
     Raises:
         AdapterError: the adapter does not fit, or would change nothing.
@@ -33,8 +37,11 @@ def fold_(
     check_fits(model, adapter)
     shared = find_shared(model, adapter)
     refuse_shared(shared, untie=untie)
+    dtypes = {} if dtype is None else dtypes_as_loaded(model, dtype)
     folded = {
-        path: folded_module(_owner(model, path, scale), path, adapter, dtype)
+        path: folded_module(
+            _owner(model, path, scale), path, adapter, dtypes.get(_weight(path, scale))
+        )
         for path, scale in adapter.scales.items()
     }
     if not adapter.modules and not _changes(model, adapter, folded):
@@ -46,9 +53,9 @@ def fold_(
         untie_(model)
     for path, parameters in folded.items():
         replace_parameters_(_owner(model, path, adapter.scales[path]), parameters)
-    _replace_saved_modules_(model, adapter, dtype)
+    _replace_saved_modules_(model, adapter, dtypes)
     if dtype is not None:
-        model.to(dtype)
+        cast_(model, dtype)
 
 
 def folded_module(
@@ -98,12 +105,19 @@ def _owner(model: nn.Module, path: str, scale: Scale) -> nn.Module:
     return model.get_submodule(path.rpartition(".")[0] if scale.values.ndim > 1 else path)
 
 
-def _replace_saved_modules_(model: nn.Module, adapter: Adapter, dtype: torch.dtype | None) -> None:
+def _weight(path: str, scale: Scale) -> str:
+    """The name of the parameter that a scale is multiplied into."""
+    return path if scale.values.ndim > 1 else f"{path}.weight"
+
+
+def _replace_saved_modules_(
+    model: nn.Module, adapter: Adapter, dtypes: Mapping[str, torch.dtype]
+) -> None:
     """Replace the parameters of the modules that the adapter brings whole."""
     for name, values in adapter.modules.items():
         owner, _, attribute = name.rpartition(".")
         old = model.get_parameter(name)
-        value = torch.from_numpy(values).to(old.device, dtype or old.dtype, copy=True)
+        value = torch.from_numpy(values).to(old.device, dtypes.get(name, old.dtype), copy=True)
         replace_parameters_(model.get_submodule(owner), {attribute: value})
 
 

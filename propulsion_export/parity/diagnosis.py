@@ -1,0 +1,254 @@
+"""Why PyTorch itself errs by more than rounding explains, and where in the model.
+
+| finding | how it is told |
+|---|---|
+| overflow | a weight or a module's output is not finite at this precision, and is in float64 |
+| another function | PyTorch's own way to run the inputs is as far from the truth in float64 too |
+| instability | the relative error of some module is many times that of all modules before it |
+
+Nothing here runs unless an error is too large.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from propulsion_export.adapters.adapter import Adapter
+from propulsion_export.adapters.scales import Array
+from propulsion_export.artifacts.artifact import Tensors
+from propulsion_export.base_model.dtypes import cast_
+from propulsion_export.parity.alone import PaddingChangesRowsError
+from propulsion_export.parity.comparison import UNIT_ROUNDOFF, OutputErrors, hidden_positions
+from propulsion_export.parity.evidence import Evidence
+from propulsion_export.parity.forwards import Item, Work
+from propulsion_export.parity.questions import (
+    Question,
+    outputs_in_float64,
+    own_procedures,
+    row_alone,
+)
+from propulsion_export.parity.reports.report import Check
+from propulsion_export.parity.states import states_of
+from propulsion_export.parity.subject import Subject
+
+_REMEDY = "Export in float32, or in bfloat16 where float16 overflows."
+
+
+def judge_own_error(evidence: Evidence, checks: Iterable[Check]) -> Iterator[Check]:
+    """A failed check for every state whose reference errs by more than rounding explains.
+
+    Args:
+        evidence: of the verdict.
+        checks: those of the case `parity`, compared with a ceiling.
+    """
+    subjects = {subject.name: subject for subject in evidence.subjects}
+    for check in checks:
+        beyond = [errors for errors in check.outputs if not errors.is_explained]
+        if check.case == "parity" and beyond:
+            yield _condemn(evidence, subjects[check.adapter], max(beyond, key=_excess))
+
+
+def judge_padding_effect(evidence: Evidence) -> Iterator[Check]:
+    """Say so where the model itself depends on padding, in float64."""
+    effects = [s.padding_effect for s in evidence.subjects if s.padding_effect is not None]
+    if effects:
+        name, effect = type(evidence.base.model).__name__, max(effects)
+        how = f"changes an output by up to {effect:.3g}"
+        if not np.isfinite(effect):
+            how = "makes rows run that do not run alone"
+        detail = (
+            f"{name} depends on padding by itself: in float64 it {how}. So padded batches are "
+            "compared with PyTorch on the same padded batches, and the case padding is left out"
+        )
+        yield Check("PyTorch", "all", True, detail)
+
+
+@dataclass(frozen=True)
+class _Case:
+    """An output whose reference errs too much, in the batch where it errs most."""
+
+    evidence: Evidence
+    subject: Subject
+    adapter: Adapter
+    errors: OutputErrors
+    batch: int
+
+    @property
+    def inputs(self) -> Tensors:
+        return self.evidence.batches[self.batch]
+
+    @property
+    def dtype(self) -> str:
+        return self.evidence.artifact.manifest.dtype
+
+    def compute(self, question: Question, dtype: str) -> Any:
+        work = Work(self.adapter, question.items)
+        (found,) = self.evidence.compute(self.evidence.base, [work], getattr(torch, dtype))
+        return question.read(found)
+
+    def distances(self, outputs: Tensors, truth: Tensors | None = None) -> Array:
+        """Absolute distances from the truth, by default the oracle; 0 at hidden positions."""
+        name, oracle = self.errors.output, self.subject.oracle
+        hidden = hidden_positions(name, self.evidence.batches, oracle)[self.batch]
+        with np.errstate(invalid="ignore"):
+            expected = (truth or oracle[self.batch])[name]
+            found = np.abs(outputs[name].astype(np.float64) - expected)
+        distances: Array = np.where(hidden, 0.0, found)
+        return distances
+
+
+def _excess(errors: OutputErrors) -> float:
+    """How many times the error is what rounding explains; infinite for NaN."""
+    excess = errors.reference_error / errors.explained if errors.explained else np.inf
+    return np.inf if np.isnan(excess) else excess
+
+
+def _condemn(evidence: Evidence, subject: Subject, errors: OutputErrors) -> Check:
+    states = states_of(evidence.artifact, evidence.base, evidence.adapters, ())
+    adapter = next(state.attach for state in states if state.name == subject.name)
+    first = _Case(evidence, subject, adapter, errors, 0)
+    case = max(
+        (_Case(evidence, subject, adapter, errors, n) for n in range(len(evidence.batches))),
+        key=lambda one: _largest(one.distances(subject.reference[one.batch])),
+        default=first,
+    )
+    explained, scale = errors.explained or 0.0, errors.scale
+    detail = (
+        f"{errors.output}: PyTorch itself errs by {errors.reference_error:.3g} in {case.dtype}, "
+        f"where the largest value is {scale:.3g} and at most {explained:.3g} can be judged. "
+        f"{_cause(case)}"
+    )
+    return Check("PyTorch", subject.name, False, detail)
+
+
+def _cause(case: _Case) -> str:
+    model = case.evidence.base.model
+    name = type(model).__name__
+    cast_(model, getattr(torch, case.dtype))
+    if weight := _infinite_weight(model):
+        return f"{name} overflows in {case.dtype}: its weight {weight} is not finite. {_REMEDY}"
+    if procedure := _other_function(case):
+        return f"{name} gives another function {procedure}, in float64 too"
+    row = int(np.argmax(_by_row(case.distances(case.subject.reference[case.batch]))))
+    item = row_alone(case.evidence.base, case.inputs, row)
+    exact, found = (_outputs_of_modules(case, item, each) for each in ("float64", case.dtype))
+    if path := _first_overflow(exact, found):
+        return f"{name} overflows in {case.dtype}, first in {path}. {_REMEDY}"
+    place = _largest_jump(exact, found, case)
+    return f"{name} is unstable in {case.dtype}{place}. {_REMEDY}"
+
+
+def _other_function(case: _Case) -> str | None:
+    """The first way to run the inputs that in float64 is too far from rows alone already.
+
+    Both are computed anew: the weights may have been rounded since the truth was.
+    """
+    base, batch = case.evidence.base, case.inputs
+    truth = _rows_alone(case)
+    for procedure, question in own_procedures(base, batch).items():
+        (outputs,) = case.compute(question, "float64")
+        if not _largest(case.distances(outputs, truth)) <= (case.errors.explained or 0.0):
+            return procedure
+    return None
+
+
+def _rows_alone(case: _Case) -> Tensors:
+    base, batches = case.evidence.base, [case.inputs]
+    try:
+        (truth,) = case.compute(outputs_in_float64(base, batches, together=True), "float64")
+    except PaddingChangesRowsError:
+        (truth,) = case.compute(outputs_in_float64(base, batches, together=False), "float64")
+    found: Tensors = truth
+    return found
+
+
+def _largest(values: Array) -> float:
+    """The largest; infinite where one is not a number."""
+    return float(np.nan_to_num(values, nan=np.inf, posinf=np.inf).max(initial=0))
+
+
+def _by_row(distances: Array) -> Array:
+    flat = np.nan_to_num(distances, nan=np.inf, posinf=np.inf).reshape(len(distances), -1)
+    largest: Array = flat.max(axis=1)
+    return largest
+
+
+def _infinite_weight(model: nn.Module) -> str | None:
+    names = (name for name, value in model.named_parameters() if not value.isfinite().all())
+    return next(names, None)
+
+
+def _outputs_of_modules(case: _Case, item: Item, dtype: str) -> dict[str, torch.Tensor]:
+    """What every module returns first, by path, in the order in which modules finish."""
+    with _recorded(case.evidence.base.model) as outputs:
+        case.compute(Question([item], lambda found: found), dtype)
+    return outputs
+
+
+@contextmanager
+def _recorded(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
+    """Let every module keep its first output, float64 on the CPU, by path.
+
+    The hook that keeps it is added when the module is first called, behind those of an adapter, so
+    that outputs are scaled.
+    """
+    outputs: dict[str, torch.Tensor] = {}
+    with ExitStack() as hooks:
+
+        def keep(path: str, module: nn.Module, arguments: Any, output: Any) -> None:
+            del module, arguments
+            tensor = _first_tensor(output)
+            if tensor is not None and path not in outputs:
+                outputs[path] = tensor.detach().to("cpu", torch.float64)
+
+        def begin(path: str, known: set[str], module: nn.Module, arguments: Any) -> None:
+            del arguments
+            if path not in known:
+                known.add(path)
+                hooks.callback(module.register_forward_hook(partial(keep, path)).remove)
+
+        known: set[str] = set()
+        for path, module in model.named_modules():
+            if path:
+                hook = module.register_forward_pre_hook(partial(begin, path, known))
+                hooks.callback(hook.remove)
+        yield outputs
+
+
+def _first_tensor(output: Any) -> torch.Tensor | None:
+    if isinstance(output, torch.Tensor):
+        return output if output.is_floating_point() else None
+    values = output.values() if isinstance(output, dict) else output
+    parts = values if isinstance(output, (dict, tuple, list)) else ()
+    return next((found for found in map(_first_tensor, parts) if found is not None), None)
+
+
+def _first_overflow(exact: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> str | None:
+    for path, values in found.items():
+        if path in exact and not values.isfinite().all() and exact[path].isfinite().all():
+            return path
+    return None
+
+
+def _largest_jump(
+    exact: dict[str, torch.Tensor], found: dict[str, torch.Tensor], case: _Case
+) -> str:
+    """Where the relative error is most times that of all modules before; in words."""
+    before = UNIT_ROUNDOFF[case.dtype]
+    jumps: list[tuple[float, str, float, float]] = []
+    for path, values in found.items():
+        if path in exact and exact[path].shape == values.shape and values.numel():
+            size = float(exact[path].abs().max())
+            error = float((values - exact[path]).abs().max()) / (size or 1.0)
+            jumps.append((error / before, path, before, error))
+            before = max(before, error)
+    if not jumps:
+        return ""
+    _, path, earlier, error = max(jumps)
+    return f": its relative error jumps from {earlier:.2g} to {error:.2g} in {path}"
