@@ -10,7 +10,10 @@ from .console import Console, console_options
 from .options import DIRECTORY, FILE, runner_option, trust_option
 from .verdict import exit_code, verdict_line
 
+_SHOWN = 3  # kinds that were not covered
+
 if TYPE_CHECKING:
+    from propulsion_export.parity.probes import Effort
     from propulsion_export.parity.reports.report import ParityReport
 
 
@@ -75,6 +78,16 @@ if TYPE_CHECKING:
     "in nats.  [default: any; it is only told]",
 )
 @click.option(
+    "--quick",
+    is_flag=True,
+    help="Compare on 16 random rows only; the report lists what is left out.",
+)
+@click.option(
+    "--thorough",
+    is_flag=True,
+    help="Compare also rows of every length at which the model may change, and the longest ones.",
+)
+@click.option(
     "--bisect",
     is_flag=True,
     help="On failure, find the first module that is wrong, and its channels.",
@@ -97,6 +110,8 @@ def command(
     device: str,
     low_memory: bool,
     max_kl: float | None,
+    quick: bool,
+    thorough: bool,
     bisect: bool,
     trust_remote_code: bool,
 ) -> int:
@@ -127,6 +142,7 @@ def command(
             device=device,
             low_memory=low_memory,
             max_kl=max_kl,
+            effort=_effort(quick=quick, thorough=thorough),
             bisect=bisect,
             trust_remote_code=trust_remote_code,
             progress=progress,
@@ -135,6 +151,22 @@ def command(
         replace_file(junit, to_junit(verdict).encode())
     console.result(json.loads(verdict.to_json()), _text(console, verdict))
     return exit_code(verdict)
+
+
+def _effort(*, quick: bool, thorough: bool) -> "Effort":
+    if quick and thorough:
+        raise click.UsageError("--quick and --thorough exclude each other: leave one out")
+    return "quick" if quick else "thorough" if thorough else "standard"
+
+
+def _covered(verdict: "ParityReport") -> str:
+    if not verdict.coverage:
+        return ""
+    left = [one.what for one in verdict.coverage if not one.covered]
+    told = f"; not {', not '.join(left[:_SHOWN])}" if left else ""
+    more = f" and {len(left) - _SHOWN} more" if len(left) > _SHOWN else ""
+    count = len(verdict.coverage)
+    return f"covered: {count - len(left)} of {count} kinds of inputs and tables{told}{more}\n"
 
 
 def _text(console: Console, verdict: "ParityReport") -> str:
@@ -154,4 +186,4 @@ def _text(console: Console, verdict: "ParityReport") -> str:
         for one in verdict.not_run
         if one.what.startswith("bisect")
     )
-    return table + price + rounding + located + missed + verdict_line(verdict)
+    return table + price + rounding + located + missed + _covered(verdict) + verdict_line(verdict)

@@ -7,6 +7,7 @@ from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.artifacts.artifact import Artifact, Runner, Tensors
 from propulsion_export.base_model.loading import BaseModel
 from propulsion_export.parity.forwards import Compute
+from propulsion_export.parity.probes import Probe
 from propulsion_export.parity.reports.report import Check
 from propulsion_export.parity.subject import Subject
 from propulsion_export.runners.decoding import Candidate, replaying
@@ -28,6 +29,8 @@ class Evidence:
         candidate: runs the artifact.
         compute: how PyTorch computes.
         seed: for what a case chooses at random.
+        probes: further inputs, each for a purpose.
+        probed: every state, as PyTorch computes it on the probes.
     """
 
     artifact: Artifact
@@ -38,6 +41,8 @@ class Evidence:
     candidate: Candidate
     compute: Compute
     seed: int
+    probes: Sequence[Probe] = ()
+    probed: Sequence[Subject] = ()
 
     @property
     def runner(self) -> Runner:

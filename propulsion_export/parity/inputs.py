@@ -45,7 +45,7 @@ from propulsion_export.scaling.resizing import resize_for_
 FEWEST_INPUTS = 16
 _LONGEST = 48
 _BATCHES, _ROWS = 4, 4
-_FEWEST_DECODED = 7  # fewest tokens for a causal model, so that every step has tokens before it
+FEWEST_DECODED = 7  # fewest tokens for a causal model, so that every step has tokens before it
 _DECODED = 8
 
 
@@ -150,7 +150,7 @@ def decoder_inputs(
     chooser = np.random.default_rng(seed)
     longest = min(longest or _LONGEST, judged_length(config))
     names = ("input_ids", "attention_mask")
-    drawn = (chooser.integers(_FEWEST_DECODED, longest + 1, _ROWS) for _ in range(_BATCHES))
+    drawn = (chooser.integers(FEWEST_DECODED, longest + 1, _ROWS) for _ in range(_BATCHES))
     return tuple(padded_left(random_batch(names, config, tuple(each), chooser)) for each in drawn)
 
 
@@ -163,8 +163,15 @@ def with_decoder_tokens(
     for batch in batches:
         lengths = (_DECODED,) * len(batch["input_ids"])
         tokens = random_batch(("input_ids",), config, lengths, chooser)["input_ids"]
-        extended.append({**batch, "decoder_input_ids": _shifted(tokens, config)})
+        extended.append({**batch, "decoder_input_ids": shifted_right(tokens, config)})
     return tuple(extended)
+
+
+def shifted_right(tokens: Array, config: PretrainedConfig) -> Array:
+    """Tokens moved behind the one that a decoder starts with; int64 [rows, length]."""
+    shifted = np.roll(tokens, 1, axis=1)
+    shifted[:, 0] = config.decoder_start_token_id
+    return shifted
 
 
 def _label_room(
@@ -216,9 +223,3 @@ def _of_texts(
     )
     on_left = TASKS[base.task].architecture == "decoder"
     return tuple(padded_left(batch) if on_left else batch for batch in batches)
-
-
-def _shifted(tokens: Array, config: PretrainedConfig) -> Array:
-    shifted = np.roll(tokens, 1, axis=1)
-    shifted[:, 0] = config.decoder_start_token_id
-    return shifted

@@ -40,6 +40,8 @@ from propulsion_export.parity.matrix.judging import judge_matrix
 from propulsion_export.parity.mixing import judge_mixed
 from propulsion_export.parity.oracle import GREEDY_STEPS, compute_oracle
 from propulsion_export.parity.own_error import ceiling_of
+from propulsion_export.parity.probes import Effort, Limits, coverage_of_batches, make_probes
+from propulsion_export.parity.probing import judge_inputs, split
 from propulsion_export.parity.quantised.verdict import (
     check_price_option,
     exact_candidate,
@@ -50,12 +52,18 @@ from propulsion_export.parity.reports.html import to_html
 from propulsion_export.parity.reports.report import Check, NotRun, ParityReport
 from propulsion_export.parity.reports.reproduce import write_failing_run
 from propulsion_export.parity.subject import Subject
+from propulsion_export.parity.tables import compare_tables
 from propulsion_export.runners.decoding import Candidate
 from propulsion_export.runners.opening import REFERENCE_LENGTH, choose_runner, open_candidate
 
 # The most adapters of a bank that one verdict judges: PyTorch computes each in float64.
 MOST_ADAPTERS = 16
-_FURTHER_CASES: tuple[FurtherCases, ...] = (judge_generative, judge_mixed, judge_matrix)
+_FURTHER_CASES: tuple[FurtherCases, ...] = (
+    judge_inputs,
+    judge_generative,
+    judge_mixed,
+    judge_matrix,
+)
 REPORT_FILE: Literal["parity.json"] = "parity.json"
 
 
@@ -73,6 +81,7 @@ def check_parity(
     device: str = "auto",
     low_memory: bool = False,
     max_kl: float | None = None,
+    effort: Effort = "standard",
     bisect: bool = False,
     trust_remote_code: bool = False,
     progress: Progress = silent,
@@ -98,6 +107,9 @@ def check_parity(
         low_memory: let PyTorch compute with one layer of the model in memory at a time.
         max_kl: the most that quantised weights may cost an adapter or the base model, in nats: the
             mean Kullback-Leibler divergence from the unquantised model. Default: any, only told.
+        effort: how many inputs to compare on; `quick`: 16 random rows; `standard`: also what finds
+            mistakes at the ends of tables, masks and batches, within a budget; `thorough`: all of
+            it, whatever the time. What was left out is in `report.coverage`.
         bisect: find the first module that is wrong where a comparison has failed; see `located` of
             the report.
         trust_remote_code: run code that the base model brings.
@@ -149,6 +161,7 @@ def check_parity(
         device,
         low_memory,
         max_kl,
+        effort,
         bisect,
         keep,
         trust_remote_code,
@@ -181,6 +194,7 @@ class _Options:
     device: str
     low_memory: bool
     max_kl: float | None
+    effort: Effort
     bisect: bool
     keep: Callable[[FailingRun], None] | None
     trust_remote_code: bool
@@ -213,14 +227,18 @@ def _compare(
         trust_remote_code=trust,
         directory=read.directory,
     )
+    shortest = REFERENCE_LENGTH if name == "reference" else None
+    limits = Limits.of(read.manifest, shortest)
+    probes, coverage = make_probes(base, seed, options.effort, limits)
     compute = choose_compute(base, options.device, low_memory=options.low_memory)
     quantised = quantise_base_(read, base, judged, batches, compute)
     at_others = references_at(options.others, read, base, judged, batches, compute)
+    every = [*batches, *(probe.batch for probe in probes)]
     subjects = compute_oracle(
         read,
         base,
         judged,
-        batches,
+        every,
         progress,
         steps=REFERENCE_LENGTH if name == "reference" else GREEDY_STEPS,
         feeds=feeds_for_drawn(read, drawn) if drawn else None,
@@ -230,17 +248,21 @@ def _compare(
     if quantised is not None:
         quantised = quantised.with_rounded_activations(base, judged, compute)
     progress(0.7, f"running {name}")
-    pooling, subjects, run = _with_embeddings(read, base, options.given, subjects, batches, run)
-    evidence = Evidence(read, base, judged, batches, subjects, run, compute, seed)
+    pooling, subjects, run = _with_embeddings(read, base, options.given, subjects, every, run)
+    subjects, probed = split(subjects, len(batches))
+    evidence = Evidence(read, base, judged, batches, subjects, run, compute, seed, probes, probed)
+    tables = compare_tables(read, base, judged)
     checks = (
         *_about_adapters(read, adapters, base, seed),
         *pooling,
         *([] if exact is None else _judge(evidence)),
+        *tables.checks,
     )
     embed = partial(_with_embeddings, read, base, options.given)
     at_others = {dtype: embed(found, batches, run)[1] for dtype, found in at_others.items()}
     rows = sum(len(next(iter(batch.values()))) for batch in batches)
-    verdict = replace(verdict, inputs=rows, checks=checks)
+    covered = (*coverage_of_batches(batches), *coverage, *tables.coverage)
+    verdict = replace(verdict, inputs=rows, checks=checks, coverage=covered)
     verdict = _compare_with_others(verdict, evidence, at_others, options)
     if options.keep is not None and exact is not None and not verdict.passed:
         worst = worst_failing_run(evidence, checks, allowed_errors(checks))

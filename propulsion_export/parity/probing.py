@@ -1,0 +1,95 @@
+"""The case `inputs`: what the artifact makes of the probes, see `probes`.
+
+Errors are pooled over the inputs of the case `parity` and the probe, as far as they set what is
+allowed: a single row must not condemn a right artifact. What must not exceed it is the error on the
+probe alone.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from propulsion_export.parity.comparison import OutputErrors, compare, mismatch
+from propulsion_export.parity.evidence import Allowed, Evidence
+from propulsion_export.parity.own_error import ceiling_of
+from propulsion_export.parity.probes import Probe, seen_rows, without_hidden_rows
+from propulsion_export.parity.reports.report import Check
+from propulsion_export.parity.subject import Subject
+
+
+def split(subjects: Iterable[Subject], count: int) -> tuple[list[Subject], list[Subject]]:
+    """Subjects with the outputs for the first `count` batches, and with those for the others."""
+    every = list(subjects)
+    return (
+        [_part(subject, slice(count)) for subject in every],
+        [_part(subject, slice(count, None)) for subject in every],
+    )
+
+
+def judge_inputs(evidence: Evidence, allowed: Allowed) -> Iterator[Check]:
+    """Check every state on every probe."""
+    for subject in evidence.probed:
+        if evidence.probes and subject.name in allowed:
+            yield _check(evidence, subject, allowed[subject.name])
+
+
+def _check(evidence: Evidence, subject: Subject, allowed: Mapping[str, float]) -> Check:
+    shares: dict[str, float] = {}
+    for place, probe in enumerate(evidence.probes):
+        found = _errors(evidence, subject, probe, place)
+        if isinstance(found, str):
+            return Check("inputs", subject.name, False, f"{probe.purpose}: {found}")
+        share = _share(found, allowed)
+        shares[probe.purpose] = float(np.max([shares.get(probe.purpose, 0.0), share]))
+    # numpy's maximum, unlike Python's, is NaN as soon as one share is.
+    worst = list(shares)[int(np.argmax(list(shares.values())))]
+    return Check(
+        "inputs",
+        subject.name,
+        bool(np.max(list(shares.values())) <= 1),
+        f"{len(shares)} kinds of inputs use up to {shares[worst]:.1%} of the allowed error "
+        f"({worst})",
+    )
+
+
+def _errors(
+    evidence: Evidence, subject: Subject, probe: Probe, place: int
+) -> Sequence[OutputErrors] | str:
+    """The errors of each output on a probe, or what is wrong with the outputs."""
+    found = evidence.runner({**probe.batch, **subject.feeds})
+    oracle, reference = subject.oracle[place], subject.reference[place]
+    if problem := mismatch(oracle, found):
+        return problem
+    dtype = evidence.artifact.manifest.dtype
+    return compare(
+        [without_hidden_rows(probe).batch],
+        [seen_rows(probe.batch, oracle)],
+        [seen_rows(probe.batch, reference)],
+        [seen_rows(probe.batch, found)],
+        dtype,
+        ceiling_of(evidence.base.model.config, dtype),
+    )
+
+
+def _share(found: Sequence[OutputErrors], allowed: Mapping[str, float]) -> float:
+    """The largest share of what is allowed, on the probe or in `parity`, whichever is more."""
+    bounds = [max(errors.allowed, allowed.get(errors.output, 0.0)) for errors in found]
+    return float(
+        np.max(
+            [
+                errors.error / bound if bound else (errors.error and np.inf)
+                for errors, bound in zip(found, bounds, strict=True)
+            ]
+        )
+    )
+
+
+def _part(subject: Subject, batches: slice) -> Subject:
+    unscaled = None if subject.unscaled is None else subject.unscaled[batches]
+    return replace(
+        subject,
+        oracle=subject.oracle[batches],
+        reference=subject.reference[batches],
+        unscaled=unscaled,
+    )
