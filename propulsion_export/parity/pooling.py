@@ -45,7 +45,7 @@ def parts_of(name: str, hidden: Sequence[Array], *sides: Sequence[Tensors]) -> I
     for batch, here in enumerate(hidden):
         if not here.size:
             continue
-        flags = here[(..., *[0] * max(0, here.ndim - 2))].reshape(-1, 1)
+        flags = here.reshape(*here.shape[:2], -1)[..., 0].reshape(-1, 1)
         width = here.size // len(flags)
         arrays = [side[batch][name].reshape(len(flags), width) for side in sides]
         step = max(1, _CACHED // width)
