@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
+from propulsion_export.environment.waiting import let_threads_sleep
+
 from .console import Console, console_options
 from .options import (
     dtype_option,
@@ -67,6 +69,7 @@ def command(
 
     Exit 1: a comparison failed; 3: the engine could not be built on this machine.
     """
+    let_threads_sleep()  # before torch is loaded
     from propulsion_export.pipeline.export import export
 
     engine = _engine(runtime, targets, no_engine=no_engine)

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from propulsion_export.environment.waiting import let_threads_sleep
+
 from .console import Console, console_options
 from .options import DIRECTORY, FILE, runner_option, trust_option
 from .verdict import exit_code, verdict_line
@@ -122,6 +124,7 @@ def command(
     same quantised weights, and the distance from the unquantised model is told beside the verdict.
     Exit 0: passed; 1: failed; 3: nothing could be run.
     """
+    let_threads_sleep()  # before torch is loaded
     from propulsion_export.artifacts.staging import check_replaceable_file, replace_file
     from propulsion_export.parity.reports.junit import to_junit
     from propulsion_export.pipeline.parity import check_parity

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from propulsion_export.adapters.scales import Array
 from propulsion_export.artifacts.artifact import Runner, Tensors
 from propulsion_export.parity.comparison import (
     FACTOR,
@@ -21,6 +22,7 @@ from propulsion_export.parity.comparison import (
     hidden_positions,
     mismatch,
 )
+from propulsion_export.parity.pooling import parts_of
 from propulsion_export.parity.reports.report import Check
 from propulsion_export.parity.subject import Subject
 from propulsion_export.runners.decoding import alone
@@ -106,17 +108,23 @@ def effect_share(
     for output in errors:
         name, own = output.output, output.allowed / FACTOR
         hidden = hidden_positions(name, inputs, subject.oracle)
-        parts = zip(hidden, subject.oracle, subject.unscaled, found, strict=True)
-        effects = [(oracle[name] - without[name]) * ~hide for hide, oracle, without, _ in parts]
-        size = float(np.max([np.abs(effect).max(initial=0) for effect in effects]))
+        size, change, effect = 0.0, 0.0, 0.0
+        for part in parts_of(name, hidden, subject.oracle, subject.unscaled, found):
+            expected = np.where(part.hidden, 0.0, part.sides[0] - part.sides[1])
+            size = float(np.maximum(size, np.abs(expected).max()))
+            change += _product(part.sides[2].astype(np.float64) - part.sides[1], expected)
+            effect += float(np.vdot(expected, expected))
         times = max(times, size / own) if own else times
-        if size <= least * own:
-            continue
-        for effect, without, candidate in zip(effects, subject.unscaled, found, strict=True):
-            change = candidate[name].astype(np.float64) - without[name]
-            arrived += float(np.where(effect == 0, 0, change * effect / own**2).sum())
-            whole += float(np.square(effect / own).sum())
+        if size > least * own:
+            arrived += change / own**2
+            whole += effect / own**2
     return (arrived / whole if whole else 0.0), times
+
+
+def _product(change: Array, effect: Array) -> float:
+    """The sum of products; what is not finite counts only where there is an effect."""
+    total = float(np.vdot(change, effect))
+    return total if np.isfinite(total) else float(np.where(effect == 0, 0, change * effect).sum())
 
 
 def effect_in_words(share: float, times: float, whose: str = "PyTorch's own error") -> str:

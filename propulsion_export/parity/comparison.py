@@ -9,14 +9,14 @@ measured on the base model, and counts like e_ref. Where e_ref is more than roun
 `own_error`, a candidate may err by what rounding explains, and not by a multiple of it.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 
 import numpy as np
 
 from propulsion_export.adapters.scales import Array
 from propulsion_export.artifacts.artifact import Tensors
+from propulsion_export.parity.pooling import PooledErrors, largest_seen, parts_of
 
 # Measured on clean exports: the ratio of two runtimes' errors, pooled over 16 inputs, stays under
 # 1.9; single inputs exceed 4 now and then, which is why errors are pooled.
@@ -26,7 +26,7 @@ UNIT_ROUNDOFF = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 Ceiling = Callable[[float], float]
 # Bins of the error histograms: decades of the absolute error, for the pictures.
 DECADES = tuple(range(-16, 5))
-_CACHED = 2**17  # elements
+_EDGES = tuple(10.0**decade for decade in DECADES[1:-1])
 
 
 @dataclass(frozen=True)
@@ -150,94 +150,37 @@ def _compare_output(
     ceiling: Ceiling | None,
 ) -> OutputErrors:
     hidden = hidden_positions(name, inputs, oracle)
-    errors = _pooled_errors(name, hidden, oracle, candidate)
-    reference_errors = _pooled_errors(name, hidden, oracle, reference)
-    sizes = zip(hidden, oracle, strict=True)
-    scale = _largest([_without(here, np.abs(batch[name])) for here, batch in sizes])
-    own = _largest(reference_errors)
+    errors, own = PooledErrors(_EDGES), PooledErrors(_EDGES)
+    scale = 0.0
+    for part in parts_of(name, hidden, oracle, reference, candidate):
+        expected, itself, found = part.sides
+        errors.add(part, found, expected)
+        own.add(part, itself, expected)
+        scale = float(np.maximum(scale, largest_seen(part, expected)))  # NaN if either is
     explained = None if ceiling is None else ceiling(scale)
-    allowed = FACTOR * max(own, UNIT_ROUNDOFF[dtype] * scale)
-    if explained is not None and not own <= explained:  # NaN too
+    allowed = FACTOR * max(own.largest, UNIT_ROUNDOFF[dtype] * scale)
+    if explained is not None and not own.largest <= explained:  # NaN too
         allowed = explained
     return OutputErrors(
         output=name,
-        error=_largest(errors),
-        rms=_root_mean_square(errors),
-        reference_error=own,
+        error=errors.largest,
+        rms=errors.root_mean_square,
+        reference_error=own.largest,
         allowed=allowed,
         scale=scale,
         worst=_worst(name, errors, oracle, candidate),
-        elements=sum(batch.size for batch in errors),
-        non_finite=sum(int(np.isnan(batch).sum()) for batch in errors),
-        histogram=_histogram(errors),
-        reference_histogram=_histogram(reference_errors),
+        elements=errors.elements,
+        non_finite=errors.non_finite,
+        histogram=errors.histogram,
+        reference_histogram=own.histogram,
         explained=explained,
     )
 
 
-def _pooled_errors(
-    name: str, hidden: Sequence[Array], oracle: Sequence[Tensors], other: Sequence[Tensors]
-) -> list[Array]:
-    """Absolute errors in float64, batch by batch; 0 at hidden positions, NaN wherever NaN is."""
-    pooled = []
-    for here, expected, actual in zip(hidden, oracle, other, strict=True):
-        with np.errstate(invalid="ignore"):  # infinity minus infinity
-            difference = np.subtract(actual[name], expected[name], dtype=np.float64)
-        np.abs(difference, out=difference)
-        if not np.isfinite(difference.max(initial=0)):  # one that is not finite is the maximum
-            difference[~np.isfinite(difference)] = np.nan
-            here = here & np.isfinite(difference)
-        pooled.append(_without(here, difference))
-    return pooled
-
-
-def _without(here: Array, values: Array) -> Array:
-    """The same values, in place, with 0 where `here` is true."""
-    np.copyto(values, 0.0, where=here)
-    return values
-
-
-def _largest(batches: Sequence[Array]) -> float:
-    """The largest of all; NaN if there is one anywhere, which Python's own max() can lose."""
-    return float(np.max([batch.max(initial=0) for batch in batches]))
-
-
-def _root_mean_square(batches: Sequence[Array]) -> float:
-    total = sum(float(np.vdot(batch, batch)) for batch in batches)
-    return float(np.sqrt(total / max(1, sum(batch.size for batch in batches))))
-
-
 def _worst(
-    name: str,
-    errors: Sequence[Array],
-    oracle: Sequence[Tensors],
-    candidate: Sequence[Tensors],
+    name: str, errors: PooledErrors, oracle: Sequence[Tensors], candidate: Sequence[Tensors]
 ) -> str:
-    batch = int(np.argmax([np.inf if np.isnan(e).any() else e.max(initial=0) for e in errors]))
-    place = np.unravel_index(
-        int(np.where(np.isnan(errors[batch]), np.inf, errors[batch]).argmax()), errors[batch].shape
-    )
-    where = ", ".join(str(int(index)) for index in (batch, *map(int, place)))
-    return (
-        f"[{where}]: oracle {oracle[batch][name][place]:.6g}, "
-        f"candidate {float(candidate[batch][name][place]):.6g}"
-    )
-
-
-def _histogram(errors: Sequence[Array]) -> tuple[int, ...]:
-    """Elements above 0 per decade; the first and the last one hold what lies beyond them too."""
-    inner = [10.0**decade for decade in DECADES[1:-1]]
-    reaching = np.zeros(len(DECADES), np.int64)
-    for part in _parts(errors):
-        reaching[0] += np.count_nonzero(part > 0)
-        counts = takewhile(bool, (np.count_nonzero(part >= edge) for edge in inner))
-        for place, count in enumerate(counts, 1):
-            reaching[place] += count
-    return tuple(map(int, reaching[:-1] - reaching[1:]))
-
-
-def _parts(errors: Sequence[Array]) -> Iterator[Array]:
-    """All elements in parts that fit a processor's cache."""
-    for batch in errors:
-        flat = batch.reshape(-1)
-        yield from np.array_split(flat, max(1, flat.size // _CACHED))
+    expected, found = (side[errors.batch][name] for side in (oracle, candidate))
+    place = np.unravel_index(errors.place, expected.shape)
+    where = ", ".join(map(str, (errors.batch, *map(int, place))))
+    return f"[{where}]: oracle {expected[place]:.6g}, candidate {float(found[place]):.6g}"

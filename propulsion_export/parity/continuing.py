@@ -74,7 +74,7 @@ class Drafted:
         steps = self.tokens.shape[1]
         chosen = [greedy_choice(logits[-steps:]) for logits in oracle]
         tokens, margins = (np.stack(parts) for parts in zip(*chosen, strict=True))
-        return Continuation(self.prompt, tokens, margins, tokens, self.candidate)
+        return Continuation(self.prompt, tokens, margins, candidate=self.candidate)
 
     def chosen(self, logits: Array) -> Array:
         """The tokens chosen, int64 [prompts, steps], of the logits of `padded` or `begun`."""

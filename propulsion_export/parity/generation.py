@@ -21,7 +21,9 @@ import numpy as np
 from propulsion_export.adapters.scales import Array
 from propulsion_export.artifacts.artifact import Runner, Tensors
 from propulsion_export.artifacts.tensor_names import LOGITS
+from propulsion_export.parity.comparison import hidden_positions
 from propulsion_export.parity.evidence import Allowed, Evidence
+from propulsion_export.parity.pooling import largest_error
 from propulsion_export.parity.reports.report import Case, Check
 from propulsion_export.parity.subject import Continuation, Subject
 from propulsion_export.runners.decoding import (
@@ -125,11 +127,9 @@ def _moved(values: Array, mask: Array, to: Array) -> Array:
 def _case(
     case: Case, subject: Subject, run: Runner, batch: Tensors, expected: Array, allowed: float
 ) -> Check:
-    found = run({**batch, **subject.feeds})[LOGITS].astype(np.float64)
-    difference = np.abs(found - expected)
-    if "decoder_input_ids" not in batch:
-        difference = difference[batch["attention_mask"] == 1]
-    error = float(difference.max())
+    found, oracle = run({**batch, **subject.feeds}), {LOGITS: expected}
+    (hidden,) = hidden_positions(LOGITS, [batch], [oracle])
+    error = largest_error(LOGITS, hidden, found, oracle)
     detail = f"{LOGITS}: error {error:.3g}, allowed {allowed:.3g}"
     return Check(case, subject.name, error <= allowed, detail)
 
@@ -154,6 +154,7 @@ def _greedy(subject: Subject, candidate: Generator, allowed: float) -> Check:
 
 
 def _parting(torch: Continuation, row: int, step: int, margin: float, tie: float) -> str:
+    assert torch.reference is not None
     behind = slice(0, step + 1)
     too = (torch.reference[row, behind] != torch.tokens[row, behind]).any()
     return (

@@ -46,12 +46,14 @@ class _Plan:
         base: the base model.
         batches: the inputs.
         compute: the way to compute.
+        gaps: whether a decoder's logits with padding between tokens are wanted.
         drafts: by state, drafts of greedy continuations; empty unless the model generates.
     """
 
     base: BaseModel
     batches: Sequence[Tensors]
     compute: Compute
+    gaps: bool
     drafts: Mapping[str, Drafted]
 
     @property
@@ -71,6 +73,7 @@ def compute_oracle(
     feeds: Mapping[str, Tensors] | None = None,
     compute: Compute | None = None,
     draft: Draft | None = None,
+    gaps: bool = True,
 ) -> list[Subject]:
     """Compute every state in PyTorch, in float64 and at the artifact's precision.
 
@@ -89,6 +92,7 @@ def compute_oracle(
         compute: the way to compute; default: with the whole model in memory, on the CPU.
         draft: generates what the oracle then goes over, see `continuing`; the candidate. Default:
             the oracle itself.
+        gaps: whether the artifact reads padding between tokens, so that `Subject.inside` is wanted.
 
     Raises:
         BaseModelError: the model does not run in float64.
@@ -98,7 +102,7 @@ def compute_oracle(
     if base.model._can_set_experts_implementation():
         base.model.set_experts_implementation("eager")  # the others have no float64
     fed = {each.name: feeds_of(artifact, each.name, feeds or {}) for each in states}
-    plan = _Plan(base, batches, compute or compute_whole("cpu"), {})
+    plan = _Plan(base, batches, compute or compute_whole("cpu"), gaps, {})
     plan = replace(plan, drafts=_drafts(plan, states, steps, draft, fed))
     truths = _truths(plan, states, fed)
     progress(0.5, f"measuring PyTorch's own error in {artifact.manifest.dtype}")
@@ -162,7 +166,8 @@ def _asked_truths(
     plan: _Plan, states: Sequence[State], fed: Mapping[str, Tensors], *, together: bool
 ) -> list[Subject]:
     outputs = outputs_in_float64(plan.base, plan.batches, together=together)
-    inside = logits_padded_inside(plan.batches[0]) if plan.architecture == "decoder" else None
+    wants_inside = plan.gaps and plan.architecture == "decoder"
+    inside = logits_padded_inside(plan.batches[0]) if wants_inside else None
     going = {n: continuation(plan.base, d, together=together) for n, d in plan.drafts.items()}
     wanted: dict[str, tuple[Adapter, list[Question]]] = {}
     for state in states:
@@ -193,7 +198,11 @@ def _with_references(
     plan: _Plan, states: Sequence[State], truths: Sequence[Subject], dtype: torch.dtype
 ) -> list[Subject]:
     outputs = own_outputs(plan.base, plan.batches)
-    going = {name: own_choices(plan.base, draft) for name, draft in plan.drafts.items()}
+    going = {
+        truth.name: own_choices(plan.base, plan.drafts[truth.name])
+        for truth in truths
+        if truth.continuation is not None and truth.continuation.may_part
+    }
     wanted = {
         state.name: (state.attach, [outputs, *filter(None, [going.get(state.name)])])
         for state in states
@@ -202,7 +211,7 @@ def _with_references(
     subjects = []
     for truth in truths:
         found, continued = answers[truth.name], truth.continuation
-        if continued is not None:
+        if continued is not None and truth.name in going:
             continued = replace(continued, reference=found[going[truth.name]])
         subjects.append(replace(truth, reference=found[outputs], continuation=continued))
     return subjects

@@ -21,6 +21,8 @@ from propulsion_export.base_model.tasks import TASKS
 from propulsion_export.parity.comparison import hidden_positions
 from propulsion_export.parity.reports.report import Check, Price
 
+_CACHED = 2**16  # logits of a part
+
 
 @dataclass(frozen=True)
 class Meaning:
@@ -110,7 +112,7 @@ def _pairs(
     plain: Sequence[Tensors],
     quantised: Sequence[Tensors],
 ) -> Iterator[tuple[Array, Array]]:
-    """Logits of both models, [distributions, entries], row by row to save memory."""
+    """Logits of both models, [distributions, entries], in parts that a processor's cache holds."""
     hidden = hidden_positions(output, inputs, plain)
     for here, one, other in zip(hidden, plain, quantised, strict=True):
         for row, hide in enumerate(here):
@@ -118,8 +120,11 @@ def _pairs(
             if positions:  # the entries are the positions themselves
                 yield pair[0][~hide][None], pair[1][~hide][None]
             elif pair[0].ndim == 2:
-                keep = ~hide.any(axis=1)
-                yield pair[0][keep], pair[1][keep]
+                keep = np.flatnonzero(~hide.any(axis=1))
+                step = max(1, _CACHED // max(1, hide.shape[1]))
+                for start in range(0, len(keep), step):
+                    some = keep[start : start + step]
+                    yield pair[0][some], pair[1][some]
             else:
                 yield pair[0][None], pair[1][None]
 

@@ -54,13 +54,16 @@ def outputs_in_float64(base: BaseModel, batches: Sequence[Tensors], *, together:
     return _of_encoder(base, batches)
 
 
-def own_outputs(base: BaseModel, batches: Sequence[Tensors]) -> Question:
-    """The outputs of every batch as PyTorch computes them in practice."""
+def own_outputs(base: BaseModel, batches: Sequence[Tensors], *, stepwise: bool = True) -> Question:
+    """The outputs of every batch as PyTorch computes them in practice.
+
+    `stepwise`: a generative model reads most of the tokens, then others behind its cache.
+    """
     if _architecture(base) == "decoder":
         tokens = [(batch["input_ids"], batch["attention_mask"]) for batch in batches]
-        return Question([decoder_pass(*each, stepwise=True) for each in tokens], tuple)
+        return Question([decoder_pass(*each, stepwise=stepwise) for each in tokens], tuple)
     if _architecture(base) == "encoder-decoder":
-        return Question([_stepwise(batch) for batch in batches], tuple)
+        return Question([(_stepwise if stepwise else _in_one_step)(b) for b in batches], tuple)
     return _of_encoder(base, batches)
 
 

@@ -244,6 +244,7 @@ def _compare(
         feeds=feeds_for_drawn(read, drawn) if drawn else None,
         compute=compute,
         draft=None if callable(run) else partial(continue_greedily, run),
+        gaps=callable(run) or run.reads_gaps,
     )
     if quantised is not None:
         quantised = quantised.with_rounded_activations(base, judged, compute)

@@ -14,6 +14,7 @@ from propulsion_export.artifacts.artifact import Artifact, Runner, Tensors
 from propulsion_export.artifacts.consistency import differences, inconsistent
 from propulsion_export.artifacts.manifest import GraphEntry, TensorSpec
 from propulsion_export.artifacts.tensor_names import PRESENT
+from propulsion_export.environment.waiting import threads_sleep
 from propulsion_export.errors import ToolError, UnavailableError, first_line
 
 _PROVIDERS = {
@@ -96,7 +97,8 @@ def _provider(artifact: Artifact, device: str) -> str:
 def onnxruntime_runner(path: Path, provider: str = "CPUExecutionProvider") -> Runner:
     """Run an ONNX model in ONNX Runtime; the session lives as long as the runner.
 
-    It computes with OMP_NUM_THREADS threads, as PyTorch does, at most and by default one per core.
+    It computes with OMP_NUM_THREADS threads, as PyTorch does, at most and by default one per core;
+    they wait as OMP_WAIT_POLICY says.
 
     Raises:
         UnavailableError: onnxruntime is missing, or has no kernel for a node of the graph.
@@ -158,6 +160,8 @@ def _open_session(path: Path, provider: str) -> Any:
     # that is added changes the shape of the bank.
     options.enable_mem_pattern = False
     options.intra_op_num_threads = _threads()
+    if threads_sleep():
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=[provider])
     except Exception as error:  # its exceptions have no public base class

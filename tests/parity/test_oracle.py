@@ -437,3 +437,46 @@ def test_identity_and_no_adapter_are_the_same_state(tiny_model):
 
     assert effect_of(ones) == effect_of(Adapter("base", {}))
     assert len({effect_of(each) for each in (ones, twos, inputs, biased)}) == 4
+
+
+def passes(seen, dtype):
+    """How many passes were asked for in a dtype."""
+    return sum(count for kind, works in seen if kind == dtype for _, count in works)
+
+
+def test_rows_padded_inside_are_computed_only_for_a_graph_that_reads_them(
+    tiny_model, random_adapter
+):
+    found = {}
+    for gaps in (True, False):
+        base, batches = decoder("llama", tiny_model)
+        spy, seen = spying(compute_whole("cpu"))
+        options = {"compute": spy, "draft": fixed_draft(7), "gaps": gaps}
+        (subject,) = oracle(base, [random_adapter(base.model)], batches, **options)
+        found[gaps] = passes(seen, torch.float64), subject
+
+    assert found[True][0] == found[False][0] + 1
+    assert found[True][1].inside is not None
+    assert found[False][1].inside is None
+    assert_same(replace(found[True][1], inside=None), found[False][1])
+
+
+def test_pytorchs_own_choices_are_asked_for_only_where_the_draft_parts(tiny_model, random_adapter):
+    base, batches = decoder("llama", tiny_model)
+    adapter = random_adapter(base.model)
+    _, tokens, margins = alone_in_float64(base, adapter, batches)
+    wrong = tokens.copy()
+    wrong[2, 5] = (wrong[2, 5] + 1) % 100
+
+    counts, references = [], []
+    for draft in (tokens, wrong):
+        spy, seen = spying(compute_whole("cpu"))
+        (subject,) = oracle(
+            base, [adapter], batches, compute=spy, draft=lambda *_, d=draft: (d, margins)
+        )
+        counts.append(passes(seen, torch.float32))
+        references.append(subject.continuation.reference)
+
+    assert counts[1] == counts[0] + 1
+    assert references[0] is None
+    assert references[1].shape == tokens.shape

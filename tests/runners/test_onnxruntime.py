@@ -213,6 +213,30 @@ def test_onnx_runtime_has_as_many_threads_as_pytorch(variable, expected, tmp_pat
     assert asked == [expected]
 
 
+@pytest.mark.parametrize(
+    ("policy", "expected"), [("PASSIVE", ["0"]), (" passive ", ["0"]), ("ACTIVE", []), (None, [])]
+)
+def test_onnx_runtimes_threads_wait_as_openmps_do(policy, expected, tmp_path, monkeypatch):
+    import onnxruntime
+
+    asked = []
+
+    class Options(onnxruntime.SessionOptions):
+        def add_session_config_entry(self, key, value):
+            asked.append((key, value))
+            super().add_session_config_entry(key, value)
+
+    monkeypatch.setattr(onnxruntime, "SessionOptions", Options)
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if policy is not None:
+        monkeypatch.setenv("OMP_WAIT_POLICY", policy)
+    ir.save(ir.from_onnx_text(THREADS_GRAPH), tmp_path / "model.onnx")
+
+    onnxruntime_runner(tmp_path / "model.onnx")
+
+    assert [value for key, value in asked if key == "session.intra_op.allow_spinning"] == expected
+
+
 THREADS_GRAPH = """
 <ir_version: 10, opset_import: ["" : 20]>
 graph (float[n] x) => (float[n] y) {

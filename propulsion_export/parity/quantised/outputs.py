@@ -30,10 +30,10 @@ def compute_outputs(
 ) -> list[Subject]:
     """What `base` computes in `dtype` in every state, as oracle and as reference.
 
-    Nothing is generated. float32 holds the weights of every checkpoint. The model may be left in
-    `dtype`.
+    Nothing is generated, and all tokens are read in one step. float32 holds the weights of every
+    checkpoint. The model may be left in `dtype`.
     """
-    question = own_outputs(base, batches)
+    question = own_outputs(base, batches, stepwise=False)
     states = states_of(artifact, base, adapters, ())
     works = [Work(state.attach, question.items) for state in states]
     answers = map(question.read, compute(base, works, getattr(torch, dtype)))
