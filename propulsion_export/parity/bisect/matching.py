@@ -18,8 +18,9 @@ from propulsion_export.parity.comparison import FACTOR, UNIT_ROUNDOFF
 
 Part = Literal["read", "output", "unscaled"]
 PARTS: tuple[Part, ...] = ("read", "output", "unscaled")
-# A value is looked at whose samples are off by less than this share of the largest value.
-_NEAR = 0.1
+# A value is looked at whose samples are off by less than this share of typical values, which count
+# as no less than a small part of the largest one.
+_NEAR, _SMALL = 0.1, 1e-3
 _SAMPLES = 32
 
 
@@ -175,8 +176,8 @@ def _compare_(
     target.scale = max(target.scale, float(np.abs(rows).max(initial=0)))
     near = {
         name: value
-        for name, value in _alike(expected, found, mask).items()
-        if (target.runs == 0 or name in target.others) and _is_near(expected, value, mask)
+        for name, value in _near(expected, found, mask)
+        if target.runs == 0 or name in target.others
     }
     measured = {name: _measured(value, expected, mask) for name, value in near.items()}
     _pool_(target.others, measured, target.runs)
@@ -186,14 +187,18 @@ def _compare_(
     target.runs += 1
 
 
-def _alike(
+def _near(
     expected: Array, found: Mapping[int, Mapping[str, Array]], mask: Array | None
-) -> dict[str, Array]:
-    """The values that have the shape of a module's output, or are it for each row of a batch."""
-    alike = dict(found.get(expected.size, {}))
-    if mask is not None and expected.ndim > 1 and len(expected) == 1:
-        alike |= found.get(expected.size * len(mask), {})
-    return {name: value for name, value in alike.items() if _fits(value, expected)}
+) -> Iterator[tuple[str, Array]]:
+    """The values that may be a module's output, or be it for each row of a batch."""
+    shapes = [expected]
+    if mask is not None and expected.ndim > 1 and len(expected) == 1 < len(mask):
+        shapes.append(np.broadcast_to(expected, (len(mask), *expected.shape[1:])))
+    for wanted in shapes:
+        alike = found.get(wanted.size, {}).items()
+        fitting = [(name, value) for name, value in alike if _fits(value, expected)]
+        if fitting and (samples := _Samples.of(wanted, mask)) is not None:
+            yield from (each for each in fitting if samples.are_near(each[1]))
 
 
 def _fits(found: Array, expected: Array) -> bool:
@@ -255,15 +260,37 @@ def _source(expected: Array, place: Place) -> Array:
     return expected[..., place.source : place.source + place.width]
 
 
-def _is_near(expected: Array, found: Array, mask: Array | None) -> bool:
-    """Whether some of the numbers are so near that the others are worth a look."""
-    wanted = _spread(expected, found)
-    shown = _shown(wanted, mask)
-    rows, candidate = _rows(wanted, shown), _rows(found, shown)
-    places = np.linspace(0, rows.size - 1, min(rows.size, _SAMPLES)).astype(int)
-    at = np.unravel_index(places, rows.shape)
-    size = float(np.abs(rows).max(initial=0))
-    return bool(np.median(np.abs(candidate[at].astype(np.float64) - rows[at])) <= _NEAR * size)
+@dataclass(frozen=True)
+class _Samples:
+    """Some of the numbers of an array that count.
+
+    Attributes:
+        at: where they are in its rows, [rows, channels].
+        values: what they are.
+        size: the largest absolute value of the array.
+    """
+
+    at: tuple[Array, Array]
+    values: Array
+    size: float
+
+    @classmethod
+    def of(cls, wanted: Array, mask: Array | None) -> "_Samples | None":
+        """Samples from everywhere; None where nothing counts."""
+        rows, shown = _rows(wanted, None), _shown(wanted, mask)
+        counted = np.arange(len(rows)) if shown is None else np.flatnonzero(shown)
+        total = counted.size * rows.shape[1]
+        if not total:
+            return None
+        places = np.linspace(0, total - 1, min(total, _SAMPLES)).astype(int)
+        at = (counted[places // rows.shape[1]], places % rows.shape[1])
+        return cls(at, rows[at], float(np.abs(rows[counted]).max()))
+
+    def are_near(self, found: Array) -> bool:
+        """Whether the numbers of another array are so near that the others are worth a look."""
+        difference = np.abs(_rows(found, None)[self.at].astype(np.float64) - self.values)
+        typical = max(float(np.median(np.abs(self.values))), self.size * _SMALL)
+        return bool(np.median(difference) <= _NEAR * typical)
 
 
 def _errors(found: Array, expected: Array) -> Errors:
