@@ -1,0 +1,200 @@
+"""Mistakes that sixteen random rows of everyday lengths do not show: each costs the verdict."""
+
+import shutil
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from propulsion_export.artifacts.artifact import Artifact
+from propulsion_export.pipeline.parity import check_parity
+
+MODES = ("folded", "switchable", "bank")
+WORDS = "bert.embeddings.word_embeddings"
+POSITIONS = "bert.embeddings.position_embeddings"
+TYPES = "bert.embeddings.token_type_embeddings"
+
+
+def failed(report):
+    return {check.case for check in report.checks if not check.passed}
+
+
+def planted(directory, target, table, change):
+    """A copy of an artifact with another table; its manifest has the digests of the copy."""
+    shutil.copytree(directory, target)
+    manifest = Artifact.read(directory).manifest
+    for name in list(manifest.graphs) or ["model.onnx"]:
+        model = ir.load(target / name)
+        ir.external_data.load_to_model(model)
+        for value in model.graph.initializers.values():
+            if value.const_value is not None and tuple(value.shape) == table:
+                values = value.const_value.numpy().copy()
+                change(values)
+                value.const_value = ir.tensor(values, name=value.name)
+        ir.save(model, target / name)
+    Artifact.write(target, manifest)
+    return target
+
+
+def zeroed(*rows):
+    def change(values):
+        values[slice(*rows)] = 0
+
+    return change
+
+
+BERT = {
+    "late positions": ((40, 32), zeroed(36, None)),
+    "the last position": ((40, 32), zeroed(-1, None)),
+    "token type 1": ((2, 32), zeroed(1, None)),
+    "first rows of the vocabulary": ((100, 32), zeroed(1, 5)),
+    "one of them": ((100, 32), zeroed(3, 4)),
+    "its last row": ((100, 32), zeroed(-1, None)),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", BERT)
+def test_a_wrong_row_of_a_table_fails(name, mode, export_world, tmp_path):
+    table, change = BERT[name]
+    directory = planted(export_world(mode), tmp_path / "out", table, change)
+
+    found = failed(check_parity(directory))
+
+    assert "tables" in found
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["token type 1", "late positions", "its last row"])
+def test_the_inputs_alone_find_it_too(name, mode, export_world, tmp_path, monkeypatch):
+    """A table may have been folded into another constant, where it is not compared."""
+    monkeypatch.setattr("propulsion_export.parity.tables._RECOGNISED", 2.0)
+    table, change = BERT[name]
+    directory = planted(export_world(mode), tmp_path / "out", table, change)
+
+    assert "inputs" in failed(check_parity(directory))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_right_artifact_passes_and_tells_what_was_covered(mode, export_world):
+    report = check_parity(export_world(mode))
+
+    assert report.passed
+    covered = {one.what for one in report.coverage if one.covered}
+    assert {f"table {path}" for path in (WORDS, POSITIONS, TYPES)} < covered
+    assert [one.what for one in report.coverage if not one.covered] == [
+        "rows around every length in the configuration"
+    ]
+
+
+def test_quick_leaves_probes_out_and_says_so(folded):
+    report = check_parity(folded, effort="quick")
+
+    assert "inputs" not in {check.case for check in report.checks}
+    left = [one for one in report.coverage if not one.covered]
+    assert len(left) > 5
+    assert {one.detail for one in left} == {"left out by --quick"}
+
+
+def test_thorough_leaves_nothing_out(folded):
+    assert all(one.covered for one in check_parity(folded, effort="thorough").coverage)
+
+
+def beyond(rows, limit):
+    """Rows from `limit` on are copies of the first."""
+    return np.where(np.arange(rows) < limit, np.arange(rows), 0)
+
+
+def clamped(tokens, limit):
+    return np.minimum(tokens, limit)
+
+
+def wrong_runner(monkeypatch, mistake):
+    """Let what runs the artifact make a mistake with its inputs or its outputs."""
+    from propulsion_export.pipeline import parity
+
+    right = parity.open_candidate
+
+    def opened(*arguments, **options):
+        run = right(*arguments, **options)
+        return lambda feeds: mistake(run, feeds)
+
+    monkeypatch.setattr(parity, "open_candidate", opened)
+
+
+def rows_beyond(limit):
+    def mistake(run, feeds):
+        found = run(feeds)
+        rows = beyond(len(feeds["input_ids"]), limit)
+        return {name: values[rows] for name, values in found.items()}
+
+    return mistake
+
+
+def without_types(run, feeds):
+    return run({**feeds, "token_type_ids": np.zeros_like(feeds["token_type_ids"])})
+
+
+def mask_as_a_length(run, feeds):
+    mask = feeds["attention_mask"]
+    as_length = np.arange(mask.shape[1]) < mask.sum(1)[:, None]
+    return run({**feeds, "attention_mask": as_length.astype(mask.dtype)})
+
+
+def ids_in_eight_bits(run, feeds):
+    return run({**feeds, "input_ids": np.minimum(feeds["input_ids"], 95)})
+
+
+def hidden_row_spoils_others(run, feeds):
+    found = run(feeds)
+    hidden = (feeds["attention_mask"] == 0).all(1).any()
+    return {name: values * (1.01 if hidden else 1) for name, values in found.items()}
+
+
+MISTAKES = {
+    "rows beyond four": rows_beyond(4),
+    "rows beyond eight": rows_beyond(8),
+    "rows beyond 32": rows_beyond(32),
+    "token types dropped": without_types,
+    "mask read as a length": mask_as_a_length,
+    "last tokens clamped": ids_in_eight_bits,
+    "a hidden row spoils others": hidden_row_spoils_others,
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_with_unusual_inputs_fails(name, mode, export_world, monkeypatch):
+    wrong_runner(monkeypatch, MISTAKES[name])
+
+    found = failed(check_parity(export_world(mode)))
+
+    assert "inputs" in found
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_that_mistake_passes_without_such_inputs(name, folded, monkeypatch):
+    wrong_runner(monkeypatch, MISTAKES[name])
+
+    assert check_parity(folded, effort="quick").passed
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("kind", "table", "change"),
+    [
+        ("gpt2", (160, 32), zeroed(100, None)),
+        ("gpt2", (100, 32), zeroed(-1, None)),
+        ("opt", (162, 32), zeroed(102, None)),
+        ("llama", (100, 32), zeroed(0, 3)),
+        ("bart", (162, 32), zeroed(64, None)),
+        ("t5", (100, 32), zeroed(-1, None)),
+        ("t5", (32, 4), zeroed(16, 17)),
+    ],
+)
+def test_a_wrong_row_of_a_generative_model_fails(kind, mode, table, change, exported, tmp_path):
+    if mode == "bank" and kind in ("bart", "t5"):
+        pytest.skip("encoder-decoders have no bank")
+    directory = planted(exported(kind, mode), tmp_path / "out", table, change)
+
+    assert failed(check_parity(directory)) & {"tables", "inputs"}
