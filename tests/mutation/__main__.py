@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from mutation.report import LIMIT, Score, write_json, write_table
-from mutation.running import CLEAN, Plan, run_all
+from mutation.running import CLEAN, Plan, known_runs, run_all
 from mutation.toys import ARCHITECTURES, PRECISIONS, TOYS
 
 _ROOT = Path(__file__).parents[2]
@@ -28,11 +28,13 @@ def main() -> int:
         options.build.resolve(),
         tuple(options.kinds),
         options.places,
+        options.artifacts,
         clean if options.clean else dict.fromkeys(CLEAN, 0),
         options.seed,
     )
     runs = []
-    for run in run_all(plan, toys, options.jobs):
+    found = known_runs(plan, toys) if options.report else run_all(plan, toys, options.jobs)
+    for run in found:
         runs.append(run)
         if run.kind == "clean" and run.outcome != "passed":
             print(f"FALSE ALARM {run.toy}, seed {run.place}: {run.detail}", flush=True)
@@ -55,7 +57,9 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--precision", nargs="*", default=list(PRECISIONS), choices=PRECISIONS)
     parser.add_argument("--artifact", nargs="*", default=[], help="parts of the names of artifacts")
-    parser.add_argument("--places", type=int, default=2, help="places of a kind in an artifact")
+    parser.add_argument("--places", type=int, default=1, help="places of a kind in an artifact")
+    parser.add_argument("--artifacts", type=int, default=2, help="of an architecture and precision")
+    parser.add_argument("--report", action="store_true", help="only the results that there are")
     parser.add_argument("--clean", type=int, default=1000, help="runs of clean artifacts")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="processes")
     parser.add_argument("--seed", type=int, default=0, help="for the choice of places")

@@ -135,7 +135,8 @@ _define("in reverse", lambda values: values[::-1])
 _define("of the degree above", lambda values: np.sign(values) * np.abs(values) ** (16 / 15))
 _define("of degree 1", lambda values: np.sign(values) * np.abs(values) ** (1 / 15))
 _define("without a sign", np.abs)
-_define("lost", np.ones_like)
+# As near to 1 as float32 has it: an adapter of ones cannot be folded.
+_define("lost", lambda values: np.full_like(values, 1 + 2.0**-23))
 _define("applied twice", np.square)
 _define("inverted", lambda values: 1 / values)
 _define("plus one", lambda values: values + 1)
@@ -253,29 +254,29 @@ def _switchable(copy: Copy) -> list[Place]:
     return [("one", "two")] if copy.manifest.mode != "folded" else []
 
 
-@ADAPTERS.kind("two adapters exchanged", _switchable)
+@ADAPTERS.kind("two adapters exchanged", _switchable, everywhere=True)
 def adapters_exchanged(copy: Copy, place: Place) -> None:
     one, two = copy.packed("one"), copy.packed("two")
     copy.set_packed("one", two)
     copy.set_packed("two", one)
 
 
-@ADAPTERS.kind("an adapter with the base model's values", _switchable)
+@ADAPTERS.kind("an adapter with the base model's values", _switchable, everywhere=True)
 def adapter_is_base(copy: Copy, place: Place) -> None:
     copy.set_packed("two", copy.packed("base"))
 
 
-@ADAPTERS.kind("the base model with an adapter's values", _switchable)
+@ADAPTERS.kind("the base model with an adapter's values", _switchable, everywhere=True)
 def base_is_adapter(copy: Copy, place: Place) -> None:
     copy.set_packed("base", copy.packed("one"))
 
 
-@ADAPTERS.kind("an adapter's packed values shifted by one", _switchable)
+@ADAPTERS.kind("an adapter's packed values shifted by one", _switchable, everywhere=True)
 def packed_shifted(copy: Copy, place: Place) -> None:
     copy.set_packed("one", {name: np.roll(v, 1) for name, v in copy.packed("one").items()})
 
 
-@ADAPTERS.kind("NaN in an adapter's packed values", _switchable)
+@ADAPTERS.kind("NaN in an adapter's packed values", _switchable, everywhere=True)
 def packed_nan(copy: Copy, place: Place) -> None:
     feeds = copy.packed("one")
     for values in feeds.values():
@@ -283,7 +284,7 @@ def packed_nan(copy: Copy, place: Place) -> None:
     copy.set_packed("one", feeds)
 
 
-@ADAPTERS.kind("the end of an adapter's packed values lost", _switchable)
+@ADAPTERS.kind("the end of an adapter's packed values lost", _switchable, everywhere=True)
 def packed_cut(copy: Copy, place: Place) -> None:
     feeds = copy.packed("one")
     for values in feeds.values():
@@ -291,9 +292,11 @@ def packed_cut(copy: Copy, place: Place) -> None:
     copy.set_packed("one", feeds)
 
 
-@ADAPTERS.kind("an adapter's slot left as it was before", _slots := (
-    lambda copy: [("two", packed, slot.path) for packed, slot in copy.slots()]
-))  # fmt: skip
+def _slots(copy: Copy) -> Iterator[Place]:
+    yield from (("two", packed, slot.path) for packed, slot in copy.slots())
+
+
+@ADAPTERS.kind("an adapter's slot left as it was before", _slots, everywhere=True)
 def stale_slot(copy: Copy, place: Place) -> None:
     name, packed, path = place
     feeds, before = copy.packed(name), copy.packed("one")

@@ -12,7 +12,7 @@ from mutation.mistakes import Family, Place, Places
 from mutation.planted import Copy
 from propulsion_export.artifacts.file_names import WEIGHTS_FILE
 
-FILES = Family("files")
+FILES = Family("files", everywhere=True)
 
 
 def _where(file: str, setting: str | None = None) -> Places:

@@ -33,8 +33,13 @@ def _input(copy: Copy, place: Place) -> tuple[ir.Graph, ir.Value]:
     return graph, next(value for value in graph.inputs if value.name == name)
 
 
+_CACHE = reading(starts=f"{PAST}.")
+_PACKED, _BANK, _ADAPTER_IDS = reading(*PACKED_INPUTS), reading(BANK_INPUT), reading(IDS_INPUT)
+_IN_SOME_MODES = (_PACKED, _BANK, _ADAPTER_IDS)
+
+
 def _define(name: str, places: Places, make: Make) -> None:
-    @INPUTS.kind(name, places)
+    @INPUTS.kind(name, places, everywhere=places in _IN_SOME_MODES)
     def plant_(copy: Copy, place: Place) -> None:
         after_input_(*_input(copy, place), make)
 
@@ -152,7 +157,6 @@ _define(
     lambda e, x: _rolled(e, x, 0),
 )
 
-_CACHE = reading(starts=f"{PAST}.")
 _define("the cache not read", _CACHE, _zeros)
 _define("the cache rolled by one", _CACHE, lambda e, x: _rolled(e, x, 2))
 _define("the cache rounded to bfloat16", _CACHE, lambda e, x: e.through(x, "BFLOAT16"))
@@ -160,7 +164,6 @@ _define("the cache of another row", _CACHE, lambda e, x: _rolled(e, x, 0))
 _define("the cache of another head", _CACHE, lambda e, x: _rolled(e, x, 1))
 _define("the cache scaled by 1 %", _CACHE, lambda e, x: e.op("Mul", x, e.like(1.01, x)))
 
-_PACKED = reading(*PACKED_INPUTS)
 _define(
     "an adapter's input not read", _PACKED, lambda e, x: e.op("Add", _zeros(e, x), e.like(1, x))
 )
@@ -169,11 +172,9 @@ _define("an adapter's input rounded to float16", _PACKED, lambda e, x: e.through
 _define("an adapter's input rounded to bfloat16", _PACKED, lambda e, x: e.through(x, "BFLOAT16"))
 _define("an adapter's input doubled", _PACKED, lambda e, x: e.op("Mul", x, e.like(2, x)))
 
-_BANK = reading(BANK_INPUT)
 _define("the bank rounded to bfloat16", _BANK, lambda e, x: e.through(x, "BFLOAT16"))
 _define("the bank's rows shifted by one", _BANK, lambda e, x: _rolled(e, x, 0))
 _define("the bank's columns shifted by one", _BANK, lambda e, x: _rolled(e, x, 1))
-_ADAPTER_IDS = reading(IDS_INPUT)
 _define(
     "adapter ids off by one",
     _ADAPTER_IDS,
@@ -194,17 +195,17 @@ def exchanged_cache(copy: Copy, place: Place) -> None:
     after_input_(graph, value, lambda e, x: e.op("Identity", _input(copy, (file, other))[1]))
 
 
-@INPUTS.kind("the default of an optional input shifted by one", _PACKED)
+@INPUTS.kind("the default of an optional input shifted by one", _PACKED, everywhere=True)
 def default_shifted(copy: Copy, place: Place) -> None:
     _change_default_(copy, place, lambda values: values.take(range(-1, values.size - 1)))
 
 
-@INPUTS.kind("the default of an optional input lost", _PACKED)
+@INPUTS.kind("the default of an optional input lost", _PACKED, everywhere=True)
 def default_lost(copy: Copy, place: Place) -> None:
     _change_default_(copy, place, lambda values: values * 0)
 
 
-@INPUTS.kind("the default of an optional input is an adapter", _PACKED)
+@INPUTS.kind("the default of an optional input is an adapter", _PACKED, everywhere=True)
 def default_is_adapter(copy: Copy, place: Place) -> None:
     name = next(iter(copy.artifact.list_adapters()))
     _change_default_(copy, place, lambda values: copy.packed(name)[place[1]])

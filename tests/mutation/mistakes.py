@@ -25,6 +25,8 @@ class Kind:
         size: the relative size of the mistake, where it has one; such kinds share a `name` but for
             their size.
         in_files: whether it is in a file that a user's session reads, and not in the numbers.
+        everywhere: whether it is planted in every artifact that it applies to; others are planted
+            in some of those of an architecture and a precision.
     """
 
     name: str
@@ -33,22 +35,32 @@ class Kind:
     plant_: Plant
     size: float | None = None
     in_files: bool = False
+    everywhere: bool = False
 
 
 class Family:
-    """The kinds of one module, in the order in which they are defined."""
+    """The kinds of one module, in the order in which they are defined; see `Kind`."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *, everywhere: bool = False) -> None:
         self.name = name
+        self.everywhere = everywhere
         self.kinds: list[Kind] = []
 
     def kind(
-        self, name: str, places: Places, *, in_files: bool = False
+        self, name: str, places: Places, *, in_files: bool = False, everywhere: bool = False
     ) -> Callable[[Plant], Plant]:
         """Define a kind by the function that plants it."""
 
         def define(plant_: Plant) -> Plant:
-            self.kinds.append(Kind(name, self.name, places, plant_, in_files=in_files))
+            kind = Kind(
+                name,
+                self.name,
+                places,
+                plant_,
+                in_files=in_files,
+                everywhere=everywhere or self.everywhere,
+            )
+            self.kinds.append(kind)
             return plant_
 
         return define
@@ -59,7 +71,11 @@ class Family:
         def define(plant_: Plant) -> Plant:
             for size in sizes:
                 sized = partial(plant_, size=size)
-                self.kinds.append(Kind(f"{name} {size:.1%}", self.name, places, sized, size))
+                self.kinds.append(self._of_size(name, places, sized, size))
             return plant_
 
         return define
+
+    def _of_size(self, name: str, places: Places, plant_: Plant, size: float) -> Kind:
+        every = self.everywhere
+        return Kind(f"{name} {size:.1%}", self.name, places, plant_, size, everywhere=every)

@@ -246,19 +246,19 @@ def _scaled_input(node: ir.Node) -> int:
     )
 
 
-@NODES.kind("a scale not multiplied", _SCALES)
+@NODES.kind("a scale not multiplied", _SCALES, everywhere=True)
 def scale_dropped(copy: Copy, place: Place) -> None:
     _bypass_(copy, place, _scaled_input(_node(copy, place)[1]))
 
 
-@NODES.kind("a scale multiplied twice", _SCALES)
+@NODES.kind("a scale multiplied twice", _SCALES, everywhere=True)
 def scale_twice(copy: Copy, place: Place) -> None:
     graph, node = _node(copy, place)
     scale = node.inputs[1 - _scaled_input(node)]
     after_node_(graph, node.outputs[0], lambda editor, value: editor.op("Mul", value, scale))
 
 
-@NODES.kind("a scale divided by", _SCALES)
+@NODES.kind("a scale divided by", _SCALES, everywhere=True)
 def scale_divided(copy: Copy, place: Place) -> None:
     graph, node = _node(copy, place)
     index = _scaled_input(node)
@@ -266,12 +266,12 @@ def scale_divided(copy: Copy, place: Place) -> None:
     replace_node_(graph, node, lambda editor: editor.op("Div", source, scale))
 
 
-@NODES.kind("a scale added", _SCALES)
+@NODES.kind("a scale added", _SCALES, everywhere=True)
 def scale_added(copy: Copy, place: Place) -> None:
     _swapped("Add")(copy, place)
 
 
-@NODES.kind("a scale's absolute value multiplied", _SCALES)
+@NODES.kind("a scale's absolute value multiplied", _SCALES, everywhere=True)
 def scale_sign(copy: Copy, place: Place) -> None:
     graph, node = _node(copy, place)
     index = 1 - _scaled_input(node)
@@ -286,7 +286,7 @@ def _behind_bias(node: ir.Node) -> bool:
     return before is not None and before.op_type == "Add" and not _is_residual(before)
 
 
-@NODES.kind("a bias outside the product", of_type("Mul", when=_behind_bias))
+@NODES.kind("a bias outside the product", of_type("Mul", when=_behind_bias), everywhere=True)
 def bias_outside(copy: Copy, place: Place) -> None:
     graph, node = _node(copy, place)
     index = _scaled_input(node)
@@ -515,23 +515,23 @@ def slice_off(copy: Copy, place: Place) -> None:
 _FUSED = of_type("GroupQueryAttention", "MultiHeadAttention", "Attention")
 
 
-@NODES.kind("the scale of a fused attention wrong", _FUSED)
+@NODES.kind("the scale of a fused attention wrong", _FUSED, everywhere=True)
 def fused_scale(copy: Copy, place: Place) -> None:
     _node(copy, place)[1].attributes["scale"] = ir.AttrFloat32("scale", 0.5)
 
 
-@NODES.kind("the window of a fused attention short", _FUSED)
+@NODES.kind("the window of a fused attention short", _FUSED, everywhere=True)
 def fused_window(copy: Copy, place: Place) -> None:
     _node(copy, place)[1].attributes["local_window_size"] = ir.AttrInt64("local_window_size", 24)
 
 
-@NODES.kind("a fused attention without a rotation", _FUSED)
+@NODES.kind("a fused attention without a rotation", _FUSED, everywhere=True)
 def fused_rotary(copy: Copy, place: Place) -> None:
     node = _node(copy, place)[1]
     if "do_rotary" in node.attributes and node.attributes["do_rotary"].as_int():
         node.attributes["do_rotary"] = ir.AttrInt64("do_rotary", 0)
 
 
-@NODES.kind("a fused attention rotating neighbours", _FUSED)
+@NODES.kind("a fused attention rotating neighbours", _FUSED, everywhere=True)
 def fused_interleaved(copy: Copy, place: Place) -> None:
     _node(copy, place)[1].attributes["rotary_interleaved"] = ir.AttrInt64("rotary_interleaved", 1)

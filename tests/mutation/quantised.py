@@ -8,7 +8,7 @@ from mutation.mistakes import Family, Place
 from mutation.planted import Copy
 from propulsion_export.adapters.scales import Array
 
-QUANTISED = Family("quantised")
+QUANTISED = Family("quantised", everywhere=True)
 
 
 def _scales(copy: Copy) -> Iterator[Place]:

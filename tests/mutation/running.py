@@ -5,9 +5,10 @@ import json
 import shutil
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from random import Random
 
@@ -21,14 +22,15 @@ from mutation.outputs import OUTPUTS
 from mutation.planted import Copy
 from mutation.quantised import QUANTISED
 from mutation.remembering import Memory
-from mutation.toys import Toy, build
+from mutation.toys import TOYS, Toy, build
 from mutation.visible import UNLOADABLE, Visible
 from mutation.weights import WEIGHTS
 
 FAMILIES = (WEIGHTS, INPUTS, NODES, OUTPUTS, ADAPTERS, QUANTISED, FILES)
 KINDS = tuple(kind for family in FAMILIES for kind in family.kinds)
 # Seeds by architecture: more where a verdict is cheap; 1,000 in all.
-CLEAN = {"encoder": 50, "decoder": 12, "encoder-decoder": 12}
+CLEAN = {"encoder": 63, "decoder": 6, "encoder-decoder": 6}
+_EVERY = 50  # runs, after which a process says how far it is
 _ROOT = Path(__file__).parents[2]
 # A graph that a runtime does not load is a mistake of the planting.
 _IN_GRAPH = ("weights", "inputs", "nodes", "outputs")
@@ -80,13 +82,15 @@ class Plan:
         root: the directory of artifacts and results.
         kinds: the names of kinds, or parts of them; empty: all.
         places: the most places that a kind is planted in, in one artifact.
+        artifacts: in how many artifacts of one architecture and precision; see `Kind.everywhere`.
         clean: by architecture, how many seeds each artifact is judged with as it is.
         seed: chooses the places.
     """
 
     root: Path
     kinds: tuple[str, ...] = ()
-    places: int = 2
+    places: int = 1
+    artifacts: int = 2
     clean: Mapping[str, int] = field(default_factory=lambda: CLEAN)
     seed: int = 0
 
@@ -94,17 +98,35 @@ class Plan:
         """The kinds to plant."""
         return [k for k in KINDS if not self.kinds or any(p in k.name for p in self.kinds)]
 
+    def takes(self, kind: Kind, toy: Toy) -> bool:
+        """Whether a kind is planted in an artifact; the choice depends on the seed alone."""
+        if kind.everywhere:
+            return True
+        in_graph = kind.family in ("inputs", "nodes", "outputs")
+        group = [
+            other.name
+            for other in TOYS
+            if (other.architecture, precision_of(other)) == (toy.architecture, precision_of(toy))
+            and not (in_graph and other.mode == "merged")
+        ]
+        Random(f"{self.seed} {kind.name} {toy.architecture} {precision_of(toy)}").shuffle(group)
+        return toy.name in group[: self.artifacts]
+
     def results(self, toy: Toy) -> Path:
         """The file of the results of an artifact."""
         return self.root / "results" / f"{toy.name}.jsonl"
 
 
+def known_runs(plan: Plan, toys: Sequence[Toy]) -> list[Run]:
+    """The runs of artifacts that there are results of."""
+    files = [plan.results(toy) for toy in toys]
+    return [run for file in files if file.is_file() for run in _read(file)]
+
+
 def run_all(plan: Plan, toys: Sequence[Toy], jobs: int) -> Iterator[Run]:
     """The runs of all artifacts, in the order in which they end; earlier results are read."""
     _forget_stale(plan.root)
-    for toy in toys:  # one after the other: their base models and adapters are shared
-        if plan.results(toy).is_file():
-            yield from _read(plan.results(toy))
+    yield from known_runs(plan, toys)
     if jobs == 1:
         for toy in toys:
             yield from run_toy(plan, toy)
@@ -119,10 +141,7 @@ def _run_in_process(plan: Plan, toy: Toy) -> list[Run]:
     import torch
 
     torch.set_num_threads(1)
-    found = []
-    for run in run_toy(plan, toy):
-        found.append(run)
-    return found
+    return list(run_toy(plan, toy))
 
 
 def run_toy(plan: Plan, toy: Toy) -> Iterator[Run]:
@@ -136,31 +155,45 @@ def run_toy(plan: Plan, toy: Toy) -> Iterator[Run]:
             results.write(json.dumps(asdict(run)) + "\n")
             results.flush()
             count += 1
+            if count % _EVERY == 0:
+                print(f"{toy.name}: {count} runs so far", flush=True)
             yield run
     print(f"{toy.name}: {count} runs, {time.monotonic() - began:.0f} s", flush=True)
 
 
 def _runs(plan: Plan, toy: Toy, known: set[tuple[str, str]]) -> Iterator[Run]:
-    clean = baseline(toy, plan.root)
+    try:
+        clean = baseline(toy, plan.root)
+    except Exception as error:  # told, and fails the gate, without stopping the others
+        yield _run(toy, "clean", "export", "crashed", detail=str(error)[:300])
+        return
     if toy.mode == "folded":
         build(replace(toy, mode="switchable"), plan.root)  # mistaken adapters are folded into it
-    memory, visible = Memory(), None
     for seed in range(1, plan.clean[toy.architecture] + 1):
         if ("clean", str(seed)) not in known:
             yield _judged(toy, "clean", str(seed), clean, Memory(), seed=seed)
-    view_directory = clean.with_name(f"{clean.name}.view")
-    shutil.rmtree(view_directory, ignore_errors=True)
-    view = Copy(clean, view_directory)
-    for kind in plan.chosen():
-        places = chosen_places(kind, view, plan)
-        if not places and (kind.name, "") not in known:
+    memory, visible = Memory(), _lazily_visible(clean, toy)
+    view = clean.with_name(f"{clean.name}.view")
+    shutil.rmtree(view, ignore_errors=True)
+    for kind, place in _places(plan, toy, Copy(clean, view)):
+        if (kind.name, _in_words(place or ())) in known:
+            continue
+        if place is None:
             yield _run(toy, kind.name, "", "inapplicable", size=kind.size)
-        for place in places:
-            if (kind.name, _in_words(place)) in known:
-                continue
-            if visible is None:
-                visible = Visible(clean, toy)
-            yield plant_and_judge(toy, kind, place, clean, memory, visible)
+        else:
+            yield plant_and_judge(toy, kind, place, clean, memory, visible())
+
+
+def _places(plan: Plan, toy: Toy, view: Copy) -> Iterator[tuple[Kind, Place | None]]:
+    """Every kind with the places to plant it in; None where it does not apply."""
+    for kind in plan.chosen():
+        if plan.takes(kind, toy):
+            yield from ((kind, place) for place in chosen_places(kind, view, plan) or [None])
+
+
+def _lazily_visible(clean: Path, toy: Toy) -> Callable[[], Visible]:
+    """What a user sees of an artifact, computed when it is first asked for."""
+    return cache(lambda: Visible(clean, toy))
 
 
 def plant_and_judge(
@@ -224,8 +257,14 @@ def _judged(
 
 
 def _run(toy: Toy, kind: str, place: str, outcome: str, **fields) -> Run:
-    precision = toy.dtype if toy.form is None else f"int{toy.bits}"
-    return Run(toy.name, toy.architecture, precision, toy.mode, kind, place, outcome, **fields)
+    return Run(
+        toy.name, toy.architecture, precision_of(toy), toy.mode, kind, place, outcome, **fields
+    )
+
+
+def precision_of(toy: Toy) -> str:
+    """The dtype of an artifact's weights, or the integers that they are quantised to."""
+    return toy.dtype if toy.form is None else f"int{toy.bits}"
 
 
 def _in_words(place: Place) -> str:

@@ -8,7 +8,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
+import genai_toys
 import numpy as np
 from tiny_models import LABELS, make_model, make_random_adapter, save_tokenizer
 
@@ -108,7 +110,8 @@ def _locked(file: Path) -> Iterator[None]:
 
 
 def _base_name(toy: Toy) -> str:
-    return "_".join(filter(None, (toy.kind, toy.task)))
+    exporter = toy.exporter if toy.exporter == "genai" else ""
+    return "_".join(filter(None, (exporter, toy.kind, toy.task)))
 
 
 def _world(toy: Toy, root: Path) -> Path:
@@ -126,7 +129,7 @@ def _write_world(toy: Toy, world: Path) -> None:
     from propulsion_export.base_model.model_fingerprint import fingerprint_of_model
 
     generative = toy.kind in GENERATIVE
-    model = make_model(toy.kind, *(() if generative else (toy.task,)))
+    model = _model(toy)
     base = world / "base"
     model.save_pretrained(base)
     save_tokenizer(base, generative=generative)
@@ -139,6 +142,7 @@ def _write_world(toy: Toy, world: Path) -> None:
             name,
             task=toy.task or _generative_task(toy),
             biases=not generative,
+            embeddings=toy.exporter != "genai",  # which the builder has no place for
             head=toy.task == "text-classification",
             labels=LABELS if toy.task == "text-classification" else None,
         )
@@ -153,6 +157,12 @@ def _write_world(toy: Toy, world: Path) -> None:
         replace(made, scales=vectors, base=str(base), fingerprint=fingerprint).write(directory)
         config = directory / "adapter_config.json"
         config.write_text(json.dumps(json.loads(config.read_text()) | {"degree": DEGREE}))
+
+
+def _model(toy: Toy) -> Any:
+    if toy.exporter == "genai":
+        return genai_toys.make_model(toy.kind)  # heads as wide as the builder's kernels need
+    return make_model(toy.kind, *(() if toy.kind in GENERATIVE else (toy.task,)))
 
 
 def _generative_task(toy: Toy) -> str:
@@ -180,13 +190,11 @@ def _export(toy: Toy, adapters: list[Path], directory: Path) -> None:
     if toy.mode == "merged":
         merge(adapters[0], directory, dtype=toy.dtype)
         return
-    quantised = {}
+    quantised: dict[str, Any] = {}
     if toy.form is not None:
-        quantised = {
-            "quantize": f"int{toy.bits}",
-            "quantization_form": toy.form,
-            "block_size": 16,
-        } | ({"accuracy_level": 1} if toy.form == "matmulnbits" else {})
+        quantised = {"quantize": f"int{toy.bits}", "quantization_form": toy.form}
+    if toy.form == "matmulnbits":
+        quantised |= {"block_size": 16, "accuracy_level": 1}
     export_onnx(
         adapters,
         directory,
