@@ -117,7 +117,25 @@ def table(score: Score) -> str:
         cells = [_caught(run for run in visible if run.precision == each) for each in precisions]
         smaller = _caught(run for run in runs if run.moved <= LIMIT)
         lines.append(_line([kind.name, *cells, smaller, _smallest(runs)]))
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *_sizes(score, precisions)])
+
+
+def _sizes(score: Score, precisions: Sequence[str]) -> list[str]:
+    """The smallest size caught of each sized mistake, by precision."""
+    caught: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for run in score.planted:
+        if run.size is not None and run.outcome in _SEEN:
+            caught[_stem(run.kind), run.precision].append(run.size)
+    lines = [_line(["smallest size caught", *precisions]), _line(["---"] * (1 + len(precisions)))]
+    for stem in dict.fromkeys(_stem(kind.name) for kind in KINDS if kind.size is not None):
+        sizes = [caught[stem, each] for each in precisions]
+        lines.append(_line([stem, *(f"{min(each):.1%}" if each else "-" for each in sizes)]))
+    return lines
+
+
+def _stem(kind: str) -> str:
+    """The name of a sized kind without its size."""
+    return kind.rpartition(" ")[0]
 
 
 def _caught(runs: Iterable[Run]) -> str:

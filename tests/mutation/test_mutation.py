@@ -167,6 +167,9 @@ def test_the_table_has_caught_of_planted_by_precision(tmp_path):
     write_table(Score(runs), file)
 
     assert "| ids off by one | 1/2 | 1/1 | 1/1 | 2 |" in table(Score(runs))
+    runs.append(run_of("caught", 8.0, "a weight off by 1.0%", size=0.01))
+    runs.append(run_of("passed", 8.0, "a weight off by 0.1%", size=0.001))
+    assert "| a weight off by | 1.0% | - |" in table(Score(runs))
     text = file.read_text()
     assert text.startswith("before\n")
     assert text.endswith("behind\n")

@@ -88,7 +88,11 @@ class Visible:
         self.predictions = _predictions(artifact.directory, self.states)
 
     def moved(self, directory: Path, *, texts: bool) -> Moved:
-        """How far a copy is from the artifact; `texts`: also what it predicts for texts."""
+        """How far a copy is from the artifact.
+
+        Where no output moves, and `texts` asks for it, another prediction for a text counts; greedy
+        text is another after the smallest change.
+        """
         try:
             found = dict(self._outputs(Artifact.read(directory)))
         except Exception as error:  # whatever a runtime raises: there is no output at all
@@ -98,7 +102,7 @@ class Visible:
         for key, expected in self.outputs.items():
             moved = self._output_moved(key, expected, found.get(key))
             worst = max(worst, moved, key=lambda each: each.allowed)
-        if texts and worst.allowed < math.inf and self._text_moved(directory):
+        if texts and worst.allowed == 0 and self._text_moved(directory):
             return Moved(math.inf, worst.scale, "the prediction for a text")
         return worst
 
