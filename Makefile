@@ -30,7 +30,7 @@ slow: $(VENV)/.ready
 
 # Plants mistakes in tiny artifacts; continues where it was interrupted. OPTIONS="--kinds cache".
 mutation: $(VENV)/.ready
-	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m mutation $(OPTIONS)
+	PYTHONPATH=tests OMP_NUM_THREADS=1 TQDM_DISABLE=1 $(BIN)/python -m mutation $(OPTIONS)
 
 # On a machine with a GPU; install the extras `gpu` and `tensorrt` there.
 gpu: $(VENV)/.ready
