@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from mutation.running import KINDS, Run
+from mutation.toys import TOYS
 
 # In times of what parity allows: twice that is beyond doubt, since a right artifact may be wrong by
 # it in the other direction, and a larger sample of inputs finds errors about twice as large.
@@ -63,7 +64,8 @@ class Score:
         found = ", ".join(f"{outcomes[each]} {each}" for each in _PLANTED if outcomes[each])
         kinds = {run.kind for run in self.planted}
         return (
-            f"{len(self.planted)} mistakes of {len(kinds)} kinds were planted. "
+            f"{len(self.planted)} mistakes of {len(kinds)} kinds were planted, in "
+            f"{len({run.toy for run in self.planted})} of {len(TOYS)} artifacts. "
             f"{len(self.visible)} of them move an output by more than {LIMIT:g} times what is "
             f"allowed: {found or 'none'}. "
             f"{len(self.false_alarms)} false alarms in {len(self.clean)} runs of clean artifacts."
