@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # A worker a core, a thread a worker: torch's threads would only get into each other's way.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 --dist worksteal
 # A shell exit inside a recipe line stops make; every target is safe to run again.
-.PHONY: demo test check slow gpu interop serving clean
+.PHONY: demo test check slow mutation gpu interop serving clean
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -27,6 +27,10 @@ test: check
 
 slow: $(VENV)/.ready
 	$(PYTEST) -m slow
+
+# Plants mistakes in tiny artifacts; continues where it was interrupted. OPTIONS="--kinds cache".
+mutation: $(VENV)/.ready
+	PYTHONPATH=tests OMP_NUM_THREADS=1 TQDM_DISABLE=1 $(BIN)/python -m mutation $(OPTIONS)
 
 # On a machine with a GPU; install the extras `gpu` and `tensorrt` there.
 gpu: $(VENV)/.ready
