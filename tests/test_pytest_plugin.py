@@ -69,7 +69,7 @@ def test_on_request_what_cannot_run_fails(run, folded):
 def test_reports_are_written_and_replaced_on_request(run, folded, tmp_path):
     body = f"assert_parity({str(folded)!r}); assert_parity({str(folded)!r}, seed=1)"
     for _ in range(2):
-        run(body, "--parity-report", str(tmp_path / "reports")).assert_outcomes(passed=1)
+        run(body, f"--parity-report={tmp_path / 'reports'}").assert_outcomes(passed=1)
 
     seeds = {
         path.name: json.loads((path / "parity.json").read_text())["seed"]
