@@ -9,7 +9,9 @@ import click
 from propulsion_export.environment.waiting import let_threads_sleep
 
 from .console import Console, console_options
+from .github import summary_file, tell_github
 from .options import DIRECTORY, FILE, runner_option, trust_option
+from .streams import print_result
 from .verdict import exit_code, verdict_line
 
 _SHOWN = 3  # kinds that were not covered
@@ -17,6 +19,14 @@ _SHOWN = 3  # kinds that were not covered
 if TYPE_CHECKING:
     from propulsion_export.parity.probes import Effort
     from propulsion_export.parity.reports.report import ParityReport
+
+
+def _print_schema(context: click.Context, parameter: click.Parameter, asked: bool) -> None:
+    if asked:
+        from propulsion_export.parity.reports.schema import SCHEMA_FILE
+
+        print_result(SCHEMA_FILE.read_text(encoding="utf-8").rstrip("\n"))
+        context.exit()
 
 
 @click.command(
@@ -59,6 +69,12 @@ if TYPE_CHECKING:
     help="Directory for parity.json and parity.html; of a failure also the inputs, failing/.",
 )
 @click.option("--junit", type=FILE, help="JUnit XML for a CI.")
+@click.option(
+    "--summary",
+    type=FILE,
+    help="File that the verdict is appended to as Markdown.  [default: in GitHub Actions, the "
+    "step's summary; elsewhere none]",
+)
 @click.option("--force", is_flag=True, help="Replace an earlier --report.")
 @click.option(
     "--device",
@@ -94,6 +110,14 @@ if TYPE_CHECKING:
     is_flag=True,
     help="On failure, find the first module that is wrong, and its channels.",
 )
+@click.option(
+    "--schema",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_schema,
+    help="Print the JSON schema of parity.json and of --json, and exit.",
+)
 @trust_option
 @console_options
 def command(
@@ -108,6 +132,7 @@ def command(
     seed: int | None,
     report: Path | None,
     junit: Path | None,
+    summary: Path | None,
     force: bool,
     device: str,
     low_memory: bool,
@@ -131,6 +156,7 @@ def command(
 
     if junit is not None:
         check_replaceable_file(junit, holds=b"<testsuite")
+    summary = summary_file(summary)
     with console.progress() as progress:
         verdict = check_parity(
             artifact,
@@ -152,6 +178,7 @@ def command(
         )
     if junit is not None:
         replace_file(junit, to_junit(verdict).encode())
+    tell_github(verdict, summary)
     console.result(json.loads(verdict.to_json()), _text(console, verdict))
     return exit_code(verdict)
 

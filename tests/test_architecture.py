@@ -30,6 +30,7 @@ ORDER = (
     "packaging",
     "pipeline",
     "cli",
+    "pytest_plugin",
 )
 RANK = {name: index for index, name in enumerate(ORDER)}
 HEAVY = {

@@ -46,7 +46,7 @@ def test_options_of_the_command_line_are_parameters_of_the_functions():
     ):
         command = importlib.import_module(f"propulsion_export.cli.{name}").command
         options = {option.name for option in command.params}
-        only_there = {"as_json", "quiet", "verbose", "no_parity", "junit"}
+        only_there = {"as_json", "quiet", "verbose", "no_parity", "junit", "schema", "summary"}
         if name == "merge":  # a GGUF file has a function of its own
             only_there |= inspect.signature(propulsion_export.merge_gguf).parameters.keys()
         if name == "onnx":  # the parameters of a function of its own

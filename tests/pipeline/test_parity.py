@@ -71,6 +71,36 @@ def test_report_and_junit_are_written(folded, tmp_path, capsys):
     assert not list(suite.iter("failure"))
 
 
+def test_github_actions_get_a_summary_and_annotations(folded, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "summary.md"))
+    (tmp_path / "summary.md").write_text("earlier\n")
+
+    code = run("parity", folded, "--runner", "onnxruntime-cuda", "--json")
+
+    told = capsys.readouterr()
+    summary = (tmp_path / "summary.md").read_text()
+    assert code == 3
+    assert json.loads(told.out)["verdict"] == "not run"
+    assert "::warning title=parity not run%3A " in told.err
+    assert summary.startswith("earlier\n### \u26a0\ufe0f Parity not run")
+    assert "passed" not in summary
+
+
+def test_outside_of_github_actions_a_summary_is_written_on_request(
+    folded, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.delenv("GITHUB_ACTIONS", raising=False)
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "not-ours.md"))
+    arguments = ("parity", folded, "--runner", "onnxruntime-cuda")
+
+    assert run(*arguments, "--summary", tmp_path / "summary.md") == 3
+    assert "Parity not run" in (tmp_path / "summary.md").read_text()
+    assert not (tmp_path / "not-ours.md").exists()
+    assert "::warning" not in capsys.readouterr().err
+    assert run(*arguments, "--summary", tmp_path) == 2
+
+
 def test_texts_of_ones_own_can_be_compared_on(folded, tmp_path):
     (tmp_path / "texts.txt").write_text("ba be bi\nko do\n" * 9)
 

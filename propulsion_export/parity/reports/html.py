@@ -9,7 +9,7 @@ from propulsion_export.parity.reports.channels import channels_picture
 from propulsion_export.parity.reports.junit import replace_forbidden
 from propulsion_export.parity.reports.located import Located
 from propulsion_export.parity.reports.picture import picture
-from propulsion_export.parity.reports.report import Check, ParityReport
+from propulsion_export.parity.reports.report import Check, Coverage, ParityReport
 
 _STYLE = """
 :root { color-scheme: light dark; --page: #fff; --panel: #f6f8fa; --ink: #1b1f24; --muted: #57606a;
@@ -44,13 +44,17 @@ th, td { padding: .4rem .9rem .4rem 0; text-align: left; vertical-align: top;
 td:last-child { min-width: 14rem; overflow-wrap: anywhere; }
 thead th { font-size: .8rem; color: var(--muted); } tbody th { font-weight: 600; }
 td.mark, .mark { font-weight: 700; white-space: nowrap; }
+section > ul { margin: .25rem 0 1.25rem; padding: 0 0 0 1.4rem; max-width: 60rem; }
+li { padding: .1rem 0 .1rem .25rem; } li span { color: var(--muted); }
+.covered li::marker { content: "\u2713  "; color: var(--passed); }
+.open li::marker { content: "\u2013  "; color: var(--unknown); }
 .pictures { display: grid; gap: 1.25rem;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); }
 figure { margin: 0; padding: 1rem 1.1rem; background: var(--panel); border: 1px solid var(--line);
   border-radius: .5rem; }
 figure.beyond { border: 2px solid var(--failed); }
 figcaption { display: flex; gap: 1rem; justify-content: space-between; align-items: baseline; }
-figure svg { display: block; width: 100%; height: auto; margin: .5rem 0; }
+figure svg { display: block; width: 100%; min-width: 30rem; height: auto; margin: .5rem 0; }
 figure dl { gap: .4rem 1.75rem; margin: .5rem 0 0; font-size: .85rem; }
 figure p { font-size: .85rem; margin: .6rem 0 .25rem; }
 .bar { position: relative; height: .7rem; border: 1px solid var(--muted); border-radius: .2rem;
@@ -59,7 +63,16 @@ figure p { font-size: .85rem; margin: .6rem 0 .25rem; }
 .bar.failed span { background: repeating-linear-gradient(45deg, currentColor 0 .35rem,
   transparent .35rem .55rem); }
 .bar b { position: absolute; top: 0; height: 100%; width: 2px; background: var(--ink); }
-@media print { body { padding: 0; font-size: .8rem; } figure, tr, .verdict { break-inside: avoid; }
+@media screen and (max-width: 40rem) { body { padding-top: 1.25rem; }
+  dl { gap: .9rem 1.75rem; } .verdict .word { font-size: 2.5rem; }
+  .found thead { position: absolute; width: 1px; height: 1px; overflow: hidden;
+    clip-path: inset(50%); }
+  .found tr { display: flex; flex-wrap: wrap; gap: 0 1rem; padding: .4rem 0;
+    border-bottom: 1px solid var(--line); }
+  .found tbody :is(th, td) { padding: .1rem 0; border: 0; }
+  .found td:last-child { flex-basis: 100%; min-width: 0; } }
+@media print { figure svg { min-width: 0; }
+   body { padding: 0; font-size: .8rem; } figure, tr, .verdict { break-inside: avoid; }
   h2 { break-after: avoid; } }
 """
 
@@ -80,6 +93,7 @@ def to_html(report: ParityReport) -> str:
         _facts(report),
         _tolerance(report),
         _section("Checks", _checks(report.checks)),
+        _section("Coverage", _coverage(report.coverage)) if report.coverage else "",
         _section("Errors, output by output", f'<div class="pictures">{"".join(panels)}</div>')
         if panels
         else "",
@@ -175,6 +189,23 @@ def _culprit(located: Located, number: int) -> str:
     )
 
 
+def _coverage(coverage: tuple[Coverage, ...]) -> str:
+    """What the verdict has looked at, then what it has not; each with how, or why not."""
+    return _list("Compared", "covered", [one for one in coverage if one.covered]) + _list(
+        "Not compared", "open", [one for one in coverage if not one.covered]
+    )
+
+
+def _list(title: str, name: str, entries: list[Coverage]) -> str:
+    if not entries:
+        return ""
+    items = "".join(
+        f"<li><strong>{_text(one.what)}</strong>: <span>{_text(one.detail)}</span></li>\n"
+        for one in entries
+    )
+    return f'<h3>{title}: {len(entries)}</h3>\n<ul class="{name}">\n{items}</ul>\n'
+
+
 def _price(report: ParityReport) -> str:
     """How far the quantised model is from the unquantised one, adapter by adapter."""
     rows = "".join(
@@ -202,8 +233,10 @@ def _table(headers: tuple[str, ...], entries: list[tuple[str, str]]) -> str:
 
 def _framed(headers: tuple[str, ...], rows: str) -> str:
     head = "".join(f'<th scope="col">{name}</th>' for name in headers)
+    # Where the last column holds sentences, a narrow screen shows it below the others.
+    name = "wide found" if len(headers) > 2 else "wide"
     return (
-        f'<div class="wide"><table>\n<thead><tr>{head}</tr></thead>\n'
+        f'<div class="{name}" tabindex="0"><table>\n<thead><tr>{head}</tr></thead>\n'
         f"<tbody>\n{rows}</tbody>\n</table></div>"
     )
 
@@ -221,7 +254,8 @@ def _panel(check: Check, errors: OutputErrors, number: int) -> str:
     return (
         f'<figure class="{"within" if errors.passed else "beyond"}">\n'
         f"<figcaption><h3>{heading}</h3>{_mark(errors.passed)}</figcaption>\n"
-        f"{_used(errors)}\n{picture(errors, number, heading)}\n"
+        f'{_used(errors)}\n<div class="wide" tabindex="0">'
+        f"{picture(errors, number, heading)}</div>\n"
         f"<dl>{_pairs(numbers)}</dl>\n</figure>\n"
     )
 

@@ -13,7 +13,7 @@ import pytest
 
 from propulsion_export.parity.comparison import DECADES, FACTOR, OutputErrors
 from propulsion_export.parity.reports.html import to_html
-from propulsion_export.parity.reports.report import Check, NotRun, ParityReport
+from propulsion_export.parity.reports.report import Check, Coverage, NotRun, ParityReport
 
 EMPTY = (0,) * (len(DECADES) - 1)
 
@@ -123,6 +123,14 @@ def test_nothing_that_could_not_run_leaves_no_section_for_it():
 
     assert "<h2>Checks</h2>" in page
     assert "<h2>Not run</h2>" not in page
+
+
+def test_what_was_compared_stands_before_what_was_not():
+    coverage = (Coverage("long rows", False, "--thorough"), Coverage("masks", True, "4 rows"))
+
+    text = Page(to_html(report_with(parity_of(GOOD), coverage=coverage))).text
+
+    assert "Compared: 1 masks : 4 rows Not compared: 1 long rows : --thorough" in text
 
 
 EVIL = "<script>alert('\"$x_1$\\frac&')</script>\x00\ud800"
