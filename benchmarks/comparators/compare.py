@@ -1,17 +1,20 @@
 """Plant the same mistakes for every comparator, and write the table of docs/parity.md.
 
-    python benchmarks/comparators/compare.py [--work build/comparators] [--only TEXT] [--write]
+    python benchmarks/comparators/compare.py [--work build/comparators] [--only TEXT]
+        [--subject TEXT] [--tool NAME] [--write]
 
 Toys, an encoder and a decoder with its cache, are exported rightly in float32 and in float16, and
 once with each mistake. Every comparator gets the same graphs, in an environment of its own that pip
 makes below `--work`, with its own tolerances, and PyTorch with the right adapter folded as its
 reference. `--write` puts the tables between the markers in docs/parity.md; without it they are
-printed. What was said of every graph is in results.json below `--work`.
+printed. What was said of every graph is in results.json below `--work`, which keeps what a call
+with `--subject` leaves out.
 """
 
 import argparse
 import json
 import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +30,7 @@ from propulsion_export.environment.quiet import quiet
 DOCUMENT = Path(__file__).parents[2] / "docs" / "parity.md"
 BEGIN, END = "<!-- begin: beside the others -->\n", "<!-- end: beside the others -->\n"
 DTYPES = ("float32", "float16")
+RESULTS = "results.json"
 
 
 @dataclass(frozen=True)
@@ -45,23 +49,43 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("build/comparators"))
     parser.add_argument("--only", default="", help="plant only mistakes whose name has this")
     parser.add_argument("--tool", action="append", help="ask only this comparator; repeatable")
+    parser.add_argument("--subject", default="", help="judge only toys whose name has this")
     parser.add_argument("--write", action="store_true", help="into docs/parity.md")
     options = parser.parse_args()
     work = options.work.resolve()
+    work.mkdir(parents=True, exist_ok=True)
     plants = [plant for plant in PLANTS if plant.name == "clean" or options.only in plant.name]
     tools = [tool for tool in TOOLS if not options.tool or tool.name in options.tool]
-    judged = [
-        one
-        for kind in KINDS
-        for dtype in DTYPES
-        for one in judge(kind, dtype, work, [p for p in plants if kind in p.kinds], tools)
-    ]
-    (work / "results.json").write_text(json.dumps([asdict(one) for one in judged], indent=1))
+    for dtype in DTYPES:
+        for kind in KINDS:
+            if options.subject in f"{kind} {dtype}":
+                with quiet():
+                    found = judge(kind, dtype, work, [p for p in plants if kind in p.kinds], tools)
+                keep(work / RESULTS, found)
+    judged = read(work / RESULTS)
     text = "\n".join(table(kind, judged) for kind in KINDS)
     if options.write:
         write(text)
     else:
         print(text)
+
+
+def keep(file: Path, found: Sequence[Judged]) -> None:
+    """Put what was found of one toy into the file, in the place of what it had of it."""
+    toy = (found[0].kind, found[0].dtype)
+    others = [one for one in read(file) if (one.kind, one.dtype) != toy]
+    file.write_text(json.dumps([asdict(one) for one in (*others, *found)], indent=1))
+
+
+def read(file: Path) -> list[Judged]:
+    if not file.exists():
+        return []
+    return [
+        Judged(
+            **one | {"outcomes": {tool: Outcome(**said) for tool, said in one["outcomes"].items()}}
+        )
+        for one in json.loads(file.read_text())
+    ]
 
 
 def judge(
@@ -89,11 +113,18 @@ def judge(
 
 
 def outcomes(tool, subject: Subject, graphs: Sequence[Path], work: Path) -> list[Outcome]:
-    print(f"{subject.name}: {tool.name}", flush=True)
+    """What a tool says of each graph, the first of which is right.
+
+    Where it condemns that one, what it says of the others means nothing, and it is not asked.
+    """
+    print(f"{subject.name}: {tool.name}", file=sys.stderr, flush=True)
     try:
-        return list(tool.judge(subject, graphs, work))
+        (clean,) = tool.judge(subject, graphs[:1], work)
+        if clean.agrees:
+            return [clean, *tool.judge(subject, graphs[1:], work)]
     except EnvironmentMissingError as error:
-        return [Outcome(None, None, str(error))] * len(graphs)
+        clean = Outcome(None, None, str(error))
+    return [clean, *[Outcome(None, None, clean.said)] * (len(graphs) - 1)]
 
 
 def outputs(graph: Path, runs: Sequence[Tensors]) -> list[Tensors]:
@@ -118,14 +149,17 @@ def distance(right: Sequence[Tensors], found: Sequence[Tensors]) -> float:
 def table(kind: str, judged: Sequence[Judged]) -> str:
     """The mistakes in one kind of model, in Markdown: a column for each tool and dtype."""
     cells = {(one.plant, one.dtype): one for one in judged if one.kind == kind}
+    if not cells:
+        return ""
     tools = list(next(iter(cells.values())).outcomes)
-    columns = [(tool, dtype) for tool in tools for dtype in DTYPES]
+    dtypes = [dtype for dtype in DTYPES if ("clean", dtype) in cells]
+    columns = [(tool, dtype) for tool in tools for dtype in dtypes]
     names = list(dict.fromkeys(plant for plant, _ in cells))
     head = [f"mistake in the {kind}", "moves outputs by", *(f"{t}, {d}" for t, d in columns)]
     rows = [
         [
             name,
-            ", ".join(share(cells[name, dtype].moved) for dtype in DTYPES),
+            ", ".join(share(cells[name, dtype].moved) for dtype in dtypes),
             *(word(cells, name, tool, dtype) for tool, dtype in columns),
         ]
         for name in names
@@ -137,22 +171,22 @@ def table(kind: str, judged: Sequence[Judged]) -> str:
 def word(cells: dict[tuple[str, str], Judged], name: str, tool: str, dtype: str) -> str:
     outcome = cells[name, dtype].outcomes[tool]
     if outcome.agrees is None:
-        return "n/a"
-    clean = cells["clean", dtype].outcomes[tool].agrees
-    words = ("passed", "passed") if outcome.agrees else ("caught", "false alarm")
-    mark = "" if outcome.agrees or clean else " †"
-    return f"{words[name == 'clean']}{'' if name == 'clean' else mark}, {outcome.code}"
+        return "-"
+    words = ("caught", "passed") if name != "clean" else ("false alarm", "passed")
+    return f"{words[outcome.agrees]}, {outcome.code}"
 
 
 def counts(cells: dict[tuple[str, str], Judged], columns: Sequence[tuple[str, str]]) -> list[str]:
-    """How many mistakes each has caught of those that it was given, where its clean twin passes."""
+    """How many mistakes each has caught of those that it was given."""
     found = []
     for tool, dtype in columns:
-        said = {plant: one.outcomes[tool] for (plant, kind), one in cells.items() if kind == dtype}
-        clean = said.pop("clean").agrees
-        given = [one for one in said.values() if one.agrees is not None]
-        caught = sum(not one.agrees for one in given)
-        found.append(f"{caught} of {len(given)}" if given and clean else "none can be told")
+        said = [
+            one.outcomes[tool].agrees
+            for (plant, kind), one in cells.items()
+            if kind == dtype and plant != "clean"
+        ]
+        given = [agrees for agrees in said if agrees is not None]
+        found.append(f"{given.count(False)} of {len(given)}" if given else "-")
     return found
 
 
@@ -168,5 +202,4 @@ def write(text: str) -> None:
 
 
 if __name__ == "__main__":
-    with quiet():
-        main()
+    main()

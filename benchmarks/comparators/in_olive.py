@@ -5,10 +5,10 @@
 MERGED is a checkpoint with the adapter folded; GRAPHS has a directory with a `model.onnx` in each
 line. Each is judged by `olive run` with a workflow of this one pass. By default the pass has no
 threshold and cannot fail; it gets 0.1, which Olive's main branch takes for `test_metrics: [mae]`,
-and which is one of the two numbers that the pass counts by. The pass makes up inputs by the names of dimensions that Olive's own graphs
-have, and lets PyTorch read no cache; so it gets a copy of the graph whose dimensions are numbers:
-2 rows of 16 tokens, and an empty cache. Writes a line of JSON for each: the exit code, whether the
-graph was compared, and what was said.
+and which is one of the two numbers that the pass counts by. The pass makes up inputs by the names
+of dimensions that Olive's own graphs have, and lets PyTorch read no cache; so it gets a copy of the
+graph whose dimensions are numbers: 2 rows of 16 tokens, and an empty cache. Writes a line of JSON
+for each: the exit code, whether the graph was compared, and what was said.
 """
 
 import json
@@ -40,6 +40,7 @@ def main() -> None:
     merged, work = map(Path, sys.argv[1:])
     for number, line in enumerate(sys.stdin):
         output = work / str(number)
+        shutil.rmtree(output, ignore_errors=True)
         output.mkdir(parents=True)
         write_fixed(Path(line.strip()), output / "graph")
         print(json.dumps(validate(merged, output)), flush=True)

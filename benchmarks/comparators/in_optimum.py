@@ -5,8 +5,9 @@
 MERGED is a checkpoint with the adapter folded; GRAPHS has a directory with a `model.onnx` in each
 line. For each, `optimum-cli export onnx` exports MERGED into a directory below WORK, with one
 thing changed: before the validation, the given graph is put where optimum's exporter has written
-its own. So the validation, its inputs, its tolerance and the exit code are those of `optimum-cli`.
-Writes a line of JSON for each: the exit code, and what was said of the graph.
+its own, with its dimensions named as there. So the validation, its inputs, its tolerance and the
+exit code are those of `optimum-cli`. Writes a line of JSON for each: the exit code, whether the
+graph was compared, and what was said of it.
 """
 
 import json
@@ -15,6 +16,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import onnx
 from optimum.commands.optimum_cli import main as optimum_cli
 from optimum.exporters.onnx import convert
 
@@ -49,8 +51,7 @@ def validate(graph: Path, arguments: list[str]) -> dict[str, object]:
     judge, validated = convert.validate_models_outputs, []
 
     def exchanged(*arguments: object, output_dir: Path, **options: object) -> None:
-        for file in graph.glob("model.onnx*"):
-            shutil.copyfile(file, Path(output_dir) / file.name)
+        put(graph, Path(output_dir))
         validated.append(True)
         judge(*arguments, output_dir=output_dir, **options)
 
@@ -62,12 +63,27 @@ def validate(graph: Path, arguments: list[str]) -> dict[str, object]:
     except SystemExit as ended:
         code = ended.code or 0
     except Exception as raised:  # an interpreter prints it and ends with 1
-        code, error = 1, f"{type(raised).__name__}: {raised}"
+        cause = raised.__cause__ or raised
+        code, error = 1, f"{type(cause).__name__}: {cause}"
     finally:
         convert.validate_models_outputs = judge
         logging.getLogger("optimum").removeHandler(heard)
-    said = [message for message in heard.messages if "ONNX export" in message]
+    said = [message for message in heard.messages if "ONNX export succeeded with" in message]
     return {"code": code, "validated": bool(validated), "said": "\n".join([*said, error]).strip()}
+
+
+def put(graph: Path, directory: Path) -> None:
+    """Put a graph in the place of optimum's own, its dimensions named as there: it checks names."""
+    own = onnx.load(directory / "model.onnx", load_external_data=False).graph
+    shapes = {value.name: value.type.tensor_type.shape for value in (*own.input, *own.output)}
+    for file in graph.glob("model.onnx.*"):
+        shutil.copyfile(file, directory / file.name)
+    model = onnx.load(graph / "model.onnx", load_external_data=False)
+    for value in (*model.graph.input, *model.graph.output):
+        found = value.type.tensor_type.shape
+        if value.name in shapes and len(found.dim) == len(shapes[value.name].dim):
+            found.CopyFrom(shapes[value.name])
+    onnx.save(model, directory / "model.onnx")
 
 
 if __name__ == "__main__":
