@@ -11,7 +11,6 @@ graph was compared, and what was said of it.
 """
 
 import json
-import logging
 import shutil
 import sys
 from pathlib import Path
@@ -22,17 +21,6 @@ from optimum.exporters.onnx import convert
 
 TASKS = {"encoder": "text-classification", "decoder": "text-generation-with-past"}
 DTYPES = {"float32": "fp32", "float16": "fp16"}
-
-
-class Heard(logging.Handler):
-    """Keeps the warnings of a logger."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.messages: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.messages.append(record.getMessage())
 
 
 def main() -> None:
@@ -46,30 +34,31 @@ def main() -> None:
 
 
 def validate(graph: Path, arguments: list[str]) -> dict[str, object]:
-    heard = Heard()
-    logging.getLogger("optimum").addHandler(heard)
-    judge, validated = convert.validate_models_outputs, []
+    judge = convert.validate_models_outputs
+    validated: list[str] = []
 
     def exchanged(*arguments: object, output_dir: Path, **options: object) -> None:
         put(graph, Path(output_dir))
-        validated.append(True)
-        judge(*arguments, output_dir=output_dir, **options)
+        try:
+            judge(*arguments, output_dir=output_dir, **options)
+        except Exception as found:
+            validated.append(f"{type(found).__name__}: {found}")
+            raise
+        validated.append("")
 
     convert.validate_models_outputs = exchanged
     sys.argv = ["optimum-cli", *arguments]
-    code, error = 0, ""
+    code = 0
     try:
         optimum_cli()
     except SystemExit as ended:
         code = ended.code or 0
     except Exception as raised:  # an interpreter prints it and ends with 1
-        cause = raised.__cause__ or raised
-        code, error = 1, f"{type(cause).__name__}: {cause}"
+        code = 1
+        print(f"{type(raised).__name__}: {raised}", file=sys.stderr)
     finally:
         convert.validate_models_outputs = judge
-        logging.getLogger("optimum").removeHandler(heard)
-    said = [message for message in heard.messages if "ONNX export succeeded with" in message]
-    return {"code": code, "validated": bool(validated), "said": "\n".join([*said, error]).strip()}
+    return {"code": code, "validated": bool(validated), "said": "".join(validated)}
 
 
 def put(graph: Path, directory: Path) -> None:

@@ -16,7 +16,7 @@ from subjects import Subject, reference_runs
 from propulsion_export.cli import main as propulsion_export
 
 HERE = Path(__file__).parent
-QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+OFFLINE = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Polygraphy:
                 capture_output=True,
                 text=True,
                 check=False,
-                env=os.environ | QUIET,
+                env=os.environ | OFFLINE,
             )
             said = [line for line in ended.stdout.splitlines() if "FAILED" in line]
             yield Outcome(
@@ -145,7 +145,7 @@ def ask(name: str, arguments: list[str], graphs: Sequence[Path], work: Path) -> 
         capture_output=True,
         text=True,
         check=False,
-        env=os.environ | QUIET,
+        env=os.environ | OFFLINE,
     )
     lines = [line for line in ended.stdout.splitlines() if line.startswith('{"code"')]
     if len(lines) != len(graphs):
