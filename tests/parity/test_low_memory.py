@@ -144,42 +144,68 @@ def test_the_cpu_can_be_asked_for(folded, capsys):
     assert ended.value.code == 0
 
 
+# Of a gigabyte in 20 layers, and of a billion parameters in 16 of the size that Llama 3.2 1B has.
+GIGABYTE = {
+    "hidden_size": 1024, "num_hidden_layers": 20, "num_attention_heads": 16,
+    "num_key_value_heads": 16, "intermediate_size": 2816,
+}  # fmt: skip
+BILLION = {
+    "hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "intermediate_size": 8192,
+}  # fmt: skip
+
+
 @pytest.fixture
 def two_llamas(tmp_path, tiny_model):
-    """A small one, which loads what the libraries take, and one of a gigabyte in 20 layers."""
-    tiny_model("llama").save_pretrained(tmp_path / "small")
-    config = {
-        "vocab_size": 1000, "hidden_size": 1024, "num_hidden_layers": 20, "num_attention_heads": 16,
-        "num_key_value_heads": 16, "head_dim": 64, "intermediate_size": 2816,
-        "initializer_range": 0.02,
-    }  # fmt: skip
-    model = tiny_model("llama", **config)
-    model.save_pretrained(tmp_path / "large")
-    layer = sum(p.numel() for p in model.model.layers[0].parameters())
-    yield tmp_path / "small", tmp_path / "large", 8 * layer
+    """`two_llamas(**config)`: a small one, which loads what the libraries take, and a large one.
+
+    Also the size of one of its layers in float64, in bytes.
+    """
+
+    def make(**config):
+        tiny_model("llama").save_pretrained(tmp_path / "small")
+        settings = {"vocab_size": 1000, "head_dim": 64, "initializer_range": 0.02} | config
+        model = tiny_model("llama", **settings)
+        model.save_pretrained(tmp_path / "large")
+        layer = sum(p.numel() for p in model.model.layers[0].parameters())
+        return tmp_path / "small", tmp_path / "large", 8 * layer
+
+    yield make
     for file in (tmp_path / "large").glob("*.safetensors"):
         file.unlink()
 
 
+def layers_taken(llamas, how):
+    """The most memory that the oracle of the large one takes, in layers in float64."""
+    small, large, layer = llamas
+    ended = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(JUDGE_IN_A_PROCESS), small, large, how],
+        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    print(f"{how}: {int(ended.stdout) / layer:.2f} layers in float64")  # shown by pytest -s
+    return int(ended.stdout) / layer
+
+
+ONLY_LINUX = pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="only Linux tells memory so"
+)
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells memory so")
+@ONLY_LINUX
 def test_a_model_is_judged_in_the_memory_of_two_layers(two_llamas):
-    small, large, layer = two_llamas
+    llamas = two_llamas(**GIGABYTE)
 
-    taken = {
-        how: int(
-            subprocess.run(
-                [sys.executable, "-c", textwrap.dedent(JUDGE_IN_A_PROCESS), small, large, how],
-                env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"},
-                stdout=subprocess.PIPE,
-                text=True,
-                check=True,
-            ).stdout
-        )
-        for how in ("layers", "whole")
-    }
+    assert layers_taken(llamas, "layers") < 2
+    assert layers_taken(llamas, "whole") > 18
 
-    told = {how: f"{size / layer:.2f} layers in float64" for how, size in taken.items()}
-    print(told)  # shown by pytest -s
-    assert taken["layers"] < 2 * layer, told
-    assert taken["whole"] > 18 * layer, told
+
+@pytest.mark.slow
+@ONLY_LINUX
+def test_a_billion_parameters_are_judged_in_the_memory_of_two_layers(two_llamas):
+    llamas = two_llamas(**BILLION)
+
+    assert layers_taken(llamas, "layers") < 2
