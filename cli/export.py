@@ -18,7 +18,7 @@ from .options import (
     task_option,
     trust_option,
 )
-from .verdict import exit_code, verdict_line
+from .verdict import exit_code
 
 if TYPE_CHECKING:
     from propulsion_export.artifacts.manifest import Mode
@@ -110,6 +110,8 @@ def _engine(
 
 def _print_result(console: Console, exported: "ExportResult", output: Path) -> int:
     """Print the verdicts; return the exit code."""
+    from propulsion_export.parity.reports.line import verdict_line
+
     reports = exported.reports
     lines = [f"{output}/{name}: {verdict_line(report)}" for name, report in reports.items()]
     if exported.engine_missing:

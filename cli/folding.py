@@ -12,7 +12,7 @@ from propulsion_export.errors import UsageError
 
 from .console import Console, human_size, size_of
 from .options import DIRECTORY
-from .verdict import exit_code, verdict_line
+from .verdict import exit_code
 
 if TYPE_CHECKING:
     from propulsion_export.artifacts.artifact import Artifact
@@ -162,6 +162,8 @@ def _print(
     artifacts: "dict[str, Artifact]",
     reports: "dict[str, ParityReport | None]",
 ) -> None:
+    from propulsion_export.parity.reports.line import verdict_line
+
     values: dict[str, dict[str, Any]] = {}
     lines = []
     for name, artifact in artifacts.items():

@@ -18,7 +18,7 @@ from .options import (
     trust_option,
     untie_option,
 )
-from .verdict import exit_code, verdict_line
+from .verdict import exit_code
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -194,6 +194,8 @@ def _print_results(
     reports: "Mapping[Mode, ParityReport | None]",
 ) -> None:
     """Print each artifact and its verdict; the JSON of one mode is that of its artifact alone."""
+    from propulsion_export.parity.reports.line import verdict_line
+
     values: dict[str, dict[str, Any]] = {}
     lines = []
     for mode, (value, line) in summaries.items():

@@ -12,7 +12,7 @@ from .console import Console, console_options
 from .github import summary_file, tell_github
 from .options import DIRECTORY, FILE, runner_option, trust_option
 from .streams import print_result
-from .verdict import exit_code, verdict_line
+from .verdict import exit_code
 
 _SHOWN = 3  # kinds that were not covered
 
@@ -200,6 +200,8 @@ def _covered(verdict: "ParityReport") -> str:
 
 
 def _text(console: Console, verdict: "ParityReport") -> str:
+    from propulsion_export.parity.reports.line import verdict_line
+
     rows = [
         (check.case, check.adapter, "passed" if check.passed else "FAILED", check.detail)
         for check in verdict.checks

@@ -128,7 +128,7 @@ def assert_parity(request: pytest.FixtureRequest) -> AssertParity:
 
 def _message(verdict: "ParityReport", report: Path | None) -> str:
     """The verdict's line, the failed checks, and where the report is."""
-    from propulsion_export.cli.verdict import verdict_line
+    from propulsion_export.parity.reports.line import verdict_line
 
     failed = [check for check in verdict.checks if not check.passed]
     lines = [f"{verdict.artifact}: {verdict_line(verdict)}"]

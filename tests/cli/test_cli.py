@@ -30,9 +30,10 @@ from propulsion_export.cli import main
 from propulsion_export.cli.app import COMMANDS, app
 from propulsion_export.cli.console import Console, human_size, size_of
 from propulsion_export.cli.run import shown
-from propulsion_export.cli.verdict import exit_code, verdict_line
+from propulsion_export.cli.verdict import exit_code
 from propulsion_export.environment import machine
 from propulsion_export.errors import AdapterError, UnavailableError, UsageError
+from propulsion_export.parity.reports.line import verdict_line
 from propulsion_export.parity.reports.report import Check, NotRun, ParityReport
 
 BASE = Fingerprint("float32", {"weight": (0.5,) * 8})

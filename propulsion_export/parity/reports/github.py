@@ -1,6 +1,7 @@
 """The verdict for GitHub Actions: Markdown for the step summary, and annotations."""
 
 import re
+from collections.abc import Sequence
 
 from propulsion_export.parity.reports.report import Check, ParityReport
 
@@ -80,7 +81,7 @@ def _summary(report: ParityReport) -> str:
     return f"{text}."
 
 
-def _table(headers: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _table(headers: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     if not rows:
         return ""
     lines = [headers, ("---",) * len(headers), *(tuple(map(_plain, row)) for row in rows)]
