@@ -1,7 +1,6 @@
 """`parity`: does an artifact compute what the PyTorch base model with its adapters computes?"""
 
-import random
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -9,16 +8,15 @@ from typing import Literal
 
 from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.adapters.sentence_source import sentence_source
-from propulsion_export.adapters.specification import read_adapters, source_of
+from propulsion_export.adapters.specification import source_of
 from propulsion_export.artifacts.artifact import Artifact, Tensors
-from propulsion_export.artifacts.layout import labels_in
 from propulsion_export.artifacts.staging import check_replaceable, staged_directory
 from propulsion_export.base_model.loading import BaseModel
 from propulsion_export.base_model.sentences.files import read_sentence_pipeline
 from propulsion_export.base_model.tasks import TASKS
 from propulsion_export.environment.machine import tool_versions
 from propulsion_export.environment.progress import Progress, silent
-from propulsion_export.errors import AdapterError, UnavailableError, UsageError, unknown_adapters
+from propulsion_export.errors import UnavailableError, UsageError
 from propulsion_export.graph.signature import check_signature
 from propulsion_export.parity.bisect.locate import locate_failures
 from propulsion_export.parity.cases import judge
@@ -53,11 +51,16 @@ from propulsion_export.parity.reports.report import Check, NotRun, ParityReport
 from propulsion_export.parity.reports.reproduce import write_failing_run
 from propulsion_export.parity.subject import Subject
 from propulsion_export.parity.tables import compare_tables
+from propulsion_export.pipeline.judged_adapters import (
+    MOST_ADAPTERS,
+    checks_of_adapters,
+    effective_seed,
+    is_random,
+    judged_adapters,
+)
 from propulsion_export.runners.decoding import Candidate
 from propulsion_export.runners.opening import REFERENCE_LENGTH, choose_runner, open_candidate
 
-# The most adapters of a bank that one verdict judges: PyTorch computes each in float64.
-MOST_ADAPTERS = 16
 _FURTHER_CASES: tuple[FurtherCases, ...] = (
     judge_inputs,
     judge_generative,
@@ -98,7 +101,7 @@ def check_parity(
         runner: the runtime; `auto`: the default for its kind and dtype.
         inputs: file of texts to compare on, one per line (.txt) or JSONL with `text`; default:
             random tokens.
-        seed: for the random tokens, the choice of adapters, and the random adapter that stands in
+        seed: for random tokens, the choice of adapters, and the random adapter that stands in
             where the artifact has slots and no adapter; default: 0.
         report: directory to write `parity.json` and `parity.html` to.
         force: replace an earlier report.
@@ -127,7 +130,8 @@ def check_parity(
     given = (artifact, model, inputs, *against, *map(source_of, adapter))
     _check_report_place(report, [path for path in given if path], force=force)
     read = Artifact.read(artifact)
-    seed = _effective_seed(read, seed, inputs)
+    given_alone = inputs is not None and effort == "quick"  # nothing else is compared
+    seed = effective_seed(read, seed, given_alone=given_alone)
     if report is not None:
         _check_report_place(report, _recorded_sources(read), force=force)
     check_signature(read)
@@ -140,14 +144,14 @@ def check_parity(
             "--bisect: needs the whole model in memory, in float64 too",
             remedy="Leave --low-memory out.",
         )
-    adapters = _adapters(read, adapter, seed)
+    adapters = judged_adapters(read, adapter, seed)
     verdict = ParityReport(
         artifact=str(artifact),
         kind=read.manifest.kind,
         dtype=read.manifest.dtype,
         runner=name,
         inputs=0,
-        seed=None if inputs and not _is_random(read) else seed,
+        seed=None if given_alone and not is_random(read) else seed,
         tools=tool_versions(),
     )
     worst: list[FailingRun] = []
@@ -254,7 +258,7 @@ def _compare(
     evidence = Evidence(read, base, judged, batches, subjects, run, compute, seed, probes, probed)
     tables = compare_tables(read, base, judged)
     checks = (
-        *_about_adapters(read, adapters, base, seed),
+        *checks_of_adapters(read, adapters, base, seed),
         *pooling,
         *([] if exact is None else _judge(evidence)),
         *tables.checks,
@@ -301,19 +305,6 @@ def _compare_with_others(
         checks=(*verdict.checks, *checks),
         not_run=(*verdict.not_run, *not_run),
     )
-
-
-def _effective_seed(artifact: Artifact, seed: int | None, inputs: Path | None) -> int:
-    """The seed, by default 0; refused where inputs are given and no adapter is random."""
-    if seed is not None and inputs is not None and not _is_random(artifact):
-        raise UsageError("--seed: does nothing with --inputs", remedy="Leave it out.")
-    return seed or 0
-
-
-def _is_random(artifact: Artifact) -> bool:
-    """Whether the seed chooses or draws the adapters that are judged."""
-    count = len(artifact.list_adapters())
-    return count > MOST_ADAPTERS or (not count and artifact.manifest.mode != "folded")
 
 
 def _recorded_sources(artifact: Artifact) -> list[str]:
@@ -397,68 +388,3 @@ def write_report(
         (staged / REPORT_FILE).write_text(verdict.to_json(), encoding="utf-8")
         if worst is not None and artifact is not None:
             write_failing_run(worst, artifact, verdict.runner, staged, final=directory)
-
-
-def _adapters(artifact: Artifact, given: Sequence[str | Path], seed: int) -> list[Adapter]:
-    """The artifact's adapters, read from where they are now, each proven to be the recorded one.
-
-    If a bank has many: those that are given and some chosen at random.
-    """
-    entries = artifact.list_adapters()
-    if len(entries) == 1 and len(given) == 1 and "=" not in str(given[0]):
-        given = [f"{next(iter(entries))}={given[0]}"]
-    by_name = {adapter.name: adapter for adapter in read_adapters(given)}
-    if unknown := by_name.keys() - entries.keys():
-        raise unknown_adapters(artifact.directory, sorted(unknown), sorted(entries))
-    adapters = []
-    for name in _sample(list(entries), by_name, seed):
-        entry = entries[name]
-        if name not in by_name and not Path(entry.source).is_dir():
-            raise AdapterError(
-                f"adapter {name}: is no longer at {entry.source}",
-                remedy=f"Give its directory: -a {name}=DIR.",
-            )
-        adapter = by_name.get(name) or Adapter.read(entry.source, name)
-        if adapter.digest != entry.digest:
-            raise AdapterError(
-                f"adapter {name}: is not the one the artifact was made from ({adapter.digest[:19]}…"
-                f", expected {entry.digest[:19]}…)",
-                remedy=f"Export again, or give its directory: -a {name}=DIR.",
-            )
-        adapters.append(adapter)
-    return adapters
-
-
-def _sample(names: Sequence[str], given: Collection[str], seed: int) -> list[str]:
-    """All names; if there are more than one verdict judges, the given ones and a random choice."""
-    others = [name for name in names if name not in given]
-    room = max(0, MOST_ADAPTERS - len(given))
-    drawn = {*given, *random.Random(seed).sample(others, min(room, len(others)))}
-    return [name for name in names if name in drawn]
-
-
-def _about_adapters(
-    artifact: Artifact, adapters: Sequence[Adapter], base: BaseModel, seed: int
-) -> Iterator[Check]:
-    """Checks of the adapters: how many are judged if not all, and the names of their classes."""
-    entries = artifact.list_adapters()
-    if len(adapters) < len(entries):
-        yield Check(
-            "sample",
-            "all",
-            True,
-            f"{len(adapters)} of {len(entries)} adapters are judged, chosen with seed {seed}; "
-            "-a NAME=DIR judges those that it names",
-        )
-    own, layout = artifact.manifest.base, artifact.manifest.layout
-    room = base.room if own.own_head else None
-    for adapter in adapters:
-        recorded = entries[adapter.name].labels
-        expected = labels_in(adapter, layout, own.labels, room)
-        if expected is None and recorded is None:
-            continue
-        same = expected == recorded
-        detail = "the artifact names the classes as the adapter does"
-        if not same:
-            detail = f"the artifact names the classes {recorded}, the adapter {expected}"
-        yield Check("labels", adapter.name, same, detail)

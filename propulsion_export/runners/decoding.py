@@ -25,6 +25,7 @@ from propulsion_export.artifacts.tensor_names import (
     PRESENT,
     STATE_KINDS,
 )
+from propulsion_export.errors import ArtifactError
 from propulsion_export.runners.padding import last_of_rows, pad_left, pad_right, positions
 
 # Chooses a token [batch] from the logits [batch, vocabulary] of the last position.
@@ -80,6 +81,9 @@ class Decoder:
 
         Returns:
             Logits [batch, new, vocabulary] and the state after the tokens.
+
+        Raises:
+            ArtifactError: the runner returns no logits, or logits of another shape.
         """
         seen = np.ones_like(tokens) if mask is None else mask
         whole = np.concatenate([state.mask, seen], axis=1)
@@ -97,7 +101,14 @@ class Decoder:
             for name, values in outputs.items()
             if name.startswith(f"{PRESENT}.")
         }
-        return outputs[LOGITS], DecoderState(whole, {**state.cache, **longer})
+        logits = _output(outputs, LOGITS)
+        if logits.shape[:2] != tokens.shape:
+            raise ArtifactError(
+                f"{LOGITS} have shape {list(logits.shape)} in a step of {len(tokens)} rows, "
+                f"expected [{len(tokens)}, {tokens.shape[1]}, vocabulary]",
+                remedy="Export it again.",
+            )
+        return logits, DecoderState(whole, {**state.cache, **longer})
 
     def read(self, tokens: Array, mask: Array) -> tuple[Array, DecoderState]:
         """Read the first tokens of all rows; see `step`."""
@@ -194,7 +205,7 @@ class EncoderDecoder:
         rest = without(feeds, "input_ids", "attention_mask", "decoder_input_ids")
         mask = feeds["attention_mask"]
         encoded = self.encode({"input_ids": feeds["input_ids"], "attention_mask": mask, **rest})
-        hidden = encoded["last_hidden_state"]
+        hidden = _output(encoded, "last_hidden_state")
         rest |= {"encoder_hidden_states": hidden, "encoder_attention_mask": mask}
         first = np.full((len(mask), 1), self.start, np.int64)
         tokens = feeds.get("decoder_input_ids", first)
@@ -318,6 +329,15 @@ def pieces_of(length: int) -> list[tuple[int, int]]:
     pair = min(2, length - 1 - single)
     ends = [length - single - pair, length - single, *range(length - single + 1, length + 1)]
     return [piece for piece in zip([0, *ends], ends, strict=False) if piece[0] < piece[1]]
+
+
+def _output(outputs: Tensors, name: str) -> Array:
+    if name not in outputs:
+        raise ArtifactError(
+            f"a graph returns {', '.join(sorted(outputs))}, expected {name} among them",
+            remedy="Export it again.",
+        )
+    return outputs[name]
 
 
 def _empty(batch: int, spec: TensorSpec) -> tuple[int, ...]:

@@ -230,7 +230,7 @@ def ignored(adapter, artifact, tmp_path):
         "--runtime auto": ([*export, "--no-engine"], "does nothing with --no-engine"),
         "--target auto": ([*export, "--no-engine"], "does nothing with --no-engine"),
         "--force": (parity, "does nothing without --report"),
-        "--seed 0": ([*parity, "--inputs", texts], "does nothing with --inputs"),
+        "--seed 0": ([*parity, "--inputs", texts, "--quick"], "does nothing with --inputs"),
         "--max-new-tokens 128": (run, other_task),
         "--temperature 1": (run, other_task),
         "--top-k 1": (run, other_task),

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from propulsion_export.artifacts.manifest import TensorSpec
 from propulsion_export.artifacts.tensor_names import LOGITS
+from propulsion_export.errors import ArtifactError
 from propulsion_export.runners.decoding import (
     CausalModel,
     Decoder,
@@ -284,7 +285,28 @@ def test_feeds_of_an_adapter_reach_the_encoder_and_every_step_of_the_decoder():
     assert all("propulsion_scales" in step for step in seen)
 
 
+def test_logits_with_batch_and_tokens_exchanged_are_refused():
+    def exchanged(feeds):
+        found = fake()(feeds)
+        return {**found, LOGITS: found[LOGITS].swapaxes(0, 1)}
+
+    model = CausalModel(exchanged, INPUTS)
+
+    with pytest.raises(ArtifactError, match=r"logits have shape .* expected \[3, 2, vocabulary\]"):
+        replaying(model)(model.pad(ROWS, PADDING))
+
+
 # Encoder-decoders
+
+
+def test_an_encoder_whose_output_has_another_name_is_refused():
+    def renamed(feeds):
+        return {"hidden": encoding(feeds)["last_hidden_state"]}
+
+    model = EncoderDecoder(renamed, crossing([]), start=4)
+
+    with pytest.raises(ArtifactError, match="returns hidden, expected last_hidden_state"):
+        model.open(model.pad(ROWS, PADDING))
 
 
 def test_encoder_decoder_opens_with_its_start_token_and_the_encoded_prompt():

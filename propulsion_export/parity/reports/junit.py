@@ -53,6 +53,10 @@ def _add_properties(suite: ElementTree.Element, report: ParityReport) -> None:
     } | {f"version of {tool}": version for tool, version in report.tools.items()}
     values |= {f"price of {one.adapter}, {one.output}": str(one) for one in report.price}
     values |= {f"rounding of {one.adapter}, {one.output}": str(one) for one in report.rounding}
+    values |= {
+        f"coverage of {one.what}": ("" if one.covered else "not covered: ") + one.detail
+        for one in report.coverage
+    }
     properties = ElementTree.SubElement(suite, "properties")
     for name, value in values.items():
         attributes = {"name": replace_forbidden(name), "value": replace_forbidden(value)}

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from propulsion_export.parity.comparison import DECADES, OutputErrors
 from propulsion_export.parity.reports.junit import to_junit
-from propulsion_export.parity.reports.report import Check, NotRun, ParityReport
+from propulsion_export.parity.reports.report import Check, Coverage, NotRun, ParityReport
 
 EMPTY = (0,) * (len(DECADES) - 1)
 ERRORS = OutputErrors(
@@ -123,3 +123,14 @@ def test_a_control_character_leaves_a_sign_that_it_was_there():
     [failure] = parsed(report_with((check,))).iter("failure")
 
     assert failure.get("message") == "a\ufffd[31m<b>\ufffd&"
+
+
+def test_what_was_covered_is_a_property_of_the_suite():
+    report = report_with((HELD,))
+    coverage = (Coverage("33 rows", True, "33 x 7"), Coverage("far rows", False, "too long"))
+
+    [properties] = parsed(replace(report, coverage=coverage)).iter("properties")
+
+    found = {one.get("name"): one.get("value") for one in properties}
+    assert found["coverage of 33 rows"] == "33 x 7"
+    assert found["coverage of far rows"] == "not covered: too long"
