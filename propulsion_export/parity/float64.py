@@ -26,8 +26,12 @@ _WIDER = {
 }
 _CASTS = {torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16}
 _AS_NAMES = {"torch.FloatTensor", "torch.HalfTensor", "torch.BFloat16Tensor"}
-# They read bits anew, so that another width means other numbers.
-_REINTERPRETING = {torch.Tensor.view, torch.frombuffer}
+# They read bits anew, so that another width means other numbers, or give what is stored.
+_AS_STORED = {
+    torch.Tensor.view,
+    torch.frombuffer,
+    torch.Tensor.data.__get__,  # type: ignore[attr-defined]
+}
 # Classes of tensors, as old code names dtypes: `x.type(torch.FloatTensor)`.
 _NARROW_CLASSES = ("FloatTensor", "HalfTensor", "BFloat16Tensor")
 
@@ -43,7 +47,7 @@ class _Float64(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         del types
-        if func in _REINTERPRETING:
+        if func in _AS_STORED:
             return func(*args, **kwargs or {})
         if func in _CASTS:
             return args[0].double()
