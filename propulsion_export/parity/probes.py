@@ -168,13 +168,13 @@ class _Maker:
         yield "batches of 9 and of 33 rows", self._large_batches, "standard"
         if self.architecture == "encoder-decoder":
             yield "many tokens of the decoder", self._long_decoder, "standard"
-        if self.architecture != "decoder" and not self._ends:
+        if self.architecture == "encoder":
+            yield "a row that the mask hides, beside others", self._masked, "standard"
+        if self.architecture == "encoder" and not self._ends:
             if _TYPES in self.names:
                 yield "all token types", self._types, "standard"
             yield "rows padded on the left", self._left, "standard"
             yield "rows padded inside", self._inside, "standard"
-        if self.architecture == "encoder":
-            yield "a row that the mask hides, beside others", self._masked, "standard"
         yield "rows around every length in the configuration", self._lengths, "thorough"
 
     @property

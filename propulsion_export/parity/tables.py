@@ -15,7 +15,6 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import torch
-from safetensors import safe_open
 from torch import nn
 
 from propulsion_export.adapters.adapter import Adapter
@@ -23,6 +22,7 @@ from propulsion_export.adapters.scales import Array
 from propulsion_export.artifacts.artifact import Artifact
 from propulsion_export.artifacts.file_names import GRAPH_FILE
 from propulsion_export.base_model.loading import BaseModel
+from propulsion_export.base_model.tensor_files import StoredTensor, stored_tensors
 from propulsion_export.graph.files import read_graph
 from propulsion_export.parity.comparison import UNIT_ROUNDOFF
 from propulsion_export.parity.reports.report import Check, Coverage
@@ -113,12 +113,11 @@ def _expected(base: BaseModel, folded: Adapter | None) -> list[_Table]:
     ]
 
 
-def _stored(artifact: Artifact) -> Iterator[Any]:
-    """Everything in an artifact that may be a table: it has `shape`, and `numpy()` reads it."""
+def _stored(artifact: Artifact) -> Iterator[StoredTensor | ir.TensorProtocol]:
+    """The tensors of an artifact, read only when they are asked for."""
     if artifact.manifest.kind == "merged":
         for file in sorted(artifact.directory.glob("*.safetensors")):
-            with safe_open(file, framework="pt") as opened:
-                yield from (_Slice(opened, name) for name in list(opened.keys()))
+            yield from stored_tensors(file).values()
         return
     for name in list(artifact.manifest.graphs) or [GRAPH_FILE]:
         graph = read_graph(artifact.directory, name).graph
@@ -130,37 +129,18 @@ def _stored(artifact: Artifact) -> Iterator[Any]:
         )
 
 
-@dataclass(frozen=True)
-class _Slice:
-    """A tensor of a safetensors file, read when it is asked for."""
-
-    opened: Any
-    name: str
-
-    @property
-    def shape(self) -> Sequence[int]:
-        shape: Sequence[int] = self.opened.get_slice(self.name).get_shape()
-        return shape
-
-    def numpy(self) -> Array:
-        values = self.opened.get_tensor(self.name)
-        if values.dtype == torch.bfloat16:
-            values = values.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-        return np.asarray(values)
-
-
-def _recognised(table: _Table, stored: Any) -> Array | None:
+def _recognised(table: _Table, stored: StoredTensor | ir.TensorProtocol) -> Array | None:
     """Which rows are right, if the tensor is the table; None if it is another one."""
     if tuple(map(_size, stored.shape)) != tuple(table.weight.shape):
         return None
-    values = np.asarray(stored.numpy())
+    values = stored.read() if isinstance(stored, StoredTensor) else np.asarray(stored.numpy())
     if values.dtype not in _FLOATS:
         return None
     right = table.is_right(values)
     return right if right.mean() >= _RECOGNISED else None
 
 
-def _size(dimension: int | ir.SymbolicDim) -> int:
+def _size(dimension: object) -> int:
     return dimension if isinstance(dimension, int) else -1
 
 

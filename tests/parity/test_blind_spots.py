@@ -5,8 +5,10 @@ import shutil
 import numpy as np
 import onnx_ir as ir
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from propulsion_export.artifacts.artifact import Artifact
+from propulsion_export.pipeline.merge import merge
 from propulsion_export.pipeline.parity import check_parity
 
 MODES = ("folded", "switchable", "bank")
@@ -85,6 +87,18 @@ def test_a_right_artifact_passes_and_tells_what_was_covered(mode, export_world):
     assert [one.what for one in report.coverage if not one.covered] == [
         "rows around every length in the configuration"
     ]
+
+
+def test_rows_of_a_merged_checkpoint_are_compared_too(world, tmp_path):
+    merged = merge(world.three, tmp_path / "merged")
+    file = merged.directory / "model.safetensors"
+    assert check_parity(merged.directory).passed
+    values = {name: tensor.copy() for name, tensor in load_file(file).items()}
+    values[f"{WORDS}.weight"][3] = 0
+    save_file(values, file, {"format": "pt"})
+    Artifact.write(merged.directory, merged.manifest)
+
+    assert "tables" in failed(check_parity(merged.directory))
 
 
 def test_quick_leaves_probes_out_and_says_so(folded):
@@ -172,7 +186,7 @@ def test_a_mistake_with_unusual_inputs_fails(name, mode, export_world, monkeypat
     assert "inputs" in found
 
 
-@pytest.mark.parametrize("name", MISTAKES)
+@pytest.mark.parametrize("name", [name for name in MISTAKES if name != "last tokens clamped"])
 def test_that_mistake_passes_without_such_inputs(name, folded, monkeypatch):
     wrong_runner(monkeypatch, MISTAKES[name])
 
@@ -193,8 +207,6 @@ def test_that_mistake_passes_without_such_inputs(name, folded, monkeypatch):
     ],
 )
 def test_a_wrong_row_of_a_generative_model_fails(kind, mode, table, change, exported, tmp_path):
-    if mode == "bank" and kind in ("bart", "t5"):
-        pytest.skip("encoder-decoders have no bank")
     directory = planted(exported(kind, mode), tmp_path / "out", table, change)
 
     assert failed(check_parity(directory)) & {"tables", "inputs"}
