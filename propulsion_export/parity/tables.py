@@ -58,13 +58,15 @@ class _Table:
     def is_right(self, found: Array) -> Array:
         """Bool [rows]: whether a row is the base model's but for rounding of the found dtype."""
         limit = 2 * UNIT_ROUNDOFF[found.dtype.name]
+        # The smallest number above zero, whose neighbours a relative limit does not reach.
+        smallest = float(np.nextafter(np.zeros((), found.dtype), np.ones((), found.dtype)))
         parts = []
         for start in range(0, len(found), _ROWS):
             expected = self.weight[start : start + _ROWS].double().numpy()
             if self.scale is not None:
                 expected = expected * self.scale
             rows = found[start : start + _ROWS].astype(np.float64)
-            parts.append((np.abs(rows - expected) <= limit * np.abs(expected)).all(1))
+            parts.append((np.abs(rows - expected) <= limit * np.abs(expected) + smallest).all(1))
         right: Array = np.concatenate(parts)
         return right
 
@@ -74,7 +76,7 @@ def compare_tables(artifact: Artifact, base: BaseModel, adapters: Sequence[Adapt
 
     Args:
         artifact: what is judged.
-        base: its base model, at the artifact's precision or a wider one.
+        base: its base model, whose weights have not been rounded to the artifact's precision.
         adapters: its adapters; the scales of the first are folded in, if it is folded.
     """
     folded = adapters[0] if adapters and artifact.manifest.mode == "folded" else None

@@ -237,6 +237,7 @@ def _compare(
     compute = choose_compute(base, options.device, low_memory=options.low_memory)
     quantised = quantise_base_(read, base, judged, batches, compute)
     at_others = references_at(options.others, read, base, judged, batches, compute)
+    tables = compare_tables(read, base, judged)
     every = [*batches, *(probe.batch for probe in probes)]
     subjects = compute_oracle(
         read,
@@ -256,7 +257,6 @@ def _compare(
     pooling, subjects, run = _with_embeddings(read, base, options.given, subjects, every, run)
     subjects, probed = split(subjects, len(batches))
     evidence = Evidence(read, base, judged, batches, subjects, run, compute, seed, probes, probed)
-    tables = compare_tables(read, base, judged)
     checks = (
         *checks_of_adapters(read, adapters, base, seed),
         *pooling,

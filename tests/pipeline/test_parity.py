@@ -35,7 +35,8 @@ def test_a_switchable_export_is_judged_with_every_adapter_and_none(switchable):
         ("effect", "three"), ("effect", "five"),
         ("padding", "three"), ("padding", "five"), ("padding", "base"),
         ("switching", "three"), ("switching", "five"), ("identity", "base"),
-        ("added", "three"), ("added", "five"),
+        ("added", "three"), ("added", "five"), ("tables", "all"),
+        ("inputs", "three"), ("inputs", "five"), ("inputs", "base"),
     }  # fmt: skip
     assert report.inputs == 16
 
@@ -105,10 +106,13 @@ def test_texts_of_ones_own_can_be_compared_on(folded, tmp_path):
     (tmp_path / "texts.txt").write_text("ba be bi\nko do\n" * 9)
 
     report = check_parity(folded, inputs=tmp_path / "texts.txt")
+    alone = check_parity(folded, inputs=tmp_path / "texts.txt", effort="quick")
 
     assert report.passed
     assert report.inputs == 18
-    assert report.seed is None
+    assert report.seed == 0  # of the probes
+    assert alone.passed
+    assert alone.seed is None
 
 
 @pytest.mark.parametrize(
