@@ -97,12 +97,14 @@ def _print_schema(context: click.Context, parameter: click.Parameter, asked: boo
 )
 @click.option(
     "--quick",
-    is_flag=True,
+    "effort",
+    flag_value="quick",
     help="Compare on 16 random rows only; the report lists what is left out.",
 )
 @click.option(
     "--thorough",
-    is_flag=True,
+    "effort",
+    flag_value="thorough",
     help="Compare also rows of every length at which the model may change, and the longest ones.",
 )
 @click.option(
@@ -137,8 +139,7 @@ def command(
     device: str,
     low_memory: bool,
     max_kl: float | None,
-    quick: bool,
-    thorough: bool,
+    effort: "Effort | None",
     bisect: bool,
     trust_remote_code: bool,
 ) -> int:
@@ -171,7 +172,7 @@ def command(
             device=device,
             low_memory=low_memory,
             max_kl=max_kl,
-            effort=_effort(quick=quick, thorough=thorough),
+            effort=effort or "standard",
             bisect=bisect,
             trust_remote_code=trust_remote_code,
             progress=progress,
@@ -181,12 +182,6 @@ def command(
     tell_github(verdict, summary)
     console.result(json.loads(verdict.to_json()), _text(console, verdict))
     return exit_code(verdict)
-
-
-def _effort(*, quick: bool, thorough: bool) -> "Effort":
-    if quick and thorough:
-        raise click.UsageError("--quick and --thorough exclude each other: leave one out")
-    return "quick" if quick else "thorough" if thorough else "standard"
 
 
 def _covered(verdict: "ParityReport") -> str:
