@@ -161,9 +161,9 @@ def read_graph(directory: Path, name: str = GRAPH_FILE) -> ir.Model:
 
 
 class _LinkedTensor(ir.ExternalTensor):
-    """Weights in a file that several artifacts share.
+    """Weights in a file that several artifacts share, or behind a link in a hub's cache.
 
-    onnx_ir 1.1 reads nothing from a file with several hard links, lest somebody links a secret file
+    onnx_ir 1.1 reads nothing from a file that is linked, lest somebody links a secret file
     into a model's directory (docs/security.md there). `read_graph` has checked where the file is,
     and an artifact has its digest.
     """
@@ -177,7 +177,7 @@ def _read_linked_(model: ir.Model, directory: Path) -> None:
         tensor = value.const_value
         if not isinstance(tensor, ir.ExternalTensor):
             continue
-        if _links(directory / tensor.location) > 1:
+        if _is_linked(directory / tensor.location):
             value.const_value = _LinkedTensor(
                 tensor.location,
                 tensor.offset,
@@ -189,8 +189,9 @@ def _read_linked_(model: ir.Model, directory: Path) -> None:
             )
 
 
-def _links(file: Path) -> int:
-    return file.stat().st_nlink if file.is_file() else 0
+def _is_linked(file: Path) -> bool:
+    """Whether a file is a link, as in a hub's cache, or one of several hard links."""
+    return file.is_file() and (file.is_symlink() or file.stat().st_nlink > 1)
 
 
 def external_files(model: ir.Model) -> tuple[str, ...]:

@@ -42,7 +42,10 @@ def trace_prompt(config: PretrainedConfig) -> Tensors:
 def padded_left(batch: Tensors) -> Tensors:
     """A batch with its padding moved to the left, from whichever side the tokenizer put it."""
     order = np.argsort(batch["attention_mask"], axis=1, kind="stable")
-    return {name: np.take_along_axis(values, order, axis=1) for name, values in batch.items()}
+    return {
+        name: np.take_along_axis(values, order.reshape(*order.shape, *[1] * (values.ndim - 2)), 1)
+        for name, values in batch.items()
+    }
 
 
 def padding_token(config: PretrainedConfig) -> int:

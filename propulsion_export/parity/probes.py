@@ -168,7 +168,8 @@ class _Maker:
         yield "batches of 9 and of 33 rows", self._large_batches, "standard"
         if self.architecture == "encoder-decoder":
             yield "many tokens of the decoder", self._long_decoder, "standard"
-        if self.architecture == "encoder":
+        pools = TASKS[self.base.task].prediction == "embedding"  # nothing of a hidden row
+        if self.architecture == "encoder" and not pools:
             yield "a row that the mask hides, beside others", self._masked, "standard"
         if self.architecture == "encoder" and not self._ends:
             if _TYPES in self.names:

@@ -122,7 +122,7 @@ def test_the_base_model_alone_is_exported_folded_judged_and_run(tiny_checkpoint,
     assert artifact.manifest.adapters == {}
     report = check_parity(tmp_path / "out")
     assert report.passed
-    assert {check.adapter for check in report.checks} == {"base"}
+    assert {check.adapter for check in report.checks} == {"base", "all"}
     (told,) = predict(tmp_path / "out", text=["ba be"])
     assert told["adapter"] == "base"
     assert told["label"] in ("no", "yes", "maybe")
