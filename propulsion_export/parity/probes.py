@@ -29,9 +29,9 @@ from propulsion_export.parity.reports.report import Coverage
 
 Effort = Literal["quick", "standard", "thorough"]
 _MASK, _TYPES, _DECODER = "attention_mask", "token_type_ids", "decoder_input_ids"
-# What the longest row of `standard` may cost a state: parameters times tokens (about four seconds
+# What the longest row of `standard` may cost a state: parameters times tokens (about a second
 # in float64 on two cores), and tokens times outputs of each (256 MiB of float64).
-_MOST_WORK, _MOST_OUTPUTS = 8e10, 2**25
+_MOST_WORK, _MOST_OUTPUTS = 2e10, 2**25
 _LONGEST = 2048  # tokens of a row of `standard`
 _MOST_TOKENS = 2**15  # of a row of `thorough`
 _DECODED = 40  # tokens of a decoder behind an encoder: beyond the nearest relative positions

@@ -1,8 +1,8 @@
 """The case `inputs`: what the artifact makes of the probes, see `probes`.
 
-Errors are pooled over the inputs of the case `parity` and the probe, as far as they set what is
-allowed: a single row must not condemn a right artifact. What must not exceed it is the error on the
-probe alone.
+Errors are pooled over all inputs, those of the case `parity` and all probes, as far as they set
+what is allowed: a single row must not condemn a right artifact. What must not exceed it is the
+error on each probe.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -35,13 +35,17 @@ def judge_inputs(evidence: Evidence, allowed: Allowed) -> Iterator[Check]:
 
 
 def _check(evidence: Evidence, subject: Subject, allowed: Mapping[str, float]) -> Check:
-    shares: dict[str, float] = {}
+    compared: list[tuple[str, Sequence[OutputErrors]]] = []
     for place, probe in enumerate(evidence.probes):
         found = _errors(evidence, subject, probe, place)
         if isinstance(found, str):
             return Check("inputs", subject.name, False, f"{probe.purpose}: {found}")
-        share = _share(found, allowed)
-        shares[probe.purpose] = float(np.max([shares.get(probe.purpose, 0.0), share]))
+        compared.append((probe.purpose, found))
+    bounds = _bounds([found for _, found in compared], allowed)
+    shares: dict[str, float] = {}
+    for purpose, found in compared:
+        share = _share(found, bounds)
+        shares[purpose] = float(np.max([shares.get(purpose, 0.0), share]))
     # numpy's maximum, unlike Python's, is NaN as soon as one share is.
     worst = list(shares)[int(np.argmax(list(shares.values())))]
     return Check(
@@ -72,14 +76,25 @@ def _errors(
     )
 
 
-def _share(found: Sequence[OutputErrors], allowed: Mapping[str, float]) -> float:
-    """The largest share of what is allowed, on the probe or in `parity`, whichever is more."""
-    bounds = [max(errors.allowed, allowed.get(errors.output, 0.0)) for errors in found]
+def _bounds(
+    probes: Sequence[Sequence[OutputErrors]], allowed: Mapping[str, float]
+) -> dict[str, float]:
+    """What is allowed of each output over all inputs, those of the case `parity` among them."""
+    bounds = dict(allowed)
+    for errors in (errors for each in probes for errors in each):
+        bounds[errors.output] = max(bounds.get(errors.output, 0.0), errors.allowed)
+    return bounds
+
+
+def _share(found: Sequence[OutputErrors], bounds: Mapping[str, float]) -> float:
+    """The largest share of what is allowed that a probe's errors use."""
     return float(
         np.max(
             [
-                errors.error / bound if bound else (errors.error and np.inf)
-                for errors, bound in zip(found, bounds, strict=True)
+                errors.error / bound
+                if (bound := bounds[errors.output])
+                else errors.error and np.inf
+                for errors in found
             ]
         )
     )
