@@ -123,8 +123,11 @@ def effect_share(
 
 def _product(change: Array, effect: Array) -> float:
     """The sum of products; what is not finite counts only where there is an effect."""
-    total = float(np.vdot(change, effect))
-    return total if np.isfinite(total) else float(np.where(effect == 0, 0, change * effect).sum())
+    with np.errstate(invalid="ignore"):  # infinity times zero, infinity minus infinity
+        total = float(np.vdot(change, effect))
+        if np.isfinite(total):
+            return total
+        return float(np.where(effect == 0, 0, change * effect).sum())
 
 
 def effect_in_words(share: float, times: float, whose: str = "PyTorch's own error") -> str:

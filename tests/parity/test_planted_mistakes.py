@@ -14,6 +14,7 @@ from propulsion_export.adapters.scales import Scale
 from propulsion_export.artifacts.artifact import Artifact
 from propulsion_export.base_model.model_fingerprint import fingerprint_of_model
 from propulsion_export.cli import main
+from propulsion_export.pipeline import parity
 from propulsion_export.pipeline.onnx import export_onnx
 from propulsion_export.pipeline.parity import check_parity
 
@@ -127,6 +128,24 @@ def test_outputs_of_nan_fail(folded, tmp_path):
     report = check_parity(directory)
 
     assert failed_cases(report) == {"parity", "effect", "padding", "inputs"}
+
+
+def test_infinities_of_both_signs_fail_without_a_warning(folded, monkeypatch):
+    right = parity.open_candidate
+
+    def opened(*arguments, **options):
+        run = right(*arguments, **options)
+
+        def infinite(feeds):
+            found = {name: values.copy() for name, values in run(feeds).items()}
+            found["logits"][-1] = [np.inf, -np.inf, np.inf]
+            return found
+
+        return infinite
+
+    monkeypatch.setattr(parity, "open_candidate", opened)
+
+    assert failed_cases(check_parity(folded)) == {"parity", "effect", "padding", "inputs"}
 
 
 def test_classes_named_in_another_order_fail(switchable, tmp_path):
