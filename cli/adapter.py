@@ -105,7 +105,7 @@ def _print_adapters(console: Console, changed: "Artifact") -> None:
     if changed.manifest.mode == "bank":
         count = len(changed.open_bank())
         noun = "adapter" if count == 1 else "adapters"
-        console.result({"count": count}, f"{changed.directory}: {count:,} {noun}")
+        console.result({"count": count}, f"{changed.shown}: {count:,} {noun}")
         return
     names = sorted(changed.manifest.adapters)
-    console.result({"adapters": names}, f"{changed.directory}: {', '.join(names)}")
+    console.result({"adapters": names}, f"{changed.shown}: {', '.join(names)}")

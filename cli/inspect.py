@@ -33,7 +33,7 @@ def command(console: Console, path: Path) -> None:
         value = json.loads(artifact.manifest.to_json())
         del value["base"]["fingerprint"], value["files"]
         if TASKS[artifact.manifest.task].generates:
-            settings = GenerationSettings.read(path)
+            settings = GenerationSettings.read(artifact.directory)
             value["generation"] = {
                 "applied": settings.applied(),
                 "not_applied": settings.not_applied(),

@@ -28,7 +28,7 @@ from propulsion_export.adapters.peft_directory import (
 from propulsion_export.adapters.scales import Array, Scale
 from propulsion_export.base_model.fingerprint import Fingerprint
 from propulsion_export.base_model.tasks import TASKS, TaskName, task_of_peft
-from propulsion_export.environment.paths import user_path
+from propulsion_export.environment.paths import real_directory, user_path
 from propulsion_export.errors import AdapterError
 
 
@@ -50,6 +50,8 @@ class Adapter:
         model_settings: what training changed in the base model's config.json, such as
             `pad_token_id`, and the `problem_type` of its head.
         tokenizer_settings: what it changed in tokenizer_config.json, such as `pad_token`.
+        source: the directory that it was read from, absolute and through no link, so that all else
+            that is in it is read from there too; empty for one that was not read.
     """
 
     name: str
@@ -63,6 +65,7 @@ class Adapter:
     labels: tuple[str, ...] | None = None
     model_settings: Mapping[str, Any] = field(default_factory=dict)
     tokenizer_settings: Mapping[str, Any] = field(default_factory=dict)
+    source: str = field(default="", compare=False)
 
     @property
     def size(self) -> int:
@@ -98,7 +101,8 @@ class Adapter:
                 adapter is of another method, or only a pickle.
         """
         directory = user_path(directory)
-        found = read_peft_directory(directory)
+        real = real_directory(directory)
+        found = read_peft_directory(real)
         return cls(
             name=name or name_of(directory),
             scales=found.scales,
@@ -111,6 +115,7 @@ class Adapter:
             labels=found.labels,
             model_settings=found.model_settings,
             tokenizer_settings=found.tokenizer_settings,
+            source=str(real.absolute()),
         )
 
     def write(self, directory: Path) -> None:

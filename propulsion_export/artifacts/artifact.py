@@ -7,7 +7,7 @@ import fnmatch
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from propulsion_export.adapters.names import BASE_NAME
 from propulsion_export.artifacts.bank import Bank, check_row, is_bank_file
+from propulsion_export.artifacts.bound_directory import find_directory
 from propulsion_export.artifacts.file_names import (
     ADAPTERS,
     BASE_FEEDS,
@@ -70,30 +71,46 @@ Runner = Callable[[Tensors], Tensors]
 
 @dataclass(frozen=True)
 class Artifact:
-    """A directory and its checked manifest."""
+    """A directory and its checked manifest.
+
+    Attributes:
+        directory: where it is; links to it were followed when it was read.
+        manifest: what is in it.
+        given: the path that the user gave, where that leads through a link; see `shown`.
+    """
 
     directory: Path
     manifest: Manifest
+    given: Path | None = field(default=None, compare=False)
 
     @classmethod
-    def read(cls, directory: Path | str) -> Self:
+    def read(cls, directory: Path | str, *, shown: Path | None = None) -> Self:
         """Read and verify an artifact, including the digests of all its files.
+
+        Links to the directory are followed once: what is read of the artifact later is read from
+        the same directory.
+
+        Args:
+            directory: the artifact's.
+            shown: the path that messages name it by; default: `directory`.
 
         Raises:
             ArtifactError: there is no manifest; it is damaged, of another schema version or holds
                 an unknown value; a path leads out of the directory; a file is missing or changed.
         """
-        directory = user_path(directory)
+        given = shown or user_path(directory)
+        directory = find_directory(directory)
         file = directory / MANIFEST_FILE
         if not os.path.isfile(file):  # noqa: PTH113 - never raises, whatever the path
             check_permission(directory, ArtifactError)
             raise ArtifactError(
-                f"{directory}: has no {MANIFEST_FILE}, expected a directory written by "
+                f"{given}: has no {MANIFEST_FILE}, expected a directory written by "
                 "`propulsion-export merge`, `onnx` or `trt`"
             )
-        manifest = read_manifest(file)
-        _check_files(directory, manifest)
-        return cls(directory, manifest)
+        manifest = read_manifest(file, shown=given / MANIFEST_FILE)
+        artifact = cls(directory, manifest, None if given == directory else given)
+        _check_files(artifact)
+        return artifact
 
     @classmethod
     def write(
@@ -126,7 +143,12 @@ class Artifact:
 
     def at(self, directory: Path | str) -> Self:
         """The same artifact after its directory was moved to `directory`."""
-        return replace(self, directory=user_path(directory))
+        return replace(self, directory=user_path(directory), given=None)
+
+    @property
+    def shown(self) -> Path:
+        """The directory as messages name it: by the path that the user gave."""
+        return self.given or self.directory
 
     @property
     def path(self) -> Path:
@@ -179,7 +201,7 @@ class Artifact:
         file = BASE_FEEDS if name == BASE_NAME else self.manifest.adapters[name].file
         if file not in self.manifest.files:
             raise ArtifactError(
-                f"{self.directory / MANIFEST_FILE}: files has no {file}, expected the packed "
+                f"{self.shown / MANIFEST_FILE}: files has no {file}, expected the packed "
                 f"inputs of {name!r}",
                 remedy="Export again.",
             )
@@ -189,7 +211,7 @@ class Artifact:
             # safetensors raises the last three for a dtype that numpy does not have.
             check_permission(self.directory / file, ArtifactError)
             raise ArtifactError(
-                f"{self.directory / file}: the packed inputs cannot be read ({error})",
+                f"{self.shown / file}: the packed inputs cannot be read ({error})",
                 remedy="Copy the whole directory again, or export again.",
             ) from error
 
@@ -205,7 +227,7 @@ class Artifact:
         if unknown and folded:
             raise UnknownAdapterError(
                 *(
-                    f"{self.directory}: has the adapter {known[0]!r} folded in, expected no other, "
+                    f"{self.shown}: has the adapter {known[0]!r} folded in, expected no other, "
                     f"got {name!r}"
                     for name in unknown
                 ),
@@ -213,12 +235,12 @@ class Artifact:
             )
         if unknown:
             remedy = "" if self.manifest.mode == "folded" else ADD_ONE
-            raise unknown_adapters(self.directory, unknown, known, remedy=remedy)
+            raise unknown_adapters(self.shown, unknown, known, remedy=remedy)
 
     def with_manifest(self, manifest: Manifest) -> Self:
         """Replace the manifest on disk, atomically; no file is hashed again."""
         replace_file(self.directory / MANIFEST_FILE, manifest.to_json().encode())
-        return type(self)(self.directory, manifest)
+        return replace(self, manifest=manifest)
 
 
 def digest_of(file: Path) -> str:
@@ -227,10 +249,11 @@ def digest_of(file: Path) -> str:
         return f"sha256:{hashlib.file_digest(content, 'sha256').hexdigest()}"
 
 
-def _check_files(directory: Path, manifest: Manifest) -> None:
+def _check_files(artifact: Artifact) -> None:
+    directory, manifest, shown = artifact.directory, artifact.manifest, artifact.shown
     named = [*manifest.files, *(e.file for e in manifest.adapters.values() if e.file)]
     escaping = [
-        f"{directory / MANIFEST_FILE}: the path {name!r} leads out of the directory"
+        f"{shown / MANIFEST_FILE}: the path {name!r} leads out of the directory"
         for name in named
         if not leads_inside(directory, name)
     ]
@@ -243,15 +266,15 @@ def _check_files(directory: Path, manifest: Manifest) -> None:
     missing = [name for name in dict.fromkeys(named) if not (directory / name).is_file()]
     if unrecorded or missing:
         raise ArtifactError(
-            *(f"{directory / name}: is missing" for name in missing),
-            *(f"{directory / name}: has no digest in the manifest" for name in unrecorded),
+            *(f"{shown / name}: is missing" for name in missing),
+            *(f"{shown / name}: has no digest in the manifest" for name in unrecorded),
             remedy="Copy the whole directory again, or export again.",
         )
     files = [directory / name for name in manifest.files]
     in_bank = sorted((directory / ADAPTERS).glob("*")) if manifest.mode == "bank" else []
     refuse_pointers([*files, *in_bank], ArtifactError)
     changed = [
-        f"{directory / name}: its content is not what the manifest recorded"
+        f"{shown / name}: its content is not what the manifest recorded"
         for name, digest in manifest.files.items()
         if digest_of(directory / name) != digest
     ]

@@ -1,5 +1,7 @@
 """Add, remove and compact the adapters of a switchable artifact or of a bank."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,8 +14,9 @@ from propulsion_export.adapters.own_tokenizer import check_tokenizer
 from propulsion_export.adapters.provenance import check_base
 from propulsion_export.adapters.sentence_source import check_sentence_pipeline
 from propulsion_export.adapters.settings import check_settings, problem_type_of
-from propulsion_export.adapters.specification import check_identity, read_adapters, source_of
+from propulsion_export.adapters.specification import check_identity, read_adapters
 from propulsion_export.artifacts.artifact import Artifact, Tensors, digest_of
+from propulsion_export.artifacts.bound_directory import BoundDirectory
 from propulsion_export.artifacts.consistency import check_consistent
 from propulsion_export.artifacts.file_names import (
     ADAPTERS,
@@ -39,7 +42,6 @@ from propulsion_export.base_model.config import read_settings
 from propulsion_export.base_model.settings import read_tokenizer_settings
 from propulsion_export.base_model.tasks import TASKS
 from propulsion_export.environment.hub_files import cached_repository
-from propulsion_export.environment.paths import user_path
 from propulsion_export.errors import (
     AdapterError,
     ArtifactError,
@@ -47,26 +49,29 @@ from propulsion_export.errors import (
     unknown_adapters,
 )
 
+Place = Path | str | BoundDirectory  # a directory, or one that was found before
+
 
 def add_adapter(
-    artifact: Path | str, adapter: str | Path, *, allow_range: bool = False, force: bool = False
+    artifact: Place, adapter: str | Path, *, allow_range: bool = False, force: bool = False
 ) -> Artifact:
     """Add an adapter, `NAME=DIR` or a directory, to a switchable artifact or a bank.
 
     The artifact is complete at every moment, and processes change it one at a time. Adding to a
-    bank takes the same time however many adapters it has.
+    bank takes the same time however many adapters it has. Links are followed once: the directory
+    that `artifact` leads to at the start is the one that changes, or none.
 
     Raises:
         ArtifactError: the artifact's adapters cannot change.
         AdapterError: the adapter has a tensor that the graph has no input for.
         BaseModelError: the adapter was trained on another base model.
-        UsageError: there is an adapter of that name and `force` is off.
+        UsageError: there is an adapter of that name and `force` is off; or the path leads to
+            another directory now.
     """
     (new,) = read_adapters([adapter])
     check_identity(new)
-    source = source_of(adapter)
-    with exclusive_lock(artifact):
-        read = _read_changeable(artifact)
+    source = new.source
+    with _changeable(artifact) as read:
         check_sentence_pipeline(str(read.directory), read.manifest.task, source)
         check_tokenizer(new.name, Path(source), read.directory)
         check_task(read.manifest, new)
@@ -76,7 +81,7 @@ def add_adapter(
         return _put(read, new.name, feeds, entry, force=force)
 
 
-def put_adapter(artifact: Path | str, new: Adapter, source: str) -> Artifact:
+def put_adapter(artifact: Place, new: Adapter, source: str) -> Artifact:
     """Add an adapter that has been read already, whatever its task and the range of its scales.
 
     What else lies in its directory, a tokenizer for example, is not looked at.
@@ -89,8 +94,7 @@ def put_adapter(artifact: Path | str, new: Adapter, source: str) -> Artifact:
     Raises:
         ArtifactError, AdapterError, BaseModelError, UsageError: as for `add_adapter`.
     """
-    with exclusive_lock(artifact):
-        read = _read_changeable(artifact)
+    with _changeable(artifact) as read:
         feeds = _fitted(read, new, allow_range=True)
         return _put(read, new.name, feeds, _entry(read.manifest, new, source), force=False)
 
@@ -193,7 +197,7 @@ def _add(
     replaced = read.manifest.adapters.get(name)
     if replaced is not None and not force:
         raise UsageError(
-            f"{read.directory}: has an adapter {name!r} already",
+            f"{read.shown}: has an adapter {name!r} already",
             remedy="Choose another name, or replace it with --force.",
         )
     file = f"{ADAPTERS}/{name}.safetensors"
@@ -214,34 +218,34 @@ def _add(
         raise
 
 
-def remove_adapter(artifact: Path | str, name: str) -> Artifact:
+def remove_adapter(artifact: Place, name: str) -> Artifact:
     """Remove an adapter from a switchable artifact or a bank.
 
     Raises:
         ArtifactError: the artifact's adapters cannot change.
         UnknownAdapterError: the artifact has no adapter of that name.
-        UsageError: it is the base model, or the only adapter of a switchable artifact.
+        UsageError: it is the base model, or the only adapter of a switchable artifact; or the path
+            leads to another directory now.
     """
+    place = _place(artifact)
     if name == BASE_NAME:
-        raise UsageError(f"{artifact}: {name!r} is the base model, which cannot be removed")
-    with exclusive_lock(artifact):
-        read = _read_changeable(artifact)
+        raise UsageError(f"{place.given}: {name!r} is the base model, which cannot be removed")
+    with _changeable(place) as read:
         if read.manifest.mode == "bank":
             read.open_bank().remove(name)
             return read
         return _remove(read, name)
 
 
-def compact_bank(artifact: Path | str) -> int:
+def compact_bank(artifact: Place) -> int:
     """Free the disk space of a bank's removed and replaced adapters; returns the bytes freed.
 
     Raises:
         ArtifactError: the artifact is not a bank.
     """
-    with exclusive_lock(artifact):
-        read = _read_changeable(artifact)
+    with _changeable(artifact) as read:
         if read.manifest.mode != "bank":
-            raise ArtifactError(f"{artifact}: is {read.manifest.mode}, expected a bank")
+            raise ArtifactError(f"{read.shown}: is {read.manifest.mode}, expected a bank")
         bank = read.open_bank()
         before = bank.find_file().stat().st_size
         bank.compact()
@@ -251,9 +255,9 @@ def compact_bank(artifact: Path | str) -> int:
 def _remove(read: Artifact, name: str) -> Artifact:
     entries = dict(read.manifest.adapters)
     if name not in entries:
-        raise unknown_adapters(read.directory, [name], sorted(entries))
+        raise unknown_adapters(read.shown, [name], sorted(entries))
     if len(entries) == 1:
-        raise UsageError(f"{read.directory}: {name!r} is its only adapter, which cannot be removed")
+        raise UsageError(f"{read.shown}: {name!r} is its only adapter, which cannot be removed")
     del entries[name]
     return _commit(read, replace(read.manifest, adapters=entries))
 
@@ -271,14 +275,28 @@ def _commit(before: Artifact, manifest: Manifest) -> Artifact:
     return after
 
 
-def _read_changeable(artifact: Path | str) -> Artifact:
-    if cached_repository(user_path(artifact)) is not None:
+def _place(artifact: Place) -> BoundDirectory:
+    return artifact if isinstance(artifact, BoundDirectory) else BoundDirectory(artifact)
+
+
+@contextmanager
+def _changeable(artifact: Place) -> Iterator[Artifact]:
+    """The artifact, locked until its change is done."""
+    place = _place(artifact)
+    with exclusive_lock(place.path):
+        place.check_followed()
+        yield _read_changeable(place)
+
+
+def _read_changeable(place: BoundDirectory) -> Artifact:
+    artifact = place.given
+    if cached_repository(place.path) is not None:
         raise ArtifactError(
             f"{artifact}: lies in a hub's cache, whose files other revisions share, expected a "
             "directory of its own to change",
             remedy="Copy it, with the files behind its links, and change the copy.",
         )
-    read = Artifact.read(artifact)
+    read = Artifact.read(place.path, shown=place.given)
     if read.manifest.mode == "folded":
         raise ArtifactError(
             f"{artifact}: is folded, expected a switchable artifact or a bank",

@@ -195,38 +195,39 @@ class Manifest:
         return json.dumps(value, indent=2) + "\n"
 
 
-def read_manifest(file: Path) -> Manifest:
-    """Read and check a manifest.
+def read_manifest(file: Path, *, shown: Path | None = None) -> Manifest:
+    """Read and check a manifest; messages name it `shown`, by default `file`.
 
     Raises:
         ArtifactError: it is damaged, of another schema version, or contradicts itself.
     """
+    where = shown or file
     refuse_pointers([file], ArtifactError)
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ArtifactError(f"{file}: cannot be read ({error.strerror})") from error
+        raise ArtifactError(f"{where}: cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"{file}: is not valid JSON ({error})") from error
+        raise ArtifactError(f"{where}: is not valid JSON ({error})") from error
     if isinstance(value, dict) and value.get("kind") == "triton":
         raise ArtifactError(
-            f"{file.parent}: is a package for Triton, expected an artifact",
+            f"{where.parent}: is a package for Triton, expected an artifact",
             remedy="Use the artifact that it was made from, and package that again.",
         )
     version = value.get("schema_version") if isinstance(value, dict) else None
     if type(version) is not int or version != SCHEMA_VERSION:  # True equals 1 too
         newer = isinstance(version, int) and version > SCHEMA_VERSION
         raise ArtifactError(
-            f"{file}: schema_version is {version!r}, expected {SCHEMA_VERSION}",
+            f"{where}: schema_version is {version!r}, expected {SCHEMA_VERSION}",
             remedy="Upgrade propulsion-export to read it." if newer else "Export it again.",
         )
     del value["schema_version"]
     try:
         manifest = typing.cast(Manifest, convert(Manifest, value, "manifest"))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ArtifactError(f"{file}: {error}") from error
+        raise ArtifactError(f"{where}: {error}") from error
     if findings := [*_impossible_values(manifest), *_misplaced_slots(manifest)]:
-        raise ArtifactError(*(f"{file}: {finding}" for finding in findings))
+        raise ArtifactError(*(f"{where}: {finding}" for finding in findings))
     return manifest
 
 

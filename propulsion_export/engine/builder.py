@@ -81,7 +81,7 @@ def write_engine(
     """
     if artifact.manifest.kind != "onnx":
         raise ArtifactError(
-            f"{artifact.directory}: is a {artifact.manifest.kind} artifact, expected onnx"
+            f"{artifact.shown}: is a {artifact.manifest.kind} artifact, expected onnx"
         )
     check_exporter(artifact)
     _check_one_graph(artifact)

@@ -17,7 +17,7 @@ def check_exporter(artifact: Artifact) -> None:
     if manifest.exporter == "genai":
         form = " --quantization-form qdq" if manifest.quantization else ""
         raise ArtifactError(
-            f"{artifact.directory}: is a graph of onnxruntime-genai's builder, with operators of "
+            f"{artifact.shown}: is a graph of onnxruntime-genai's builder, with operators of "
             "ONNX Runtime (GroupQueryAttention) that TensorRT lacks",
             remedy=f"Export with --exporter transformers{form}.",
         )

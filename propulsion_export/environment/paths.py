@@ -1,4 +1,4 @@
-"""The paths that a user writes."""
+"""The paths that a user writes, and the directories that they lead to."""
 
 import os
 from pathlib import Path
@@ -27,3 +27,20 @@ def user_path(path: Path | str) -> Path:
             f"{path}: this machine knows no home directory {written.parts[0]}, expected one, or a "
             f"path such as ./{path}"
         ) from error
+
+
+def real_directory(path: Path | str) -> Path:
+    """The directory that a path leads to now, whatever its links lead to later.
+
+    A relative path that goes through no link stays as the user wrote it.
+
+    Raises:
+        UsageError: see `user_path`.
+    """
+    written = user_path(path)
+    try:
+        real = os.path.realpath(written)
+    except ValueError:  # a zero byte: whoever reads it says what is wrong
+        return written
+    kept = not written.is_absolute() and real == os.path.abspath(written)  # noqa: PTH100
+    return written if kept else Path(real)

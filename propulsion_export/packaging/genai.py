@@ -160,7 +160,7 @@ def _check_fits(artifact: Artifact) -> None:
         remedy = "Export with --dtype float32 or float16."
     else:
         return
-    raise UsageError(f"{artifact.directory}: {found}", remedy=remedy)
+    raise UsageError(f"{artifact.shown}: {found}", remedy=remedy)
 
 
 def _tokens(special: SpecialTokens) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def check_has_adapter_files(artifact: Artifact) -> None:
         remedy = "Export with --dtype float32 or float16."
     else:
         return
-    raise UsageError(f"{artifact.directory}: {found}", remedy=remedy)
+    raise UsageError(f"{artifact.shown}: {found}", remedy=remedy)
 
 
 def write_onnx_adapter(file: Path, feeds: Tensors, *, adapter: str, base: str) -> None:

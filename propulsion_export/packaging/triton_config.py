@@ -156,7 +156,7 @@ def _check_servable(artifact: Artifact) -> None:
         remedy = "Build with `propulsion-export trt --bank constant`."
     else:
         return
-    raise UsageError(f"{artifact.directory}: {found}", remedy=remedy)
+    raise UsageError(f"{artifact.shown}: {found}", remedy=remedy)
 
 
 def _rows_of_engine(directory: Path, engine: EngineEntry, requested: int | None) -> int:

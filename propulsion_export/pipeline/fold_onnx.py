@@ -9,7 +9,7 @@ from typing import Literal
 from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.adapters.provenance import check_base
 from propulsion_export.adapters.settings import problem_type_of
-from propulsion_export.adapters.specification import check_identity, read_adapters, source_of
+from propulsion_export.adapters.specification import check_identity, read_adapters
 from propulsion_export.artifacts.artifact import Artifact
 from propulsion_export.artifacts.changing import check_head, check_task
 from propulsion_export.artifacts.consistency import check_consistent
@@ -87,7 +87,7 @@ def fold_onnx(
         raise UsageError("--from: no adapter is given, expected one or more with -a")
     for read in adapters:
         check_identity(read)
-    sources = {read.name: source_of(each) for read, each in zip(adapters, adapter, strict=True)}
+    sources = {read.name: read.source for read in adapters}
     places = _places(output, list(sources))
     inputs = (*sources.values(), str(from_artifact))
     for place in places.values():
@@ -202,7 +202,7 @@ def _check_source(artifact: Artifact) -> None:
     Raises:
         ArtifactError: naming what it is.
     """
-    manifest, where = artifact.manifest, f"--from {artifact.directory}"
+    manifest, where = artifact.manifest, f"--from {artifact.shown}"
     expected = "expected an ONNX artifact that is switchable, or folded without an adapter"
     remedy = "Export one: propulsion-export onnx -m MODEL --mode switchable -o DIR"
     if manifest.kind == "merged":
@@ -232,7 +232,7 @@ def _check_engine(artifact: Artifact) -> None:
     else:
         return
     raise ArtifactError(
-        f"--for tensorrt: {artifact.directory} has {found}, which TensorRT does not take",
+        f"--for tensorrt: {artifact.shown} has {found}, which TensorRT does not take",
         remedy=f"Export the source with {option}.",
     )
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.adapters.provenance import base_source
-from propulsion_export.adapters.specification import check_identity, read_adapters, source_of
+from propulsion_export.adapters.specification import check_identity, read_adapters
 from propulsion_export.artifacts.artifact import Artifact
 from propulsion_export.artifacts.file_names import MANIFEST_FILE
 from propulsion_export.artifacts.merged_base import check_not_merged
@@ -118,7 +118,7 @@ def merge_adapters(
     shard_size = None if options.max_shard_size is None else parse_size(options.max_shard_size)
     read = read_adapters(adapters)
     source = base_source(options.model, read)
-    inputs = (*map(source_of, adapters), source)
+    inputs = (*(one.source for one in read), source)
     several = len(read) > 1
     check_replaceable(
         output,
@@ -131,10 +131,7 @@ def merge_adapters(
     for adapter in read:
         check_identity(adapter)
     check_not_merged(source, read)
-    directories = {one.name: source_of(given) for one, given in zip(read, adapters, strict=True)}
-    prepared = {
-        one.name: _prepare(_request(source, one, directories[one.name], options)) for one in read
-    }
+    prepared = {one.name: _prepare(_request(source, one, options)) for one in read}
     size = sum(one.size for one in read)
     note = next(iter(prepared.values())).note
     progress(0.1, f"folding {size:,} scales into {source}{note}")
@@ -152,11 +149,11 @@ def merge_adapters(
     return [artifact.at(output / name if several else output) for name, artifact in artifacts]
 
 
-def _request(source: str, adapter: Adapter, directory: str, options: MergeOptions) -> MergeRequest:
+def _request(source: str, adapter: Adapter, options: MergeOptions) -> MergeRequest:
     return MergeRequest(
         source=source,
         adapter=adapter,
-        directory=directory,
+        directory=adapter.source,
         task=options.task,
         dtype=None if options.dtype == "keep" else NAMES[numpy_dtype(options.dtype)],
         untie=options.untie,

@@ -7,7 +7,7 @@ from pathlib import Path
 from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.adapters.own_template import own_template
 from propulsion_export.adapters.provenance import base_source, check_base
-from propulsion_export.adapters.specification import check_identity, read_adapters, source_of
+from propulsion_export.adapters.specification import check_identity, read_adapters
 from propulsion_export.artifacts.merged_base import check_not_merged
 from propulsion_export.artifacts.staged_file import check_replaceable_output, staged_file
 from propulsion_export.base_model.fingerprint import Fingerprint
@@ -60,18 +60,18 @@ def merge_gguf(
     (read,) = read_adapters([adapter])
     source = base_source(model, [read])
     file = _file(source, output)
-    inputs = (source_of(adapter), file)
+    inputs = (read.source, file)
     check_replaceable_output(output, is_ours=_is_merged, force=force, inputs=inputs)
     check_identity(read)
     check_not_merged(source, [read])
     _check_task(read)
     header = read_header(file)
-    check_tokens(read, Path(source_of(adapter)), header)
+    check_tokens(read, Path(read.source), header)
     parameters = Parameters.of(header)
     plan = plan_merge(parameters, read, untie=untie)
     found = _check_base(parameters, read)
     keys = dict(keys_with(header, _record(read, source, found)))
-    keys |= _template(header, Path(source_of(adapter)))
+    keys |= _template(header, Path(read.source))
     progress(0.0, f"folding {read.size:,} scales into {file}")
     writer = Writer(header, plan, keys, allow_range, progress)
     with staged_file(output, is_ours=_is_merged, force=force, inputs=inputs) as target:

@@ -182,7 +182,7 @@ def export_modes(
     places.check()
     check_not_merged(source, adapters)
     progress(0.05, f"loading {source}")
-    texts = _find_texts(source, adapter, adapters, options)
+    texts = _find_texts(source, adapters, options)
     prepared = {
         kind: prepare_base(source, texts, adapters, kind, options.slots)
         for kind in dict.fromkeys(map(_kind, modes))
@@ -196,7 +196,7 @@ def export_modes(
         chosen(each, produced[each].exporter, produced[each].reason)
     reasons = dict.fromkeys(f"{made.exporter}: {made.reason}" for made in produced.values())
     progress(0.8, f"writing {output}, the graph of {', '.join(reasons)}")
-    exported = Exported(source, adapters, adapter, texts, name, scheme, options.execution_provider)
+    exported = Exported(source, adapters, texts, name, scheme, options.execution_provider)
     with places.staged() as staged:
         written = {
             mode: write_artifact(exported, prepared[_kind(mode)], produced[mode], directory)
@@ -234,15 +234,13 @@ def _read(
 
 def _find_texts(
     source: str,
-    specifications: Sequence[str | Path],
     adapters: Sequence[Adapter],
     options: OnnxOptions,
 ) -> TextFiles:
     trusted = options.trust_remote_code
     config = read_config(source, trust_remote_code=trusted)
     task = resolve_task(options.task, config.architectures or (), adapter_tasks(adapters))
-    names = (read.name for read in adapters)
-    directories = dict(zip(names, map(source_of, specifications), strict=True))
+    directories = {read.name: read.source for read in adapters}
     return TextFiles.find(source, task, directories, trust_remote_code=trusted)
 
 

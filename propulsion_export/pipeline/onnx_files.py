@@ -6,7 +6,6 @@ from pathlib import Path
 
 from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.adapters.names import BASE_NAME
-from propulsion_export.adapters.specification import source_of
 from propulsion_export.artifacts.artifact import Artifact
 from propulsion_export.artifacts.bank import Bank
 from propulsion_export.artifacts.file_names import ADAPTERS, GRAPH_FILE
@@ -43,7 +42,6 @@ class Exported:
     Attributes:
         source: the base model as it was named.
         adapters: the exported adapters.
-        specifications: what each of them was given as.
         texts: the tokenizer and its files.
         dtype: of weights that are not quantised, and of activations.
         scheme: how weights are quantised; None if they are not.
@@ -52,7 +50,6 @@ class Exported:
 
     source: str
     adapters: Sequence[Adapter]
-    specifications: Sequence[str | Path]
     texts: TextFiles
     dtype: Dtype
     scheme: QuantizationEntry | None
@@ -93,29 +90,28 @@ def _adapter_entries(
     room = base.room if base.own_head else None
     classes = [labels_in(read, graphs.layout, labels, room) for read in adapters]
     problem_types = prepared.settled.adapters
-    entries = _entries(adapters, exported.specifications, graphs.mode, classes, problem_types)
+    entries = _entries(adapters, graphs.mode, classes, problem_types)
     templates = {name: exported.texts.template_of(name, graphs.mode) for name in entries}
     return {name: replace(entry, chat_template=templates[name]) for name, entry in entries.items()}
 
 
 def _entries(
     adapters: Sequence[Adapter],
-    specifications: Sequence[str | Path],
     mode: Mode,
     classes: Sequence[tuple[str, ...] | None],
     problem_types: Sequence[ProblemType | None],
 ) -> dict[str, AdapterEntry]:
-    each = zip(adapters, specifications, classes, problem_types, strict=True)
+    each = zip(adapters, classes, problem_types, strict=True)
     return {
         read.name: AdapterEntry(
             digest=read.digest,
-            source=source_of(specification),
+            source=read.source,
             size=read.size,
             file=f"{ADAPTERS}/{read.name}.safetensors" if mode == "switchable" else None,
             labels=labels,
             problem_type=problem_type,
         )
-        for read, specification, labels, problem_type in each
+        for read, labels, problem_type in each
     }
 
 

@@ -175,7 +175,7 @@ def _check_numbers(artifact: Artifact, replies: Sequence[Reply]) -> None:
     if lost:
         raise ArtifactError(
             *(
-                f"{artifact.directory}: computes NaN with {reply.adapter!r} for text {number}"
+                f"{artifact.shown}: computes NaN with {reply.adapter!r} for text {number}"
                 f"{_lost_at(reply)}"
                 for number, reply in lost
             ),

@@ -1,7 +1,7 @@
 """A loaded artifact's model: inputs and adapters of a request in, one reply per row out."""
 
-import threading
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from propulsion_export.base_model.rope_switch import rope_switches
 from propulsion_export.base_model.tasks import TASKS
 from propulsion_export.base_model.tokenizer.words import joined
 from propulsion_export.data.messages import Conversation
-from propulsion_export.errors import UsageError
+from propulsion_export.errors import PropulsionExportError, UsageError
 from propulsion_export.runners.decoding import recomputing
 from propulsion_export.runners.opening import open_candidate
 from propulsion_export.serving.generation import Prompt, Settings, Writer, open_writer
@@ -58,12 +58,16 @@ class Reply:
 class LoadedModel:
     """A model in its runtime; any number of threads may use it at the same time.
 
+    All that it ever needs of the artifact's files is read now. What keeps it from reading texts is
+    raised by the first text, because tensors need no tokenizer.
+
     Args:
         artifact: a checked artifact.
         runner: the runtime, never `auto`.
         trust_remote_code: run code that a merged checkpoint brings.
 
     Raises:
+        ArtifactError: a configuration file is damaged.
         UnavailableError: this machine cannot run it.
     """
 
@@ -72,14 +76,18 @@ class LoadedModel:
         self._config = read_settings(artifact.directory)
         self._extras = {extra.name: extra for extra in extra_inputs(as_config(self._config))}
         self._candidate = open_candidate(artifact, runner, trust_remote_code=trust_remote_code)
-        self._text: Reader | Writer | None = None
-        self._opening = threading.Lock()
+        self._not_applied: dict[str, Any] = {}
+        if not callable(self._candidate):
+            self._not_applied = GenerationSettings.read(artifact.directory).not_applied()
+        self._text: Reader | Writer | Exception
+        try:
+            self._text = self._open_text()
+        except (PropulsionExportError, ImportError) as error:
+            self._text = error.with_traceback(None)
 
     def settings_not_applied(self) -> dict[str, Any]:
         """See `Session.settings_not_applied`."""
-        if callable(self._candidate):
-            return {}
-        return GenerationSettings.read(self._artifact.directory).not_applied()
+        return dict(self._not_applied)
 
     def checked(self, inputs: Tensors) -> Tensors:
         """The model's own inputs as it takes them.
@@ -137,7 +145,7 @@ class LoadedModel:
             UsageError: there is no tokenizer, or a text cannot be a prompt.
             UnavailableError: the tokenizer needs a package that is not installed.
         """
-        text = self._open_text()
+        text = self._opened_text()
         if isinstance(text, Reader):
             return [self._read(text, texts, contexts, group) for group in groups]
         # All are encoded first: one that cannot be a prompt is refused before any is answered.
@@ -156,7 +164,7 @@ class LoadedModel:
             UsageError: see `Writer.encode_chat`; or there is no tokenizer.
             UnavailableError: the tokenizer or jinja2 needs a package that is not installed.
         """
-        writer = self._open_text()
+        writer = self._opened_text()
         assert isinstance(writer, Writer)  # `conversations_in` has checked the task
         prompts = {
             row: writer.encode_chat(conversations[row], row, choice.chat_template)
@@ -191,17 +199,14 @@ class LoadedModel:
         ]
 
     def _open_text(self) -> Reader | Writer:
-        """The reader or writer, opened when the first text comes: tensors need no tokenizer."""
-        with self._opening:
-            if self._text is None:
-                model = self._candidate
-                artifact = self._artifact
-                self._text = (
-                    open_reader(artifact, model)
-                    if callable(model)
-                    else open_writer(artifact, model)
-                )
-            return self._text
+        if callable(self._candidate):
+            return open_reader(self._artifact, self._candidate)
+        return open_writer(self._artifact, self._candidate)
+
+    def _opened_text(self) -> Reader | Writer:
+        if isinstance(self._text, Exception):
+            raise copy(self._text) from self._text  # threads may raise it at the same time
+        return self._text
 
     def _reply(
         self, choice: Choice, outputs: Tensors, prediction: Mapping[str, Any] | None = None

@@ -6,6 +6,7 @@ replaced or removed meanwhile.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Protocol, Self
 
 import numpy as np
@@ -223,6 +224,27 @@ def _choice_of(name: str, entry: AdapterEntry) -> Choice:
     return Choice(name, entry.digest, entry.labels, entry.problem_type, entry.chat_template)
 
 
+def check_same_model(loaded: Artifact, directory: Path, manifest: Manifest) -> None:
+    """Refuse an artifact of another model, whose adapters the loaded graph cannot compute with.
+
+    Args:
+        loaded: the artifact whose graph was loaded.
+        directory: the other artifact's, or the same one as it is now.
+        manifest: the other artifact's.
+
+    Raises:
+        ArtifactError: more than the adapters is different.
+    """
+    if _model_of(manifest) == _model_of(loaded.manifest):
+        return
+    found = "has become another model since it was loaded"
+    if directory != loaded.directory:
+        found = f"is another model than {loaded.directory}, which was loaded"
+    raise ArtifactError(
+        f"{directory}: {found}, expected other adapters at most", remedy="Load it again."
+    )
+
+
 def _read_again(artifact: Artifact, before: Roster | None) -> Artifact:
     """The artifact as it is on disk now, read only if it has changed since `artifact`.
 
@@ -231,12 +253,7 @@ def _read_again(artifact: Artifact, before: Roster | None) -> Artifact:
     """
     manifest = _manifest_of(artifact)
     loaded = artifact if before is None else before.artifact
-    if _model_of(manifest) != _model_of(loaded.manifest):
-        raise ArtifactError(
-            f"{artifact.directory}: has become another model since it was loaded, expected other "
-            "adapters at most",
-            remedy="Load it again.",
-        )
+    check_same_model(loaded, artifact.directory, manifest)
     return artifact if manifest == artifact.manifest else Artifact.read(artifact.directory)
 
 

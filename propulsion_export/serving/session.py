@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from propulsion_export.artifacts.artifact import Artifact
+from propulsion_export.artifacts.bound_directory import BoundDirectory, deleted
 from propulsion_export.artifacts.changing import add_adapter, remove_adapter
 from propulsion_export.artifacts.consistency import check_consistent
 from propulsion_export.artifacts.locking import shared_lock
@@ -29,6 +30,7 @@ from propulsion_export.serving.roster import (
     Group,
     PackedRoster,
     Roster,
+    check_same_model,
 )
 
 _ROWS = 32  # most rows of a batch: what an engine takes by default
@@ -42,6 +44,10 @@ class Session:
     process added is found when a request names it; all other changes by others are seen after
     `refresh`.
 
+    A session is bound to the directory that its path leads to when it is opened. All that it needs
+    of it but the adapters is read then; a link that is repointed, or a directory that is deleted or
+    replaced, changes nothing until `refresh` looks where the path leads.
+
     A session belongs to the process that opened it, because a fork has none of a runtime's
     threads. Unpickling a session opens the same artifact again.
 
@@ -51,8 +57,8 @@ class Session:
         trust_remote_code: run code that a merged checkpoint brings; a graph needs none.
 
     Raises:
-        ArtifactError: it is damaged, of a newer schema, or its manifest contradicts itself or
-            the graph.
+        ArtifactError: it is damaged, of a newer schema, its manifest contradicts itself or the
+            graph, or it was replaced while it was read.
         UnavailableError: this machine cannot run it.
     """
 
@@ -63,26 +69,28 @@ class Session:
         runner: str = "auto",
         trust_remote_code: bool = False,
     ) -> None:
-        read = artifact if isinstance(artifact, Artifact) else _read(_bound(artifact))
-        read = replace(read, directory=_bound(read.directory))
+        self._place = _bind(artifact)
+        read = artifact if isinstance(artifact, Artifact) else _read(self._place)
+        read = _in(self._place, read)
         check_consistent(read.directory, read.manifest)
         self._artifact = read
         self._runner = choose_runner(read, runner)
         self._trusted = trust_remote_code
         self._model = LoadedModel(read, self._runner, trust_remote_code=trust_remote_code)
-        self._place = place_for(self._runner)
+        self._put = place_for(self._runner)
         self._following = threading.Lock()
         self._process = os.getpid()
         self._roster = self._read_roster(read, None)
+        self._place.check_there()
 
     def __repr__(self) -> str:
         return (
-            f"<Session of {self._artifact.directory}: {self._artifact.manifest.task}, "
+            f"<Session of {self._place.path}: {self._artifact.manifest.task}, "
             f"{self._runner}, {len(self.adapters)} adapters>"
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _open, (self._artifact.directory, self._runner, self._trusted)
+        return _open, (self._place.given, self._place.path, self._runner, self._trusted)
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -95,9 +103,6 @@ class Session:
 
         Those of other searches than token by token, and where `do_sample` is on those of sampling:
         pass `Settings(sampling=...)` to sample. Empty for other tasks.
-
-        Raises:
-            ArtifactError: the settings are damaged.
         """
         return self._model.settings_not_applied()
 
@@ -157,29 +162,51 @@ class Session:
 
         Raises:
             PropulsionExportError: see `add_adapter`; nothing is changed then.
+            UsageError: the session's path leads to another directory now.
         """
-        self._check_process()
-        directory = self._artifact.directory
-        self._follow(add_adapter(directory, adapter, allow_range=allow_range, force=force))
+        place = self._place_to_change()
+        self._follow(place, add_adapter(place, adapter, allow_range=allow_range, force=force))
 
     def remove(self, name: str) -> None:
         """Remove an adapter from the artifact; requests that began before still use it.
 
         Raises:
             PropulsionExportError: see `remove_adapter`; nothing is changed then.
+            UsageError: the session's path leads to another directory now.
         """
-        self._check_process()
-        self._follow(remove_adapter(self._artifact.directory, name))
+        place = self._place_to_change()
+        self._follow(place, remove_adapter(place, name))
 
     def refresh(self) -> None:
         """Read what other processes have added, replaced and removed.
 
+        Where the session's path leads to another directory now, with the same model and perhaps
+        other adapters, the session goes over to it as a whole.
+
         Raises:
-            ArtifactError: the artifact is damaged, or holds another model now; the session stays
+            ArtifactError: the artifact is damaged, deleted, or another model now; the session stays
                 as it was.
         """
         self._check_process()
-        self._follow(self._roster.artifact)
+        with self._following:
+            now = BoundDirectory(self._place.given)
+            if not now.is_there():
+                raise deleted(now.given)
+            if now.path == self._place.path and self._place.is_there():
+                self._reread(self._roster.artifact)
+                return
+            artifact = _read(now)
+            check_same_model(self._roster.artifact, now.path, artifact.manifest)
+            roster = self._read_roster(artifact, None)
+            now.check_there()
+            self._place, self._roster = now, roster
+
+    def _place_to_change(self) -> BoundDirectory:
+        """The session's directory, which no longer changes once its path leads to another."""
+        self._check_process()
+        place = self._place
+        place.check_followed()
+        return place
 
     def _check_process(self) -> None:
         """Refuse a fork, which has none of the runtime's threads, and perhaps a lock for ever."""
@@ -189,15 +216,21 @@ class Session:
                 remedy="Open a session in each process.",
             )
 
-    def _follow(self, artifact: Artifact) -> None:
-        """Use the adapters as they are on disk now; `artifact` is as it was read last."""
+    def _follow(self, place: BoundDirectory, artifact: Artifact) -> None:
+        """Use the adapters as they are in `place` now; `artifact` is as it was read last."""
         with self._following:  # so that an older roster never replaces a newer one
-            self._roster = self._read_roster(artifact, self._roster)
+            if place is self._place:  # else another thread has gone over to another directory
+                self._reread(artifact)
+
+    def _reread(self, artifact: Artifact) -> None:
+        roster = self._read_roster(_in(self._place, artifact), self._roster)
+        self._place.check_there()
+        self._roster = roster
 
     def _read_roster(self, artifact: Artifact, before: Roster | None) -> Roster:
         if artifact.manifest.mode == "bank":
             assert before is None or isinstance(before, BankRoster)
-            return BankRoster.read(artifact, self._place, before)
+            return BankRoster.read(artifact, self._put, before)
         assert before is None or isinstance(before, PackedRoster)
         return PackedRoster.read(artifact, before)
 
@@ -207,7 +240,10 @@ class Session:
         try:
             return roster.groups(_names(adapter, rows, roster), most)
         except UnknownAdapterError:
-            self.refresh()
+            place = self._place
+            if not place.is_there():
+                raise
+            self._follow(place, roster.artifact)
             if self._roster is roster:
                 raise
         roster = self._roster
@@ -224,18 +260,27 @@ def _in_order(groups: Sequence[Group], answers: Sequence[Sequence[Reply]]) -> li
     return [replies[row] for row in sorted(replies)]
 
 
-def _open(directory: Path, runner: str, trusted: bool) -> Session:
-    return Session(directory, runner=runner, trust_remote_code=trusted)
+def _open(given: Path, directory: Path, runner: str, trusted: bool) -> Session:
+    artifact = replace(_read(BoundDirectory(directory)), given=given)
+    return Session(artifact, runner=runner, trust_remote_code=trusted)
 
 
-def _bound(directory: Path | str) -> Path:
-    """The directory that a path leads to now, wherever the process goes or a link leads later."""
-    return Path(os.path.realpath(user_path(directory)))
+def _bind(artifact: Path | str | Artifact) -> BoundDirectory:
+    """The directory to serve, wherever the process goes or a link leads later."""
+    if isinstance(artifact, Artifact):
+        return BoundDirectory(artifact.shown.absolute(), artifact.directory.absolute())
+    return BoundDirectory(user_path(artifact).absolute())
 
 
-def _read(directory: Path) -> Artifact:
-    with shared_lock(directory):
-        return Artifact.read(directory)
+def _read(place: BoundDirectory) -> Artifact:
+    with shared_lock(place.path):
+        read = Artifact.read(place.path, shown=place.given)
+    return _in(place, read)
+
+
+def _in(place: BoundDirectory, artifact: Artifact) -> Artifact:
+    """The artifact, named in messages as the directory that is served: a link leads elsewhere."""
+    return replace(artifact, directory=place.path, given=None)
 
 
 def _names(given: str | Sequence[str] | None, rows: int, roster: Roster) -> Sequence[str]:

@@ -104,60 +104,6 @@ def test_a_fork_changes_nothing_with_its_parents_session(change, copied, world):
     assert session.adapters == ("five", "three")
 
 
-# Links
-
-
-@pytest.fixture
-def releases(copied, world, tmp_path):
-    """`current`, a link to release-1, and release-2, in which `three` is another adapter."""
-
-    def make(kind):
-        first, second = tmp_path / "release-1", tmp_path / "release-2"
-        copied(kind).rename(first)
-        shutil.copytree(first, second)
-        add_adapter(second, f"three={world.five}", force=True)
-        link = tmp_path / "current"
-        link.symlink_to(first)
-        return link, first, second
-
-    return make
-
-
-def repoint(link, to):
-    aside = link.with_name("next")
-    aside.symlink_to(to)
-    aside.replace(link)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_session_stays_with_its_release_when_the_link_is_repointed(kind, releases, world):
-    link, first, second = releases(kind)
-    session, expected = Session(link), Session(first)("ba be", "three")[0]
-    upside_down = json.loads((second / "tokenizer.json").read_text())
-    vocabulary = upside_down["model"]["vocab"]
-    vocabulary["ba"], vocabulary["be"] = vocabulary["be"], vocabulary["ba"]
-    (second / "tokenizer.json").write_text(json.dumps(upside_down))
-    repoint(link, second)
-
-    [answer] = session("ba be", "three")  # its first text: the tokenizer is opened now
-    session.refresh()
-    session.add(f"new={world.five}")
-    [refreshed] = session("ba be", "three")
-
-    assert (answer.version, answer.prediction) == (expected.version, expected.prediction)
-    assert (refreshed.version, refreshed.prediction) == (expected.version, expected.prediction)
-    assert "new" in Artifact.read(first).list_adapters()
-    assert not (second / "adapters/new.safetensors").exists()
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_session_opened_after_the_link_was_repointed_has_the_other_release(kind, releases, world):
-    link, _, second = releases(kind)
-    repoint(link, second)
-
-    assert Session(link)("ba be", "three")[0].version == Adapter.read(world.five).digest
-
-
 # Processes
 
 ASKING = """

@@ -19,6 +19,7 @@ import pytest
 import uvicorn
 
 from propulsion_export import Session, export_onnx
+from propulsion_export.artifacts.artifact import Artifact
 from propulsion_export.base_model.model_fingerprint import fingerprint_of_model
 from propulsion_export.errors import ArtifactError, UnknownAdapterError, UsageError
 
@@ -337,6 +338,46 @@ def test_adapters_are_listed_and_mistakes_with_them_told(world, session, tmp_pat
     ]
     assert [status for status, *_ in wrong] == [422, 422, 404]
     assert "has no adapter_config.json, expected a PEFT" in wrong[0][1]["error"]
+
+
+def test_a_repointed_link_is_followed_when_the_adapters_are_listed(world, tmp_path):
+    releases = [tmp_path / f"release-{number}" for number in (1, 2, 3)]
+    for release in releases:
+        shutil.copytree(world.root / "bank", release)
+    Session(releases[1]).add(f"more={world.root / 'three'}")
+    other = Artifact.read(releases[2])
+    base = replace(other.manifest.base, source="elsewhere")
+    other.with_manifest(replace(other.manifest, base=base))
+    link = tmp_path / "current"
+    link.symlink_to(releases[0])
+    with serving(Session(link)) as running:
+        port, place = running.port, {"path": str(world.root / "three")}
+        link.unlink()
+        link.symlink_to(releases[1])
+        early = [
+            ask(port, "PUT", "/adapters/x", place),
+            ask(port, "DELETE", "/adapters/one"),
+            predict(port, TEXTS[0], "one"),
+            predict(port, TEXTS[0], "more"),
+        ]
+        listed = [ask(port, "GET", "/adapters")[1]]
+        statuses = [
+            predict(port, TEXTS[0], "more")[0],
+            ask(port, "PUT", "/adapters/x", place)[0],
+            ask(port, "DELETE", "/adapters/one")[0],
+        ]
+        link.unlink()
+        link.symlink_to(releases[2])
+        refused = ask(port, "GET", "/adapters")
+        still = predict(port, TEXTS[0], "x")[0]
+
+    assert [status for status, *_ in early] == [422, 422, 200, 404]
+    assert all("nothing was changed. Refresh" in told["error"] for _, told, _ in early[:2])
+    assert listed == [["base", "more", "one", "two"]]
+    assert (statuses, refused[0], still) == ([200, 204, 204], 500, 200)
+    assert "release-3: is another model than" in refused[1]["error"]
+    found = [sorted(Artifact.read(release).list_adapters()) for release in releases]
+    assert found == [["one", "two"], ["more", "two", "x"], ["one", "two"]]
 
 
 def test_stopping_finishes_what_was_accepted(session):

@@ -58,7 +58,7 @@ class Other:
     def label(self) -> str:
         """Where it is, and what it is."""
         manifest = self.artifact.manifest
-        return f"{self.artifact.directory} ({manifest.kind}, {manifest.mode}, {manifest.dtype})"
+        return f"{self.artifact.shown} ({manifest.kind}, {manifest.mode}, {manifest.dtype})"
 
 
 def read_other(own: Artifact, directory: Path) -> Other:

@@ -45,13 +45,13 @@ def check_price_option(artifact: Artifact, max_kl: float | None) -> None:
         return
     if artifact.manifest.quantization is None:
         raise UsageError(
-            f"--max-kl: {artifact.directory} has no quantised weights, expected an export with "
+            f"--max-kl: {artifact.shown} has no quantised weights, expected an export with "
             "--quantize",
             remedy="Leave it out.",
         )
     if not is_judgeable(artifact.manifest.task):
         raise UsageError(
-            f"--max-kl: {artifact.directory} returns embeddings, expected a task with a "
+            f"--max-kl: {artifact.shown} returns embeddings, expected a task with a "
             "distribution over tokens or classes",
             remedy="Leave it out; the report has their cosine distance.",
         )
