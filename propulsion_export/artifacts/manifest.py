@@ -5,6 +5,7 @@ artifact was made from, and with which tools. Reading a manifest checks everythi
 checked without the files it names.
 """
 
+import hashlib
 import json
 import math
 import typing
@@ -194,12 +195,19 @@ class Manifest:
         value["base"]["fingerprint"] = self.base.fingerprint.to_json()
         return json.dumps(value, indent=2) + "\n"
 
+    def to_file(self) -> bytes:
+        """The content of the file: `to_json` and a `digest` of all its fields."""
+        value = json.loads(self.to_json())
+        text = json.dumps(value | {"digest": _digest_of(value)}, indent=2) + "\n"
+        return text.encode()
+
 
 def read_manifest(file: Path) -> Manifest:
     """Read and check a manifest.
 
     Raises:
-        ArtifactError: it is damaged, of another schema version, or contradicts itself.
+        ArtifactError: it is damaged, of another schema version, contradicts itself, or is not
+            what its `digest` recorded; one of an earlier version has none.
     """
     refuse_pointers([file], ArtifactError)
     try:
@@ -220,6 +228,8 @@ def read_manifest(file: Path) -> Manifest:
             f"{file}: schema_version is {version!r}, expected {SCHEMA_VERSION}",
             remedy="Upgrade propulsion-export to read it." if newer else "Export it again.",
         )
+    digest = value.pop("digest", None)
+    unchanged = digest in (None, _digest_of(value))
     del value["schema_version"]
     try:
         manifest = typing.cast(Manifest, convert(Manifest, value, "manifest"))
@@ -227,7 +237,18 @@ def read_manifest(file: Path) -> Manifest:
         raise ArtifactError(f"{file}: {error}") from error
     if findings := [*_impossible_values(manifest), *_misplaced_slots(manifest)]:
         raise ArtifactError(*(f"{file}: {finding}" for finding in findings))
+    if not unchanged:
+        raise ArtifactError(
+            f"{file}: its content is not what its field `digest` recorded",
+            remedy="Copy the whole directory again, or export again.",
+        )
     return manifest
+
+
+def _digest_of(value: dict[str, Any]) -> str:
+    """`sha256:…` of a manifest's fields, however they are laid out as text."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
 
 
 def _impossible_values(manifest: Manifest) -> list[str]:
