@@ -6,7 +6,7 @@ Reading one verifies the manifest and every file it names, so that later stages 
 import fnmatch
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -32,6 +32,7 @@ from propulsion_export.artifacts.manifest import (
     Manifest,
     read_manifest,
 )
+from propulsion_export.artifacts.rounding import numpy_dtype
 from propulsion_export.artifacts.staging import replace_file
 from propulsion_export.artifacts.tensor_names import BANK_INPUT, IDS_INPUT
 from propulsion_export.base_model.sentences.modules import (
@@ -63,6 +64,8 @@ _READ = (
     *("tokenizer*", "vocab.*", "sentencepiece*.model", "chat_template*"),
 )
 
+_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' names
+_COPY_AGAIN = "Copy the whole directory again, or export again."
 
 # Arrays by name, such as a model's inputs; a runner is any callable from inputs to outputs.
 Tensors = Mapping[str, npt.NDArray[Any]]
@@ -138,7 +141,7 @@ class Artifact:
             if not is_bank_file(name)
         }
         manifest = replace(manifest, files=written)
-        replace_file(directory / MANIFEST_FILE, manifest.to_json().encode())
+        replace_file(directory / MANIFEST_FILE, manifest.to_file())
         return cls(directory, manifest)
 
     def at(self, directory: Path | str) -> Self:
@@ -182,7 +185,7 @@ class Artifact:
 
         Raises:
             UnknownAdapterError: the artifact has no adapter of that name.
-            ArtifactError: its file cannot be read.
+            ArtifactError: its file cannot be read, or is not what the manifest recorded.
         """
         if self.manifest.mode == "folded":
             self.check_names([] if adapter is None else [adapter])
@@ -192,11 +195,6 @@ class Artifact:
             (row,), values = self.open_bank().choose([name])
             check_row(row, values)
             return {BANK_INPUT: values, IDS_INPUT: np.array([row.number])}
-        # Registers bfloat16 with numpy, so that safetensors can load it.
-        import ml_dtypes  # noqa: F401
-        from safetensors import SafetensorError
-        from safetensors.numpy import load_file
-
         self.check_names([name])
         file = BASE_FEEDS if name == BASE_NAME else self.manifest.adapters[name].file
         if file not in self.manifest.files:
@@ -205,15 +203,7 @@ class Artifact:
                 f"inputs of {name!r}",
                 remedy="Export again.",
             )
-        try:
-            return dict(load_file(self.directory / file))
-        except (SafetensorError, OSError, AttributeError, TypeError, KeyError) as error:
-            # safetensors raises the last three for a dtype that numpy does not have.
-            check_permission(self.directory / file, ArtifactError)
-            raise ArtifactError(
-                f"{self.shown / file}: the packed inputs cannot be read ({error})",
-                remedy="Copy the whole directory again, or export again.",
-            ) from error
+        return _packed_inputs(self, file)
 
     def check_names(self, names: Iterable[str]) -> None:
         """Refuse names that no adapter in the manifest has. A bank checks names itself.
@@ -239,7 +229,7 @@ class Artifact:
 
     def with_manifest(self, manifest: Manifest) -> Self:
         """Replace the manifest on disk, atomically; no file is hashed again."""
-        replace_file(self.directory / MANIFEST_FILE, manifest.to_json().encode())
+        replace_file(self.directory / MANIFEST_FILE, manifest.to_file())
         return replace(self, manifest=manifest)
 
 
@@ -247,6 +237,36 @@ def digest_of(file: Path) -> str:
     """`sha256:…` of a file's content."""
     with file.open("rb") as content:
         return f"sha256:{hashlib.file_digest(content, 'sha256').hexdigest()}"
+
+
+def _packed_inputs(artifact: Artifact, name: str) -> Tensors:
+    from safetensors import SafetensorError, deserialize
+
+    file = artifact.directory / name
+    try:
+        content = file.read_bytes()  # and no map of the file, which may change later
+        # Checked when it is loaded: it may have been replaced since the artifact was read.
+        if f"sha256:{hashlib.sha256(content).hexdigest()}" != artifact.manifest.files[name]:
+            raise _changed([artifact.shown / name])
+        found = deserialize(content)  # type: ignore[no-untyped-call]
+        return {name: _as_array(**tensor) for name, tensor in found}
+    except (SafetensorError, OSError, KeyError) as error:
+        check_permission(file, ArtifactError)
+        raise ArtifactError(
+            f"{artifact.shown / name}: the packed inputs cannot be read ({error})",
+            remedy=_COPY_AGAIN,
+        ) from error
+
+
+def _as_array(dtype: str, shape: Sequence[int], data: bytes) -> npt.NDArray[Any]:
+    return np.frombuffer(data, numpy_dtype(_DTYPES[dtype])).reshape(shape)
+
+
+def _changed(files: Iterable[Path]) -> ArtifactError:
+    return ArtifactError(
+        *(f"{file}: its content is not what the manifest recorded" for file in files),
+        remedy=_COPY_AGAIN,
+    )
 
 
 def _check_files(artifact: Artifact) -> None:
@@ -268,18 +288,18 @@ def _check_files(artifact: Artifact) -> None:
         raise ArtifactError(
             *(f"{shown / name}: is missing" for name in missing),
             *(f"{shown / name}: has no digest in the manifest" for name in unrecorded),
-            remedy="Copy the whole directory again, or export again.",
+            remedy=_COPY_AGAIN,
         )
     files = [directory / name for name in manifest.files]
     in_bank = sorted((directory / ADAPTERS).glob("*")) if manifest.mode == "bank" else []
     refuse_pointers([*files, *in_bank], ArtifactError)
     changed = [
-        f"{shown / name}: its content is not what the manifest recorded"
+        shown / name
         for name, digest in manifest.files.items()
         if digest_of(directory / name) != digest
     ]
     if changed:
-        raise ArtifactError(*changed, remedy="Copy the whole directory again, or export again.")
+        raise _changed(changed)
 
 
 def _needed(manifest: Manifest) -> list[str]:

@@ -5,6 +5,7 @@ artifact was made from, and with which tools. Reading a manifest checks everythi
 checked without the files it names.
 """
 
+import hashlib
 import json
 import math
 import typing
@@ -194,12 +195,19 @@ class Manifest:
         value["base"]["fingerprint"] = self.base.fingerprint.to_json()
         return json.dumps(value, indent=2) + "\n"
 
+    def to_file(self) -> bytes:
+        """The content of the file: `to_json` and a `digest` of its fields but `files`."""
+        value = json.loads(self.to_json())
+        text = json.dumps(value | {"digest": _digest_of(value)}, indent=2) + "\n"
+        return text.encode()
+
 
 def read_manifest(file: Path, *, shown: Path | None = None) -> Manifest:
     """Read and check a manifest; messages name it `shown`, by default `file`.
 
     Raises:
-        ArtifactError: it is damaged, of another schema version, or contradicts itself.
+        ArtifactError: it is damaged, of another schema version, contradicts itself, or is not
+            what its `digest` recorded; one of an earlier version has none.
     """
     where = shown or file
     refuse_pointers([file], ArtifactError)
@@ -221,6 +229,8 @@ def read_manifest(file: Path, *, shown: Path | None = None) -> Manifest:
             f"{where}: schema_version is {version!r}, expected {SCHEMA_VERSION}",
             remedy="Upgrade propulsion-export to read it." if newer else "Export it again.",
         )
+    digest = value.pop("digest", None)
+    unchanged = digest in (None, _digest_of(value))
     del value["schema_version"]
     try:
         manifest = typing.cast(Manifest, convert(Manifest, value, "manifest"))
@@ -228,7 +238,22 @@ def read_manifest(file: Path, *, shown: Path | None = None) -> Manifest:
         raise ArtifactError(f"{where}: {error}") from error
     if findings := [*_impossible_values(manifest), *_misplaced_slots(manifest)]:
         raise ArtifactError(*(f"{where}: {finding}" for finding in findings))
+    if not unchanged:
+        raise ArtifactError(
+            f"{where}: its content is not what its field `digest` recorded",
+            remedy="Copy the whole directory again, or export again.",
+        )
     return manifest
+
+
+def _digest_of(value: dict[str, Any]) -> str:
+    """`sha256:…` of a manifest's fields, however they are laid out as text.
+
+    But for `files`: the files themselves show whether that is right.
+    """
+    fields = {name: field for name, field in value.items() if name != "files"}
+    text = json.dumps(fields, sort_keys=True, separators=(",", ":"))
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
 
 
 def _impossible_values(manifest: Manifest) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from propulsion_export.artifacts.artifact import Artifact
-from propulsion_export.artifacts.bank import Bank, check_row
+from propulsion_export.artifacts.bank import Bank
 from propulsion_export.artifacts.file_names import (
     ADAPTERS_FILE,
     BANK_ARRAY_FILE,
@@ -87,8 +87,6 @@ def _write_bank(artifact: Artifact, directory: Path) -> Iterable[str]:
     artifact.open_bank().copy(directory)
     snapshot = Bank.open(directory).snapshot()
     rows = rows_in_use(snapshot)
-    for row in rows.values():
-        check_row(row, snapshot.values)
     np.save(directory / BANK_ARRAY_FILE, snapshot.values)
     ids = {name: row.number for name, row in rows.items()}
     entries = {name: row.entry for name, row in snapshot.rows.items()}

@@ -137,6 +137,8 @@ def _write_bank_model(
     entries = {name: row.entry for name, row in snapshot.rows.items()}
     if artifact.manifest.kind == "engine":
         # It was built with all the rows of its bank, under the same numbers.
+        for row in rows.values():
+            check_row(row, snapshot.values)
         shutil.copyfile(artifact.path, file)
         return {name: row.number for name, row in rows.items()}, entries
     _write_graph_with_bank(artifact, snapshot, list(rows.values()), file)

@@ -25,6 +25,7 @@ from propulsion_export.artifacts.file_names import (
 from propulsion_export.artifacts.locking import shared_lock
 from propulsion_export.artifacts.manifest import ADD_ONE, AdapterEntry, Manifest, read_manifest
 from propulsion_export.artifacts.tensor_names import BANK_INPUT, IDS_INPUT
+from propulsion_export.artifacts.watched_file import Moment
 from propulsion_export.base_model.settings import ProblemType
 from propulsion_export.errors import ArtifactError, unknown_adapters
 
@@ -157,13 +158,14 @@ class BankRoster:
         artifact: the artifact as it was read.
         snapshot: the bank at this moment.
         placed: the bank's rows in the runtime's memory.
-        checked: the rows, by name, whose checksums were found right; grows with requests.
+        checked: the rows that were found to be what the registry recorded, by name, with the
+            moment at which the bank file had last been written to by then; grows with requests.
     """
 
     artifact: Artifact
     snapshot: Snapshot
     placed: Any
-    checked: dict[str, BankRow]
+    checked: dict[str, Moment]
 
     @classmethod
     def read(cls, artifact: Artifact, place: Place, before: Self | None = None) -> Self:
@@ -173,11 +175,7 @@ class BankRoster:
         if before is not None and bank.is_at(before.snapshot):
             return before
         snapshot = bank.snapshot(None if before is None else before.snapshot)
-        # Removed rows are forgotten, so that a changing bank does not fill the memory. Copied
-        # first, because requests add to it meanwhile.
-        checked = {} if before is None else before.checked.copy()
-        still = {name: row for name, row in checked.items() if snapshot.rows.get(name) is row}
-        return cls(now, snapshot, place(snapshot.values), still)
+        return cls(now, snapshot, place(snapshot.values), {})
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -190,6 +188,7 @@ class BankRoster:
     def groups(self, adapters: Sequence[str], most: int) -> list[Group]:
         self._check_names(adapters)
         chosen = {name: self._row(name) for name in dict.fromkeys(adapters)}
+        self._check_rows(chosen)
         choices = {name: self._choice(name, row) for name, row in chosen.items()}
         groups = []
         for part in _parts(range(len(adapters)), most):
@@ -207,11 +206,16 @@ class BankRoster:
             raise unknown_adapters(directory, unknown, [BASE_NAME, *self.names], remedy=ADD_ONE)
 
     def _row(self, name: str) -> BankRow:
-        row = self.snapshot.base if name == BASE_NAME else self.snapshot.rows[name]
-        if name not in self.checked:
-            check_row(row, self.snapshot.values)
-            self.checked[name] = row
-        return row
+        return self.snapshot.base if name == BASE_NAME else self.snapshot.rows[name]
+
+    def _check_rows(self, chosen: Mapping[str, BankRow]) -> None:
+        """Compare rows with their checksums, once for each time that the file is written to."""
+        moment = self.snapshot.mapped.moment()
+        for name, row in chosen.items():
+            if moment is None or self.checked.get(name) != moment:
+                check_row(row, self.snapshot.values)
+                if moment is not None:
+                    self.checked[name] = moment
 
     def _choice(self, name: str, row: BankRow) -> Choice:
         if name == BASE_NAME:

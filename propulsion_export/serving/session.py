@@ -32,6 +32,7 @@ from propulsion_export.serving.roster import (
     Roster,
     check_same_model,
 )
+from propulsion_export.serving.weights import Weights
 
 _ROWS = 32  # most rows of a batch: what an engine takes by default
 
@@ -76,6 +77,7 @@ class Session:
         self._artifact = read
         self._runner = choose_runner(read, runner)
         self._trusted = trust_remote_code
+        self._weights = Weights(read)
         self._model = LoadedModel(read, self._runner, trust_remote_code=trust_remote_code)
         self._put = place_for(self._runner)
         self._following = threading.Lock()
@@ -133,8 +135,11 @@ class Session:
                 an artifact without a tokenizer; a missing input; `context` or `settings` for
                 another task; the process is a fork of the one that opened the session.
             UnavailableError: the tokenizer needs transformers, which is not installed.
+            ArtifactError: a file that the model or an adapter of the request was loaded from was
+                written to.
         """
         self._check_process()
+        self._weights.check()
         conversations = conversations_in(inputs, self._artifact.manifest.task)
         rows = count_rows(inputs) if conversations is None else len(conversations)
         if conversations is not None:

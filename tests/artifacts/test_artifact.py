@@ -1,3 +1,4 @@
+import hashlib
 import json
 import string
 import subprocess
@@ -22,6 +23,7 @@ from propulsion_export.artifacts.manifest import (
     Manifest,
     Slot,
     TensorSpec,
+    read_manifest,
 )
 from propulsion_export.artifacts.tensor_names import PACKED_INPUTS, SCALES_INPUT
 from propulsion_export.base_model.fingerprint import Fingerprint
@@ -115,8 +117,9 @@ def switchable(tmp_path):
 
 
 def change(directory, *path, to=None, drop=False):
-    """Change one value in the manifest by its path."""
+    """Change one value in the manifest by its path, and drop its digest."""
     value = json.loads((directory / MANIFEST).read_text())
+    value.pop("digest", None)
     inner = value
     for key in path[:-1]:
         inner = inner[key]
@@ -173,7 +176,11 @@ def test_the_manifest_on_disk_is_exactly_this(switchable):
         "exporter",
         "execution_provider",
         "quantization",
+        "digest",
     ]
+    digest = value.pop("digest")
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    assert digest == f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
     assert value.pop("files").keys() == {"model.onnx", BASE_FEEDS, TOPIC}
     assert value == {
         "schema_version": 1,
@@ -874,3 +881,33 @@ def test_a_package_for_triton_is_told_from_a_damaged_manifest(switchable):
 
     with pytest.raises(ArtifactError, match="is a package for Triton, expected an artifact"):
         Artifact.read(switchable)
+
+
+@pytest.mark.parametrize("name", ["base", "topic"])
+def test_a_file_that_is_replaced_after_reading_is_not_loaded(switchable, name):
+    artifact = Artifact.read(switchable)
+    feeds = {SCALES_INPUT: np.array([2, 2, 2], ml_dtypes.bfloat16)}
+    save_file(feeds, switchable / "adapters" / f"{name}.safetensors")
+
+    with pytest.raises(ArtifactError, match=rf"{name}\.safetensors: its content is not what the"):
+        artifact.feeds(name)
+
+
+def test_a_manifest_that_is_changed_in_place_is_refused_or_means_the_same(switchable):
+    file = switchable / MANIFEST
+    before, content = read_manifest(file), file.read_bytes()
+    refusals = 0
+    for place in range(len(content)):
+        file.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        try:
+            assert read_manifest(file) == before
+        except ArtifactError:
+            refusals += 1
+    assert refusals > len(content) / 2
+
+
+def test_a_manifest_without_a_digest_is_read(switchable):
+    change(switchable, "base", "source", to="elsewhere")
+
+    assert "digest" not in json.loads((switchable / MANIFEST).read_text())
+    assert Artifact.read(switchable).manifest.base.source == "elsewhere"

@@ -191,6 +191,7 @@ def _with_digests(directory):
 
     file = directory / "propulsion.json"
     manifest = json.loads(file.read_text())
+    del manifest["digest"]
     for name in manifest["files"]:
         manifest["files"][name] = digest_of(directory / name)
     file.write_text(json.dumps(manifest))
@@ -221,7 +222,7 @@ def test_messages_for_a_model_that_does_not_chat_are_refused(chats, folded, tmp_
     artifact = shutil.copytree(chats("switchable"), tmp_path / "artifact")
     (artifact / "chat_template.jinja").unlink()
     manifest = json.loads((artifact / "propulsion.json").read_text())
-    del manifest["files"]["chat_template.jinja"]
+    del manifest["files"]["chat_template.jinja"], manifest["digest"]
     (artifact / "propulsion.json").write_text(json.dumps(manifest))
 
     with pytest.raises(UsageError, match="has no chat template"):

@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 
 from propulsion_export.adapters.adapter import Adapter
+from propulsion_export.artifacts import watched_file
 from propulsion_export.artifacts.artifact import Artifact
 from propulsion_export.artifacts.changing import add_adapter, remove_adapter
 from propulsion_export.artifacts.tensor_names import BANK_INPUT, IDS_INPUT
 from propulsion_export.errors import ArtifactError, UnknownAdapterError
+from propulsion_export.serving import roster as roster_module
 from propulsion_export.serving.roster import BankRoster, PackedRoster
 
 
@@ -184,16 +186,74 @@ def test_a_damaged_row_is_refused_whenever_it_came_and_the_others_are_not(copies
     later.groups(["three", "five", "base"], 3)
 
 
-def test_what_was_checked_is_remembered_and_what_is_gone_forgotten(copies, world):
+@pytest.fixture
+def checks(monkeypatch):
+    """The rows that are compared with their checksums, by number."""
+    check, done = roster_module.check_row, []
+
+    def counting(row, values):
+        done.append(row.number)
+        check(row, values)
+
+    monkeypatch.setattr(roster_module, "check_row", counting)
+    monkeypatch.setattr(watched_file, "_CLOCK_TICK", 0)
+    return done
+
+
+def test_a_row_is_checked_once_until_something_is_written(copies, world, checks):
+    directory = copies("bank")
+    roster = read(directory)
+    for _ in range(3):
+        roster.groups(["three", "five", "three"], 3)
+    assert checks == [1, 2]
+
+    add_adapter(directory, f"new={world.three}")
+    for _ in range(3):
+        roster.groups(["three"], 1)
+    assert checks == [1, 2, 1]
+
+    later = read(directory, roster)
+    for _ in range(3):
+        later.groups(["five"], 1)
+    assert checks == [1, 2, 1, 2]
+
+
+def test_a_row_is_checked_each_time_while_the_next_write_could_go_unseen(
+    copies, checks, monkeypatch
+):
+    roster = read(copies("bank"))
+    monkeypatch.setattr(watched_file, "_CLOCK_TICK", 10**18)
+
+    for _ in range(3):
+        roster.groups(["three"], 1)
+
+    assert checks == [1, 1, 1]
+
+
+def test_a_row_that_changes_under_its_users_is_refused_and_others_are_not(copies):
+    """Its size and its time are as before."""
     directory = copies("bank")
     roster = read(directory)
     roster.groups(["three", "five"], 2)
+    file = Artifact.read(directory).open_bank().find_file()
+    before = file.stat()
+    with file.open("r+b") as rows:
+        rows.seek(roster.snapshot.rows["three"].number * before.st_size // 3 + 40)
+        rows.write(b"\x01\x02\x03\x3f")
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
 
-    remove_adapter(directory, "five")
-    add_adapter(directory, f"new={world.three}")
-    later = read(directory, roster)
+    with pytest.raises(ArtifactError, match="row 1 is sha256"):
+        roster.groups(["three"], 1)
+    roster.groups(["five", "base"], 2)
 
-    assert sorted(later.checked) == ["three"]
+
+def test_a_bank_that_is_cut_off_under_its_users_is_refused_and_does_not_crash_them(copies):
+    directory = copies("bank")
+    roster = read(directory)
+    os.truncate(Artifact.read(directory).open_bank().find_file(), 40)
+
+    with pytest.raises(ArtifactError, match="has become shorter, 40 bytes, expected"):
+        roster.groups(["three"], 1)
 
 
 def test_all_unknown_names_are_told_and_not_too_many_known_ones(copies, world):

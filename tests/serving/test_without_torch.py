@@ -101,6 +101,7 @@ def make_merged(directory):
     files = {file.name: digest_of(file) for file in directory.iterdir() if file.is_file()}
     del files["propulsion.json"]
     manifest = json.loads((directory / "propulsion.json").read_text())
+    del manifest["digest"]
     manifest |= {"kind": "merged", "inputs": [], "outputs": [], "files": files}
     (directory / "propulsion.json").write_text(json.dumps(manifest))
 

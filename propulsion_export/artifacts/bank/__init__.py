@@ -2,8 +2,9 @@
 
 Row r holds all packed inputs of one adapter, at byte r * D * itemsize of the bank file; row 0 is
 the base model's. Rows are appended and never overwritten, because other processes may be reading
-them through a memory map. Bytes after the last row that the registry counts were left by a killed
-process and are ignored. Every change is one transaction of the registry.
+them through a memory map. Rows after the last one that the registry counts were left by a killed
+process, or belong to a registry that was replaced by a backup; they are ignored. Every change is
+one transaction of the registry and has a random id.
 
 `registry` reads and writes the registry's tables, `row_file` the rows on disk, `transactions` open
 and commit the registry, and `bank` offers the operations on the whole bank.

@@ -1,5 +1,6 @@
 """The operations on a bank of adapters, safe in concurrent threads and processes."""
 
+import sqlite3
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,10 +20,12 @@ from propulsion_export.artifacts.bank.registry import (
     all_rows,
     base_row,
     check_numbers,
+    continues,
     count_names,
     drop_row,
     has_name,
     known_names,
+    new_change,
     next_file,
     numbers_in_use,
     put_row,
@@ -31,9 +34,11 @@ from propulsion_export.artifacts.bank.registry import (
     rows_named,
 )
 from propulsion_export.artifacts.bank.row_file import (
+    MappedRows,
     append_row,
     bytes_of,
     check_length,
+    check_row,
     checksum_of,
     copy_rows,
     describe_array,
@@ -58,18 +63,24 @@ class Snapshot:
     """A bank at one moment.
 
     Attributes:
-        version: a number that grows with every change, whichever process makes it.
+        version: one more with every change, whichever process makes it; less after a backup of the
+            registry was restored.
+        change: the random id of the last change; empty in a registry of version 1.
         base: the base model's row.
         rows: the adapters' rows by name.
-        values: the values of all rows, indexed by row number, as `Bank.values()` returns them.
-        identity: device and inode of the file that `values` is mapped from.
+        mapped: the bank file.
     """
 
     version: int
+    change: str
     base: BankRow
     rows: dict[str, BankRow]
-    values: Array
-    identity: tuple[int, int]
+    mapped: MappedRows
+
+    @property
+    def values(self) -> Array:
+        """The values of all rows, indexed by row number, as `Bank.values()` returns them."""
+        return self.mapped.values
 
 
 @dataclass(frozen=True)
@@ -109,7 +120,8 @@ class Bank:
                 raise UsageError(f"{file}: exists, expected a directory without a bank")
         data = bytes_of(base)
         replace_file(directory / BANK_FILE, data)
-        state = BankState(BANK_FILE, base.dtype.name, base.size, 1, 0, checksum_of(data))
+        sizes = (base.dtype.name, base.size, 1, 0)
+        state = BankState(BANK_FILE, *sizes, checksum_of(data), new_change())
         create_registry(directory, state)
         return cls(directory, state.width, state.dtype)
 
@@ -138,10 +150,13 @@ class Bank:
             return self.directory / state.file
 
     def is_at(self, snapshot: Snapshot) -> bool:
-        """Whether the bank is unchanged since `snapshot`, and is not another bank put there."""
+        """Whether the bank is unchanged since `snapshot`, and is not another bank put there.
+
+        Never if its registry is of version 1, which has no ids of changes.
+        """
         with reading(self.directory) as (_, state):
-            same = identity_of(self.directory, state) == snapshot.identity
-            return same and state.version == snapshot.version
+            same = identity_of(self.directory, state) == snapshot.mapped.identity
+            return same and state.change == snapshot.change != ""
 
     def __len__(self) -> int:
         """The number of adapters, without the base model."""
@@ -178,18 +193,18 @@ class Bank:
     def snapshot(self, before: Snapshot | None = None) -> Snapshot:
         """The rows and values at one moment; separate `rows()` and `values()` may not match.
 
-        With an earlier snapshot as `before`, only what has changed since is read.
+        With an earlier snapshot as `before`, only what has changed since is read, unless the bank
+        is not a later state of that one: after a file was restored from a backup, for example.
         """
         with reading(self.directory) as (db, state):
-            identity = identity_of(self.directory, state)
-            values = map_rows(self.directory, state)
-            if before is None or before.identity != identity:
+            mapped = MappedRows(self.directory, state)
+            if before is None or not _continues(db, state, mapped, before):
                 rows = all_rows(self.directory, db, state)
             else:
                 rows = before.rows | rows_from(self.directory, db, state, len(before.values))
                 if len(rows) != count_names(db):
                     rows = {name: rows[name] for name in known_names(db)}
-            return Snapshot(state.version, base_row(state), rows, values, identity)
+            return Snapshot(state.version, state.change, base_row(state), rows, mapped)
 
     def add(
         self, name: str, values: Array, entry: AdapterEntry, *, replace: bool = False
@@ -244,16 +259,23 @@ class Bank:
 
         The registry's file is not copied as a file: closing it would drop the locks that other
         threads of this process hold on it.
+
+        Raises:
+            ArtifactError: a row that was copied is not the one that the registry recorded.
         """
         with reading(self.directory) as (db, state):
             (directory / state.file).parent.mkdir(parents=True, exist_ok=True)
             copy_rows(self.directory, state, range(state.next_row), to=directory / state.file)
+            copied = map_rows(directory, state)
+            for row in (base_row(state), *all_rows(self.directory, db, state).values()):
+                check_row(row, copied)
             back_up(db, directory)
 
     def compact(self) -> None:
         """Drop the rows of removed and replaced adapters: write a new bank file and renumber.
 
-        Memory maps of the old file stay valid. If there is nothing to drop, nothing changes.
+        Memory maps of the old file stay valid. If there is nothing to drop, nothing changes. Rows
+        that the registry does not count are dropped too: see `row_file`.
 
         Raises:
             UsageError: the disk is full or read-only.
@@ -269,3 +291,11 @@ class Bank:
             advance(db, file, 1 + len(kept))
         with suppress(OSError):  # the next change tries again
             (self.directory / state.file).unlink(missing_ok=True)
+
+
+def _continues(
+    db: sqlite3.Connection, state: BankState, mapped: MappedRows, before: Snapshot
+) -> bool:
+    """Whether the bank is a later state of the one that `before` has read, in the same file."""
+    same = mapped.identity == before.mapped.identity
+    return same and continues(db, state, before.version, before.change)

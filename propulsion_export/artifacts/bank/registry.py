@@ -1,7 +1,14 @@
-"""The tables of a bank's registry: one row about the bank, and one for each adapter."""
+"""The tables of a bank's registry: one row about the bank, one for each adapter and each change.
 
+Each change has a random id, and the ids of the last ones are kept, so that a reader can tell a
+registry that continues the one it has read from one with another history, as a backup has. An
+adapter's record has a seal over its name, its entry and the checksum of its row.
+"""
+
+import hashlib
 import json
 import re
+import secrets
 import sqlite3
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -17,16 +24,19 @@ from propulsion_export.errors import ArtifactError, unknown_adapters
 
 BANK_FILE = f"{ADAPTERS}/bank.bin"  # `compact` writes bank-1.bin, then bank-2.bin and so on
 REGISTRY_FILE = f"{ADAPTERS}/registry.sqlite"
-REGISTRY_VERSION = 1
+REGISTRY_VERSION = 2  # 1 has no ids of changes and no seals; the next change adds them
 DTYPES = ("float32", "float16", "bfloat16")
 COPY_AGAIN = "Copy the whole directory again, or export again."
 
+_CHANGES_KEPT = 1000  # a reader that has missed more reads and checks all rows again
 _BANK_NAME = re.compile(rf"{ADAPTERS}/bank(?:-([1-9]\d{{0,8}}))?\.bin")
 _TABLES = (
     "CREATE TABLE bank (file TEXT NOT NULL, dtype TEXT NOT NULL, width INTEGER NOT NULL,"
-    " next_row INTEGER NOT NULL, version INTEGER NOT NULL, base_checksum TEXT NOT NULL)",
+    " next_row INTEGER NOT NULL, version INTEGER NOT NULL, base_checksum TEXT NOT NULL,"
+    " change TEXT NOT NULL)",
     "CREATE TABLE adapters (name TEXT NOT NULL PRIMARY KEY, number INTEGER NOT NULL UNIQUE,"
-    " entry TEXT NOT NULL, checksum TEXT NOT NULL)",
+    " entry TEXT NOT NULL, checksum TEXT NOT NULL, seal TEXT NOT NULL)",
+    "CREATE TABLE changes (version INTEGER PRIMARY KEY, change TEXT NOT NULL)",
 )
 
 
@@ -45,7 +55,10 @@ class BankRow:
 
 
 class BankState(NamedTuple):
-    """The registry's record of the bank as a whole."""
+    """The registry's record of the bank as a whole.
+
+    `change` is the random id of the last change; empty in a registry of version 1.
+    """
 
     file: str
     dtype: str
@@ -53,6 +66,7 @@ class BankState(NamedTuple):
     next_row: int
     version: int
     base_checksum: str
+    change: str
 
     @property
     def stride(self) -> int:
@@ -92,7 +106,24 @@ def create_tables(db: sqlite3.Connection, state: BankState) -> None:
     """Create the tables of a registry without adapters."""
     for table in _TABLES:
         db.execute(table)
-    db.execute("INSERT INTO bank VALUES (?, ?, ?, ?, ?, ?)", state)
+    db.execute("INSERT INTO bank VALUES (?, ?, ?, ?, ?, ?, ?)", state)
+    _record_change(db)
+    db.execute(f"PRAGMA user_version = {REGISTRY_VERSION}")
+
+
+def upgrade(db: sqlite3.Connection) -> None:
+    """Add to a registry of version 1 what it lacks; later ones stay as they are."""
+    if _version_of(db) == REGISTRY_VERSION:
+        return
+    db.execute("ALTER TABLE bank ADD COLUMN change TEXT NOT NULL DEFAULT ''")
+    db.execute("ALTER TABLE adapters ADD COLUMN seal TEXT NOT NULL DEFAULT ''")
+    db.execute(_TABLES[-1])
+    found = db.execute("SELECT name, entry, checksum FROM adapters").fetchall()
+    db.executemany(
+        "UPDATE adapters SET seal = ? WHERE name = ?", ((_seal(*each), each[0]) for each in found)
+    )
+    db.execute("UPDATE bank SET change = ?", (new_change(),))
+    _record_change(db)
     db.execute(f"PRAGMA user_version = {REGISTRY_VERSION}")
 
 
@@ -103,14 +134,15 @@ def read_state(directory: Path, db: sqlite3.Connection) -> BankState:
         ArtifactError: the registry has another schema version, or an impossible record.
     """
     file = directory / REGISTRY_FILE
-    (version,) = db.execute("PRAGMA user_version").fetchone()
-    if version != REGISTRY_VERSION:
+    version = _version_of(db)
+    if version not in (1, REGISTRY_VERSION):
         newer = version > REGISTRY_VERSION
         raise ArtifactError(
             f"{file}: schema version is {version}, expected {REGISTRY_VERSION}",
             remedy="Upgrade propulsion-export to read it." if newer else COPY_AGAIN,
         )
-    found = db.execute(f"SELECT {', '.join(BankState._fields)} FROM bank").fetchall()
+    columns = BankState._fields if version > 1 else (*BankState._fields[:-1], "''")
+    found = db.execute(f"SELECT {', '.join(columns)} FROM bank").fetchall()
     if len(found) != 1 or not _is_possible(state := BankState(*found[0])):
         raise ArtifactError(
             f"{file}: describes the bank as {found}, expected its file, dtype, width and rows",
@@ -127,7 +159,12 @@ def _is_possible(state: BankState) -> bool:
         and all(isinstance(n, int) for n in (state.width, state.next_row, state.version))
         and min(state.width, state.next_row) > 0
         and isinstance(state.base_checksum, str)
+        and isinstance(state.change, str)
     )
+
+
+def _version_of(db: sqlite3.Connection) -> int:
+    return int(db.execute("PRAGMA user_version").fetchone()[0])
 
 
 def check_numbers(directory: Path, db: sqlite3.Connection, state: BankState) -> None:
@@ -150,9 +187,32 @@ def check_numbers(directory: Path, db: sqlite3.Connection, state: BankState) -> 
 
 
 def advance(db: sqlite3.Connection, file: str, next_row: int) -> None:
-    """Record the bank file and the number of its rows, and increment the version."""
-    update = "UPDATE bank SET file = ?, next_row = ?, version = version + 1"
-    db.execute(update, (file, next_row))
+    """Record a change: the bank file, the number of its rows, the next version, a random id."""
+    update = "UPDATE bank SET file = ?, next_row = ?, version = version + 1, change = ?"
+    db.execute(update, (file, next_row, new_change()))
+    _record_change(db)
+
+
+def new_change() -> str:
+    """A random id for a change."""
+    return secrets.token_hex(16)
+
+
+def _record_change(db: sqlite3.Connection) -> None:
+    db.execute("REPLACE INTO changes SELECT version, change FROM bank")
+    kept = "(SELECT version FROM bank) - ?"
+    db.execute(f"DELETE FROM changes WHERE version <= {kept}", (_CHANGES_KEPT,))
+
+
+def continues(db: sqlite3.Connection, state: BankState, version: int, change: str) -> bool:
+    """Whether the registry was once at a version with this change, so that it has its past.
+
+    Not if that is more than _CHANGES_KEPT changes ago, nor ever in a registry of version 1.
+    """
+    if not (change and state.change):
+        return False
+    found = db.execute("SELECT change FROM changes WHERE version = ?", (version,)).fetchone()
+    return bool(found == (change,))
 
 
 # The rows of adapters
@@ -166,17 +226,17 @@ def base_row(state: BankState) -> BankRow:
 
 def all_rows(directory: Path, db: sqlite3.Connection, state: BankState) -> dict[str, BankRow]:
     """The rows of all adapters by name, sorted by name, without the base model."""
-    found = db.execute("SELECT name, number, entry, checksum FROM adapters ORDER BY name")
-    return {name: _row_of(directory, state, columns) for name, *columns in found}
+    found = db.execute(f"SELECT {_columns(state)} FROM adapters ORDER BY name")
+    return {columns[0]: _row_of(directory, state, columns) for columns in found}
 
 
 def rows_from(
     directory: Path, db: sqlite3.Connection, state: BankState, number: int
 ) -> dict[str, BankRow]:
     """The rows of adapters with this number or a higher one, by name."""
-    query = "SELECT name, number, entry, checksum FROM adapters WHERE number >= ?"
+    query = f"SELECT {_columns(state)} FROM adapters WHERE number >= ?"
     found = db.execute(query, (number,))
-    return {name: _row_of(directory, state, columns) for name, *columns in found}
+    return {columns[0]: _row_of(directory, state, columns) for columns in found}
 
 
 def rows_named(
@@ -187,13 +247,13 @@ def rows_named(
     Raises:
         UnknownAdapterError: the bank has no adapter of one of the names.
     """
-    query = "SELECT number, entry, checksum FROM adapters WHERE name = ?"
+    query = f"SELECT {_columns(state)} FROM adapters WHERE name = ?"
     found, missing = {}, []
     for name in dict.fromkeys(names):
         if name == BASE_NAME:
             found[name] = base_row(state)
         elif is_fit_name(name) and (columns := db.execute(query, (name,)).fetchone()):
-            found[name] = _row_of(directory, state, columns)
+            found[name] = _row_of(directory, state, (name, *columns[1:]))
         else:
             missing.append(name)
     if missing:
@@ -202,9 +262,20 @@ def rows_named(
     return found
 
 
+def _columns(state: BankState) -> str:
+    return f"name, number, entry, checksum, {'seal' if state.change else 'NULL'}"
+
+
+def _seal(name: str, entry: str, checksum: str) -> str:
+    """Digest of an adapter's name, the text of its entry and the checksum of its row."""
+    return hashlib.sha256("\0".join((name, entry, checksum)).encode()).hexdigest()
+
+
 def _row_of(directory: Path, state: BankState, columns: Sequence[Any]) -> BankRow:
-    number, entry, checksum = columns
+    name, number, entry, checksum, seal = columns
     try:
+        if state.change and seal != _seal(name, entry, checksum):
+            raise ValueError(f"it is not what was recorded for {name!r}")
         read = AdapterEntry(**json.loads(entry))
         labels = None if read.labels is None else tuple(read.labels)
         if read.problem_type not in (None, *PROBLEM_TYPES):
@@ -232,8 +303,9 @@ def count_names(db: sqlite3.Connection) -> int:
 
 
 def known_names(db: sqlite3.Connection) -> list[str]:
-    """The names of all adapters, sorted."""
-    return [name for (name,) in db.execute("SELECT name FROM adapters ORDER BY name")]
+    """The names of all adapters, sorted; one that is damaged into no text is left out."""
+    found = db.execute("SELECT name FROM adapters ORDER BY name")
+    return [name for (name,) in found if isinstance(name, str)]
 
 
 def numbers_in_use(db: sqlite3.Connection) -> list[int]:
@@ -243,9 +315,11 @@ def numbers_in_use(db: sqlite3.Connection) -> list[int]:
 
 def put_row(db: sqlite3.Connection, name: str, row: BankRow) -> None:
     """Record an adapter's row; it replaces an earlier one of that name."""
+    entry = json.dumps(asdict(row.entry))
+    seal = _seal(name, entry, row.checksum)
     db.execute(
-        "REPLACE INTO adapters (name, number, entry, checksum) VALUES (?, ?, ?, ?)",
-        (name, row.number, json.dumps(asdict(row.entry)), row.checksum),
+        "REPLACE INTO adapters (name, number, entry, checksum, seal) VALUES (?, ?, ?, ?, ?)",
+        (name, row.number, entry, row.checksum, seal),
     )
 
 

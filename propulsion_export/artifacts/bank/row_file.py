@@ -1,4 +1,8 @@
-"""Append, copy, map and verify the rows of a bank file."""
+"""Append, copy, map and verify the rows of a bank file.
+
+A row that is in the file stays there, whether the registry counts it or not: after a registry was
+restored from a backup, other processes may still have the rows mapped that it does not know.
+"""
 
 import hashlib
 import os
@@ -16,6 +20,7 @@ from propulsion_export.artifacts.bank.registry import (
 )
 from propulsion_export.artifacts.file_names import ADAPTERS
 from propulsion_export.artifacts.rounding import numpy_dtype
+from propulsion_export.artifacts.watched_file import Moment, WatchedFile
 from propulsion_export.errors import ArtifactError, UsageError
 
 
@@ -36,18 +41,50 @@ def check_length(directory: Path, state: BankState) -> int:
     return length
 
 
-def tidy(directory: Path, state: BankState) -> None:
-    """Remove what killed or failed changes left behind. No other change may be in progress.
+def tidy(directory: Path, state: BankState) -> BankState:
+    """Remove what killed changes left behind: half a row, other bank files.
+
+    No other change may be in progress.
+
+    Returns:
+        `state`, with all whole rows of the file counted. Those that the registry does not count
+        were left by a killed change or belong to a registry that was replaced by a backup.
 
     Raises:
-        ArtifactError: the bank file is missing or too short.
+        ArtifactError: the bank file is missing, too short or another bank's.
     """
+    length = check_length(directory, state)
+    _check_first_row(directory, state)
+    remove_others(directory, state)
+    whole = state._replace(next_row=length // state.stride)
+    if length > whole.length:
+        os.truncate(directory / state.file, whole.length)
+    return whole
+
+
+def take_back(directory: Path, state: BankState) -> None:
+    """Remove what a failed change has written; `state` is the one that it began with."""
+    remove_others(directory, state)
+    if check_length(directory, state) > state.length:
+        os.truncate(directory / state.file, state.length)
+
+
+def remove_others(directory: Path, state: BankState) -> None:
+    """Remove the bank files that the registry does not name; memory maps of them stay valid."""
     for path in (directory / ADAPTERS).iterdir():
         name = f"{ADAPTERS}/{path.name}"
         if has_rows(name) and name != state.file:
             path.unlink(missing_ok=True)
-    if check_length(directory, state) > state.length:
-        os.truncate(directory / state.file, state.length)
+
+
+def _check_first_row(directory: Path, state: BankState) -> None:
+    with (directory / state.file).open("rb") as file:
+        if checksum_of(file.read(state.stride)) != state.base_checksum:
+            raise ArtifactError(
+                f"{directory / state.file}: row 0 is not the base model's that the registry "
+                "recorded; nothing was changed",
+                remedy=COPY_AGAIN,
+            )
 
 
 def map_rows(directory: Path, state: BankState) -> Array:
@@ -65,6 +102,34 @@ def identity_of(directory: Path, state: BankState) -> tuple[int, int]:
     """Device and inode of the bank file, which another file of the same name does not have."""
     stat = (directory / state.file).stat()
     return stat.st_dev, stat.st_ino
+
+
+class MappedRows(WatchedFile):
+    """The rows of a bank file at one moment.
+
+    Attributes:
+        values: [rows, D], a read-only memory map.
+    """
+
+    def __init__(self, directory: Path, state: BankState) -> None:
+        check_length(directory, state)
+        dtype, shape = numpy_dtype(state.dtype), (state.next_row, state.width)
+        with (directory / state.file).open("rb") as file:
+            super().__init__(file)
+            self.values: Array = np.memmap(file, dtype, mode="r", shape=shape)
+
+    def moment(self) -> Moment | None:
+        """See `WatchedFile.moment`.
+
+        Raises:
+            ArtifactError: the file has become too short for the rows.
+        """
+        if (size := self.size()) < self.values.nbytes:
+            raise ArtifactError(
+                f"{self.path}: has become shorter, {size} bytes, expected {self.values.nbytes}",
+                remedy=COPY_AGAIN,
+            )
+        return super().moment()
 
 
 def check_row(row: BankRow, values: Array) -> None:

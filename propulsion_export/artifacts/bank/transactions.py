@@ -12,8 +12,9 @@ from propulsion_export.artifacts.bank.registry import (
     BankState,
     create_tables,
     read_state,
+    upgrade,
 )
-from propulsion_export.artifacts.bank.row_file import tidy
+from propulsion_export.artifacts.bank.row_file import take_back, tidy
 from propulsion_export.artifacts.disk_errors import FULL, disk_errors_in_words
 from propulsion_export.artifacts.file_names import ADAPTERS
 from propulsion_export.environment.permissions import check_permission
@@ -84,18 +85,21 @@ def changing(directory: Path) -> Iterator[tuple[sqlite3.Connection, BankState]]:
         ArtifactError: the registry is damaged, or another process keeps it locked.
     """
     with _in_words(directory):
-        db, state = _begin(directory, write=True)
+        db, found = _begin(directory, write=True)
+        state = None
         try:
             with closing(db):  # closing rolls back what is not committed
-                tidy(directory, state)
+                state = tidy(directory, found)
+                upgrade(db)
                 yield db, state
                 db.execute("COMMIT")
         except (OSError, sqlite3.Error):
             # The disk may be full: free what was appended. Another error would hide the first.
             with suppress(OSError, sqlite3.Error, ArtifactError):
-                db, state = _begin(directory, write=True)
+                db, now = _begin(directory, write=True)
                 with closing(db):
-                    tidy(directory, state)
+                    if state is not None and now == found:
+                        take_back(directory, state)
             raise
 
 

@@ -1,5 +1,6 @@
 """Banks of known numbers, and other processes that change them, for the bank's tests."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -68,15 +69,20 @@ def fill(directory, adapters):
     with registry(directory) as db:
         db.execute("BEGIN")
         db.executemany(
-            "INSERT INTO adapters VALUES (?, ?, ?, 'sha256:')",
+            "INSERT INTO adapters VALUES (?, ?, ?, 'sha256:', ?)",
             (
-                (f"n{n}", n, json.dumps({"digest": "", "source": "", "size": n}))
+                (f"n{n}", n, text, seal(f"n{n}", text, "sha256:"))
                 for n in range(5, 5 + adapters)
+                for text in [json.dumps({"digest": "", "source": "", "size": n})]
             ),
         )
         db.execute("UPDATE bank SET next_row = ?", (5 + adapters,))
         db.execute("COMMIT")
     os.truncate(directory / BANK_FILE, (5 + adapters) * STRIDE)
+
+
+def seal(name, entry, checksum):
+    return hashlib.sha256(f"{name}\0{entry}\0{checksum}".encode()).hexdigest()
 
 
 def half_committed(directory, copy):

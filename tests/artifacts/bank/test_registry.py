@@ -12,7 +12,7 @@ from propulsion_export.artifacts.bank import (
 )
 from propulsion_export.errors import ArtifactError
 
-from . import entry, fill, put, registry, row_of
+from . import entry, fill, put, registry, row_of, seal
 
 
 @pytest.mark.parametrize(
@@ -57,8 +57,8 @@ def test_a_registry_that_is_none_is_refused(bank, directory, content):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        ("PRAGMA user_version = 2", r"schema version is 2, expected 1\. Upgrade"),
-        ("PRAGMA user_version = 0", r"schema version is 0, expected 1\. Copy"),
+        ("PRAGMA user_version = 3", r"schema version is 3, expected 2\. Upgrade"),
+        ("PRAGMA user_version = 0", r"schema version is 0, expected 2\. Copy"),
         ("DROP TABLE adapters", "is not the registry of a bank"),
         ("DELETE FROM bank", r"describes the bank as \[\]"),
         ("INSERT INTO bank SELECT * FROM bank", "expected its file, dtype"),
@@ -81,8 +81,10 @@ def test_a_registry_that_cannot_be_is_refused(bank, directory, damage, message):
 
 @pytest.mark.parametrize("text", ["no json", "[]", '{"digest": 1, "unknown": 2}', "5"])
 def test_an_entry_that_cannot_be_read_is_told_by_its_row(bank, directory, text):
+    checksum = row_of(bank, "b").checksum
     with registry(directory) as db:
-        db.execute("UPDATE adapters SET entry = ? WHERE name = 'b'", (text,))
+        sealed = "UPDATE adapters SET entry = ?, seal = ? WHERE name = 'b'"
+        db.execute(sealed, (text, seal("b", text, checksum)))
     with pytest.raises(ArtifactError, match="the record of the adapter in row 3 is damaged"):
         bank.rows()
     assert row_of(bank, "a").entry == entry(1)
