@@ -1,5 +1,6 @@
 """Add, remove and compact the adapters of a switchable artifact or of a bank."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from propulsion_export.artifacts.file_names import (
     ADAPTERS_FILE,
     BASE_FEEDS,
     GENAI_CONFIG_FILE,
+    MANIFEST_FILE,
     ONNX_ADAPTER_SUFFIX,
 )
 from propulsion_export.artifacts.layout import (
@@ -32,6 +34,7 @@ from propulsion_export.artifacts.layout import (
 from propulsion_export.artifacts.locking import exclusive_lock
 from propulsion_export.artifacts.manifest import AdapterEntry, Manifest
 from propulsion_export.artifacts.merged_base import check_not_merged
+from propulsion_export.artifacts.replacing import sweep_inside
 from propulsion_export.artifacts.staging import replace_file
 from propulsion_export.artifacts.tensor_names import BANK_INPUT, MODULES_INPUT
 from propulsion_export.base_model.chat.templates import read_template
@@ -222,6 +225,8 @@ def remove_adapter(artifact: Path | str, name: str) -> Artifact:
         UnknownAdapterError: the artifact has no adapter of that name.
         UsageError: it is the base model, or the only adapter of a switchable artifact.
     """
+    if not isinstance(name, str):
+        raise UsageError(f"adapter: is {type(name).__name__}, expected a name")
     if name == BASE_NAME:
         raise UsageError(f"{artifact}: {name!r} is the base model, which cannot be removed")
     with exclusive_lock(artifact):
@@ -272,6 +277,7 @@ def _commit(before: Artifact, manifest: Manifest) -> Artifact:
 
 
 def _read_changeable(artifact: Path | str) -> Artifact:
+    """Read an artifact that is locked to change it, and clean up after killed changes."""
     if cached_repository(user_path(artifact)) is not None:
         raise ArtifactError(
             f"{artifact}: lies in a hub's cache, whose files other revisions share, expected a "
@@ -296,6 +302,8 @@ def _read_changeable(artifact: Path | str) -> Artifact:
             remedy="Change the ONNX export it was made from, and package that again.",
         )
     check_consistent(read.directory, read.manifest)
+    sweep_inside(read.directory, re.escape(MANIFEST_FILE))
+    sweep_inside(read.directory / ADAPTERS, ".+")
     return read
 
 
