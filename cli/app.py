@@ -12,7 +12,10 @@ from typing import Any
 import click
 
 from propulsion_export.artifacts.disk_errors import FULL
+from propulsion_export.environment.locale_encoding import LOCALE_REMEDY, unread_bytes
+from propulsion_export.environment.paths import check_current_directory
 from propulsion_export.environment.quiet import silence_optional_packages
+from propulsion_export.environment.threads import limit_threads
 from propulsion_export.errors import PropulsionExportError, UnavailableError, UsageError
 
 from .streams import (
@@ -52,6 +55,7 @@ _EXTRAS = {
 _PLAIN = {"torch", "transformers", "peft", "onnx", "onnx_ir", "onnxscript", "datasets"}
 # Errors caused by a path, a disk or a limit, not by this tool.
 _FILE_ERRORS = {errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EIO, *FULL}
+_HELP = {"-h", "--help", "--version"}
 _BUG = 70  # EX_SOFTWARE of sysexits.h
 
 
@@ -111,6 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
         prepare_streams(arguments)
+        _check_surroundings(arguments)
         silence_optional_packages()
         code = app.main(list(arguments), prog_name="propulsion-export", standalone_mode=False)
     except ReaderGone:
@@ -119,6 +124,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = _explain(error, arguments)
     forget_unwritten()
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _check_surroundings(arguments: Sequence[str]) -> None:
+    """Refuse what no command can work with, and mend what it can.
+
+    Raises:
+        UsageError: an argument is not in the locale's encoding; the current directory has been
+            deleted.
+    """
+    for argument in arguments:
+        if finding := unread_bytes(argument):
+            raise UsageError(f"{argument!a}: {finding}", remedy=LOCALE_REMEDY)
+    if not _HELP & set(arguments):
+        check_current_directory()
+    finding = limit_threads()
+    if finding and not {"-q", "--quiet"} & set(arguments):
+        print_note(finding)
 
 
 def _explain(error: BaseException, arguments: Sequence[str]) -> int:

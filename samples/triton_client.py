@@ -15,6 +15,11 @@ BUCKET = 8  # tokens: Triton batches requests of equal lengths only, so there sh
 
 def encode(directory, texts, adapters):
     """The tensors of a request by name: one row per text, padded to one length."""
+    if not texts or len(adapters) != len(texts):
+        raise SystemExit(
+            f"{len(texts)} texts and {len(adapters)} adapters, expected an adapter for each text, "
+            "and one text at least"
+        )
     tokenizer = AutoTokenizer.from_pretrained(directory)
     known = json.loads((directory / "adapters.json").read_text(encoding="utf-8"))
     if unknown := set(adapters) - known.keys():

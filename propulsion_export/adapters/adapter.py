@@ -9,7 +9,6 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from propulsion_export.adapters.peft_directory import (
 from propulsion_export.adapters.scales import Array, Scale
 from propulsion_export.base_model.fingerprint import Fingerprint
 from propulsion_export.base_model.tasks import TASKS, TaskName, task_of_peft
+from propulsion_export.environment.cached import cached_property
 from propulsion_export.environment.paths import real_directory, user_path
 from propulsion_export.errors import AdapterError
 

@@ -40,7 +40,14 @@ def source_of(specification: str | Path) -> str:
 
 
 def _split(specification: str | Path) -> tuple[str | None, Path]:
-    """The name, if one is given, and the directory; an existing path may contain `=`."""
+    """The name, if one is given, and the directory; an existing path may contain `=`.
+
+    Raises:
+        UsageError: it is neither a text nor a path.
+    """
+    if not isinstance(specification, str | Path):
+        kind = type(specification).__name__
+        raise UsageError(f"adapter: is {kind}, expected a directory, or NAME=DIR")
     whole = user_path(specification)
     name, separator, path = str(specification).partition("=")
     if separator and not os.path.lexists(whole):  # unlike Path.exists() it never raises

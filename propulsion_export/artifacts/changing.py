@@ -1,5 +1,6 @@
 """Add, remove and compact the adapters of a switchable artifact or of a bank."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,6 +24,7 @@ from propulsion_export.artifacts.file_names import (
     ADAPTERS_FILE,
     BASE_FEEDS,
     GENAI_CONFIG_FILE,
+    MANIFEST_FILE,
     ONNX_ADAPTER_SUFFIX,
 )
 from propulsion_export.artifacts.layout import (
@@ -35,6 +37,7 @@ from propulsion_export.artifacts.layout import (
 from propulsion_export.artifacts.locking import exclusive_lock
 from propulsion_export.artifacts.manifest import AdapterEntry, Manifest
 from propulsion_export.artifacts.merged_base import check_not_merged
+from propulsion_export.artifacts.replacing import sweep_inside
 from propulsion_export.artifacts.staging import replace_file
 from propulsion_export.artifacts.tensor_names import BANK_INPUT, MODULES_INPUT
 from propulsion_export.base_model.chat.templates import read_template
@@ -227,6 +230,8 @@ def remove_adapter(artifact: Place, name: str) -> Artifact:
         UsageError: it is the base model, or the only adapter of a switchable artifact; or the path
             leads to another directory now.
     """
+    if not isinstance(name, str):
+        raise UsageError(f"adapter: is {type(name).__name__}, expected a name")
     place = _place(artifact)
     if name == BASE_NAME:
         raise UsageError(f"{place.given}: {name!r} is the base model, which cannot be removed")
@@ -289,6 +294,7 @@ def _changeable(artifact: Place) -> Iterator[Artifact]:
 
 
 def _read_changeable(place: BoundDirectory) -> Artifact:
+    """Read an artifact that is locked to change it, and clean up after killed changes."""
     artifact = place.given
     if cached_repository(place.path) is not None:
         raise ArtifactError(
@@ -314,6 +320,8 @@ def _read_changeable(place: BoundDirectory) -> Artifact:
             remedy="Change the ONNX export it was made from, and package that again.",
         )
     check_consistent(read.directory, read.manifest)
+    sweep_inside(read.directory, re.escape(MANIFEST_FILE))
+    sweep_inside(read.directory / ADAPTERS, ".+")
     return read
 
 

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from propulsion_export.environment.forking import no_fork
+from propulsion_export.environment.lock_holders import lock_holder
 from propulsion_export.environment.paths import user_path
 from propulsion_export.errors import ArtifactError
 
@@ -70,18 +72,20 @@ def shared_lock(artifact: Path) -> Iterator[None]:
 
 
 def _open(directory: Path) -> int:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    _held.add(descriptor)
+    with no_fork():  # a fork closes the descriptors that it finds in `_held`
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        _held.add(descriptor)
     return descriptor
 
 
 def _release(descriptor: int) -> None:
     if descriptor not in _held:  # this process is a fork, which closed it
         return
-    _held.remove(descriptor)
-    with suppress(OSError):  # a file system without locks
-        fcntl.flock(descriptor, fcntl.LOCK_UN)
-    os.close(descriptor)
+    with no_fork():
+        _held.remove(descriptor)
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+        os.close(descriptor)
 
 
 def _close_inherited() -> None:
@@ -102,7 +106,8 @@ def _lock(descriptor: int, kind: int, artifact: Path | str) -> None:
         except BlockingIOError as error:
             if time.monotonic() > end:
                 raise ArtifactError(
-                    f"{artifact}: stays locked by another process for {_PATIENCE:.0f} s",
+                    f"{artifact}: stays locked for {_PATIENCE:.0f} s by "
+                    f"{lock_holder(user_path(artifact))}",
                     remedy="Try again once that has ended.",
                 ) from error
             time.sleep(_PAUSE)

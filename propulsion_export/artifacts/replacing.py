@@ -14,6 +14,7 @@ import errno
 import os
 import re
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 # Renaming a directory of a lower layer on an overlay file system, such as a container's image.
@@ -62,6 +63,26 @@ def sweep(destination: Path) -> None:
             shutil.rmtree(left, ignore_errors=True)
         else:
             left.unlink(missing_ok=True)
+
+
+def sweep_inside(directory: Path, locked: str = "") -> None:
+    """Remove the files that killed processes left half written in a directory, whatever their name.
+
+    Args:
+        directory: what does not exist holds none.
+        locked: pattern of the names that only this process writes now, so that the number of a
+            process that lives is not that of the writer: it was used again, or is another
+            machine's.
+    """
+    pattern = re.compile(r"\.(.+)\." + _SUFFIX)
+    for left in directory.iterdir() if directory.is_dir() else ():
+        match = pattern.fullmatch(left.name)
+        if not match or match[2] != "partial" or left.is_dir():
+            continue
+        ours = re.fullmatch(locked, match[1]) is not None
+        if ours or not _alive(int(match[3]), may_be_ours=match[4] is not None):
+            with suppress(OSError):  # a directory that cannot be written to: the change says so
+                left.unlink(missing_ok=True)
 
 
 def _move_away(destination: Path, replaced: Path) -> None:

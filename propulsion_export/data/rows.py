@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from propulsion_export.environment.locale_encoding import LOCALE_REMEDY, unread_bytes
 from propulsion_export.errors import DataError
 
 # The name of a row in messages, such as "line 3" or "row 3", and the row as it is in the file.
@@ -127,6 +128,8 @@ def half_character(place: str, text: str) -> str | None:
     found = _SURROGATE.search(text)
     if found is None:
         return None
+    if finding := unread_bytes(text):
+        return f"{place} {finding}: {LOCALE_REMEDY}"
     return (
         f"{place} holds half a character (the lone surrogate \\u{ord(found[0]):04x} at "
         f"{found.start()}), expected whole ones"

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from propulsion_export.environment.locale_encoding import LOCALE_REMEDY, unread_bytes
 from propulsion_export.errors import UsageError
 
 
@@ -13,9 +14,14 @@ def user_path(path: Path | str) -> Path:
     a file or directory of that name; these are made absolute.
 
     Raises:
-        UsageError: there is no such user, or none of whom the machine knows the home directory.
+        UsageError: there is no such user, or none of whom the machine knows the home directory; it
+            is relative, and the current directory has been deleted; the locale cannot read it.
     """
     written = Path(path)  # which drops a `./` at the start
+    if finding := unread_bytes(str(path)):
+        raise UsageError(f"{str(path)!a}: {finding}", remedy=LOCALE_REMEDY)
+    if not written.is_absolute():
+        check_current_directory()
     if str(path).startswith("./") and str(written).startswith("~"):
         return written.absolute()
     try:
@@ -44,3 +50,20 @@ def real_directory(path: Path | str) -> Path:
         return written
     kept = not written.is_absolute() and real == os.path.abspath(written)  # noqa: PTH100
     return written if kept else Path(real)
+
+
+def check_current_directory() -> None:
+    """Refuse a current directory that paths cannot start from.
+
+    Raises:
+        UsageError: it has been deleted, or the locale cannot read its name.
+    """
+    try:
+        here = str(Path.cwd())
+    except FileNotFoundError as error:
+        raise UsageError(
+            "the current directory has been deleted, expected one that is there",
+            remedy="Change to another directory.",
+        ) from error
+    if finding := unread_bytes(here):
+        raise UsageError(f"the current directory, {here!a}: {finding}", remedy=LOCALE_REMEDY)

@@ -35,6 +35,19 @@ def silence_optional_packages() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
+def _free_in_child() -> None:
+    """In a fork, undo what another thread did there, which is not there to undo it."""
+    global _ONE_AT_A_TIME
+    if _ONE_AT_A_TIME.acquire(blocking=False):
+        _ONE_AT_A_TIME.release()
+        return
+    _ONE_AT_A_TIME = threading.RLock()
+    sys.stdout = sys.__stdout__
+
+
+os.register_at_fork(after_in_child=_free_in_child)
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silence libraries inside the block; exceptions pass through untouched.

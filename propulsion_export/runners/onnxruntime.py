@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from propulsion_export.artifacts.artifact import Artifact, Runner, Tensors
 from propulsion_export.artifacts.consistency import differences, inconsistent
 from propulsion_export.artifacts.manifest import GraphEntry, TensorSpec
 from propulsion_export.artifacts.tensor_names import PRESENT
+from propulsion_export.environment.forking import refuse_fork, skip_exit_handlers_in_forks
+from propulsion_export.environment.threads import thread_count, too_many_threads
 from propulsion_export.environment.waiting import threads_sleep
 from propulsion_export.errors import ToolError, UnavailableError, first_line
 
@@ -112,8 +115,10 @@ def _runner(session: Any, path: Path) -> Runner:
     known |= {value.name for value in session.get_overridable_initializers()}
     names = [output.name for output in session.get_outputs()]
     cached = any(name.startswith(f"{PRESENT}.") for name in names)
+    process = os.getpid()
 
     def run(inputs: Tensors) -> Tensors:
+        refuse_fork(process, "runner")  # it would wait for threads that the fork does not have
         feeds = {name: values for name, values in inputs.items() if name in known}
         bound = cached or any(isinstance(values, _Placed) for values in feeds.values())
         try:
@@ -148,6 +153,7 @@ def _open_session(path: Path, provider: str) -> Any:
         raise UnavailableError(
             "onnxruntime is not installed", remedy="Run: pip install 'propulsion-export[cpu]'."
         ) from error
+    skip_exit_handlers_in_forks()
     if provider not in onnxruntime.get_available_providers():
         raise UnavailableError(
             f"ONNX Runtime here has no {provider}, only "
@@ -159,7 +165,10 @@ def _open_session(path: Path, provider: str) -> Any:
     # It would keep a memory plan for every combination of shapes it has run, and each adapter
     # that is added changes the shape of the bank.
     options.enable_mem_pattern = False
-    options.intra_op_num_threads = _threads()
+    # It would start every thread at once, however many.
+    options.intra_op_num_threads = thread_count()
+    if finding := too_many_threads():
+        warnings.warn(finding, stacklevel=2)
     if threads_sleep():
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
@@ -198,16 +207,6 @@ def _spec(value: Any, optional: bool = False) -> TensorSpec:
     dtype = value.type.removeprefix("tensor(").removesuffix(")")
     shape = tuple(size if isinstance(size, int) else str(size) for size in value.shape)
     return TensorSpec(value.name, _DTYPES.get(dtype, dtype), shape, optional)
-
-
-def _threads() -> int:
-    """OMP_NUM_THREADS, the first number of a list, but no more than there are cores.
-
-    0, the runtime's own choice, if it is unset or no number. ONNX Runtime starts every thread at
-    once, however many; PyTorch too has at most one per core.
-    """
-    first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
-    return min(int(first), os.cpu_count() or 1) if first.isdecimal() else 0
 
 
 def _run_bound(session: Any, feeds: Mapping[str, Any], outputs: Sequence[str]) -> list[Any]:

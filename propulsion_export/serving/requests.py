@@ -78,6 +78,28 @@ def one_each(what: str, given: str | Sequence[str], count: int) -> Sequence[str]
     return given if len(given) == count else [given[0]] * count
 
 
+def check_names(given: Any) -> None:
+    """Refuse what is neither the name of an adapter nor a list of names.
+
+    Raises:
+        UsageError: naming every row that has no name.
+    """
+    if isinstance(given, str):
+        return
+    is_array = isinstance(given, np.ndarray) and given.ndim == 1
+    if isinstance(given, bytes) or not (is_array or isinstance(given, Sequence)):
+        raise UsageError(
+            f"adapter: is {type(given).__name__}, expected a name, or a list of one for each row"
+        )
+    findings = [
+        f"adapter {row}: is {type(name).__name__}, expected a name"
+        for row, name in enumerate(given, 1)
+        if not isinstance(name, str)
+    ]
+    if findings:
+        raise UsageError(*findings)
+
+
 def contexts_for(task: str, given: str | Sequence[str], rows: int) -> Sequence[str]:
     """The second text for each row: with the answer to a question, or of a pair to classify.
 

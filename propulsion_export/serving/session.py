@@ -12,6 +12,7 @@ from propulsion_export.artifacts.bound_directory import BoundDirectory, deleted
 from propulsion_export.artifacts.changing import add_adapter, remove_adapter
 from propulsion_export.artifacts.consistency import check_consistent
 from propulsion_export.artifacts.locking import shared_lock
+from propulsion_export.environment.forking import refuse_fork
 from propulsion_export.environment.paths import user_path
 from propulsion_export.errors import UnknownAdapterError, UsageError
 from propulsion_export.runners.opening import choose_runner, place_for
@@ -20,6 +21,7 @@ from propulsion_export.serving.generation import Settings
 from propulsion_export.serving.loaded_model import LoadedModel, Reply
 from propulsion_export.serving.requests import (
     Inputs,
+    check_names,
     check_texts,
     contexts_for,
     count_rows,
@@ -131,9 +133,10 @@ class Session:
 
         Raises:
             UnknownAdapterError: there is no adapter of a name.
-            UsageError: the numbers of adapters or contexts and of rows differ; no rows; texts for
-                an artifact without a tokenizer; a missing input; `context` or `settings` for
-                another task; the process is a fork of the one that opened the session.
+            UsageError: `adapter` is no name or list of names; the numbers of adapters or contexts
+                and of rows differ; no rows; texts for an artifact without a tokenizer; a missing
+                input; `context` or `settings` for another task; the process is a fork of the one
+                that opened the session.
             UnavailableError: the tokenizer needs transformers, which is not installed.
             ArtifactError: a file that the model or an adapter of the request was loaded from was
                 written to.
@@ -215,11 +218,7 @@ class Session:
 
     def _check_process(self) -> None:
         """Refuse a fork, which has none of the runtime's threads, and perhaps a lock for ever."""
-        if os.getpid() != self._process:
-            raise UsageError(
-                "the session was opened before this process was forked, expected one of its own",
-                remedy="Open a session in each process.",
-            )
+        refuse_fork(self._process, "session")
 
     def _follow(self, place: BoundDirectory, artifact: Artifact) -> None:
         """Use the adapters as they are in `place` now; `artifact` is as it was read last."""
@@ -289,4 +288,7 @@ def _in(place: BoundDirectory, artifact: Artifact) -> Artifact:
 
 
 def _names(given: str | Sequence[str] | None, rows: int, roster: Roster) -> Sequence[str]:
-    return one_each("adapters", roster.default if given is None else given, rows)
+    if given is None:
+        return one_each("adapters", roster.default, rows)
+    check_names(given)
+    return one_each("adapters", given, rows)

@@ -197,7 +197,7 @@ def test_a_lock_that_stays_is_told_and_not_waited_for_without_end(world, copy, m
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         for use in (lambda: remove_adapter(copy, "five"), lambda: Session(copy)):
-            with pytest.raises(ArtifactError, match="stays locked by another process for 0 s"):
+            with pytest.raises(ArtifactError, match="stays locked for 0 s by another thread"):
                 use()
     finally:
         os.close(descriptor)
@@ -247,3 +247,63 @@ def test_a_directory_that_is_not_there_is_told(world, tmp_path):
     ):
         with pytest.raises(ArtifactError, match="no: cannot be opened"):
             change()
+
+
+LEFT = (
+    ".propulsion.json.partial-{process}-0123abcd",
+    "adapters/.other.safetensors.partial-{process}-0123abcd",
+    "adapters/.other.0123456789ab.safetensors.partial-{process}-0123abcd",
+    "adapters/.bank.bin.partial-{process}-0123abcd",
+    "adapters/.whatever.partial-{process}",
+)
+
+
+@pytest.mark.parametrize("process", ["of the dead", "of this one", "of another"])
+@pytest.mark.parametrize("mode", ["switchable", "bank"])
+@pytest.mark.parametrize("change", ["add", "remove"])
+def test_the_next_change_removes_what_kills_left_half_written(
+    change, mode, process, world, export_world, tmp_path
+):
+    """Process numbers are used again: a container's is 1 every time."""
+    numbers = {"of this one": os.getpid(), "of another": os.getppid(), "of the dead": 99_999_999}
+    copy = shutil.copytree(export_world(mode), tmp_path / "copy")
+    left = [copy / name.format(process=numbers[process]) for name in LEFT]
+    for path in left:
+        path.write_bytes(b"half")
+    kept = [copy / "adapters/.mine", copy / f".report.json.partial-{os.getppid()}-0123abcd"]
+    for path in kept:
+        path.write_bytes(b"not ours to remove")
+
+    if change == "add":
+        add_adapter(copy, f"new={world.three}")
+    else:
+        remove_adapter(copy, "five")
+
+    assert not [path for path in left if path.exists()]
+    assert all(path.exists() for path in kept)
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from propulsion_export.artifacts.changing import add_adapter
+
+point, replace = sys.argv[1], Path.replace
+def die(self, target):
+    if point in str(target):
+        os._exit(9)
+    return replace(self, target)
+Path.replace = die
+add_adapter(*sys.argv[2:])
+"""
+
+
+@pytest.mark.parametrize("point", ["new.safetensors", "propulsion.json"])
+def test_a_killed_addition_leaves_nothing_after_another_change(point, world, copy):
+    words = [sys.executable, "-c", KILLED, point, copy, f"new={world.three}"]
+    assert subprocess.run(words, check=False).returncode == 9
+    assert list(copy.rglob(".*.partial-*"))
+
+    remove_adapter(copy, "five")
+
+    assert not list(copy.rglob(".*"))

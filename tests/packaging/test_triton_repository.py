@@ -336,11 +336,16 @@ def serve():
 
 
 @pytest.fixture
-def client(serve, repository, monkeypatch, capsys):
-    """`client("three=a text", …)`: what the sample prints, and the server it asked."""
+def sample():
     specification = importlib.util.spec_from_file_location("triton_client", SAMPLE)
     sample = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(sample)
+    return sample
+
+
+@pytest.fixture
+def client(sample, serve, repository, monkeypatch, capsys):
+    """`client("three=a text", …)`: what the sample prints, and the server it asked."""
 
     def ask(*texts, model=None):
         model = model or repository / "topics"
@@ -389,3 +394,14 @@ def test_the_sample_sends_no_ids_where_the_adapter_is_folded(client, folded, tmp
 def test_the_sample_asks_no_server_for_an_adapter_that_there_is_not(client):
     with pytest.raises(SystemExit, match="has no adapter 'other', only base, three, five"):
         client("other=ba")
+
+
+@pytest.mark.parametrize(
+    ("texts", "adapters"),
+    [([], []), ([], ["three"]), (["ba", "be"], ["three"]), (["ba"], ["three", "five"])],
+)
+def test_the_sample_wants_an_adapter_for_each_text(texts, adapters, sample, repository):
+    found = f"{len(texts)} texts and {len(adapters)} adapters, expected an adapter for each text"
+
+    with pytest.raises(SystemExit, match=found):
+        sample.predict(None, repository / "topics", texts, adapters)

@@ -8,18 +8,22 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 
 from propulsion_export.adapters.adapter import Adapter
+from propulsion_export.cli import main
 from propulsion_export.errors import UsageError
 from propulsion_export.runners.onnxruntime import onnxruntime_runner
+from propulsion_export.serving.session import Session
 from propulsion_export.training import TrainOptions, train
 from propulsion_export.training.processes import Processes, read_processes
 
 SETTINGS = ["abc", "", "0", "-1", "1.5", "4,2", " 2 ", "40000", "99999999999", "٣"]
+BEYOND = [threads for threads in SETTINGS if threads.isdecimal() and int(threads) > 1000]
 GRAPH = """
 <ir_version: 10, opset_import: ["" : 20]>
 graph (float[n, 4] x) => (float[n, 4] y) {
@@ -41,6 +45,8 @@ def test_onnx_runtime_computes_the_same_with_any_setting(threads, tmp_path, monk
     x = np.linspace(-3, 3, 400, dtype=np.float32).reshape(-1, 4)
     expected = np.exp(x) / np.exp(x).sum(axis=1, keepdims=True)
     monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    if threads in BEYOND:
+        warnings.filterwarnings("ignore", "OMP_NUM_THREADS is .* the number of cores")
 
     found = onnxruntime_runner(tmp_path / "model.onnx")({"x": x})["y"]
 
@@ -82,3 +88,54 @@ def test_training_on_one_core_is_the_same_with_any_setting(tiny_checkpoint, tmp_
     for path, scale in one.scales.items():
         assert other.scales[path].values == pytest.approx(scale.values, abs=1e-5)
         assert (scale.values != 1).any()
+
+
+COUNTING = """
+import os, sys
+from propulsion_export import cli
+try:
+    cli.main(sys.argv[1:])
+except SystemExit as done:
+    assert not done.code, done.code
+import torch
+a = torch.ones(600, 600)
+(a + a) @ a
+print(torch.get_num_threads(), os.environ["OMP_NUM_THREADS"], len(os.listdir("/proc/self/task")))
+"""
+HUGE = ["100000", "+100000", "4294967296", "4294967298", "9" * 30, "9" * 5000, "100000,2"]
+
+
+@pytest.mark.parametrize("threads", HUGE, ids=lambda threads: threads[:20])
+def test_more_threads_than_cores_are_told_and_not_started(threads):
+    done = subprocess.run(
+        [sys.executable, "-c", COUNTING, "doctor", "--json"],
+        env=os.environ | {"OMP_NUM_THREADS": threads},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert done.returncode == 0, done.stderr
+    cores = os.cpu_count()
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"OMP_NUM_THREADS is {threads[:17]}")
+    assert line.endswith(f"and {cores}, the number of cores, is used instead")
+    computing, told, started = map(int, done.stdout.splitlines()[-1].split())
+    assert computing <= cores
+    assert told == cores
+    assert started < 10 * cores + 10
+
+
+def test_quiet_commands_and_numbers_that_fit_are_not_told(monkeypatch, capsys):
+    for threads, words in (("100000", ["doctor", "-q"]), (str(os.cpu_count()), ["doctor"])):
+        monkeypatch.setenv("OMP_NUM_THREADS", threads)
+        with pytest.raises(SystemExit):
+            main(words)
+        assert capsys.readouterr().err == ""
+
+
+def test_a_session_in_python_is_told_by_a_warning(banked, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "100000")
+
+    with pytest.warns(UserWarning, match="OMP_NUM_THREADS is 100000, and .* is used instead"):
+        Session(banked)

@@ -3,6 +3,7 @@
 import gc
 import os
 import weakref
+from contextlib import nullcontext
 
 import ml_dtypes
 import numpy as np
@@ -208,7 +209,8 @@ def test_onnx_runtime_has_as_many_threads_as_pytorch(variable, expected, tmp_pat
         monkeypatch.setenv("OMP_NUM_THREADS", variable)
     ir.save(ir.from_onnx_text(THREADS_GRAPH), tmp_path / "model.onnx")
 
-    onnxruntime_runner(tmp_path / "model.onnx")
+    with pytest.warns() if variable == "40000" else nullcontext():
+        onnxruntime_runner(tmp_path / "model.onnx")
 
     assert asked == [expected]
 

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import shutil
 import sqlite3
 import subprocess
@@ -913,3 +914,43 @@ def test_tensors_that_the_model_would_not_take_are_told_in_a_line(inputs, found,
 def test_what_no_tokenizer_reads_is_told_in_a_line(text, found, banked):
     with pytest.raises(UsageError, match=found):
         Session(banked)(["ba", text], adapter="three")
+
+
+@pytest.mark.parametrize(
+    ("adapter", "found"),
+    [
+        (0, "adapter: is int, expected a name, or a list of one for each row"),
+        (1.5, "adapter: is float"),
+        (b"three", "adapter: is bytes"),
+        ({"three"}, "adapter: is set"),
+        ({"three": 1}, "adapter: is dict"),
+        ([["three"]], "adapter 1: is list, expected a name"),
+        (["three", None], "adapter 2: is NoneType, expected a name"),
+        ([0, 1], "adapter 1: is int, expected a name; adapter 2: is int, expected a name"),
+        (np.array(0), "adapter: is ndarray"),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("kind", ["switchable", "bank"])
+def test_what_names_no_adapter_is_told_in_a_line(kind, adapter, found, export_world):
+    session = Session(export_world(kind))
+
+    for inputs in (["ba", "be"], {"input_ids": IDS, "attention_mask": MASK}):
+        with pytest.raises(UsageError, match=re.escape(found)):
+            session(inputs, adapter)
+
+
+def test_names_may_be_in_a_tuple_or_an_array(banked):
+    session = Session(banked)
+
+    for adapter in (("three", "five"), np.array(["three", "five"])):
+        assert [one.adapter for one in session(["ba", "be"], adapter)] == ["three", "five"]
+
+
+def test_what_is_no_adapter_is_neither_added_nor_removed(switchable):
+    session = Session(switchable)
+
+    with pytest.raises(UsageError, match="adapter: is int, expected a directory, or NAME=DIR"):
+        session.add(0)
+    with pytest.raises(UsageError, match="adapter: is list, expected a name"):
+        session.remove(["three"])

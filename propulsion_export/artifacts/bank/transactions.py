@@ -17,6 +17,8 @@ from propulsion_export.artifacts.bank.registry import (
 from propulsion_export.artifacts.bank.row_file import take_back, tidy
 from propulsion_export.artifacts.disk_errors import FULL, disk_errors_in_words
 from propulsion_export.artifacts.file_names import ADAPTERS
+from propulsion_export.environment.forking import no_fork
+from propulsion_export.environment.lock_holders import lock_holder
 from propulsion_export.environment.permissions import check_permission
 from propulsion_export.errors import ArtifactError, UsageError
 
@@ -157,6 +159,7 @@ def _in_words(directory: Path) -> Iterator[None]:
     place = directory / ADAPTERS
     try:
         with (
+            no_fork(),  # SQLite in a fork would take the locks of other threads for its own
             disk_errors_in_words(place, _NO_ROOM, remedy=_MAKE_ROOM),
             disk_errors_in_words(place, _FORBIDDEN, remedy=_CHANGE_A_COPY),
         ):
@@ -172,7 +175,10 @@ def _in_words(directory: Path) -> Iterator[None]:
         kind, found, remedy = (
             _SQLITE_REASONS.get(code) or _SQLITE_REASONS.get(code & 0xFF) or _NO_REGISTRY
         )
-        raise kind(f"{directory / REGISTRY_FILE}: {found} ({error})", remedy=remedy) from error
+        busy = code & 0xFF == sqlite3.SQLITE_BUSY
+        holder = f", by {lock_holder(directory / REGISTRY_FILE)}" if busy else ""
+        found = f"{directory / REGISTRY_FILE}: {found} ({error}{holder})"
+        raise kind(found, remedy=remedy) from error
 
 
 def _code(error: sqlite3.Error) -> int:

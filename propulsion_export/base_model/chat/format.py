@@ -4,7 +4,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from functools import cached_property
 from typing import Any
 
 from propulsion_export.base_model.chat.places import (
@@ -15,6 +14,7 @@ from propulsion_export.base_model.chat.places import (
 )
 from propulsion_export.base_model.chat.rendering import TemplateRefusal, render
 from propulsion_export.base_model.tokenizer.classes import NAMED
+from propulsion_export.environment.cached import cached_property
 
 _USER = {"role": "user", "content": "x"}
 _ANSWER = {"role": "assistant", "content": "y"}

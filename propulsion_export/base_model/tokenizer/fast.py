@@ -5,7 +5,6 @@ transformers imports torch wherever torch is installed, which takes seconds; ser
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ import numpy.typing as npt
 
 from propulsion_export.base_model.config import read_settings_file
 from propulsion_export.base_model.tokenizer.classes import NAMED, PARTS, fits
+from propulsion_export.environment.cached import cached_property
 from propulsion_export.errors import UsageError
 
 if TYPE_CHECKING:
