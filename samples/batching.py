@@ -29,18 +29,29 @@ class Row:
 Answer = Reply | Exception
 
 
-def answer(session: Session, rows: Sequence[Row]) -> list[Answer]:
-    """The session's answer for each row; an error in one row does not affect the others."""
+def answer(session: Session, rows: Sequence[Row], longest: int | None = None) -> list[Answer]:
+    """The session's answer for each row; an error in one row does not affect the others.
+
+    `longest` is the most characters that a text may have.
+    """
     try:
-        if any(not row.text.strip() for row in rows):
-            raise UsageError("text: is empty, expected some words")
+        for row in rows:
+            _check(row, longest)
         replies = _replies(session, rows)
-        return [_nan_error(reply) if reply.has_nan else reply for reply in replies]
+        return [_no_numbers(reply) if reply.has_nan else reply for reply in replies]
     except PropulsionExportError as error:
         if len(rows) == 1:
             return [error]
         half = len(rows) // 2  # until a failing row is alone; a good row is computed once
-        return answer(session, rows[:half]) + answer(session, rows[half:])
+        return answer(session, rows[:half], longest) + answer(session, rows[half:], longest)
+
+
+def _check(row: Row, longest: int | None) -> None:
+    for name, text in (("text", row.text), ("context", row.context or "")):
+        if longest is not None and len(text) > longest:
+            raise UsageError(f"{name}: has {len(text)} characters, expected at most {longest}")
+    if not row.text.strip():
+        raise UsageError("text: is empty, expected some words")
 
 
 def _replies(session: Session, rows: Sequence[Row]) -> list[Reply]:
@@ -57,8 +68,8 @@ def _replies(session: Session, rows: Sequence[Row]) -> list[Reply]:
     return [found[number] for number in range(len(rows))]
 
 
-def _nan_error(reply: Reply) -> ArtifactError:
-    return ArtifactError(f"the adapter {reply.adapter!r} computes NaN for this text")
+def _no_numbers(reply: Reply) -> ArtifactError:
+    return ArtifactError(f"the adapter {reply.adapter!r} computes NaN or infinity for this text")
 
 
 class Full(Exception):
@@ -76,8 +87,11 @@ class Waiting:
 class Limits:
     rows: int = 8  # in a batch; a GPU takes more
     wait: float = 0.005  # seconds that the oldest row waits for others
-    queue: int = 1024  # rows that may wait
+    queue: int = 1024  # rows that may wait, and that a request may have
     by_adapter: bool = False  # only rows of one adapter share a batch, for comparison
+    text: int = 100_000  # characters of a text
+    body: int = 2**23  # bytes of a request
+    upload: float = 10.0  # seconds that a request may take to arrive
 
 
 class Batcher:

@@ -22,6 +22,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import Discriminator, Tag
 from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from batching import Answer, Batcher, Full, Limits, Metrics, Row, answer
 from propulsion_export import Reply, Session
@@ -35,6 +36,7 @@ from propulsion_export.errors import (
 # The status of an error of each class; any other is a mistake in the request, 422.
 STATUS = ((UnknownAdapterError, 404), (ArtifactError, 500))
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+STOPPING = 30  # seconds for answers that are owed when the server is told to stop
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,8 @@ class Server:
     def __init__(self, session: Session, limits: Limits) -> None:
         self.session = session
         self.metrics = Metrics()
-        self.batcher = Batcher(partial(answer, session), limits, self.metrics)
+        compute = partial(answer, session, longest=limits.text)
+        self.batcher = Batcher(compute, limits, self.metrics)
 
     @asynccontextmanager
     async def running(self, app: FastAPI) -> AsyncIterator[None]:
@@ -95,6 +98,61 @@ class Server:
         return Response(status_code=503 if self.batching.done() else 204)
 
 
+class TooLarge(Exception):
+    """A body has more bytes than it may have."""
+
+
+class BodyLimits:
+    """Refuses a large or slow body before anything parses it."""
+
+    def __init__(self, app: ASGIApp, limits: Limits) -> None:
+        self.app, self.limits = app, limits
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        try:
+            async with asyncio.timeout(self.limits.upload):
+                body = await self._read(scope, receive)
+        except TimeoutError:
+            wrong = (408, f"did not arrive within {self.limits.upload:g} s")
+        except TooLarge:
+            wrong = (413, f"is larger than {self.limits.body} bytes")
+        else:
+            if body is not None:
+                await self.app(scope, _replay(body, receive), send)
+            return
+        status, found = wrong
+        error = {"error": f"the request {found}", "status": status}
+        response = JSONResponse(error, status, headers={"Connection": "close"})
+        await response(scope, receive, send)
+
+    async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
+        """The whole body; None if the client disconnects first."""
+        stated = dict(scope["headers"]).get(b"content-length", b"0")
+        body, more = bytearray(), True
+        while max(len(body), int(stated)) <= self.limits.body:
+            if not more:
+                return bytes(body)
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return None
+            body += message.get("body", b"")
+            more = message.get("more_body", False)
+        raise TooLarge
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """What receives a body that was read, and then what comes after it."""
+    messages = iter([{"type": "http.request", "body": body, "more_body": False}])
+
+    async def replay() -> Message:
+        return next(messages, None) or await receive()
+
+    return replay
+
+
 def make_app(session: Session, limits: Limits) -> FastAPI:
     server = Server(session, limits)
     app = FastAPI(title="A bank of adapters", lifespan=server.running)
@@ -113,6 +171,7 @@ def make_app(session: Session, limits: Limits) -> FastAPI:
         (Full, respond_full),
     ):
         app.add_exception_handler(kind, handler)
+    app.add_middleware(BodyLimits, limits=limits)
     # A page in a browser on this machine must not reach it under a domain name of its own.
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, "[::1]"])
     return app
@@ -181,17 +240,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--max-wait-ms", type=float, default=Limits.wait * 1000, help="for other rows"
     )
     parser.add_argument("--max-queue", type=int, default=Limits.queue, help="rows that may wait")
+    parser.add_argument("--max-text", type=int, default=Limits.text, help="characters of a text")
+    parser.add_argument("--max-body", type=int, default=Limits.body, help="bytes of a request")
+    parser.add_argument(
+        "--max-upload-s", type=float, default=Limits.upload, help="until a request has arrived"
+    )
     parser.add_argument("--batch-by-adapter", action="store_true", help="for comparison")
     chosen = parser.parse_args(arguments)
     limits = Limits(
-        chosen.max_rows, chosen.max_wait_ms / 1000, chosen.max_queue, chosen.batch_by_adapter
+        chosen.max_rows,
+        chosen.max_wait_ms / 1000,
+        chosen.max_queue,
+        chosen.batch_by_adapter,
+        chosen.max_text,
+        chosen.max_body,
+        chosen.max_upload_s,
     )
     try:
         session = Session(chosen.bank)
         session("warm up")  # loads the tokenizer
     except PropulsionExportError as error:
         sys.exit(f"samples/server.py: {error}")
-    uvicorn.run(make_app(session, limits), host=chosen.host, port=chosen.port, access_log=False)
+    uvicorn.run(
+        make_app(session, limits),
+        host=chosen.host,
+        port=chosen.port,
+        access_log=False,
+        timeout_graceful_shutdown=STOPPING,
+    )
 
 
 if __name__ == "__main__":

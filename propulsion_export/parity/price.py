@@ -63,14 +63,15 @@ def price_of(
         quantised: outputs of the artifact as shipped.
     """
     kind = TASKS[meaning.task].prediction
-    if kind == "embedding":
-        return [_of_vectors(name, inputs, plain, quantised)]
-    return [
-        _of_logits(name, output, meaning, list(pairs))
-        for output in plain[0]
-        if output in quantised[0]
-        for pairs in [_pairs(output, kind == "span", inputs, plain, quantised)]
-    ]
+    with np.errstate(invalid="ignore"):  # infinity minus infinity; the price is NaN then
+        if kind == "embedding":
+            return [_of_vectors(name, inputs, plain, quantised)]
+        return [
+            _of_logits(name, output, meaning, list(pairs))
+            for output in plain[0]
+            if output in quantised[0]
+            for pairs in [_pairs(output, kind == "span", inputs, plain, quantised)]
+        ]
 
 
 def with_perplexity(

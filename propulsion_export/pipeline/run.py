@@ -81,7 +81,7 @@ def predict(
             option for generating text, for another task; options for chats that do not fit the
             others or the artifact, or a conversation that its chat template refuses.
         UnknownAdapterError: the artifact has no adapter of that name.
-        ArtifactError: an output is NaN or overflows, also the logits of a token to generate.
+        ArtifactError: an output is NaN or infinite, also the logits of a token to generate.
         UnavailableError: this machine cannot run it.
     """
     read = Artifact.read(artifact)
@@ -170,13 +170,13 @@ def note_settings(artifact: Artifact, settings: Settings, on_note: Callable[[str
 
 
 def _check_numbers(artifact: Artifact, replies: Sequence[Reply]) -> None:
-    """Refuse predictions computed from NaN; a session leaves that decision to its caller."""
+    """Refuse what has no prediction; a session leaves that decision to its caller."""
     lost = [(number, reply) for number, reply in enumerate(replies, 1) if reply.has_nan]
     if lost:
         raise ArtifactError(
             *(
-                f"{artifact.shown}: computes NaN with {reply.adapter!r} for text {number}"
-                f"{_lost_at(reply)}"
+                f"{artifact.shown}: computes NaN or infinity with {reply.adapter!r} for "
+                f"text {number}{_lost_at(reply)}"
                 for number, reply in lost
             ),
             remedy="`propulsion-export parity` shows which check fails.",

@@ -78,7 +78,7 @@ def _generated(reply: Reply) -> str:
     """
     if reply.has_nan:
         raise ArtifactError(
-            f"the artifact computes NaN with {reply.adapter!r}",
+            f"the artifact computes NaN or infinity with {reply.adapter!r}",
             remedy="`propulsion-export parity` shows which check fails.",
         )
     return str((reply.prediction or {})["generated"])

@@ -2,10 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
-
-import numpy as np
 
 from propulsion_export.artifacts.artifact import Artifact, Tensors
 from propulsion_export.artifacts.tensor_names import BANK_INPUT, IDS_INPUT, PACKED_INPUTS
@@ -17,9 +15,11 @@ from propulsion_export.base_model.rope_switch import rope_switches
 from propulsion_export.base_model.tasks import TASKS
 from propulsion_export.base_model.tokenizer.words import joined
 from propulsion_export.data.messages import Conversation
+from propulsion_export.environment.cached import cached_property
 from propulsion_export.errors import PropulsionExportError, UsageError
 from propulsion_export.runners.decoding import recomputing
 from propulsion_export.runners.opening import open_candidate
+from propulsion_export.serving.finite import are_lost
 from propulsion_export.serving.generation import Prompt, Settings, Writer, open_writer
 from propulsion_export.serving.requests import Text, as_given
 from propulsion_export.serving.roster import Choice, Group
@@ -36,7 +36,9 @@ class Reply:
         version: digest of the adapter that was used; replacing an adapter changes it.
         labels: class names, as many as there are logits; None if there are none.
         outputs: the row's outputs by name, without the batch axis; empty for generated text.
-        prediction: the prediction for a text, as `run` prints it; None for tensors.
+        prediction: the prediction for a text, as `run` prints it; None for tensors, and where
+            `has_nan`, unless it is generated text.
+        of_tokens: whether the outputs are scores of tokens, which minus infinity rules out.
     """
 
     adapter: str
@@ -44,15 +46,16 @@ class Reply:
     labels: tuple[str, ...] | None = None
     outputs: Tensors = field(default_factory=dict)
     prediction: Mapping[str, Any] | None = None
+    of_tokens: bool = False
 
-    @property
+    @cached_property
     def has_nan(self) -> bool:
-        """Whether an output is NaN or overflows to infinity: the prediction is meaningless.
+        """Whether an output is NaN or infinite: there is no prediction then.
 
         Generated text stops there, and `prediction["stopped"]` is `nan`.
         """
-        lost = self.prediction is not None and self.prediction.get("stopped") == "nan"
-        return lost or any(_is_lost(values) for values in self.outputs.values())
+        stopped = self.prediction is not None and self.prediction.get("stopped") == "nan"
+        return stopped or are_lost(self.outputs, of_tokens=self.of_tokens)
 
 
 class LoadedModel:
@@ -212,12 +215,11 @@ class LoadedModel:
         self, choice: Choice, outputs: Tensors, prediction: Mapping[str, Any] | None = None
     ) -> Reply:
         """A reply whose logits are cut to the labels of the row's adapter; others may have more."""
-        name = TASKS[self._artifact.manifest.task].labelled_output
+        task = TASKS[self._artifact.manifest.task]
+        name = task.labelled_output
         if name is not None and name in outputs and choice.labels:
             outputs = {**outputs, name: outputs[name][..., : len(choice.labels)]}
-        return Reply(choice.adapter, choice.version, choice.labels, outputs, prediction)
-
-
-def _is_lost(values: Any) -> bool:
-    """Whether numbers are NaN, or infinite above; masks are infinite below."""
-    return bool((np.isnan(values) | np.isposinf(values)).any())
+        of_tokens = task.prediction in ("text", "filled masks")
+        reply = Reply(choice.adapter, choice.version, choice.labels, outputs, prediction, of_tokens)
+        lost = prediction is not None and reply.has_nan
+        return replace(reply, prediction=None) if lost else reply

@@ -49,7 +49,12 @@ class Outcome:
 
 
 def predict_row(task: str, outcome: Outcome, tokenizer: Any) -> dict[str, Any]:
-    """The prediction for one row as plain JSON values."""
+    """The prediction for one row as plain JSON values; see `Reply.has_nan` for NaN and infinity."""
+    with np.errstate(invalid="ignore"):  # infinity minus infinity
+        return _predict(task, outcome, tokenizer)
+
+
+def _predict(task: str, outcome: Outcome, tokenizer: Any) -> dict[str, Any]:
     match TASKS[task].prediction:
         case "class":
             return classify(outcome.outputs["logits"], outcome.labels, outcome.problem_type)
@@ -172,8 +177,7 @@ def _filled(outcome: Outcome, tokenizer: Any) -> list[str]:
 
 
 def _shares(logits: Any) -> Any:
-    """Softmax over the last axis, in float64; NaN where a logit is NaN or overflows."""
+    """Softmax over the last axis, in float64; NaN where a logit is NaN or infinite."""
     wide = np.asarray(logits, dtype=np.float64)
-    with np.errstate(invalid="ignore"):  # infinity minus infinity
-        shares = np.exp(wide - wide.max())
-        return shares / shares.sum()
+    shares = np.exp(wide - wide.max())
+    return shares / shares.sum()

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from propulsion_export.adapters.scales import Array
+from propulsion_export.serving.finite import lost_scores
 from propulsion_export.serving.token_rules import Rule, apply_rules
 
 
@@ -12,8 +13,8 @@ class TokenChooser:
     """Chooses tokens by each row's own rules.
 
     Attributes:
-        lost: the rows whose logits were NaN or infinite at some step, bool [batch]. What is chosen
-            for them from then on is meaningless.
+        lost: the rows whose logits were NaN or infinite at some step, or ruled out every token,
+            bool [batch]. What is chosen for them from then on is meaningless.
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class TokenChooser:
         self.lost |= np.isnan(scores).any(-1)
         if any(self._rules):
             scores = np.stack([self._score(row, own) for row, own in enumerate(scores)])
-        self.lost |= np.isposinf(scores.max(-1)) | np.isnan(scores).any(-1)
+        self.lost |= lost_scores(scores)
         if self.lost.any():
             scores = np.where(self.lost[:, None], np.float32(0), scores)
         picked = self._pick(scores)

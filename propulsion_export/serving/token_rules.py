@@ -202,7 +202,8 @@ def _decay_rules(settings: GenerationSettings, row: Row) -> Iterator[Rule]:
         if behind <= 0:
             return scores
         changed, ends = scores.copy(), [end for end in row.ends if end < len(scores)]
-        more = np.abs(scores[ends]) * (factor**behind - 1)
+        grown = float(np.float64(factor) ** behind)  # infinity where Python's own would raise
+        more = np.abs(scores[ends]) * (grown - 1)
         changed[ends] += np.where(np.isfinite(scores[ends]), more, 0)
         return changed
 

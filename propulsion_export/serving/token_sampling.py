@@ -40,7 +40,9 @@ class Sampling:
 
 def probabilities(logits: Array, sampling: Sampling) -> Array:
     """The probability of each token, float64 [batch, vocabulary], from logits of that shape."""
-    scaled = logits.astype(np.float64) / sampling.temperature
+    wide = logits.astype(np.float64)
+    with np.errstate(over="ignore"):  # a low temperature leaves the likeliest tokens alone
+        scaled = (wide - wide.max(-1, keepdims=True)) / sampling.temperature
     if sampling.top_k is not None and sampling.top_k < scaled.shape[-1]:
         least = np.partition(scaled, -sampling.top_k, axis=-1)[:, -sampling.top_k, None]
         scaled = np.where(scaled < least, -np.inf, scaled)

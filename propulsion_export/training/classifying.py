@@ -65,6 +65,11 @@ class ClassifierRun(TrainingRun[Example]):
             )
             return "loaded"
         self.head_accuracy = head_only_accuracy(self.base, self.rows, self.options, device)
+        if self.head_accuracy is None:
+            self.notes.append(
+                "The training of the head alone diverged: its accuracy is not measured. Choose a "
+                "lower --head-learning-rate."
+            )
         return "trained the head alone"
 
     def described(self) -> dict[str, Any]:

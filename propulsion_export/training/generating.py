@@ -1,5 +1,6 @@
 """Training runs for text generation and text-to-text generation."""
 
+import math
 from abc import abstractmethod
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import transformers
 from propulsion_export.base_model.chat.templates import write_template
 from propulsion_export.data.messages import Conversation
 from propulsion_export.environment.paths import user_path
-from propulsion_export.errors import DataError, UsageError
+from propulsion_export.errors import BaseModelError, DataError, UsageError
 from propulsion_export.training.conversations import ChatEncoder
 from propulsion_export.training.data import hold_out
 from propulsion_export.training.encode import Rows
@@ -52,6 +53,11 @@ class _GeneratorRun(TrainingRun[Learnt]):
         with self.model.disable_adapter():
             measured = self.trainer.predict(self.trainer.eval_dataset, metric_key_prefix="base")
         self.base_loss = measured.metrics["base_mean_loss"]
+        if not math.isfinite(self.base_loss):
+            raise BaseModelError(
+                f"{self.base.name}: its loss on the validation data is {self.base_loss}, expected "
+                "a finite number to compare with"
+            )
 
     def described(self) -> dict[str, Any]:
         return {

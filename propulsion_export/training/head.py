@@ -23,8 +23,10 @@ _CACHE_BYTES = 2 * 2**30
 
 def head_only_accuracy(
     base: TrainableBase, rows: Rows, options: TrainOptions, device: torch.device
-) -> float:
+) -> float | None:
     """Train a copy of the head on the frozen base model's outputs, and return its accuracy.
+
+    None where its logits are not finite: the training diverged.
 
     Epochs, batch size, rate, schedule and optimiser are those of the adapter's training. The
     batches are drawn once, so that the base model computes each batch once; its outputs are cached
@@ -110,12 +112,14 @@ def _fit(base: TrainableBase, batches: list[Batch], cache: _Cache, options: Trai
 
 
 @torch.no_grad()
-def _accuracy(model: Any, batches: list[Batch]) -> float:
+def _accuracy(model: Any, batches: list[Batch]) -> float | None:
     right = counted = 0
     for batch in batches:
         labels = batch["labels"].to(model.device)
-        guesses = model(**_on(batch, model.device)).logits.argmax(-1)
-        right += int((guesses == labels).sum())  # a guess is never IGNORED
+        logits = model(**_on(batch, model.device)).logits
+        if not logits[labels != IGNORED].isfinite().all():
+            return None
+        right += int((logits.argmax(-1) == labels).sum())  # a guess is never IGNORED
         counted += int((labels != IGNORED).sum())
     return right / counted
 

@@ -19,7 +19,11 @@ from propulsion_export.training.processes import Processes, check_joined
 PREPARED = 0.1  # the share of the work before the adapter's training starts
 TRAINED = 0.98  # the share when it ends
 _CURVE_POINTS = 20  # training losses per epoch in the picture
-_MUST_BE_FINITE = {"loss": "loss", "eval_perplexity": "validation perplexity"}
+_MUST_BE_FINITE = {
+    "loss": "loss",
+    "eval_perplexity": "validation perplexity",
+    "eval_mean_loss": "validation loss",
+}
 
 
 def micro_batch(options: TrainOptions, processes: int) -> int:

@@ -46,11 +46,14 @@ def guesses_and_losses(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The likeliest class of each row or token, and its cross-entropy, both in `labels`' shape.
 
+    The loss is NaN where a logit is not finite: the likeliest class is meaningless there.
+
     Unlike logits they are small enough to be gathered from all processes. A mean over gathered
     losses counts no row twice; the Trainer's own mean does if the processes do not share the last
     batch evenly.
     """
-    return logits.argmax(-1), _losses(logits, labels)
+    losses = _losses(logits, labels)
+    return logits.argmax(-1), losses.where(logits.isfinite().all(-1), torch.nan)
 
 
 def token_losses(logits: Any, labels: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,5 @@
 """A training run: the steps that all tasks share."""
 
-import json
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -13,6 +12,7 @@ import transformers
 
 from propulsion_export.artifacts.staging import staged_directory
 from propulsion_export.data.rows import Item
+from propulsion_export.environment.json_text import to_json
 from propulsion_export.environment.progress import Progress
 from propulsion_export.training.card import model_card, write_loss_curve
 from propulsion_export.training.checkpoint_digests import DigestEach
@@ -185,7 +185,7 @@ class TrainingRun(ABC, Generic[Item]):
                 partial, save_embedding_layers=False, state_dict=self.gathered
             )
             self.write_beside(partial)
-            text = json.dumps(metrics, indent=2) + "\n"
+            text = to_json(metrics, non_finite=str, indent=2) + "\n"
             (partial / "metrics.json").write_text(text, encoding="utf-8")
             write_loss_curve(partial / "loss-curve.png", losses, metrics)
             card = model_card(metrics)  # a path in it may be no UTF-8

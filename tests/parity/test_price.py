@@ -136,3 +136,14 @@ def test_a_limit_is_a_check_that_can_fail(kl, passes):
     (check,) = price_checks([Price("one", "logits", 4, kl=kl)], 0.02)
 
     assert check.passed == passes
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf])
+def test_infinity_has_no_price_and_fails_the_limit(value):
+    plain, quantised = logits(2, 3, 5), logits(2, 3, 5)
+    quantised["logits"][0, 1] = value
+
+    prices = price_of("one", Meaning("text-generation"), [TWO_ROWS], [plain], [quantised])
+
+    assert math.isnan(prices[0].kl)
+    assert [check.passed for check in price_checks(prices, 1e6)] == [False]

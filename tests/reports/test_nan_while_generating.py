@@ -1,6 +1,7 @@
 """A model that computes NaN while it generates printed nothing, or garbage, with exit code 0.
 
-An overflow does the same, and so do outputs of other tasks that are infinite.
+An overflow does the same, and so do outputs of other tasks that are infinite. Minus infinity is one
+too, but for tokens that a model rules out.
 """
 
 import shutil
@@ -16,6 +17,7 @@ from propulsion_export.errors import ArtifactError
 from propulsion_export.pipeline.run import predict
 from propulsion_export.serving.generation import Settings
 from propulsion_export.serving.session import Session
+from propulsion_export.serving.token_choice import TokenChooser
 from propulsion_export.serving.token_sampling import Sampling
 
 # The second text is longer: it comes to a position before the first does.
@@ -120,7 +122,9 @@ def test_run_refuses_it_and_says_where(merged, capsys):
 
     told = capsys.readouterr()
     assert code == 4
-    assert told.err.count("computes NaN with 'one' for text 2, at generated token 6") == 1
+    assert (
+        told.err.count("computes NaN or infinity with 'one' for text 2, at generated token 6") == 1
+    )
     assert len(told.err.strip().splitlines()) == 1
     assert "text 1" not in told.err
     assert _code("run", str(directory), "--text", TEXTS[0], "--max-new-tokens", str(NEW)) == 0
@@ -148,7 +152,9 @@ def test_only_the_adapter_with_nan_is_refused_in_a_graph(exported, tmp_path):
     save_file(feeds, file)
     Artifact.write(directory, Artifact.read(exported("llama", "switchable")).manifest)
 
-    with pytest.raises(ArtifactError, match="computes NaN with 'two' for text 2, at generated tok"):
+    with pytest.raises(
+        ArtifactError, match="computes NaN or infinity with 'two' for text 2, at generated tok"
+    ):
         predict(directory, text=TEXTS, adapter=["one", "two"], max_new_tokens=3)
     replies = Session(directory)(list(TEXTS), ["one", "two"], settings=Settings(new_tokens=3))
     sound = Session(exported("llama", "switchable"))(
@@ -174,21 +180,89 @@ def test_the_sample_server_answers_with_an_error_for_that_row(merged, monkeypatc
 # Other tasks
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-@pytest.mark.parametrize(
-    ("task", "name", "index"),
-    [
-        ("fill-mask", "cls.predictions.bias", 7),
-        ("feature-extraction", "encoder.layer.1.output.LayerNorm.bias", 3),
-        ("text-classification", "classifier.bias", 1),
-        ("question-answering", "qa_outputs.bias", 0),
-    ],
-)
+OUTPUTS = [
+    ("fill-mask", "cls.predictions.bias", slice(None)),
+    ("feature-extraction", "encoder.layer.1.output.LayerNorm.bias", 3),
+    ("text-classification", "classifier.bias", 1),
+    ("text-classification", "classifier.bias", slice(None)),
+    ("token-classification", "classifier.bias", 0),
+    ("question-answering", "qa_outputs.bias", 0),
+]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(("task", "name", "index"), OUTPUTS)
 def test_an_infinite_output_is_refused_as_nan_is(merged, task, name, index, value):
     text, more = "ba [MASK] di", {}
     if task == "question-answering":
         more = {"context": ["fol gan ba ke"]}
+    directory = merged("bert", task, (name, index, value))
 
-    with pytest.raises(ArtifactError, match="computes NaN with 'one' for text 1"):
-        predict(merged("bert", task, (name, index, value)), text=[text], **more)
+    with pytest.raises(ArtifactError, match="computes NaN or infinity with 'one' for text 1"):
+        predict(directory, text=[text], **more)
+    [reply] = Session(directory)([text], **more)
+    assert (reply.has_nan, reply.prediction) == (True, None)
     assert predict(merged("bert", task), text=[text], **more)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_one_token_of_a_vocabulary_is_enough(merged, value):
+    directory = merged("bert", "fill-mask", ("cls.predictions.bias", 7, value))
+
+    with pytest.raises(ArtifactError, match="computes NaN or infinity with 'one' for text 1"):
+        predict(directory, text=["ba [MASK] di"])
+
+
+def test_a_token_that_is_ruled_out_is_no_error(merged):
+    [right] = predict(merged("bert", "fill-mask"), text=["ba [MASK] di"])
+
+    ruled_out = merged("bert", "fill-mask", ("cls.predictions.bias", 0, -np.inf))
+
+    assert predict(ruled_out, text=["ba [MASK] di"]) == [right]
+
+
+@pytest.mark.parametrize("sampling", [None, Sampling(top_p=0.9)], ids=["greedy", "sampled"])
+def test_a_row_without_a_likeliest_token_is_lost_and_no_other(sampling):
+    pick = Settings(sampling=sampling, seed=1 if sampling else None).choose(range(5))
+    choose = TokenChooser([np.array([1])] * 5, [[]] * 5, pick)
+
+    picked = choose(
+        np.array(
+            [
+                [-np.inf, 2, -np.inf],
+                [-np.inf, -np.inf, -np.inf],
+                [0, np.inf, 0],
+                [0, np.nan, -np.inf],
+                [-np.inf, -np.inf, -9],
+            ],
+            np.float32,
+        )
+    )
+
+    assert choose.lost.tolist() == [False, True, True, True, False]
+    assert picked[[0, 4]].tolist() == [1, 2]
+
+
+def test_a_row_of_a_list_is_told_alone_by_the_sample_server(merged, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "samples")
+    from server import content
+
+    from batching import Row, answer
+
+    directory = merged("bert", "text-classification", ("classifier.bias", slice(None), -np.inf))
+    lost, sound = Session(directory), Session(merged("bert", "text-classification"))
+
+    def session(texts, adapter):
+        return [(lost if text == "ba" else sound)([text], adapter)[0] for text in texts]
+
+    answers = answer(session, [Row(text, "one") for text in ("di", "ba", "ke")])
+
+    (one, status), (error, lost_status), (two, also) = map(content, answers)
+    assert (status, lost_status, also) == (200, 500, 200)
+    assert error == {
+        "error": "the adapter 'one' computes NaN or infinity for this text",
+        "status": 500,
+    }
+    assert [one["prediction"], two["prediction"]] == [
+        sound([text])[0].prediction for text in ("di", "ke")
+    ]

@@ -79,7 +79,7 @@ def test_a_row_of_nan_is_told_alone():
 
     assert (one.prediction, again.prediction) == ({"label": "a"}, {"label": "c"})
     assert type(two) is ArtifactError
-    assert str(two) == "the adapter 'two' computes NaN for this text"
+    assert str(two) == "the adapter 'two' computes NaN or infinity for this text"
 
 
 # The batcher alone

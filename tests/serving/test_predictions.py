@@ -139,7 +139,7 @@ def test_what_is_made_of_nan_is_no_prediction(switchable, tmp_path):
     save_file(feeds, file)
     Artifact.write(directory, Artifact.read(switchable).manifest)
 
-    with pytest.raises(ArtifactError, match="computes NaN with 'three'") as told:
+    with pytest.raises(ArtifactError, match="computes NaN or infinity with 'three'") as told:
         predict(directory, text=TEXTS, adapter=["five", "three", "base"])
     assert len(told.value.findings) == 1
     assert predict(directory, text=TEXTS, adapter=["five"])

@@ -101,3 +101,11 @@ def test_half_precision_logits_are_drawn_from_in_double_precision():
 def test_a_number_out_of_range_is_refused(options, message):
     with pytest.raises(UsageError, match=message):
         Sampling(**options)
+
+
+def test_the_lowest_temperature_takes_the_likeliest_token():
+    logits = np.array([[-3.0, 1000.0, -np.inf, 999.0]], np.float32)
+
+    found = probabilities(logits, Sampling(temperature=1e-320))
+
+    assert found.tolist() == [[0, 1, 0, 0]]

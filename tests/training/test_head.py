@@ -69,3 +69,10 @@ def test_the_head_learns(base, rows):
     trained = head.head_only_accuracy(base, rows, TrainOptions(epochs=10, batch_size=16), CPU)
 
     assert trained > untrained + 0.1
+
+
+def test_a_head_that_diverged_has_no_accuracy(base, rows):
+    with torch.no_grad():
+        base.model.classifier.bias[1] = torch.inf
+
+    assert head.head_only_accuracy(base, rows, OPTIONS, CPU) is None

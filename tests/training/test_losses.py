@@ -7,6 +7,7 @@ import torch
 
 from propulsion_export.training.encode import IGNORED
 from propulsion_export.training.losses import (
+    guesses_and_losses,
     mean_cross_entropy,
     mean_next_token_loss,
     next_token_losses,
@@ -74,3 +75,12 @@ def test_what_else_a_model_gives_changes_no_loss(logits):
     assert torch.equal(next_token_losses(more, LABELS), next_token_losses(logits, LABELS))
     assert torch.equal(token_losses(more, LABELS), token_losses(logits, LABELS))
     torch.testing.assert_close(token_losses(logits, LABELS)[0, 2], -logits[0, 2].log_softmax(-1)[5])
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_the_loss_of_a_row_with_a_class_that_is_no_number_is_nan(value):
+    logits = torch.tensor([[1.0, 2.0, 3.0], [1.0, value, 3.0], [3.0, 2.0, 1.0]])
+
+    _, losses = guesses_and_losses(logits, torch.tensor([2, 2, 0]))
+
+    assert losses.isnan().tolist() == [False, True, False]

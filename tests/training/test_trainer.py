@@ -4,6 +4,7 @@ import json
 import logging
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -469,6 +470,17 @@ def test_a_training_that_diverges_is_refused_and_leaves_nothing(
         train(tiny_base, texts, tmp_path / "out", options=options)
 
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize(
+    ("name", "what"), [("loss", "loss"), ("eval_mean_loss", "validation loss")]
+)
+def test_a_number_of_the_log_that_is_not_finite_is_a_divergence(options, name, what, value):
+    watch = loop_module.Watch(options, lambda share, message: None)
+
+    with pytest.raises(UsageError, match=f"diverged: the {what} is {value} at step 3"):
+        watch.on_log(None, SimpleNamespace(global_step=3), None, {"eval_accuracy": 1, name: value})
 
 
 @pytest.mark.parametrize(
