@@ -35,7 +35,7 @@ _MOST_WORK, _MOST_OUTPUTS = 2e10, 2**25
 _LONGEST = 2048  # tokens of a row of `standard`
 _MOST_TOKENS = 2**15  # of a row of `thorough`
 _DECODED = 40  # tokens of a decoder behind an encoder: beyond the nearest relative positions
-_ASK = "ask with --thorough"
+ASK_THOROUGH, LEFT_OUT_BY_QUICK = "ask with --thorough", "left out by --quick"
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def make_probes(
     coverage: list[Coverage] = []
     for purpose, make, least in maker.kinds():
         if effort == "quick" or (least == "thorough" and effort != "thorough"):
-            option = "left out by --quick" if effort == "quick" else _ASK
+            option = LEFT_OUT_BY_QUICK if effort == "quick" else ASK_THOROUGH
             coverage.append(Coverage(purpose, False, option))
             continue
         batches = list(make())
@@ -92,6 +92,12 @@ def make_probes(
         probes += [Probe(purpose, batch) for batch in fitting]
         coverage += _told(purpose, batches, fitting, maker.note(purpose))
     return probes, coverage
+
+
+def random_rows(base: BaseModel, seed: int, limits: Limits, count: int, length: int) -> Tensors:
+    """Rows of random tokens as the architecture is fed, of at most `length` tokens each."""
+    maker = _Maker.of(base, seed, "standard", limits)
+    return maker.rows([length] * count)
 
 
 def coverage_of_batches(batches: Sequence[Tensors]) -> list[Coverage]:
@@ -159,7 +165,7 @@ class _Maker:
         """What a probe leaves out, if it does."""
         if purpose != _LONGEST_ROW or self.affordable == self.longest:
             return ""
-        return f"; the model takes {self.longest}: {_ASK}"
+        return f"; the model takes {self.longest}: {ASK_THOROUGH}"
 
     def kinds(self) -> Iterator[Kind]:
         """The purpose of each kind of probe, what makes it, and the least effort that has it."""
@@ -186,6 +192,10 @@ class _Maker:
         config = self.base.model.config
         lengths = tuple(min(length, self.longest) for length in lengths)
         return random_batch(self.names, config, lengths, self.chooser)
+
+    def rows(self, lengths: Sequence[int]) -> Tensors:
+        """Rows of random tokens, as the architecture is fed."""
+        return self._finished(self._rows(lengths))
 
     def _finished(self, batch: Tensors, decoded: int = 8) -> Tensors:
         """A batch as the architecture is fed."""

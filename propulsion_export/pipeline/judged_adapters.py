@@ -5,11 +5,11 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from propulsion_export.adapters.adapter import Adapter
-from propulsion_export.adapters.specification import read_adapters
+from propulsion_export.adapters.specification import read_adapters, source_of
 from propulsion_export.artifacts.artifact import Artifact
-from propulsion_export.artifacts.layout import labels_in
 from propulsion_export.base_model.loading import BaseModel
 from propulsion_export.errors import AdapterError, UsageError, unknown_adapters
+from propulsion_export.parity.labels import check_labels
 from propulsion_export.parity.reports.report import Check
 
 # The most adapters of a bank that one verdict judges: PyTorch computes each in float64.
@@ -39,9 +39,7 @@ def judged_adapters(artifact: Artifact, given: Sequence[str | Path], seed: int) 
     If a bank has many: those that are given and some chosen at random.
     """
     entries = artifact.list_adapters()
-    if len(entries) == 1 and len(given) == 1 and "=" not in str(given[0]):
-        given = [f"{next(iter(entries))}={given[0]}"]
-    by_name = {adapter.name: adapter for adapter in read_adapters(given)}
+    by_name = {adapter.name: adapter for adapter in read_adapters(_named(artifact, given))}
     if unknown := by_name.keys() - entries.keys():
         raise unknown_adapters(artifact.directory, sorted(unknown), sorted(entries))
     adapters = []
@@ -63,6 +61,25 @@ def judged_adapters(artifact: Artifact, given: Sequence[str | Path], seed: int) 
     return adapters
 
 
+def directories_of(
+    artifact: Artifact, given: Sequence[str | Path], adapters: Sequence[Adapter]
+) -> dict[str, Path]:
+    """Where the judged adapters are, by name: where they are given, else where they were."""
+    entries, named = artifact.list_adapters(), _named(artifact, given)
+    places = [Path(source_of(each)) for each in named]
+    names = [adapter.name for adapter in read_adapters(named)]
+    by_name = dict(zip(names, places, strict=True))
+    return {each.name: by_name.get(each.name, Path(entries[each.name].source)) for each in adapters}
+
+
+def _named(artifact: Artifact, given: Sequence[str | Path]) -> Sequence[str | Path]:
+    """The given adapters; a single one of a single name has that."""
+    entries = artifact.list_adapters()
+    if len(entries) == 1 and len(given) == 1 and "=" not in str(given[0]):
+        return [f"{next(iter(entries))}={given[0]}"]
+    return given
+
+
 def _sample(names: Sequence[str], given: Collection[str], seed: int) -> list[str]:
     """All names; if there are more than one verdict judges, the given ones and a random choice."""
     others = [name for name in names if name not in given]
@@ -74,7 +91,7 @@ def _sample(names: Sequence[str], given: Collection[str], seed: int) -> list[str
 def checks_of_adapters(
     artifact: Artifact, adapters: Sequence[Adapter], base: BaseModel, seed: int
 ) -> Iterator[Check]:
-    """Checks of the adapters: how many are judged if not all, and the names of their classes."""
+    """Checks of the adapters: how many are judged if not all, and their classes."""
     entries = artifact.list_adapters()
     if len(adapters) < len(entries):
         yield Check(
@@ -84,15 +101,4 @@ def checks_of_adapters(
             f"{len(adapters)} of {len(entries)} adapters are judged, chosen with seed {seed}; "
             "-a NAME=DIR judges those that it names",
         )
-    own, layout = artifact.manifest.base, artifact.manifest.layout
-    room = base.room if own.own_head else None
-    for adapter in adapters:
-        recorded = entries[adapter.name].labels
-        expected = labels_in(adapter, layout, own.labels, room)
-        if expected is None and recorded is None:
-            continue
-        same = expected == recorded
-        detail = "the artifact names the classes as the adapter does"
-        if not same:
-            detail = f"the artifact names the classes {recorded}, the adapter {expected}"
-        yield Check("labels", adapter.name, same, detail)
+    yield from check_labels(artifact, adapters, base)

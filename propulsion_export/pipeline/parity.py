@@ -25,8 +25,10 @@ from propulsion_export.parity.diagnosis import judge_own_error, judge_padding_ef
 from propulsion_export.parity.drawn import draw_adapters, feeds_for_drawn
 from propulsion_export.parity.embeddings import check_pooling, embedding, with_embeddings
 from propulsion_export.parity.evidence import Evidence, FurtherCases, allowed_errors
+from propulsion_export.parity.extremes import extreme_probe
 from propulsion_export.parity.failing import FailingRun, worst_failing_run
 from propulsion_export.parity.generation import continue_greedily, judge_generative
+from propulsion_export.parity.generation_files import check_generation_files
 from propulsion_export.parity.inputs import load_recorded_base, make_batches
 from propulsion_export.parity.matrix.against import (
     Other,
@@ -49,11 +51,14 @@ from propulsion_export.parity.quantised.verdict import (
 from propulsion_export.parity.reports.html import to_html
 from propulsion_export.parity.reports.report import Check, NotRun, ParityReport
 from propulsion_export.parity.reports.reproduce import write_failing_run
+from propulsion_export.parity.states import states_of
 from propulsion_export.parity.subject import Subject
 from propulsion_export.parity.tables import compare_tables
+from propulsion_export.parity.texts import compare_texts
 from propulsion_export.pipeline.judged_adapters import (
     MOST_ADAPTERS,
     checks_of_adapters,
+    directories_of,
     effective_seed,
     is_random,
     judged_adapters,
@@ -236,8 +241,15 @@ def _compare(
     probes, coverage = make_probes(base, seed, options.effort, limits)
     compute = choose_compute(base, options.device, low_memory=options.low_memory)
     quantised = quantise_base_(read, base, judged, batches, compute)
+    feeds = feeds_for_drawn(read, drawn) if drawn else None
+    states = states_of(read, base, judged, feeds or {})
+    extremes, looked_at = extreme_probe(base, states, compute, seed, options.effort, limits)
+    probes += extremes
     at_others = references_at(options.others, read, base, judged, batches, compute)
     tables = compare_tables(read, base, judged)
+    places = directories_of(read, options.given, adapters)
+    texts = compare_texts(read, base, adapters, places, trust_remote_code=trust)
+    generation, told = check_generation_files(read, base, places)
     every = [*batches, *(probe.batch for probe in probes)]
     subjects = compute_oracle(
         read,
@@ -246,7 +258,7 @@ def _compare(
         every,
         progress,
         steps=REFERENCE_LENGTH if name == "reference" else GREEDY_STEPS,
-        feeds=feeds_for_drawn(read, drawn) if drawn else None,
+        feeds=feeds,
         compute=compute,
         draft=None if callable(run) else partial(continue_greedily, run),
         gaps=callable(run) or run.reads_gaps,
@@ -262,11 +274,16 @@ def _compare(
         *pooling,
         *([] if exact is None else _judge(evidence)),
         *tables.checks,
+        *texts.checks,
+        *generation,
     )
     embed = partial(_with_embeddings, read, base, options.given)
     at_others = {dtype: embed(found, batches, run)[1] for dtype, found in at_others.items()}
     rows = sum(len(next(iter(batch.values()))) for batch in batches)
-    covered = (*coverage_of_batches(batches), *coverage, *tables.coverage)
+    covered = (
+        *(*coverage_of_batches(batches), *coverage, *looked_at),
+        *(*tables.coverage, *texts.coverage, *told),
+    )
     verdict = replace(verdict, inputs=rows, checks=checks, coverage=covered)
     verdict = _compare_with_others(verdict, evidence, at_others, options)
     if options.keep is not None and exact is not None and not verdict.passed:

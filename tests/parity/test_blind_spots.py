@@ -212,3 +212,34 @@ def test_a_wrong_row_of_a_generative_model_fails(kind, mode, table, change, expo
     directory = planted(exported(kind, mode), tmp_path / "out", table, change)
 
     assert failed(check_parity(directory)) & {"tables", "inputs"}
+
+
+def test_an_output_clipped_where_other_inputs_do_not_reach_fails(folded, monkeypatch):
+    from propulsion_export.pipeline import parity
+
+    largest, extremes = [], parity.extreme_probe
+    right = parity.open_candidate
+
+    def recording(run, feeds):
+        found = run(feeds)
+        largest.append(max(float(values.max()) for values in found.values()))
+        return found
+
+    wrong_runner(monkeypatch, recording)
+    monkeypatch.setattr(parity, "extreme_probe", lambda *arguments: ([], []))
+    assert check_parity(folded).passed
+    limit = max(largest)
+
+    def clipped(run, feeds):
+        return {name: np.minimum(values, limit) for name, values in run(feeds).items()}
+
+    monkeypatch.setattr(parity, "open_candidate", right)
+    wrong_runner(monkeypatch, clipped)
+    assert check_parity(folded).passed
+    monkeypatch.setattr(parity, "extreme_probe", extremes)
+
+    report = check_parity(folded)
+
+    assert failed(report) == {"inputs"}
+    [check] = [check for check in report.checks if not check.passed]
+    assert "largest and smallest" in check.detail

@@ -35,7 +35,7 @@ def test_a_switchable_export_is_judged_with_every_adapter_and_none(switchable):
         ("effect", "three"), ("effect", "five"),
         ("padding", "three"), ("padding", "five"), ("padding", "base"),
         ("switching", "three"), ("switching", "five"), ("identity", "base"),
-        ("added", "three"), ("added", "five"), ("tables", "all"),
+        ("added", "three"), ("added", "five"), ("tables", "all"), ("texts", "all"),
         ("inputs", "three"), ("inputs", "five"), ("inputs", "base"),
     }  # fmt: skip
     assert report.inputs == 16

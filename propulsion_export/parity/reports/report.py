@@ -29,6 +29,8 @@ Case = Literal[
     "PyTorch",
     "inputs",
     "tables",
+    "texts",
+    "settings",
     "identity",
     "added",
     "against",
