@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 
 from propulsion_export.adapters.adapter import Adapter
@@ -201,12 +202,13 @@ def _prepare(request: MergeRequest) -> Prepared:
 
 
 def parse_size(text: str) -> int:
-    """A size such as `500MB`, `5GB`, `2GiB` or a plain number, in bytes.
+    """A size such as `500MB`, `0.5GB`, `2GiB` or a plain number, in whole bytes.
 
     Raises:
-        UsageError: the text is none of these, or not above zero.
+        UsageError: the text is none of these, or below one byte.
     """
-    match = re.fullmatch(r"(\d+)\s*([KMG]I?)?B?", text.strip().upper())
-    if not match or int(match[1]) == 0:
-        raise UsageError(f"--max-shard-size: {text!r} is no size, expected such as 5GB or 500MiB")
-    return int(match[1]) * _UNITS[match[2] or ""]
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?)?B?", text.strip().upper())
+    size = int(Decimal(match[1]) * _UNITS[match[2] or ""]) if match else 0
+    if size == 0:
+        raise UsageError(f"--max-shard-size: {text!r} is no size, expected such as 5GB or 0.5GB")
+    return size
