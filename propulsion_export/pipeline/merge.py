@@ -11,7 +11,7 @@ from propulsion_export.adapters.provenance import base_source
 from propulsion_export.adapters.specification import check_identity, read_adapters, source_of
 from propulsion_export.artifacts.artifact import Artifact
 from propulsion_export.artifacts.file_names import MANIFEST_FILE
-from propulsion_export.artifacts.merged_base import check_not_merged
+from propulsion_export.artifacts.merged_base import check_not_merged, check_undamaged
 from propulsion_export.artifacts.rounding import numpy_dtype
 from propulsion_export.artifacts.staging import check_replaceable, staged_directory
 from propulsion_export.environment.progress import Progress, silent
@@ -132,6 +132,7 @@ def merge_adapters(
     for adapter in read:
         check_identity(adapter)
     check_not_merged(source, read)
+    check_undamaged(source)
     directories = {one.name: source_of(given) for one, given in zip(read, adapters, strict=True)}
     prepared = {
         one.name: _prepare(_request(source, one, directories[one.name], options)) for one in read
