@@ -1,11 +1,13 @@
 """Refuse to apply an adapter to a base model that `merge` made with that adapter."""
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.adapters.provenance import absolute
+from propulsion_export.artifacts.artifact import digest_of
 from propulsion_export.artifacts.file_names import MANIFEST_FILE
 from propulsion_export.artifacts.manifest import read_manifest
 from propulsion_export.base_model.gguf.header import read_header
@@ -14,6 +16,9 @@ from propulsion_export.base_model.gguf.source import find_gguf
 from propulsion_export.base_model.hub import locate
 from propulsion_export.environment.paths import user_path
 from propulsion_export.errors import BaseModelError
+
+_WEIGHTS = (".safetensors", ".safetensors.index.json")
+_THREADS = 2  # that hash
 
 
 def check_not_merged(source: str, adapters: Sequence[Adapter]) -> None:
@@ -36,6 +41,29 @@ def check_not_merged(source: str, adapters: Sequence[Adapter]) -> None:
         ]
     if findings:
         raise BaseModelError(*findings, remedy=f"Give the base model itself with -m: {original}.")
+
+
+def check_undamaged(source: str) -> None:
+    """Refuse a merged checkpoint whose weights changed: a merge onto it would hide that for good.
+
+    Reads all of them. Does nothing for a base model that `merge` did not write.
+
+    Raises:
+        BaseModelError: the digest of a weight file is not the one in the manifest.
+        ArtifactError: the manifest is damaged or of another version.
+    """
+    manifest_file = None if _gguf(source) else _manifest_file(source)
+    if manifest_file is None or (manifest := read_manifest(manifest_file)).kind != "merged":
+        return
+    recorded = {name: d for name, d in manifest.files.items() if name.endswith(_WEIGHTS)}
+    located = {name: file for name in recorded if (file := locate(source, name)) is not None}
+    with ThreadPoolExecutor(_THREADS) as pool:
+        found = dict(zip(located, pool.map(digest_of, located.values()), strict=True))
+    if changed := [located[name] for name in found if found[name] != recorded[name]]:
+        raise BaseModelError(
+            *(f"{file}: its content is not what {MANIFEST_FILE} recorded" for file in changed),
+            remedy="Copy the whole directory again, or merge again.",
+        )
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,7 @@ def check_replaceable_output(
         refuse_cache(path)
         if clean:
             sweep(path)
-        refuse_inputs(path, inputs)
+        refuse_inputs(path, inputs, "file")
         refuse_unwritable(path)
         if path.is_dir():
             raise UsageError(f"{path}: is a directory, expected a file to write", remedy=_OTHER)

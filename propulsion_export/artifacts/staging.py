@@ -21,6 +21,7 @@ from propulsion_export.errors import UsageError
 # replaces only a directory of its own kind.
 Marker = Literal["propulsion.json", "adapter_config.json", "parity.json"]
 MARKERS: tuple[Marker, ...] = get_args(Marker)
+_SHOWN = 4  # outputs in a message
 _MODEL_WEIGHTS = r"(model|pytorch_model)[-.].*(safetensors|bin)"
 
 
@@ -94,7 +95,7 @@ def check_replaceable(
     with disk_errors_in_words(destination, FORBIDDEN):
         refuse_cache(destination)
         sweep(destination)
-        refuse_inputs(destination, inputs)
+        refuse_inputs(destination, inputs, "directory")
         _refuse_to_lose(destination, marker, kind, force=force, several=several)
 
 
@@ -105,8 +106,19 @@ def refuse_cache(destination: Path) -> None:
         raise UsageError(found, remedy=ELSEWHERE)
 
 
-def refuse_inputs(destination: Path, inputs: Iterable[Path | str]) -> None:
-    """Refuse to replace an input; names that are not paths here, such as a hub's, are skipped."""
+def refuse_inputs(
+    destination: Path, inputs: Iterable[Path | str], kind: Literal["directory", "file"]
+) -> None:
+    """Refuse to replace an input; names that are not paths here, such as a hub's, are skipped.
+
+    Args:
+        destination: what is to be written.
+        inputs: paths and names.
+        kind: what the output is, for the message.
+
+    Raises:
+        UsageError: the destination is one of the inputs, or holds one.
+    """
     for given in inputs:
         path = user_path(given)
         if not str(given) or not os.path.lexists(path):  # unlike Path.exists() it never raises
@@ -119,8 +131,8 @@ def refuse_inputs(destination: Path, inputs: Iterable[Path | str]) -> None:
         else:
             continue
         raise UsageError(
-            f"{destination}: {relation}, expected a directory of its own",
-            remedy="Choose another directory.",
+            f"{destination}: {relation}, expected a {kind} of its own to write",
+            remedy=f"Choose another {kind}.",
         )
 
 
@@ -140,6 +152,7 @@ def _refuse_to_lose(
             f"{destination}: exists and is not empty, expected a new or empty directory",
             remedy="Choose another directory, or replace this one with --force.",
         )
+    _refuse_other_number(destination, marker, several=several)
     for place in sorted(destination.iterdir()) if several else [destination]:
         _refuse_other_kind(place, marker, kind)
     if weights := _weights_beside_an_adapter(destination, marker):
@@ -152,20 +165,36 @@ def _refuse_to_lose(
         raise UsageError(f"{destination}: the current directory lies inside, it is not replaced")
 
 
+def _refuse_other_number(destination: Path, marker: Marker, *, several: bool) -> None:
+    """Refuse to replace one output by a directory of several, or several by one."""
+    single, inside = (destination / marker).is_file(), sorted(destination.iterdir())
+    if several and single:
+        finding = "is a single output, expected a directory of several"
+    elif not (several or single) and all((place / marker).is_file() for place in inside):
+        names = ", ".join(place.name for place in inside[:_SHOWN])
+        finding = f"is a directory of several outputs ({names}), expected a single one"
+    else:
+        return
+    raise UsageError(
+        f"{destination}: {finding}, so --force does not replace it",
+        remedy="Choose another directory.",
+    )
+
+
 def _refuse_other_kind(destination: Path, marker: Marker, kind: str | None) -> None:
     found = {known for known in MARKERS if (destination / known).is_file()}
     if found - {marker}:
         reason = f"holds {min(found - {marker})}"
     elif not found:
-        reason = f"holds no {marker}"
+        reason = f"holds no {marker}" if destination.is_dir() else "is a file"
     elif kind is not None and (earlier := _kind_in(destination / marker)) not in (kind, None):
         reason = f"is of kind {earlier}, not {kind}"
     else:
         reason = ""
     if reason:
         raise UsageError(
-            f"{destination}: {reason}, so this command did not write it and --force does not "
-            "replace it",
+            f"{destination}: {reason}, expected nothing but an output of this command, so --force "
+            "does not replace it",
             remedy="Choose another directory.",
         )
 

@@ -95,13 +95,16 @@ def index_of(files: Sequence[WeightFile]) -> dict[str, bytes]:
 
 
 def _files_of_base(plan: Plan, checkpoint: Checkpoint) -> list[WeightFile]:
-    """The base model's own files; empty where other tensors or other dtypes are written."""
+    """The base model's own files; empty where other tensors or other dtypes are written.
+
+    So it is too where two of them hold a tensor of the same name, of which one is read.
+    """
     stored = checkpoint.tensors
     if plan.changes.keys() != stored.keys() or any(n != key for n, key in plan.keys.items()):
         return []
     if not all(_lies_alike(plan.changes[name], stored[name]) for name in stored):
         return []
-    return [
+    files = [
         WeightFile(
             file.name,
             _stored_header(file),
@@ -110,6 +113,8 @@ def _files_of_base(plan: Plan, checkpoint: Checkpoint) -> list[WeightFile]:
         )
         for file in dict.fromkeys(tensor.file for tensor in stored.values())
     ]
+    whole = all(file.size == base.stat().st_size for file in files if (base := file.base))
+    return files if whole else []
 
 
 def _lies_alike(change: Change, stored: StoredTensor) -> bool:

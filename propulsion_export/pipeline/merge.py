@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 
 from propulsion_export.adapters.adapter import Adapter
@@ -10,7 +11,7 @@ from propulsion_export.adapters.provenance import base_source
 from propulsion_export.adapters.specification import check_identity, read_adapters
 from propulsion_export.artifacts.artifact import Artifact
 from propulsion_export.artifacts.file_names import MANIFEST_FILE
-from propulsion_export.artifacts.merged_base import check_not_merged
+from propulsion_export.artifacts.merged_base import check_not_merged, check_undamaged
 from propulsion_export.artifacts.rounding import numpy_dtype
 from propulsion_export.artifacts.staging import check_replaceable, staged_directory
 from propulsion_export.environment.progress import Progress, silent
@@ -131,6 +132,7 @@ def merge_adapters(
     for adapter in read:
         check_identity(adapter)
     check_not_merged(source, read)
+    check_undamaged(source)
     prepared = {one.name: _prepare(_request(source, one, options)) for one in read}
     size = sum(one.size for one in read)
     note = next(iter(prepared.values())).note
@@ -198,12 +200,13 @@ def _prepare(request: MergeRequest) -> Prepared:
 
 
 def parse_size(text: str) -> int:
-    """A size such as `500MB`, `5GB`, `2GiB` or a plain number, in bytes.
+    """A size such as `500MB`, `0.5GB`, `2GiB` or a plain number, in whole bytes.
 
     Raises:
-        UsageError: the text is none of these, or not above zero.
+        UsageError: the text is none of these, or below one byte.
     """
-    match = re.fullmatch(r"(\d+)\s*([KMG]I?)?B?", text.strip().upper())
-    if not match or int(match[1]) == 0:
-        raise UsageError(f"--max-shard-size: {text!r} is no size, expected such as 5GB or 500MiB")
-    return int(match[1]) * _UNITS[match[2] or ""]
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?)?B?", text.strip().upper())
+    size = int(Decimal(match[1]) * _UNITS[match[2] or ""]) if match else 0
+    if size == 0:
+        raise UsageError(f"--max-shard-size: {text!r} is no size, expected such as 5GB or 0.5GB")
+    return size

@@ -214,7 +214,24 @@ def test_a_strangers_directory_is_refused_even_with_force(tmp_path):
     (out / "deep" / "propulsion.json").write_bytes(b"1")
     (out / "adapter_config.json").mkdir()
 
-    refused(out, "this command did not write it", force=True)
+    refused(out, "expected nothing but an output of this command", force=True)
+
+
+def test_one_output_is_not_replaced_by_several_nor_several_by_one(tmp_path):
+    one, many = ours(tmp_path / "one"), tmp_path / "many"
+    many.mkdir()
+    ours(many / "a")
+    ours(many / "b")
+    before = content_of(tmp_path)
+
+    with pytest.raises(UsageError, match="one: is a single output, expected a directory of sev"):
+        check_replaceable(one, marker=ADAPTER, force=True, several=True)
+    with pytest.raises(UsageError, match=r"several outputs \(a, b\), expected a single one"):
+        check_replaceable(many, marker=ADAPTER, force=True)
+
+    check_replaceable(one, marker=ADAPTER, force=True)
+    check_replaceable(many, marker=ADAPTER, force=True, several=True)
+    assert content_of(tmp_path) == before
 
 
 @pytest.mark.parametrize("wanted", MARKERS)

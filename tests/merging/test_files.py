@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from propulsion_export.base_model.checkpoint import Checkpoint
 from propulsion_export.merging.changes import Copied, Given, Scaled
 from propulsion_export.merging.files import index_of, plan_files, plan_shards
 from propulsion_export.merging.plan import Plan
+from propulsion_export.merging.writing import Output, write_outputs
 
 
 def given_arrays(sizes, dtype=np.float32):
@@ -74,6 +75,26 @@ def test_files_of_the_base_model_are_kept_with_their_headers(base):
     for file in files:
         assert file.base.read_bytes().startswith(file.header)
         assert file.size == file.base.stat().st_size
+
+
+def test_a_tensor_that_two_files_hold_is_written_once(base, tmp_path):
+    values = np.full((5, 3), 7.0, np.float32)
+    both = {"c": base.tensors["c"].read(), "a": values}
+    save_file(both, tmp_path / "part-2.safetensors", metadata={"format": "pt"})
+    checkpoint = Checkpoint.find(str(tmp_path))
+    changes = copied(checkpoint) | {"c": Scaled(checkpoint.tensors["c"], np.full((5, 1), 2.0))}
+    plan = plan_of(changes, {name: name for name in changes})
+
+    files = plan_files(plan, checkpoint)
+
+    (tmp_path / "out").mkdir()
+    write_outputs([Output(tmp_path / "out", plan, files)])
+    (written,) = (tmp_path / "out").glob("*.safetensors")
+    found = load_file(written)
+    assert found.keys() == {"a", "b", "c"}
+    np.testing.assert_array_equal(found["a"], values)  # of the last file, as transformers reads it
+    np.testing.assert_array_equal(found["b"], base.tensors["b"].read())
+    np.testing.assert_array_equal(found["c"], 2 * both["c"])
 
 
 def another_dtype(base):

@@ -186,7 +186,7 @@ def test_force_replaces_an_earlier_merge_and_nothing_else(world, tmp_path):
     (tmp_path / "mine" / "thesis.txt").write_text("ten years")
 
     merge(world.five, tmp_path / "out", force=True)
-    with pytest.raises(UsageError, match="this command did not write it"):
+    with pytest.raises(UsageError, match=r"holds no propulsion\.json, .*--force does not"):
         merge(world.five, tmp_path / "mine", force=True)
 
     assert list(Artifact.read(tmp_path / "out").manifest.adapters) == ["five"]
@@ -194,13 +194,22 @@ def test_force_replaces_an_earlier_merge_and_nothing_else(world, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "size"), [("5GB", 5 * 10**9), ("500MiB", 500 * 2**20), ("7", 7), ("2 kb", 2000)]
+    ("text", "size"),
+    [
+        ("5GB", 5 * 10**9),
+        ("500MiB", 500 * 2**20),
+        ("7", 7),
+        ("2 kb", 2000),
+        ("0.5GB", 5 * 10**8),
+        ("1.1GB", 1_100_000_000),
+        ("1.5GiB", 3 * 2**29),
+    ],
 )
 def test_sizes_are_read_as_people_write_them(text, size):
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "0", "big", "-1GB", "1.5GB"])
+@pytest.mark.parametrize("text", ["", "0", "big", "-1GB", "0.1", ".", "1.GB", "1e9"])
 def test_other_sizes_are_refused(text):
     with pytest.raises(UsageError, match="is no size"):
         parse_size(text)

@@ -105,6 +105,25 @@ def test_another_adapter_is_merged_onto_the_merge_it_was_trained_on(trained, wor
         merge(first, tmp_path / "out", model=str(tmp_path / "both"))
 
 
+def test_a_merge_that_was_damaged_is_no_base_of_another(trained, world, tmp_path):
+    merged = tmp_path / "merged"
+    merge(trained("ia3", world.base), merged)
+    second, file = trained("norms", merged, seed=4), merged / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1  # of no entry that a fingerprint has
+    file.write_bytes(content)
+    (merged / "config.json").write_text((merged / "config.json").read_text() + " ")
+
+    with pytest.raises(BaseModelError) as caught:
+        merge(second, tmp_path / "out", model=str(merged))
+
+    assert str(caught.value).startswith(f"{file}: its content is not what propulsion.json recorded")
+    assert not (tmp_path / "out").exists()
+    content[-1] ^= 1
+    file.write_bytes(content)
+    merge(second, tmp_path / "out", model=str(merged))
+
+
 def test_without_a_fingerprint_the_recorded_base_model_decides(trained, world, tmp_path):
     merged = tmp_path / "merged"
     merge(trained("norms", world.base), merged)

@@ -213,7 +213,7 @@ def test_an_input_is_not_replaced_nor_a_file_of_others(saved, tmp_path):
     (tmp_path / "link.gguf").symlink_to(file)
 
     for same in (file, tmp_path / "link.gguf"):
-        with pytest.raises(UsageError, match="is an input of this command"):
+        with pytest.raises(UsageError, match="an input of this command, expected a file"):
             merge_gguf(adapter, same, model=str(file), force=True)
     output.write_bytes(b"GGUF of others")
     with pytest.raises(UsageError, match="exists, expected a new file"):
