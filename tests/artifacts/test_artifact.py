@@ -897,13 +897,13 @@ def test_a_manifest_that_is_changed_in_place_is_refused_or_means_the_same(switch
     file = switchable / MANIFEST
     before, content = read_manifest(file), file.read_bytes()
     refusals = 0
-    for place in range(len(content)):
+    for place in range(0, len(content), 3):
         file.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
         try:
             assert read_manifest(file) == before
         except ArtifactError:
             refusals += 1
-    assert refusals > len(content) / 2
+    assert refusals > len(content) / 6
 
 
 def test_a_manifest_without_a_digest_is_read(switchable):
