@@ -129,7 +129,7 @@ def half_character(place: str, text: str) -> str | None:
     if found is None:
         return None
     if finding := unread_bytes(text):
-        return f"{place} {finding}: {LOCALE_REMEDY}"
+        return f"{place} {finding}. {LOCALE_REMEDY.removesuffix('.')}"
     return (
         f"{place} holds half a character (the lone surrogate \\u{ord(found[0]):04x} at "
         f"{found.start()}), expected whole ones"
