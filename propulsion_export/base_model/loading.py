@@ -169,6 +169,9 @@ def load_empty(
         head: an adapter's saved modules by parameter name, which give the head's size.
         labels: the adapter's class names.
         trust_remote_code: run code that the checkpoint brings.
+
+    Raises:
+        BaseModelError: transformers has no model for the task of this configuration.
     """
     _refuse_halves(config, task)
     model_class = model_class_of(task)
@@ -176,9 +179,24 @@ def load_empty(
     count = next((v.shape[0] for name, v in head.items() if name in growing), None)
     if count is not None and (labels or count != config.num_labels):
         set_labels(config, labels or count)
-    with torch.device("meta"), quiet():
-        model = model_class.from_config(config, trust_remote_code=trust_remote_code)
-    return model.eval()
+    return _empty(model_class, config, trust_remote_code=trust_remote_code).eval()
+
+
+def _empty(
+    model_class: Any, config: PretrainedConfig, *, trust_remote_code: bool
+) -> PreTrainedModel:
+    try:
+        with torch.device("meta"), quiet():
+            model: PreTrainedModel = model_class.from_config(
+                config, trust_remote_code=trust_remote_code
+            )
+    except ValueError as error:
+        raise BaseModelError(
+            f"{config.name_or_path}: is a {config.model_type}, expected a configuration that "
+            f"{model_class.__name__} takes ({first_line(error)})",
+            remedy="Is it for another --task?",
+        ) from error
+    return model
 
 
 def label_parameters(
@@ -191,8 +209,7 @@ def label_parameters(
     for count in (3, 5):
         trial = type(config).from_dict(config.to_dict())
         set_labels(trial, count)
-        with torch.device("meta"), quiet():
-            model = model_class.from_config(trial, trust_remote_code=trust_remote_code)
+        model = _empty(model_class, trial, trust_remote_code=trust_remote_code)
         shapes.append({name: value.shape for name, value in model.named_parameters()})
     return frozenset(name for name, shape in shapes[0].items() if shapes[1][name] != shape)
 

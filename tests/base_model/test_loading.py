@@ -178,6 +178,15 @@ def test_empty_model_keeps_the_checkpoints_labels_when_the_adapter_has_no_head(t
     assert model.config.id2label == dict(enumerate(LABELS))
 
 
+@pytest.mark.parametrize("task", ["text2text-generation", "text-classification"])
+def test_a_model_that_is_for_no_such_task_is_refused(task, tmp_path):
+    transformers.CLIPConfig().save_pretrained(tmp_path)
+    config = config_file.read_config(str(tmp_path))
+
+    with pytest.raises(BaseModelError, match=f"{tmp_path}: is a clip, .* Is it for another --task"):
+        base.load_empty(config, task, head={}, labels=None)
+
+
 def test_written_configuration_names_labels_and_dtype_and_no_path(tiny_checkpoint, tmp_path):
     source = tiny_checkpoint()
     loaded = base.load_base(str(source), task="text-classification")

@@ -7,14 +7,16 @@ from propulsion_export.errors import BaseModelError
 
 _PIECE = 1 << 20
 _CANNOT = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM}
+_CANNOT |= {errno.EIO}  # on which side, reading and writing apart tell
+_REMEDY = "Copy the file again."
 
 
 def copy_range(source: int, target: int, start: int, size: int) -> None:
     """Copy bytes to where the target's descriptor stands, and move that on.
 
     Raises:
-        BaseModelError: the source ends before.
-        OSError: what reading or writing reports.
+        BaseModelError: the source ends before, or cannot be read.
+        OSError: what writing reports.
     """
     left = size
     try:
@@ -24,10 +26,26 @@ def copy_range(source: int, target: int, start: int, size: int) -> None:
         if error.errno not in _CANNOT:
             raise
     while left:
-        piece = os.pread(source, min(_PIECE, left), start + size - left)
-        _moved(len(piece))
+        piece = read_range(source, start + size - left, min(_PIECE, left))
         write_all(target, piece)
         left -= len(piece)
+
+
+def read_range(source: int, start: int, size: int) -> bytes:
+    """Bytes of a file.
+
+    Raises:
+        BaseModelError: it ends before, or cannot be read.
+    """
+    found = b""
+    while len(found) < size:
+        try:
+            piece = os.pread(source, size - len(found), start + len(found))
+        except OSError as error:
+            raise BaseModelError(f"cannot be read ({error.strerror})", remedy=_REMEDY) from error
+        _moved(len(piece))
+        found += piece
+    return found
 
 
 def write_all(target: int, content: bytes | memoryview) -> None:
@@ -39,7 +57,5 @@ def write_all(target: int, content: bytes | memoryview) -> None:
 
 def _moved(count: int) -> int:
     if count == 0:
-        raise BaseModelError(
-            "the base model's file has become shorter while it was read", remedy="Merge again."
-        )
+        raise BaseModelError("has become shorter while it was read", remedy=_REMEDY)
     return count

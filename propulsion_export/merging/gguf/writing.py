@@ -12,9 +12,9 @@ from propulsion_export.base_model.gguf.metadata import Text, with_keys
 from propulsion_export.base_model.gguf.values import block_size
 from propulsion_export.base_model.tensor_files import Array
 from propulsion_export.environment.progress import Progress
-from propulsion_export.errors import AdapterError
+from propulsion_export.errors import AdapterError, BaseModelError
 from propulsion_export.merging.gguf.blocks import FLOATS, Bytes, Lost, plain_rows, scaled_rows
-from propulsion_export.merging.gguf.copying import copy_range, write_all
+from propulsion_export.merging.gguf.copying import copy_range, read_range, write_all
 from propulsion_export.merging.gguf.plan import Plan
 from propulsion_export.merging.gguf.written import Written
 
@@ -52,8 +52,16 @@ class Writer:
         Raises:
             AdapterError: a type cannot hold a product and `allow_range` is off; names the tensor,
                 the channel and the block.
-            OSError: what reading or writing reports.
+            BaseModelError: the base model's file cannot be read, or has become shorter.
+            OSError: what writing reports.
         """
+        try:
+            self._write_all(source, target)
+        except BaseModelError as error:
+            findings = (f"{self.header.file}: {finding}" for finding in error.findings)
+            raise BaseModelError(*findings, remedy=error.remedy) from error
+
+    def _write_all(self, source: int, target: int) -> None:
         write_all(target, self._head(source))
         first = end = self.header.sections.data
         for name, place in sorted(self.header.tensors.items(), key=lambda item: item[1].start):
@@ -92,7 +100,7 @@ class Writer:
     def _head(self, source: int) -> bytes:
         """Everything before the tensors."""
         sections, added = self.header.sections, self.plan.added
-        kept = os.pread(source, sections.data, 0)
+        kept = read_range(source, 0, sections.entries[1])
         keys, count = with_keys(kept, sections.keys, self.keys)
         counts = struct.pack("<QQ", len(self.header.tensors) + len(added), count)
         head = kept[:_COUNTS] + counts + keys + kept[slice(*sections.entries)]
@@ -155,8 +163,7 @@ def _layout(written: Written) -> tuple[tuple[int, ...], int, Array]:
 
 
 def _read(source: int, start: int, size: int) -> Bytes:
-    content = os.pread(source, size, start)
-    return np.frombuffer(content, np.uint8)
+    return np.frombuffer(read_range(source, start, size), np.uint8)
 
 
 def _finding(written: Written, lost: Lost, first: int) -> str:

@@ -1,6 +1,7 @@
 """`merge` of a GGUF file into a GGUF file: what is kept, recorded and refused."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -13,6 +14,7 @@ from merged_gguf import folded, toy, weights
 
 from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.adapters.scales import Scale
+from propulsion_export.base_model.gguf.header import read_header
 from propulsion_export.base_model.model_fingerprint import fingerprint_of_model
 from propulsion_export.cli import main
 from propulsion_export.errors import AdapterError, BaseModelError, UsageError
@@ -235,6 +237,40 @@ def test_a_full_disk_leaves_nothing(saved, tmp_path, monkeypatch):
 
     monkeypatch.setattr("propulsion_export.merging.gguf.writing.copy_range", full)
     with pytest.raises(UsageError, match="no space left on the device; nothing was written"):
+        merged(tmp_path, saved(adapter_of()), file)
+
+    assert {path.name for path in tmp_path.iterdir()} == {"base.gguf", "tuned"}
+
+
+@pytest.mark.parametrize("call", ["pread", "copy_file_range"])
+def test_a_read_error_is_that_of_the_base_model(call, saved, tmp_path, monkeypatch, capsys):
+    file, _ = toy(tmp_path)
+    words = ["merge", "-m", str(file), "-a", str(saved(adapter_of())), "-o"]
+
+    def broken(*_):
+        raise OSError(5, "Input/output error")
+
+    for name in {call, "pread"}:  # where the kernel cannot copy, this process does
+        monkeypatch.setattr(os, name, broken)
+    with pytest.raises(SystemExit) as ended:
+        main([*words, str(tmp_path / "merged.gguf")])
+
+    assert ended.value.code == 4
+    assert f"{file}: cannot be read (Input/output error)" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"base.gguf", "tuned"}
+
+
+@pytest.mark.parametrize("call", ["pread", "copy_file_range"])
+def test_a_file_that_is_shortened_while_it_is_read_is_refused(call, saved, tmp_path, monkeypatch):
+    file, _ = toy(tmp_path)
+    plain, size = getattr(os, call), read_header(file).sections.data + 1000
+
+    def shortening(*given):
+        os.truncate(file, size)
+        return plain(*given)
+
+    monkeypatch.setattr(os, call, shortening)
+    with pytest.raises(BaseModelError, match=r"base\.gguf: has become shorter while it was read"):
         merged(tmp_path, saved(adapter_of()), file)
 
     assert {path.name for path in tmp_path.iterdir()} == {"base.gguf", "tuned"}
