@@ -5,10 +5,15 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from propulsion_export.adapters.adapter import Adapter
+from propulsion_export.adapters.names import BASE_NAME
+from propulsion_export.adapters.settings import problem_type_of
 from propulsion_export.adapters.specification import read_adapters
 from propulsion_export.artifacts.artifact import Artifact
 from propulsion_export.artifacts.layout import labels_in
+from propulsion_export.base_model.config import read_settings
 from propulsion_export.base_model.loading import BaseModel
+from propulsion_export.base_model.settings import problem_type_in
+from propulsion_export.base_model.tasks import TASKS
 from propulsion_export.errors import AdapterError, UsageError, unknown_adapters
 from propulsion_export.parity.reports.report import Check
 
@@ -85,14 +90,55 @@ def checks_of_adapters(
             "-a NAME=DIR judges those that it names",
         )
     own, layout = artifact.manifest.base, artifact.manifest.layout
+    named = own.own_head and own.labels is not None
+    names = base.own_labels if named else own.labels
+    folded = artifact.manifest.mode == "folded"
+    written = _written_names(artifact)
+    if named and not (folded and adapters):
+        yield _check_labels(BASE_NAME, own.labels, names, written, "base model")
     room = base.room if own.own_head else None
     for adapter in adapters:
         recorded = entries[adapter.name].labels
-        expected = labels_in(adapter, layout, own.labels, room)
-        if expected is None and recorded is None:
-            continue
-        same = expected == recorded
-        detail = "the artifact names the classes as the adapter does"
-        if not same:
-            detail = f"the artifact names the classes {recorded}, the adapter {expected}"
-        yield Check("labels", adapter.name, same, detail)
+        expected = labels_in(adapter, layout, names, room)
+        if expected is not None or recorded is not None:
+            in_file = written if folded else None  # with several adapters it names the base model's
+            yield _check_labels(adapter.name, recorded, expected, in_file, "adapter")
+    if TASKS[base.task].prediction == "class":
+        yield from _check_meanings(artifact, adapters, base)
+
+
+def _written_names(artifact: Artifact) -> tuple[str, ...] | None:
+    """The class names in the artifact's config.json, which other programs read; None without."""
+    names = read_settings(artifact.directory).get("id2label")
+    if TASKS[artifact.manifest.task].labelled_output is None or not isinstance(names, dict):
+        return None
+    return tuple(names[number] for number in sorted(names, key=int))
+
+
+def _check_labels(
+    name: str,
+    recorded: Sequence[str] | None,
+    expected: Sequence[str] | None,
+    written: Sequence[str] | None,
+    whose: str,
+) -> Check:
+    found = [f"the artifact names the classes {recorded}"] if recorded != expected else []
+    if expected and written and tuple(written[: len(expected)]) != tuple(expected):
+        found.append(f"its config.json names them {tuple(written)}")
+    detail = f"the artifact names the classes as the {whose} does"
+    if found:
+        detail = f"{' and '.join(found)}, the {whose} {expected}"
+    return Check("labels", name, not found, detail)
+
+
+def _check_meanings(
+    artifact: Artifact, adapters: Sequence[Adapter], base: BaseModel
+) -> Iterator[Check]:
+    """A failed check of every adapter whose logits the artifact reads otherwise than it does."""
+    own = problem_type_in(base.model.config)
+    for adapter in adapters:
+        recorded = artifact.list_adapters()[adapter.name].problem_type
+        expected = problem_type_of(adapter, own)
+        if recorded is not None and recorded != expected:
+            detail = f"the artifact says that the logits are {recorded}, the adapter {expected}"
+            yield Check("labels", adapter.name, False, detail)
