@@ -44,12 +44,15 @@ class AssertParity:
         *,
         model: str | None = None,
         adapter: Sequence[str | Path] = (),
+        against: Sequence[str | Path] = (),
         runner: str = "auto",
         inputs: str | Path | None = None,
         seed: int | None = None,
         device: Literal["auto", "cpu", "cuda"] = "auto",
         low_memory: bool = False,
         max_kl: float | None = None,
+        effort: Literal["quick", "standard", "thorough"] = "standard",
+        bisect: bool = False,
         trust_remote_code: bool = False,
     ) -> "ParityReport":
         """Compare an artifact with PyTorch; return the report if every check holds.
@@ -61,12 +64,15 @@ class AssertParity:
             artifact: directory of a merged checkpoint, an ONNX export or an engine.
             model: where the base model is now; default: where it was when the artifact was made.
             adapter: where adapters are now, `NAME=DIR`; default: where they were.
+            against: other artifacts of the same base model to compare with.
             runner: the runtime; `auto`: the default for its kind and dtype.
             inputs: file of texts to compare on; default: random tokens.
             seed: for the random tokens and adapters; default: 0.
             device: where PyTorch computes; `auto`: a GPU with room for the model if there is one.
             low_memory: let PyTorch compute with one layer of the model in memory at a time.
             max_kl: the most that quantised weights may cost, in nats; default: any.
+            effort: how many inputs to compare on, as `--quick` and `--thorough` say it.
+            bisect: find the first module that is wrong; the message names it.
             trust_remote_code: run code that the base model brings.
 
         Raises:
@@ -82,6 +88,7 @@ class AssertParity:
                 Path(artifact),
                 model=model,
                 adapter=adapter,
+                against=[Path(each) for each in against],
                 runner=runner,
                 inputs=None if inputs is None else Path(inputs),
                 seed=seed,
@@ -90,6 +97,8 @@ class AssertParity:
                 device=device,
                 low_memory=low_memory,
                 max_kl=max_kl,
+                effort=effort,
+                bisect=bisect,
                 trust_remote_code=trust_remote_code,
             )
         except UnavailableError as error:
@@ -135,6 +144,7 @@ def _message(verdict: "ParityReport", report: Path | None) -> str:
     lines += [f"  {check.case} of {check.adapter}: {check.detail}" for check in failed[:_TOLD]]
     if len(failed) > _TOLD:
         lines.append(f"  and {len(failed) - _TOLD} more")
+    lines += [f"  bisect: {line}" for found in verdict.located for line in found.lines()]
     if report is not None:
         lines.append(f"report: {report / 'parity.html'}")
     return "\n".join(lines)

@@ -7,7 +7,9 @@ import sys
 from dataclasses import replace
 
 import pytest
+from planted_modules import one_channel, with_scale
 
+from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.artifacts.artifact import Artifact
 
 pytest_plugins = ["pytester"]
@@ -64,6 +66,35 @@ def test_on_request_what_cannot_run_fails(run, folded):
     body = f"assert_parity({str(folded)!r}, runner='onnxruntime-cuda')"
 
     run(body, "--parity-must-run").assert_outcomes(failed=1)
+
+
+def test_other_artifacts_are_compared_with(run, folded, switchable):
+    body = (
+        f"cases = [c.case for c in assert_parity({str(folded)!r}, against=[{str(switchable)!r}])"
+        ".checks]; assert 'against' in cases and 'inputs' in cases"
+    )
+
+    run(body).assert_outcomes(passed=1)
+
+
+def test_the_effort_is_chosen(run, folded):
+    body = (
+        f"cases = [c.case for c in assert_parity({str(folded)!r}, effort='quick').checks]; "
+        "assert 'parity' in cases and 'inputs' not in cases"
+    )
+
+    run(body).assert_outcomes(passed=1)
+
+
+def test_the_first_wrong_module_is_named(run, world, plant):
+    right = Adapter.read(world.three)
+    path = next(path for path in right.scales if path.endswith("0.attention.self.value"))
+    planted = plant(with_scale(right, path, one_channel))
+
+    done = run(f"assert_parity({str(planted)!r}, bisect=True)")
+
+    done.assert_outcomes(failed=1)
+    done.stdout.fnmatch_lines([f"*bisect: three: first wrong in {path} *"])
 
 
 def test_reports_are_written_and_replaced_on_request(run, folded, tmp_path):

@@ -13,6 +13,7 @@ import numpy as np
 
 from propulsion_export.adapters.scales import Array
 from propulsion_export.artifacts.artifact import Runner, Tensors
+from propulsion_export.errors import ToolError
 from propulsion_export.parity.comparison import (
     FACTOR,
     Ceiling,
@@ -46,7 +47,11 @@ def judge(
     """
     checks: list[Check] = []
     for subject in subjects:
-        outputs = [candidate({**batch, **subject.feeds}) for batch in inputs]
+        try:
+            outputs = [candidate({**batch, **subject.feeds}) for batch in inputs]
+        except ToolError as error:  # PyTorch runs on the same inputs
+            checks.append(Check("parity", subject.name, False, str(error)))
+            continue
         problem = next(
             filter(None, map(mismatch, subject.oracle, outputs)),
             None,
@@ -149,7 +154,10 @@ def _padding(
     shares: dict[str, float] = {}
     batch = inputs[0]
     for row, real in enumerate(batch["attention_mask"] == 1):
-        found = candidate({**alone(batch, row), **subject.feeds})
+        try:
+            found = candidate({**alone(batch, row), **subject.feeds})
+        except ToolError as failure:
+            return Check("padding", subject.name, False, f"row {row} alone: {failure}")
         expected = {name: subject.oracle[0][name][row : row + 1] for name in allowed}
         expected |= {name: expected[name][:, real] for name in positional}
         if problem := mismatch(expected, found):

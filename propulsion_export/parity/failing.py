@@ -13,6 +13,8 @@ from propulsion_export.base_model.sentences.pipeline import SENTENCE
 from propulsion_export.errors import PropulsionExportError
 from propulsion_export.parity.comparison import hidden_positions, mismatch
 from propulsion_export.parity.evidence import Allowed, Evidence
+from propulsion_export.parity.probes import hidden_rows
+from propulsion_export.parity.probing import allowed_on_probes
 from propulsion_export.parity.reports.report import Check
 from propulsion_export.parity.subject import Subject
 from propulsion_export.runners.decoding import alone, recomputing, replaying
@@ -53,15 +55,15 @@ def worst_failing_run(
 ) -> FailingRun | None:
     """The run with the largest error in times of the allowed one, over all failing adapters.
 
-    Batches are looked at as the case `parity` runs them; where all are within, a generative model
-    in one pass too, and rows alone.
+    Batches are looked at as the case `parity` runs them, a generative model in one pass too; where
+    all are within, rows alone, and then the inputs with a purpose.
 
     Returns:
         None if every run is within the tolerance.
     """
     failed = {check.adapter for check in checks if not check.passed}
     subjects = [s for s in evidence.subjects if s.name in failed and s.name in allowed]
-    for runs in (_batches, _rows_alone):
+    for runs in (_batches, _rows_alone, probe_runs):
         found = [
             one
             for subject in subjects
@@ -97,6 +99,25 @@ def _rows_alone(
         yield from _ran(evidence, subject, alone(batch, row), own, run, steps, allowed)
 
 
+def probe_runs(
+    evidence: Evidence, subject: Subject, allowed: Mapping[str, float]
+) -> Iterator[FailingRun]:
+    """The runs of a state on every probe; rows that the mask hides do not count.
+
+    Args:
+        evidence: of the verdict.
+        subject: the state.
+        allowed: what the case `parity` allows.
+    """
+    if not evidence.probes:
+        return
+    probed = next(one for one in evidence.probed if one.name == subject.name)
+    bounds = allowed_on_probes(evidence, probed, allowed)
+    steps, run = next(iter(_runners(evidence)))
+    for probe, oracle in zip(evidence.probes, probed.oracle, strict=True):
+        yield from _ran(evidence, subject, probe.batch, oracle, run, steps, bounds)
+
+
 def hidden_positions_of(batch: Tensors, oracle: Tensors) -> set[str]:
     """The outputs whose second axis counts the positions of the input."""
     shape = batch["attention_mask"].shape
@@ -130,8 +151,8 @@ def _ran(
     if mismatch(oracle, found):
         return
     names = [name for name in allowed if name != SENTENCE]
-    hidden = {name: hidden_positions(name, [batch], [oracle])[0] for name in names}
-    shares = [_share(found[name], oracle[name], ~hidden[name], allowed[name]) for name in names]
+    counted = {name: _counted(name, batch, oracle) for name in names}
+    shares = [_share(found[name], oracle[name], counted[name], allowed[name]) for name in names]
     recorded = subject.name == BASE_NAME or subject.name in evidence.artifact.list_adapters()
     yield FailingRun(
         adapter=subject.name,
@@ -139,17 +160,30 @@ def _ran(
         feeds={} if recorded else subject.feeds,
         oracle={name: oracle[name] for name in names},
         candidate={name: np.asarray(found[name]) for name in names},
-        counted={name: ~hidden[name] for name in names},
+        counted=counted,
         allowed={name: allowed[name] for name in names},
         share=max(shares, default=0.0),
         steps=steps,
     )
 
 
+def _counted(name: str, batch: Tensors, oracle: Tensors) -> Array:
+    """Bool as an output: where its numbers count."""
+    counted = ~hidden_positions(name, [batch], [oracle])[0]
+    empty = hidden_rows(batch)
+    if len(counted) == len(empty):
+        counted[empty] = False
+    return counted
+
+
 def _share(found: Array, oracle: Array, counted: Array, allowed: float) -> float:
-    """The largest error in times of the allowed one; infinite where a number is not finite."""
-    wide = found.astype(np.float64)
+    """The largest error in times of the allowed one; infinite where a number is not finite.
+
+    Nothing is expected of a row that does not count at all.
+    """
+    rows = counted.reshape(len(counted), -1).any(axis=1)
+    wide = found[rows].astype(np.float64)
     if not np.isfinite(wide).all():
         return float("inf")
-    error = float(np.where(counted, np.abs(wide - oracle), 0).max(initial=0))
+    error = float(np.where(counted[rows], np.abs(wide - oracle[rows]), 0).max(initial=0))
     return error / allowed if allowed else (float("inf") if error else 0.0)

@@ -1,14 +1,12 @@
 """The case `labels`: names of classes, and what logits mean, as the base and the adapters say."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Iterator, Sequence
 
 from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.adapters.names import BASE_NAME
 from propulsion_export.adapters.settings import problem_type_of
 from propulsion_export.artifacts.artifact import Artifact
 from propulsion_export.artifacts.layout import labels_in
-from propulsion_export.artifacts.manifest import AdapterEntry
 from propulsion_export.base_model.config import read_settings
 from propulsion_export.base_model.loading import BaseModel
 from propulsion_export.base_model.settings import SINGLE_LABEL, ProblemType, problem_type_in
@@ -40,16 +38,17 @@ def check_labels(
         findings = [*_names(entry.labels, expected, "the adapter")]
         if classifies:
             findings += _types(entry.problem_type, types)
-        if manifest.mode == "folded":
-            findings += _in_configuration(artifact, entry)
+        if manifest.mode == "folded":  # with several adapters it names the base model's classes
+            findings += _in_configuration(artifact, expected)
         yield _check(adapter.name, findings, "the artifact names the classes as the adapter does")
     if (
         recorded.labels
         and recorded.own_head
         and base.label_parameters
-        and manifest.mode != "folded"
+        and not (manifest.mode == "folded" and adapters)
     ):
         findings = [*_names(recorded.labels, base.own_labels, "the base model")]
+        findings += _in_configuration(artifact, base.own_labels)
         if classifies:
             findings += _types(recorded.problem_type, {own_type})
         yield _check(BASE_NAME, findings, "the artifact names the classes as the base model does")
@@ -74,12 +73,11 @@ def _types(found: ProblemType | None, expected: Collection[ProblemType | None]) 
     return [f"the artifact takes the logits for {found or SINGLE_LABEL}, expected {named}"]
 
 
-def _in_configuration(artifact: Artifact, entry: AdapterEntry) -> Iterator[str]:
-    """What config.json, which other tools read, names otherwise."""
-    settings: Mapping[str, Any] = read_settings(artifact.directory)
-    names = settings.get("id2label")
-    if not entry.labels or not isinstance(names, dict) or len(names) != len(entry.labels):
+def _in_configuration(artifact: Artifact, expected: Sequence[str] | None) -> Iterator[str]:
+    """What config.json, which other programs read, names otherwise."""
+    names = read_settings(artifact.directory).get("id2label")
+    if not expected or not isinstance(names, dict):
         return
     found = tuple(names[number] for number in sorted(names, key=int))
-    if found != entry.labels:
-        yield f"config.json names the classes {found}, the adapter {entry.labels}"
+    if found[: len(expected)] != tuple(expected):
+        yield f"config.json names the classes {found}, expected {tuple(expected)}"

@@ -10,15 +10,20 @@ import numpy as np
 from propulsion_export.adapters.scales import Array
 from propulsion_export.artifacts.artifact import Runner, Tensors
 from propulsion_export.artifacts.manifest import Manifest
-from propulsion_export.artifacts.tensor_names import IDS_INPUT, LOGITS
+from propulsion_export.artifacts.tensor_names import BANK_INPUT, IDS_INPUT, LOGITS
+from propulsion_export.errors import ToolError
 from propulsion_export.parity.comparison import hidden_positions
 from propulsion_export.parity.evidence import Allowed, Evidence
 from propulsion_export.parity.generation import continue_greedily
+from propulsion_export.parity.probes import LARGE_BATCHES
+from propulsion_export.parity.probing import allowed_on_probes
 from propulsion_export.parity.reports.report import Check
 from propulsion_export.parity.subject import Continuation, Subject
 from propulsion_export.runners.decoding import Generator
 
 _STEPS = 16  # tokens that mixed rows generate
+# The largest bank that is made to try high ids, and the highest id that is tried.
+_BANK_BYTES, _HIGHEST_ID = 2**28, 2**15 + 2**9
 
 
 def judge_mixed(evidence: Evidence, allowed: Allowed) -> Iterator[Check]:
@@ -32,6 +37,7 @@ def judge_mixed(evidence: Evidence, allowed: Allowed) -> Iterator[Check]:
         return
     most = most_rows(evidence.artifact.manifest)
     yield mixed_rows(evidence.subjects, evidence.batches, evidence.runner, allowed, most=most)
+    yield from _many_rows(evidence, allowed)
     if not callable(evidence.candidate):
         yield mixed_generation(evidence.subjects, evidence.candidate, allowed, most=most)
 
@@ -113,6 +119,71 @@ def mixed_rows(
         f"{'bit for bit' if exact else 'not bit for bit'} as among rows of their adapter alone; "
         f"batches: {', '.join(shares.found)}; worst: {words}",
     )
+
+
+def _many_rows(evidence: Evidence, allowed: Allowed) -> Iterator[Check]:
+    """The case `mixed` of the large batches among the probes, and of ids that need many bits."""
+    judged = [subject for subject in evidence.probed if subject.name in allowed]
+    inputs = [probe.batch for probe in evidence.probes]
+    large = [n for n, probe in enumerate(evidence.probes) if probe.purpose == LARGE_BATCHES]
+    if not judged or not large:
+        return
+    bounds = {one.name: allowed_on_probes(evidence, one, allowed[one.name]) for one in judged}
+    shares, highest = _Shares(), 0
+    for number in large:
+        count = len(inputs[number]["input_ids"])
+        one = Arrangement(f"{count} rows", number, range(count), _drawn(judged, count, evidence))
+        fed_as = {one.words: _feeds(one.states)}
+        if BANK_INPUT in fed_as[one.words] and evidence.artifact.manifest.engine is None:
+            fed_as["high ids"] = in_a_large_bank(fed_as[one.words])
+        for words, fed in fed_as.items():
+            highest = max(highest, int(fed[IDS_INPUT].max()))
+            try:
+                found = evidence.runner({**inputs[number], **fed})
+            except ToolError as error:
+                yield Check("mixed", "all, many rows", False, f"{words}: {error}")
+                return
+            shares.add(
+                words,
+                [
+                    _share(error, bounds[subject.name][name])
+                    for place, subject in enumerate(one.states)
+                    for name, error in _errors(subject, inputs, one, place, found)
+                ],
+            )
+    words, worst = shares.worst
+    yield Check(
+        "mixed",
+        "all, many rows",
+        worst <= 1,
+        f"rows with an adapter each use up to {worst:.1%} of the allowed error; batches: "
+        f"{', '.join(shares.found)} (up to {highest:,}); worst: {words}",
+    )
+
+
+def _drawn(judged: Sequence[Subject], count: int, evidence: Evidence) -> list[Subject]:
+    """A state for each row, in no order that repeats; the last is another than the first."""
+    places = np.random.default_rng(evidence.seed).integers(len(judged), size=count)
+    if places[-1] == places[0]:
+        places[-1] += 1
+    return [judged[place % len(judged)] for place in places]
+
+
+def in_a_large_bank(feeds: Tensors) -> Tensors:
+    """The rows of a bank at the end of a large one, so that their ids need many bits.
+
+    An id that is cast to a narrower type selects another row only where it is high. All rows before
+    are zero, so that another row shows; pages of zeros take no memory until they are read. A bank
+    that is as large itself stays as it is.
+    """
+    bank, ids = feeds[BANK_INPUT], feeds[IDS_INPUT]
+    most = min(_HIGHEST_ID, _BANK_BYTES // max(1, bank[0].nbytes))
+    before = (most - len(bank)) // 2**8 * 2**8 + 2**7 - len(bank)
+    if before <= 0:
+        return feeds
+    large = np.zeros((before + len(bank), *bank.shape[1:]), bank.dtype)
+    large[before:] = bank
+    return {**feeds, BANK_INPUT: large, IDS_INPUT: (ids + before).astype(ids.dtype)}
 
 
 _IN_TURN = "adapters in turn"

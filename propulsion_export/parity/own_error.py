@@ -9,6 +9,10 @@ Approach to Probabilistic Rounding Error Analysis", SIAM J. Sci. Comput. 41(5), 
 relative to the size of the output. c holds what the analysis leaves open: how often a layer rounds,
 how much it amplifies, and that the largest of many errors is compared. It is measured, see
 CONSTANT.
+
+A rotary embedding rotates by an angle of position times frequency, which is rounded to u times
+itself: what enters every layer grows with the position. So the bound grows with the length of the
+rows, in times of those that c was measured on.
 """
 
 from functools import partial
@@ -21,29 +25,33 @@ from propulsion_export.parity.comparison import FACTOR, UNIT_ROUNDOFF, Ceiling
 # tiny models, and 96 in SmolLM2 with a random adapter, which amplifies through 30 layers. This is
 # about four times that.
 CONSTANT = 400.0
+LENGTH = 48  # tokens of the longest of the rows that CONSTANT was measured on
 # A tolerance as large as the output's largest value decides nothing: zeros would pass.
 LARGEST_SHARE = 1.0
 
 
-def ceiling_of(config: Any, dtype: str) -> Ceiling:
+def ceiling_of(config: Any, dtype: str, length: int = LENGTH) -> Ceiling:
     """The largest error of PyTorch itself that counts, for a model at a precision.
 
     Args:
         config: the model's configuration.
         dtype: the precision by name.
+        length: how many tokens the longest row has.
     """
-    return partial(largest_error, dtype=dtype, additions=additions_of(config))
+    additions = additions_of(config)
+    return partial(largest_error, dtype=dtype, additions=additions, length=length)
 
 
-def largest_error(scale: float, *, dtype: str, additions: int) -> float:
+def largest_error(scale: float, *, dtype: str, additions: int, length: int = LENGTH) -> float:
     """The largest error that rounding explains and that leaves a tolerance which decides something.
 
     Args:
         scale: the largest value of the output.
         dtype: the precision by name.
         additions: n, how often layers add to the residual stream.
+        length: how many tokens the longest row has.
     """
-    explained = CONSTANT * sqrt(additions) * UNIT_ROUNDOFF[dtype]
+    explained = CONSTANT * sqrt(additions) * UNIT_ROUNDOFF[dtype] * max(1.0, length / LENGTH)
     return min(explained, LARGEST_SHARE / FACTOR) * scale
 
 

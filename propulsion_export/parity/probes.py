@@ -50,6 +50,12 @@ class Probe:
     purpose: str
     batch: Tensors
 
+    @property
+    def length(self) -> int:
+        """How many tokens the longest row has; of an encoder-decoder, on either side."""
+        tokens = (self.batch[name] for name in ("input_ids", _DECODER) if name in self.batch)
+        return max(int(each.shape[1]) for each in tokens)
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -171,7 +177,7 @@ class _Maker:
         """The purpose of each kind of probe, what makes it, and the least effort that has it."""
         yield _LONGEST_ROW, self._longest_row, "standard"
         yield "special tokens, and both ends of the vocabulary", self._vocabulary, "standard"
-        yield "batches of 9 and of 33 rows", self._large_batches, "standard"
+        yield LARGE_BATCHES, self._large_batches, "standard"
         if self.architecture == "encoder-decoder":
             yield "many tokens of the decoder", self._long_decoder, "standard"
         pools = TASKS[self.base.task].prediction == "embedding"  # nothing of a hidden row
@@ -213,6 +219,7 @@ class _Maker:
 
     def _long_decoder(self) -> Iterator[Tensors]:
         yield self._finished(self._rows([9, 5]), decoded=min(_DECODED, self.longest))
+        yield self._finished(self._rows([9]), decoded=self.affordable)
 
     def _large_batches(self) -> Iterator[Tensors]:
         for rows in (9, 33):
@@ -264,6 +271,7 @@ class _Maker:
 
 
 _LONGEST_ROW = "a row of the longest length"
+LARGE_BATCHES = "batches of 9 and of 33 rows"
 
 
 def hidden_rows(batch: Tensors) -> Array:

@@ -7,9 +7,12 @@ error on each probe.
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 
 import numpy as np
 
+from propulsion_export.artifacts.artifact import Tensors
+from propulsion_export.errors import ToolError
 from propulsion_export.parity.comparison import OutputErrors, compare, mismatch
 from propulsion_export.parity.evidence import Allowed, Evidence
 from propulsion_export.parity.own_error import ceiling_of
@@ -48,23 +51,62 @@ def _check(evidence: Evidence, subject: Subject, allowed: Mapping[str, float]) -
         shares[purpose] = float(np.max([shares.get(purpose, 0.0), share]))
     # numpy's maximum, unlike Python's, is NaN as soon as one share is.
     worst = list(shares)[int(np.argmax(list(shares.values())))]
-    return Check(
-        "inputs",
-        subject.name,
-        bool(np.max(list(shares.values())) <= 1),
+    detail = (
         f"{len(shares)} kinds of inputs use up to {shares[worst]:.1%} of the allowed error "
-        f"({worst})",
+        f"({worst})"
     )
+    passed = bool(np.max(list(shares.values())) <= 1)
+    if not passed:
+        detail += "".join(f"; {words}" for words in _unexplained(compared))
+    return Check("inputs", subject.name, passed, detail)
+
+
+def _unexplained(compared: Iterable[tuple[str, Sequence[OutputErrors]]]) -> Iterator[str]:
+    """The first output for which PyTorch itself errs by more than rounding explains, in words."""
+    beyond = (
+        (purpose, one) for purpose, found in compared for one in found if not one.is_explained
+    )
+    for purpose, errors in islice(beyond, 1):
+        yield (
+            f"{errors.output}: PyTorch itself errs by {errors.reference_error:.3g} on {purpose}, "
+            f"where at most {errors.explained:.3g} can be judged"
+        )
+
+
+def allowed_on_probes(
+    evidence: Evidence, subject: Subject, allowed: Mapping[str, float]
+) -> dict[str, float]:
+    """What the case `inputs` allows of each output of a state.
+
+    Args:
+        evidence: of the verdict.
+        subject: the state, as PyTorch computes it on the probes.
+        allowed: what the case `parity` allows.
+    """
+    truths = [
+        _compared(evidence, subject, probe, place, subject.oracle[place])
+        for place, probe in enumerate(evidence.probes)
+    ]
+    return _bounds(truths, allowed)
 
 
 def _errors(
     evidence: Evidence, subject: Subject, probe: Probe, place: int
 ) -> Sequence[OutputErrors] | str:
     """The errors of each output on a probe, or what is wrong with the outputs."""
-    found = evidence.runner({**probe.batch, **subject.feeds})
-    oracle, reference = subject.oracle[place], subject.reference[place]
-    if problem := mismatch(oracle, found):
+    try:
+        found = evidence.runner({**probe.batch, **subject.feeds})
+    except ToolError as error:  # PyTorch runs on the same inputs
+        return str(error)
+    if problem := mismatch(subject.oracle[place], found):
         return problem
+    return _compared(evidence, subject, probe, place, found)
+
+
+def _compared(
+    evidence: Evidence, subject: Subject, probe: Probe, place: int, found: Tensors
+) -> Sequence[OutputErrors]:
+    oracle, reference = subject.oracle[place], subject.reference[place]
     dtype = evidence.artifact.manifest.dtype
     return compare(
         [without_hidden_rows(probe).batch],
@@ -72,7 +114,7 @@ def _errors(
         [seen_rows(probe.batch, reference)],
         [seen_rows(probe.batch, found)],
         dtype,
-        ceiling_of(evidence.base.model.config, dtype),
+        ceiling_of(evidence.base.model.config, dtype, probe.length),
     )
 
 

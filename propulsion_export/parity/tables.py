@@ -2,14 +2,15 @@
 
 A verdict's inputs have a few hundred of a vocabulary's tokens. A table that is looked up can be
 compared as a whole instead: it is the constant of the graph, or the tensor of the checkpoint, that
-has the shape of an embedding of the base model and most of its rows. In a folded artifact it is
-the embedding times its scale, in others the embedding itself. A table that is found nowhere (folded
-into another constant, quantised, in an engine) is not covered.
+has the shape of an embedding of the base model and some of its rows, and that is no other weight of
+the model (the rows of a head may be those of the embedding that it was made from). In a folded
+artifact it is the embedding times its scale, or the one that was trained with the adapter; in
+others it is the embedding itself. A table that is found nowhere (folded into another constant,
+quantised, in an engine) is not covered.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -26,12 +27,14 @@ from propulsion_export.base_model.tensor_files import StoredTensor, stored_tenso
 from propulsion_export.graph.files import read_graph
 from propulsion_export.parity.comparison import UNIT_ROUNDOFF
 from propulsion_export.parity.reports.report import Check, Coverage
+from propulsion_export.scaling.layer_rules import layer_kind
 
 _FLOATS = (np.float32, np.float16, ml_dtypes.bfloat16)
 _ROWS = 4096  # compared at a time
 _SHOWN = 5
-# A table is recognised by this share of right rows; one of two token types may be wrong.
-_RECOGNISED = 0.5
+# A table is recognised by this share of right rows, for one of two token types may be wrong; or by
+# this many rows that are not zero, as all tables have them: the others may be wrong from there on.
+_RECOGNISED, _ROWS_RECOGNISED = 0.5, 8
 
 
 @dataclass
@@ -49,11 +52,14 @@ class Tables:
 
 @dataclass(frozen=True)
 class _Table:
-    """An embedding as the artifact should have it: [rows, width] in `weight` times `scale`."""
+    """A weight as the artifact should have it: [rows, width] in `weight` times `scale`.
+
+    `scale`: [width], or [rows, 1]; None for none.
+    """
 
     path: str
     weight: torch.Tensor
-    scale: Array | None
+    scale: Array | None = None
 
     def is_right(self, found: Array) -> Array:
         """Bool [rows]: whether a row is the base model's but for rounding of the found dtype."""
@@ -64,7 +70,8 @@ class _Table:
         for start in range(0, len(found), _ROWS):
             expected = self.weight[start : start + _ROWS].double().numpy()
             if self.scale is not None:
-                expected = expected * self.scale
+                here = self.scale[start : start + _ROWS] if self.scale.ndim == 2 else self.scale
+                expected = expected * here
             rows = found[start : start + _ROWS].astype(np.float64)
             parts.append((np.abs(rows - expected) <= limit * np.abs(expected) + smallest).all(1))
         right: Array = np.concatenate(parts)
@@ -90,8 +97,11 @@ def compare_tables(artifact: Artifact, base: BaseModel, adapters: Sequence[Adapt
     stored = list(_stored(artifact))
     findings: list[str] = []
     compared = 0
+    others = _other_weights(base, adapters, folded)
     for table in tables:
-        found = [right for values in stored if (right := _recognised(table, values)) is not None]
+        found = [
+            right for each in stored if (right := _recognised(table, each, others)) is not None
+        ]
         if not found:
             result.coverage.append(_unseen(table, "no constant of the artifact has its rows"))
             continue
@@ -107,12 +117,47 @@ def compare_tables(artifact: Artifact, base: BaseModel, adapters: Sequence[Adapt
 
 
 def _expected(base: BaseModel, folded: Adapter | None) -> list[_Table]:
-    scales: Mapping[str, Any] = {} if folded is None else folded.scales
-    return [
-        _Table(path, module.weight.detach().cpu(), scales[path].values if path in scales else None)
-        for path, module in base.model.named_modules()
-        if isinstance(module, nn.Embedding)
+    tables = []
+    for path, module in base.model.named_modules():
+        if isinstance(module, nn.Embedding):
+            trained = None if folded is None else _trained(base, folded, module.weight)
+            weight = module.weight.detach().cpu() if trained is None else trained
+            tables.append(_Table(path, weight, _scale_of(path, module, folded)))
+    return tables
+
+
+def _trained(base: BaseModel, adapter: Adapter, weight: torch.Tensor) -> torch.Tensor | None:
+    """The values that an adapter brings in the place of a weight, by any of its names."""
+    names = base.model.named_parameters(remove_duplicate=False)
+    own = [name for name, parameter in names if parameter is weight and name in adapter.modules]
+    return torch.from_numpy(np.asarray(adapter.modules[own[0]])) if own else None
+
+
+def _scale_of(path: str, module: nn.Module, folded: Adapter | None) -> Array | None:
+    """The scale that is folded into a module's weight, so that it multiplies [rows, width]."""
+    scale = None if folded is None else folded.scales.get(path)
+    if scale is None or scale.values.ndim != 1:
+        return None
+    by_row = layer_kind(module) == "linear" and scale.side == "output"
+    return scale.values[:, None] if by_row else scale.values
+
+
+def _other_weights(
+    base: BaseModel, adapters: Sequence[Adapter], folded: Adapter | None
+) -> list[_Table]:
+    """What else an artifact may have in the shape of an embedding: heads, and what was trained."""
+    weights = [
+        _Table(path, module.weight.detach().cpu(), scale)
+        for path, module in base.model.named_modules(remove_duplicate=False)
+        if layer_kind(module) is not None and getattr(module, "weight", None) is not None
+        for scale in {id(s): s for s in (None, _scale_of(path, module, folded))}.values()
     ]
+    trained = [
+        _Table(name, torch.from_numpy(np.asarray(values)))
+        for adapter in adapters
+        for name, values in adapter.modules.items()
+    ]
+    return [each for each in (*weights, *trained) if each.weight.ndim == 2]
 
 
 def _stored(artifact: Artifact) -> Iterator[StoredTensor | ir.TensorProtocol]:
@@ -131,7 +176,9 @@ def _stored(artifact: Artifact) -> Iterator[StoredTensor | ir.TensorProtocol]:
         )
 
 
-def _recognised(table: _Table, stored: StoredTensor | ir.TensorProtocol) -> Array | None:
+def _recognised(
+    table: _Table, stored: StoredTensor | ir.TensorProtocol, others: Sequence[_Table]
+) -> Array | None:
     """Which rows are right, if the tensor is the table; None if it is another one."""
     if tuple(map(_size, stored.shape)) != tuple(table.weight.shape):
         return None
@@ -139,7 +186,13 @@ def _recognised(table: _Table, stored: StoredTensor | ir.TensorProtocol) -> Arra
     if values.dtype not in _FLOATS:
         return None
     right = table.is_right(values)
-    return right if right.mean() >= _RECOGNISED else None
+    if right.all():
+        return right
+    telling = right & (table.weight != 0).any(dim=1).numpy()
+    if right.mean() < _RECOGNISED and telling.sum() < _ROWS_RECOGNISED:
+        return None
+    same = [other for other in others if other.weight.shape == table.weight.shape]
+    return None if any(other.is_right(values).all() for other in same) else right
 
 
 def _size(dimension: object) -> int:

@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from propulsion_export.adapters.adapter import Adapter
-from propulsion_export.adapters.specification import read_adapters, source_of
+from propulsion_export.adapters.specification import read_adapters
 from propulsion_export.artifacts.artifact import Artifact
 from propulsion_export.base_model.loading import BaseModel
 from propulsion_export.errors import AdapterError, UsageError, unknown_adapters
@@ -59,17 +59,6 @@ def judged_adapters(artifact: Artifact, given: Sequence[str | Path], seed: int) 
             )
         adapters.append(adapter)
     return adapters
-
-
-def directories_of(
-    artifact: Artifact, given: Sequence[str | Path], adapters: Sequence[Adapter]
-) -> dict[str, Path]:
-    """Where the judged adapters are, by name: where they are given, else where they were."""
-    entries, named = artifact.list_adapters(), _named(artifact, given)
-    places = [Path(source_of(each)) for each in named]
-    names = [adapter.name for adapter in read_adapters(named)]
-    by_name = dict(zip(names, places, strict=True))
-    return {each.name: by_name.get(each.name, Path(entries[each.name].source)) for each in adapters}
 
 
 def _named(artifact: Artifact, given: Sequence[str | Path]) -> Sequence[str | Path]:

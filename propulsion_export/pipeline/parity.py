@@ -58,7 +58,6 @@ from propulsion_export.parity.texts import compare_texts
 from propulsion_export.pipeline.judged_adapters import (
     MOST_ADAPTERS,
     checks_of_adapters,
-    directories_of,
     effective_seed,
     is_random,
     judged_adapters,
@@ -247,7 +246,7 @@ def _compare(
     probes += extremes
     at_others = references_at(options.others, read, base, judged, batches, compute)
     tables = compare_tables(read, base, judged)
-    places = directories_of(read, options.given, adapters)
+    places = {adapter.name: Path(adapter.source) for adapter in adapters}
     texts = compare_texts(read, base, adapters, places, trust_remote_code=trust)
     generation, told = check_generation_files(read, base, places)
     every = [*batches, *(probe.batch for probe in probes)]

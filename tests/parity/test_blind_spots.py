@@ -8,6 +8,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from propulsion_export.artifacts.artifact import Artifact
+from propulsion_export.errors import ToolError
 from propulsion_export.pipeline.merge import merge
 from propulsion_export.pipeline.parity import check_parity
 
@@ -73,6 +74,7 @@ def test_a_wrong_row_of_a_table_fails(name, mode, export_world, tmp_path):
 def test_the_inputs_alone_find_it_too(name, mode, export_world, tmp_path, monkeypatch):
     """A table may have been folded into another constant, where it is not compared."""
     monkeypatch.setattr("propulsion_export.parity.tables._RECOGNISED", 2.0)
+    monkeypatch.setattr("propulsion_export.parity.tables._ROWS_RECOGNISED", 1000)
     table, change = BERT[name]
     directory = planted(export_world(mode), tmp_path / "out", table, change)
 
@@ -193,6 +195,74 @@ def test_that_mistake_passes_without_such_inputs(name, folded, monkeypatch):
     wrong_runner(monkeypatch, MISTAKES[name])
 
     assert check_parity(folded, effort="quick").passed
+
+
+def adapter_ids_beyond(limit):
+    def mistake(run, feeds):
+        rows = len(feeds["input_ids"])
+        ids = np.broadcast_to(feeds["adapter_ids"], (rows,))
+        return run({**feeds, "adapter_ids": ids[beyond(rows, limit)]})
+
+    return mistake
+
+
+def adapter_ids_as(dtype):
+    def mistake(run, feeds):
+        ids = feeds["adapter_ids"]
+        return run({**feeds, "adapter_ids": ids.astype(dtype).astype(ids.dtype)})
+
+    return mistake
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        *(pytest.param(adapter_ids_beyond(n), id=f"rows beyond {n}") for n in (8, 32)),
+        *(pytest.param(adapter_ids_as(name), id=name) for name in ("int8", "uint8", "float16")),
+    ],
+)
+def test_a_mistake_with_adapter_ids_fails(mistake, banked, monkeypatch):
+    wrong_runner(monkeypatch, mistake)
+
+    assert "mixed" in failed(check_parity(banked))
+
+
+def fails_beyond(rows):
+    def mistake(run, feeds):
+        if len(feeds["input_ids"]) > rows:
+            raise ToolError("model.onnx: the model failed")
+        return run(feeds)
+
+    return mistake
+
+
+def fails_alone(run, feeds):
+    if len(feeds["input_ids"]) == 1:
+        raise ToolError("model.onnx: the model failed")
+    return run(feeds)
+
+
+@pytest.mark.parametrize(
+    ("mistake", "case"),
+    [(fails_beyond(0), "parity"), (fails_beyond(8), "inputs"), (fails_alone, "padding")],
+)
+def test_an_artifact_that_does_not_run_on_some_inputs_fails(mistake, case, folded, monkeypatch):
+    wrong_runner(monkeypatch, mistake)
+
+    report = check_parity(folded)
+
+    assert case in failed(report)
+    assert any("the model failed" in check.detail for check in report.checks)
+
+
+def test_rows_beyond_the_longest_row_of_a_table_are_compared(export_world, tmp_path):
+    """Though most of the table is wrong: positions that no verdict's row reaches."""
+    directory = planted(export_world("folded"), tmp_path / "out", (40, 32), zeroed(12, None))
+
+    report = check_parity(directory, effort="quick")
+
+    (check,) = [check for check in report.checks if check.case == "tables"]
+    assert f"{POSITIONS}: 28 of 40 rows are others (row 12" in check.detail
 
 
 @pytest.mark.parametrize("mode", MODES)

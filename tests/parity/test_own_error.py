@@ -283,3 +283,11 @@ def test_nothing_is_recorded_where_the_error_is_explained(tiny_model, random_ada
 
     assert all(check.passed for check in parity)
     assert torch.get_default_dtype() == torch.float32
+
+
+def test_the_ceiling_grows_with_the_longest_row_and_no_further_than_the_other_limit():
+    of_48 = largest_error(2.0, dtype="float32", additions=4)
+
+    assert largest_error(2.0, dtype="float32", additions=4, length=7) == of_48
+    assert largest_error(2.0, dtype="float32", additions=4, length=480) == pytest.approx(10 * of_48)
+    assert largest_error(2.0, dtype="float32", additions=4, length=10**7) == 2 * LARGEST_SHARE / 4

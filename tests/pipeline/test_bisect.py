@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from planted_modules import one_channel, with_scale
+from planted_modules import one_channel, plant_in_graph, with_scale
 from worlds import plant_adapter
 
 from propulsion_export.adapters.adapter import Adapter
@@ -16,6 +16,7 @@ from propulsion_export.cli import main
 from propulsion_export.errors import UsageError
 from propulsion_export.pipeline.parity import check_parity
 
+POSITIONS = "bert.embeddings.position_embeddings"
 VALUE = "bert.encoder.layer.1.attention.self.value"
 
 
@@ -105,6 +106,39 @@ def test_nothing_is_kept_of_a_pass(switchable, tmp_path):
     assert report.passed
     assert report.located == ()
     assert not (tmp_path / "report" / "failing").exists()
+
+
+def last_row_lost(values):
+    values = values.copy()
+    values[-1] = 0
+    return values
+
+
+@pytest.fixture(scope="module")
+def seldom_wrong(folded, tmp_path_factory):
+    """A planted artifact that only its longest rows show, and the report of its failure."""
+    root = tmp_path_factory.mktemp("seldom")
+    planted = plant_in_graph(folded, root / "planted", f"{POSITIONS}.weight", last_row_lost)
+    report = check_parity(planted, report=root / "report", bisect=True)
+    return root, report
+
+
+def test_a_module_that_only_inputs_for_a_purpose_show_is_found(seldom_wrong):
+    _, report = seldom_wrong
+
+    assert {c.case for c in report.checks if not c.passed} == {"inputs", "tables"}
+    (one,) = report.located
+    assert (one.case, one.path, one.reads) == ("inputs", POSITIONS, "itself")
+
+
+def test_such_inputs_are_kept(seldom_wrong, folded):
+    root, _ = seldom_wrong
+    program = root / "report" / "failing" / "reproduce.py"
+
+    wrong, right = run(program), run(program, folded)
+
+    assert (wrong.returncode, right.returncode) == (1, 0), wrong.stderr + right.stderr
+    assert np.load(root / "report" / "failing" / "inputs.npz")["input_ids"].shape == (1, 40)
 
 
 def test_the_command_line_says_it_in_two_lines(failed, capsys):

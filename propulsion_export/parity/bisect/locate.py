@@ -1,6 +1,6 @@
 """Find the first module of a failing artifact that leaves its tolerance."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -13,7 +13,9 @@ from propulsion_export.errors import PropulsionExportError
 from propulsion_export.parity.bisect.culprit import Culprit, find_culprit
 from propulsion_export.parity.bisect.matching import Errors, Pooled
 from propulsion_export.parity.bisect.sides import CandidateSide, open_side, torch_sides
-from propulsion_export.parity.evidence import Evidence
+from propulsion_export.parity.evidence import Evidence, allowed_errors
+from propulsion_export.parity.failing import probe_runs
+from propulsion_export.parity.probes import hidden_rows
 from propulsion_export.parity.reports.located import Located, Multiply
 from propulsion_export.parity.reports.report import Check, NotRun
 from propulsion_export.parity.states import states_of
@@ -52,41 +54,48 @@ def locate_failures(
     Returns:
         The modules, and why there is none for a failure.
     """
-    found = [_locate(evidence, check, runner, base) for check in _first_failures(evidence, checks)]
+    allowed = allowed_errors(checks)
+    found = [
+        _locate(_Bisection(evidence, base, subject, runner, allowed.get(subject.name, {})), check)
+        for subject, check in _first_failures(evidence, checks)
+    ]
     return (
         tuple(one for one in found if isinstance(one, Located)),
         tuple(one for one in found if isinstance(one, NotRun)),
     )
 
 
-def _first_failures(evidence: Evidence, checks: Sequence[Check]) -> list[Check]:
-    names = {subject.name for subject in evidence.subjects}
+def _first_failures(evidence: Evidence, checks: Sequence[Check]) -> list[tuple[Subject, Check]]:
+    subjects = {subject.name: subject for subject in evidence.subjects}
     failed: dict[str, Check] = {}
     for check in checks:
-        if not check.passed and check.case not in _NOT_NUMERIC and check.adapter in names:
+        if not check.passed and check.case not in _NOT_NUMERIC and check.adapter in subjects:
             failed.setdefault(check.adapter, check)
-    return list(failed.values())[:_MOST]
+    return [(subjects[name], check) for name, check in failed.items()][:_MOST]
 
 
-def _locate(evidence: Evidence, check: Check, runner: str, base: BaseModel) -> Located | NotRun:
+def _locate(bisection: "_Bisection", check: Check) -> Located | NotRun:
     what = f"bisect of {check.case} of {check.adapter}"
-    if evidence.artifact.manifest.kind == "engine":
+    if bisection.evidence.artifact.manifest.kind == "engine":
         return NotRun(what, _ENGINE)
-    subject = next(each for each in evidence.subjects if each.name == check.adapter)
     try:
-        return _Bisection(evidence, base, subject, runner).run(check) or NotRun(what, _ALL_RIGHT)
+        return bisection.run(check) or NotRun(what, _ALL_RIGHT)
     except PropulsionExportError as error:
         return NotRun(what, error.findings[0])
 
 
 @dataclass(frozen=True)
 class _Bisection:
-    """One state of an artifact that has failed."""
+    """One state of an artifact that has failed.
+
+    `allowed`: what the case `parity` allows it, by output; empty where nothing could be compared.
+    """
 
     evidence: Evidence
     base: BaseModel
     subject: Subject
     runner: str
+    allowed: Mapping[str, float]
 
     def run(self, check: Check) -> Located | None:
         """The first wrong module in one pass, else in steps that read a cache."""
@@ -94,8 +103,9 @@ class _Bisection:
         if not callable(self.evidence.candidate):
             steps = ("in one pass", "step by step")
         side = open_side(self.evidence.artifact, self.runner, self.base)
+        batches = [*self.evidence.batches, *self._failing_probes(check)]
         for each in steps:
-            self._feed(side, each)
+            self._feed(side, each, batches)
             for graph, pooled in self._compare(side).items():
                 dtype = self.evidence.artifact.manifest.dtype
                 if (culprit := find_culprit(pooled, dtype)) is not None:
@@ -103,22 +113,30 @@ class _Bisection:
             side.clear()
         return None
 
-    def _feed(self, side: CandidateSide, steps: _Steps) -> None:
+    def _failing_probes(self, check: Check) -> list[Tensors]:
+        """The inputs of the case `inputs` on which the artifact is worst; none of another case."""
+        if check.case != "inputs":
+            return []
+        runs = probe_runs(self.evidence, self.subject, self.allowed)
+        worst = max(runs, key=lambda run: run.share, default=None)
+        return [] if worst is None else [worst.inputs]
+
+    def _feed(self, side: CandidateSide, steps: _Steps, batches: Sequence[Tensors]) -> None:
         candidate = side.candidate
         if callable(candidate):
             run: Runner = candidate
         else:
             run = (recomputing if steps == "in one pass" else replaying)(candidate)
-        for batch in self._batches(steps):
+        for batch in self._arranged(batches, steps):
             run({**batch, **self.subject.feeds})
 
-    def _batches(self, steps: _Steps) -> Sequence[Tensors]:
-        """The inputs; as rows alone where the model or memory asks for it."""
-        artifact, batches = self.evidence.artifact, self.evidence.batches
+    def _arranged(self, batches: Sequence[Tensors], steps: _Steps) -> Sequence[Tensors]:
+        """Batches; as rows alone where the model or memory asks for it."""
+        artifact = self.evidence.artifact
         apart = steps == "step by step" and artifact.manifest.pads_right
         apart |= pools_at_eos(self.base.model.config, self.base.task)
         if "attention_mask" in batches[0] and (apart or _is_large(self.base)):
-            return [alone(batch, row) for batch in batches for row in _rows(batch)]
+            return [alone(batch, row) for batch in batches for row in _seen_rows(batch)]
         return batches
 
     def _compare(self, side: CandidateSide) -> dict[str, Pooled]:
@@ -170,8 +188,8 @@ def _is_large(base: BaseModel) -> bool:
     return weights > _LARGE
 
 
-def _rows(batch: Tensors) -> range:
-    return range(len(batch["input_ids"]))
+def _seen_rows(batch: Tensors) -> Sequence[int]:
+    return [int(row) for row in np.flatnonzero(~hidden_rows(batch))]
 
 
 def _nearest_other(others: dict[str, Errors]) -> list[tuple[str, Errors]]:
