@@ -11,6 +11,7 @@ from propulsion_export.base_model.checkpoint import FLOATING, Checkpoint
 from propulsion_export.base_model.tensor_files import DTYPES, Array, StoredTensor
 from propulsion_export.errors import AdapterError, BaseModelError
 from propulsion_export.merging.changes import Change, Copied, Given, Scaled
+from propulsion_export.merging.products import range_remedy
 from propulsion_export.scaling.fold.jobs import Job
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}  # the format's names of numpy's dtypes
@@ -154,7 +155,7 @@ def _vector(job: Job, stored: StoredTensor, adapter: Adapter, dtype: str) -> Arr
     if not np.isfinite(narrow).all():
         raise AdapterError(
             f"{job.name}: folded, it would hold values too large for {DTYPES[dtype]}",
-            remedy="Write float32 or bfloat16 with --dtype.",
+            remedy=range_remedy(DTYPES[dtype]),
         )
     return narrow
 

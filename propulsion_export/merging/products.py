@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -106,8 +107,15 @@ class Products:
         (factor,) = self._factors_at(np.array([place]))
         return AdapterError(
             f"{where}: {value} times the scale {factor} is not finite in {self._written.name}",
-            remedy="Write float32 or bfloat16 with --dtype." if np.isfinite(value) else "",
+            remedy=range_remedy(self._written) if np.isfinite(value) else "",
         )
+
+
+def range_remedy(dtype: np.dtype[Any]) -> str:
+    """What helps where a product is too large for a dtype."""
+    if dtype == np.float16:
+        return "Write float32 or bfloat16 with --dtype."
+    return "No dtype of a checkpoint holds it: train again with a lower rate."
 
 
 class _Buffers(threading.local):

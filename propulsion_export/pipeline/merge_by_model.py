@@ -1,6 +1,6 @@
 """Prepare a merge by building the model without weights: for every model that transformers has."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -78,7 +78,15 @@ def prepare_by_model(request: MergeRequest) -> Prepared:
             quantised.write_settings(directory)
         texts.write(directory, settled.settings)
 
-    return Prepared(checkpoint, plan, manifest, settled.note, write_small_files)
+    note = settled.note + ("" if quantised else _left_out(parts.unread, task))
+    return Prepared(checkpoint, plan, manifest, note, write_small_files)
+
+
+def _left_out(unread: Sequence[str], task: str) -> str:
+    """Which tensors of the base model are not written, in words."""
+    if not unread:
+        return ""
+    return f"; left out, as no part of the model for {task}: {len(unread)} tensors ({unread[0]}, …)"
 
 
 def _quantised(

@@ -210,6 +210,17 @@ def test_the_largest_value_times_less_than_one_is_written(dtype):
     check(values, np.array([1.0, 0.999]), dtype)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "remedy"), [("F16", "with --dtype"), ("BF16", "No dtype"), ("F32", "No dtype")]
+)
+def test_another_dtype_is_only_advised_where_it_helps(dtype, remedy):
+    values = np.full(4, 3.0, DTYPES[dtype])
+    change = Scaled(StoredTensor(Path("x"), 0, (4,), dtype), np.full(4, 3e38))
+
+    with pytest.raises(AdapterError, match=f"not finite in .* {remedy}"):
+        Products(change).block(values.tobytes(), 0)
+
+
 def test_a_product_that_is_not_finite_is_refused_with_its_place():
     values = np.ones((3, 4), np.float16)
     values[1, 2] = 60000

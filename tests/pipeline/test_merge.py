@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -79,6 +80,29 @@ def test_another_base_model_is_refused_and_nothing_is_left(world, tmp_path, tiny
         merge(world.three, tmp_path / "out", model=str(tmp_path / "stranger"))
 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["stranger"]
+
+
+def test_tensors_that_the_model_has_no_place_for_are_named(
+    tmp_path, tiny_model, positive_adapter, write_adapter
+):
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path / "base")
+    file, said = tmp_path / "base" / "model.safetensors", []
+    more = {"model.layers.2.eh_proj.weight": torch.ones(4, 4), "step": torch.ones(1)}
+    save_file(load_file(file) | more, file, metadata={"format": "pt"})
+    adapter = write_adapter(positive_adapter(model), tmp_path / "adapter")
+
+    merge(
+        adapter,
+        tmp_path / "out",
+        model=str(tmp_path / "base"),
+        task="text-generation",
+        progress=lambda share, words: said.append(words),
+    )
+
+    (words,) = (each for each in said if "left out" in each)
+    assert "model for text-generation: 2 tensors (model.layers.2.eh_proj.weight, …)" in words
+    assert not more.keys() & load_file(tmp_path / "out" / "model.safetensors").keys()
 
 
 def test_a_merge_that_changes_nothing_is_refused(world, tmp_path, write_adapter):

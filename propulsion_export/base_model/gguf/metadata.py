@@ -33,5 +33,5 @@ def _pair(key: str, value: Text) -> bytes:
 
 
 def _text(value: str) -> bytes:
-    encoded = value.encode()
+    encoded = value.encode("utf-8", "backslashreplace")  # bytes of a path that are no UTF-8
     return struct.pack("<Q", len(encoded)) + encoded

@@ -35,6 +35,9 @@ class StoredParts:
     Args:
         checkpoint: a checkpoint that transformers can load the model from.
         model: the model; it may be on the meta device.
+
+    Attributes:
+        unread: the names of stored tensors that the model has no parameter for.
     """
 
     def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel) -> None:
@@ -48,8 +51,12 @@ class StoredParts:
         self._converters = [t for t in transforms if isinstance(t, WeightConverter)]
         self._renamings = [t for t in transforms if not isinstance(t, WeightConverter)]
         found: dict[str, dict[str | None, list[Part]]] = {}
+        self.unread: list[str] = []
         for key in sorted(checkpoint.tensors, key=dot_natural_key):
-            for part, pattern in self._read(key):
+            read = list(self._read(key))
+            if not read:
+                self.unread.append(key)
+            for part, pattern in read:
                 found.setdefault(part.parameter, {}).setdefault(pattern, []).append(part)
         self._parts = {name: self._placed(parts) for name, parts in found.items()}
 

@@ -242,6 +242,16 @@ def test_a_full_disk_leaves_nothing(saved, tmp_path, monkeypatch):
     assert {path.name for path in tmp_path.iterdir()} == {"base.gguf", "tuned"}
 
 
+def test_a_path_that_is_no_utf_8_is_recorded_in_escapes(saved, tmp_path):
+    directory = tmp_path / os.fsdecode(b"caf\xe9")
+    directory.mkdir()
+    file, _ = toy(directory)
+
+    found = read_header(merged(tmp_path, saved(adapter_of()), file))
+
+    assert found.metadata["propulsion.bases"] == [str(tmp_path / "caf\\udce9" / "base.gguf")]
+
+
 @pytest.mark.parametrize("call", ["pread", "copy_file_range"])
 def test_a_read_error_is_that_of_the_base_model(call, saved, tmp_path, monkeypatch, capsys):
     file, _ = toy(tmp_path)
