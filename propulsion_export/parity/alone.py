@@ -108,7 +108,8 @@ def ungrouped(rows: Sequence[Array]) -> Rows:
 def run_alone(run: Runner, batch: Tensors) -> Tensors:
     """The logits of every row alone, from all at once if padding leaves the shortest as it is."""
     together = run(batch)
-    row = int(np.argmin(batch["attention_mask"].sum(1)))
+    tokens = batch["attention_mask"].sum(1)
+    row = int(np.argmin(np.where(tokens, tokens, tokens.max() + 1)))  # one without tokens is no row
     by_itself = row_by_row(run)({name: values[row : row + 1] for name, values in batch.items()})
     same = is_same(together[LOGITS][row : row + 1], by_itself[LOGITS])
     return together if same else row_by_row(run)(batch)

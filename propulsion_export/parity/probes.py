@@ -181,9 +181,9 @@ class _Maker:
         if self.architecture == "encoder-decoder":
             yield "many tokens of the decoder", self._long_decoder, "standard"
         pools = TASKS[self.base.task].prediction == "embedding"  # nothing of a hidden row
-        if self.architecture == "encoder" and not pools:
+        if self.architecture != "decoder" and not pools:
             yield "a row that the mask hides, beside others", self._masked, "standard"
-        if self.architecture == "encoder" and not self._ends:
+        if self.architecture != "decoder" and not self._ends:
             if _TYPES in self.names:
                 yield "all token types", self._types, "standard"
             yield "rows padded on the left", self._left, "standard"

@@ -307,11 +307,16 @@ def greedy(logits: Array) -> Array:
 def alone(batch: Tensors, row: int) -> Tensors:
     """One row of a batch, without the positions that the attention mask hides.
 
-    The mask covers the prompt: the decoder tokens of an encoder-decoder are kept whole.
+    The mask covers the prompt: the decoder tokens of an encoder-decoder are kept whole. Its encoder
+    may count positions, so that it keeps padding before and between tokens; a row without tokens is
+    kept whole too.
     """
     mask = batch["attention_mask"]
+    seen = mask[row] == 1
+    if "decoder_input_ids" in batch:
+        seen = np.arange(len(seen)) <= np.flatnonzero(seen).max(initial=0) if seen.any() else ~seen
     return {
-        name: values[row : row + 1, mask[row] == 1]
+        name: values[row : row + 1, seen]
         if values.shape[:2] == mask.shape and name != "decoder_input_ids"
         else values[row : row + 1]
         for name, values in batch.items()

@@ -1,6 +1,8 @@
 """Mistakes that sixteen random rows of everyday lengths do not show: each costs the verdict."""
 
 import shutil
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import onnx_ir as ir
@@ -225,6 +227,53 @@ def test_a_mistake_with_adapter_ids_fails(mistake, banked, monkeypatch):
     wrong_runner(monkeypatch, mistake)
 
     assert "mixed" in failed(check_parity(banked))
+
+
+def with_wrong_sides(monkeypatch, mistake):
+    """Let what runs an encoder-decoder make a mistake on either side."""
+    from propulsion_export.pipeline import parity
+
+    right = parity.open_candidate
+
+    def opened(*arguments, **options):
+        generator = right(*arguments, **options)
+        sides = {"encode": generator.encode, "decode": generator.decode}
+        return replace(generator, **{name: partial(mistake, run) for name, run in sides.items()})
+
+    monkeypatch.setattr(parity, "open_candidate", opened)
+
+
+def masks_as_lengths(run, feeds):
+    names = feeds.keys() & {"encoder_attention_mask", "attention_mask"}
+    (name,) = {"encoder_attention_mask"} & names or names
+    mask = feeds[name]
+    as_length = np.arange(mask.shape[1]) < mask.sum(1)[:, None]
+    return run({**feeds, name: as_length.astype(mask.dtype)})
+
+
+def far_positions_wrong(run, feeds):
+    found = run(feeds)
+    if "logits" not in found or "position_ids" not in feeds:
+        return found
+    far = feeds["position_ids"][..., None] >= 100
+    return {**found, "logits": found["logits"] * np.where(far, np.float32(1.5), np.float32(1))}
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_a_right_encoder_decoder_passes_on_all_inputs(kind, exported):
+    report = check_parity(exported(kind, "folded"))
+
+    assert report.passed
+    covered = {one.what for one in report.coverage if one.covered}
+    assert {"rows padded on the left", "rows padded inside", "many tokens of the decoder"} < covered
+
+
+@pytest.mark.parametrize("mistake", [masks_as_lengths, far_positions_wrong])
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_a_wrong_side_of_an_encoder_decoder_fails(kind, mistake, exported, monkeypatch):
+    with_wrong_sides(monkeypatch, mistake)
+
+    assert "inputs" in failed(check_parity(exported(kind, "folded")))
 
 
 def fails_beyond(rows):

@@ -41,7 +41,7 @@ class GraphRun:
     Attributes:
         graph: its file.
         feeds: the data that it was fed, without an adapter's inputs.
-        values: every floating-point value that it computed.
+        values: every floating-point value that it computed or was fed.
         mask: int64 [rows, length], 0 where nothing counts; None where all does.
     """
 
@@ -88,7 +88,8 @@ def open_side(artifact: Artifact, runner: str, base: BaseModel) -> CandidateSide
         def run(feeds: Tensors) -> Tensors:
             found = marked.run(feeds)
             data = {n: np.asarray(v) for n, v in feeds.items() if n not in ADAPTER_INPUTS}
-            values = {name: np.asarray(v) for name, v in found.items() if _is_float(v)}
+            both = {**data, **found}  # a module may read an input of the graph
+            values = {name: np.asarray(v) for name, v in both.items() if _is_float(v)}
             side.runs.append(GraphRun(path.name, data, values, _mask_of(data)))
             return {name: found[name] for name in marked.outputs}
 

@@ -67,3 +67,17 @@ def test_a_wrong_weight_is_found_at_its_module(change, mode, judged, tmp_path):
 
     assert (found.path, found.reads) == (INNER, "itself")
     assert found.multiply == ("folded" if mode == "folded" else "right")
+
+
+def test_a_wrong_weight_behind_an_input_of_the_graph_is_found_at_its_module(exported, tmp_path):
+    """The keys of the attention to the encoder read what the encoder has returned."""
+    one = Judged(exported("bart", "folded"))
+    key, file = "model.decoder.layers.0.encoder_attn.k_proj", "decoder_model.onnx"
+    parameters = parameters_in(one.directory, file)
+    name = next(name for name, path, kind in parameters if (path, kind) == (key, "weight"))
+
+    found = one.locate(
+        plant_in_graph(one.directory, tmp_path / "planted", name, row_wrong, file=file)
+    )
+
+    assert (found.path, found.reads) == (key, "itself")
