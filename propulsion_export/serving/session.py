@@ -82,7 +82,7 @@ class Session:
         self._weights = Weights(read)
         self._model = LoadedModel(read, self._runner, trust_remote_code=trust_remote_code)
         self._put = place_for(self._runner)
-        self._following = threading.Lock()
+        self._refreshing, self._following = threading.Lock(), threading.Lock()
         self._process = os.getpid()
         self._roster = self._read_roster(read, None)
         self._place.check_there()
@@ -196,18 +196,14 @@ class Session:
                 as it was.
         """
         self._check_process()
-        with self._following:
-            now = BoundDirectory(self._place.given)
+        with self._refreshing:  # one at a time, so that an older directory never replaces a newer
+            place, now = self._place, BoundDirectory(self._place.given)
             if not now.is_there():
                 raise deleted(now.given)
-            if now.path == self._place.path and self._place.is_there():
-                self._reread(self._roster.artifact)
-                return
-            artifact = _read(now)
-            check_same_model(self._roster.artifact, now.path, artifact.manifest)
-            roster = self._read_roster(artifact, None)
-            now.check_there()
-            self._place, self._roster = now, roster
+            if now.path == place.path and place.is_there():
+                self._follow(place, self._roster.artifact)
+            else:
+                self._go_over(now)
 
     def _place_to_change(self) -> BoundDirectory:
         """The session's directory, which no longer changes once its path leads to another."""
@@ -223,13 +219,20 @@ class Session:
     def _follow(self, place: BoundDirectory, artifact: Artifact) -> None:
         """Use the adapters as they are in `place` now; `artifact` is as it was read last."""
         with self._following:  # so that an older roster never replaces a newer one
-            if place is self._place:  # else another thread has gone over to another directory
-                self._reread(artifact)
+            if place is not self._place:  # another thread has gone over to another directory
+                return
+            roster = self._read_roster(_in(place, artifact), self._roster)
+            place.check_there()
+            self._roster = roster
 
-    def _reread(self, artifact: Artifact) -> None:
-        roster = self._read_roster(_in(self._place, artifact), self._roster)
-        self._place.check_there()
-        self._roster = roster
+    def _go_over(self, place: BoundDirectory) -> None:
+        """Serve another directory."""
+        artifact = _read(place)  # without the lock: all files are verified, which takes long
+        check_same_model(self._artifact, place.path, artifact.manifest)
+        with self._following:
+            roster = self._read_roster(artifact, None)
+            place.check_there()
+            self._place, self._roster = place, roster
 
     def _read_roster(self, artifact: Artifact, before: Roster | None) -> Roster:
         if artifact.manifest.mode == "bank":

@@ -8,6 +8,7 @@ import hashlib
 import json
 import pickle
 import shutil
+import threading
 from contextlib import contextmanager, redirect_stdout
 from io import StringIO
 
@@ -325,6 +326,38 @@ def test_a_directory_that_is_replaced_while_it_is_refreshed_is_told(kind, releas
     session.refresh()
 
     assert unchanged == right
+    assert session.adapters == ("five", "new", "three")
+
+
+def test_a_refresh_that_verifies_a_large_release_holds_no_request_up(releases, monkeypatch):
+    """An unknown name is looked up on disk, and would wait for the same lock."""
+    of = releases("banked")
+    session, read = Session(of.link), session_module._read
+    reading, go_on = threading.Event(), threading.Event()
+    of.point(of.second)
+
+    def slow(place):
+        reading.set()
+        assert go_on.wait(60)
+        return read(place)
+
+    def ask_in_vain():
+        with pytest.raises(UnknownAdapterError):
+            session(TEXT, "x")
+
+    monkeypatch.setattr(session_module, "_read", slow)
+    refreshing = threading.Thread(target=session.refresh)
+    refreshing.start()
+    asking = threading.Thread(target=ask_in_vain)
+    try:
+        assert reading.wait(60)
+        asking.start()
+        asking.join(20)
+        assert not asking.is_alive()
+    finally:
+        go_on.set()
+        refreshing.join()
+        asking.join()
     assert session.adapters == ("five", "new", "three")
 
 

@@ -25,7 +25,9 @@ from propulsion_export.artifacts import locking
 from propulsion_export.artifacts.artifact import Artifact
 from propulsion_export.artifacts.bank import Bank
 from propulsion_export.artifacts.changing import add_adapter, compact_bank
+from propulsion_export.artifacts.tensor_names import SCALES_INPUT
 from propulsion_export.errors import ArtifactError, UnknownAdapterError, UsageError
+from propulsion_export.serving import session as session_module
 from propulsion_export.serving.session import Session
 
 THREADS = 16
@@ -83,7 +85,7 @@ class Site:
         for release in self.releases:
             shutil.copytree(artifact, release)
         add_adapter(self.releases[1], f"three={contents[2]}", force=True)
-        swap_words(self.releases[2])
+        make_other(self.releases[2], contents)
         self.same, self.other = (
             Table.of(self.releases[number], contents, root) for number in (0, 2)
         )
@@ -95,15 +97,23 @@ class Site:
         aside.replace(self.link)
 
 
-def swap_words(release):
-    """Make it a release of another model, whose tokenizer has two words in each other's place."""
+def make_other(release, contents):
+    """Make it a release of another model: two words, and two modules' scales, change places."""
     manifest = Artifact.read(release).manifest
     content = json.loads((release / "tokenizer.json").read_text())
     words = content["model"]["vocab"]
     words["ba"], words["be"] = words["be"], words["ba"]
     (release / "tokenizer.json").write_text(json.dumps(content))
     (release / "serving_tokenizer.json").unlink(missing_ok=True)
-    Artifact.write(release, manifest)
+    slots = {slot.path: slot for slot in manifest.layout[SCALES_INPUT]}
+    query, value = (
+        f"bert.encoder.layer.0.attention.self.{module}" for module in ("query", "value")
+    )
+    other = {query: value, value: query}
+    layout = tuple(replace(s, path=other.get(path, path)) for path, s in slots.items())
+    Artifact.write(release, replace(manifest, layout={**manifest.layout, SCALES_INPUT: layout}))
+    for name, content in zip(STEADY[:2], contents[:2], strict=True):
+        add_adapter(release, f"{name}={content}", force=True)
 
 
 @pytest.fixture(scope="session")
@@ -152,23 +162,24 @@ class Stress:
         ]
 
     def run(self, seconds, answers):
-        """Go on for so many seconds, and until there are so many answers."""
-        end = time.monotonic() + seconds
+        """Go on for so many seconds, and until there are so many answers of all kinds."""
+        begun = time.monotonic()
         for thread in self._threads:
             thread.start()
         try:
-            while not self.wrong and (
-                time.monotonic() < end or self.told["answers"] < answers or not self._all_happened()
-            ):
+            while not self.wrong and not self._enough(time.monotonic() - begun, seconds, answers):
                 time.sleep(0.2)
         finally:
             self._over.set()
             for thread in self._threads:
                 thread.join()
 
-    def _all_happened(self):
+    def _enough(self, gone, seconds, answers):
+        if gone > max(3 * seconds, 120):
+            self.wrong.append(f"too little happened: {dict(self.told)}")
         kinds = ("added", "removed", "followed", "refused", "opened", "forked", "killed")
-        return all(self.told[kind] > 2 for kind in kinds)
+        happened = all(self.told[kind] > 2 for kind in kinds)
+        return gone > seconds and self.told["answers"] >= answers and happened
 
     def _guarded(self, role, seed):
         try:
@@ -187,7 +198,7 @@ class Stress:
     def _request(self, session, chooser, tables):
         """Ask for some texts; the answers must be those of one model."""
         rows = chooser.integers(0, len(TEXTS), chooser.integers(1, 9)).tolist()
-        names = chooser.choice([*NAMES, *KILLED, *STEADY], len(rows)).tolist()
+        names = chooser.choice([*NAMES, *KILLED, *STEADY * 6], len(rows)).tolist()
         try:
             replies = session([TEXTS[row] for row in rows], names)
         except UnknownAdapterError as error:
@@ -374,6 +385,16 @@ def test_a_wrong_answer_would_be_noticed(kind, site):
     for index, (logits, *_) in enumerate(answers):
         for other, *_ in answers[index + 1 :]:
             assert np.abs(logits - other).max() > 10 * ALLOWED
+
+
+@forking
+def test_a_session_that_goes_over_to_another_model_would_be_noticed(site, monkeypatch):
+    monkeypatch.setattr(session_module, "check_same_model", lambda *_: None)
+    stress = Stress(site("banked"))
+
+    stress.run(60, 10**9)
+
+    assert "not what its version computes" in stress.wrong[0]
 
 
 @forking
