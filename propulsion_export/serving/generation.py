@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from propulsion_export.base_model.positions import as_config, longest_input
 from propulsion_export.base_model.rope_switch import rope_switches
 from propulsion_export.base_model.special_tokens import SpecialTokens
 from propulsion_export.base_model.tasks import TASKS
+from propulsion_export.base_model.tokenizer.cutting import TextCutter
 from propulsion_export.base_model.tokenizer.reading import read_serving_tokenizer
 from propulsion_export.base_model.tokenizer.token_ids import (
     check_encoded,
@@ -155,8 +156,10 @@ class Writer:
         except TemplateRefusal as error:
             raise UsageError(f"{place}: the chat template refuses it ({error})") from error
         with self.one_at_a_time:
-            encoded = self.tokenizer(text, verbose=False, add_special_tokens=False)
-        return Prompt(self._checked(encoded["input_ids"], place), ends)
+            read = self._readable(text)
+            encoded = self.tokenizer(read, verbose=False, add_special_tokens=False)
+        tokens = self._checked(encoded["input_ids"], place, whole=len(read) == len(text))
+        return Prompt(tokens, ends)
 
     def _format(self, template: str | None) -> tuple[ChatFormat, list[int]]:
         """The format of chats by a template, and the tokens that end an answer in it."""
@@ -177,11 +180,24 @@ class Writer:
         """
         cut = {} if self.longest is None else {"truncation": True, "max_length": self.longest}
         with self.one_at_a_time:
+            read = self._readable(text)
             # Not verbose: a text that is too long is reported below.
-            tokens: list[int] = self.tokenizer(text, verbose=False, **cut)["input_ids"]
-        return Prompt(self._checked(tokens, f"text {number + 1}"), self.special.end)
+            encoded: list[int] = self.tokenizer(read, verbose=False, **cut)["input_ids"]
+        tokens = self._checked(encoded, f"text {number + 1}", whole=len(read) == len(text))
+        return Prompt(tokens, self.special.end)
 
-    def _checked(self, tokens: list[int], place: str) -> list[int]:
+    def _readable(self, text: str) -> str:
+        """What is tokenised of a text: all, or enough to cut or to refuse it."""
+        if self.longest is not None:
+            [kept], _ = self._cutter.cut([text], None, self.longest)
+            return kept
+        return text if self.positions is None else self._cutter.beginning(text, self.positions)
+
+    @cached_property
+    def _cutter(self) -> TextCutter:
+        return TextCutter(self.tokenizer)
+
+    def _checked(self, tokens: list[int], place: str, *, whole: bool) -> list[int]:
         check_encoded(np.array([tokens], np.int64), self.rows)
         if not tokens and self.special.begin is not None:
             tokens = [self.special.begin]
@@ -189,8 +205,8 @@ class Writer:
             raise UsageError(f"{place}: has no tokens, expected some")
         if self.longest is None and self.positions is not None and len(tokens) >= self.positions:
             raise UsageError(
-                f"{place}: has {len(tokens)} tokens, expected less than the model's "
-                f"{self.positions} positions",
+                f"{place}: has {'' if whole else 'at least '}{len(tokens)} tokens, expected less "
+                f"than the model's {self.positions} positions",
                 remedy="Shorten it.",
             )
         return tokens

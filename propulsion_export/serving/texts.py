@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from propulsion_export.base_model.rope_switch import rope_switches, side_of
 from propulsion_export.base_model.sentences.texts import SentenceTexts, open_sentence_texts
 from propulsion_export.base_model.settings import ProblemType
 from propulsion_export.base_model.tasks import TASKS
+from propulsion_export.base_model.tokenizer.cutting import TextCutter
 from propulsion_export.base_model.tokenizer.reading import (
     encode_texts,
     read_serving_tokenizer,
@@ -99,14 +101,12 @@ class Reader:
             feeds: the adapters' inputs.
         """
         texts = self._as_read(rows)
-        contexts = [row.context for row in rows if row.context is not None]
+        contexts = [row.context for row in rows if row.context is not None] or None
+        places = TASKS[self.task].needs_offsets
         with self.one_at_a_time:
+            kept, of_contexts = self._cutter.cut(texts, contexts, self.limit, with_places=places)
             encoding = encode_texts(
-                self.names,
-                self.tokenizer,
-                texts,
-                limit=self.limit,
-                contexts=contexts or None,
+                self.names, self.tokenizer, kept, limit=self.limit, contexts=of_contexts
             )
         _check_some_tokens(rows, encoding["attention_mask"])
         check_encoded(encoding["input_ids"], self.embeddings)
@@ -134,6 +134,10 @@ class Reader:
                 problem_type=row.problem_type,
             )
             yield Answer(self._own(outcome), predict_row(self.task, outcome, self.tokenizer))
+
+    @cached_property
+    def _cutter(self) -> TextCutter:
+        return TextCutter(self.tokenizer)
 
     def _as_read(self, rows: Sequence[TextRow]) -> list[str]:
         """Each text as the model reads it: words joined, behind the sentence pipeline's prompt."""

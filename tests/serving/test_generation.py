@@ -154,6 +154,18 @@ def test_the_reference_evaluator_generates_too(switchable, expected):
     assert item["tokens"] == expected("Hi", "two", 3)
 
 
+def test_a_prompt_that_is_far_too_long_is_refused_before_it_is_tokenised(switchable):
+    limit = json.loads((switchable / "config.json").read_text())["max_position_embeddings"]
+
+    with pytest.raises(
+        UsageError, match=rf"text 1: has at least \d+ tokens, expected less .* {limit} positions"
+    ) as told:
+        predict(switchable, text=["and some more words " * 50_000])
+
+    found = int(str(told.value).split("at least ")[1].split()[0])
+    assert limit <= found < 3 * limit
+
+
 @pytest.mark.parametrize("kind", ["t5", "bart"])
 def test_an_encoder_decoder_answers_short_and_long_texts_as_alone(
     kind, tiny_model, tiny_checkpoint, positive_adapter, write_adapter, tmp_path

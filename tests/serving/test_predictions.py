@@ -11,6 +11,7 @@ from propulsion_export.base_model.tokenizer.reading import read_tokenizer
 from propulsion_export.errors import ArtifactError, UnknownAdapterError, UsageError
 from propulsion_export.pipeline.run import predict
 from propulsion_export.serving import loaded_model
+from propulsion_export.serving import texts as texts_module
 
 TEXTS = ["ba be bi", "ko", "do re mi fa bol"]
 LABELS = ("no", "yes", "maybe")
@@ -128,6 +129,26 @@ def test_texts_come_from_a_file_too(switchable, tmp_path):
 def test_a_wrong_call_is_told(options, error, message, switchable):
     with pytest.raises(error, match=message):
         predict(switchable, **options)
+
+
+def test_of_a_long_text_only_the_beginning_is_tokenised(switchable, monkeypatch):
+    seen = []
+
+    def spy(names, tokenizer, given, *, contexts=None, **options):
+        seen.extend(map(len, [*given, *(contexts or ())]))
+        return encode(names, tokenizer, given, contexts=contexts, **options)
+
+    encode = texts_module.encode_texts
+    monkeypatch.setattr(texts_module, "encode_texts", spy)
+    text = "ba be bi bol, " * 100_000
+
+    [long] = predict(switchable, text=[text], adapter=["five"])
+    [short] = predict(switchable, text=[text[:6000]], adapter=["five"])
+    [pair] = predict(switchable, text=[text], context=["ba " + text], adapter=["five"])
+
+    assert (long["label"], long["score"]) == (short["label"], short["score"])
+    assert pair["score"] > 0
+    assert max(seen) <= 6000
 
 
 def test_what_is_made_of_nan_is_no_prediction(switchable, tmp_path):
