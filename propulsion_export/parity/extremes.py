@@ -12,9 +12,10 @@ import torch
 
 from propulsion_export.adapters.scales import Array
 from propulsion_export.artifacts.artifact import Tensors
+from propulsion_export.base_model.eos_pooling import pools_at_eos
 from propulsion_export.base_model.loading import BaseModel
 from propulsion_export.base_model.tasks import TASKS
-from propulsion_export.graph.sample_inputs import vocabulary_size
+from propulsion_export.graph.sample_inputs import padding_token, vocabulary_size
 from propulsion_export.parity.forwards import Compute, Work
 from propulsion_export.parity.probes import (
     ASK_THOROUGH,
@@ -28,6 +29,7 @@ from propulsion_export.parity.questions import own_outputs
 from propulsion_export.parity.reports.report import Coverage
 from propulsion_export.parity.states import State
 
+_TYPES, _DECODER = "token_type_ids", "decoder_input_ids"
 _PURPOSE = "the largest and smallest outputs of many short rows"
 _LENGTH = 12  # tokens of a row
 _MOST_ROWS, _FEWEST_ROWS, _TAKEN = 512, 32, 12
@@ -65,12 +67,14 @@ def extreme_probe(
     count = _affordable(base, len(states), length)
     if count < _FEWEST_ROWS and effort != "thorough":
         return [], [Coverage(_PURPOSE, False, f"few rows are affordable: {ASK_THOROUGH}")]
-    count = max(count, _FEWEST_ROWS)
-    part = count // (1 + _ROUNDS)
-    found = _Extremes.of(base, states, compute, random_rows(base, seed + 3, limits, part, length))
-    chooser = np.random.default_rng(seed + 4)
-    for number in range(_ROUNDS):
-        fresh = random_rows(base, seed + 5 + number, limits, part, length)
+    part = max(count, _FEWEST_ROWS) // (1 + _ROUNDS)
+    chooser = np.random.default_rng(seed + 3)
+    rows = [
+        _of_all_kinds(base, random_rows(base, seed + 4 + number, limits, part, length), chooser)
+        for number in range(1 + _ROUNDS)
+    ]
+    found = _Extremes.of(base, states, compute, rows[0])
+    for fresh in rows[1:]:
         found = found.better(_Extremes.of(base, states, compute, found.changed(fresh, chooser)))
     batch = found.rows(min(_TAKEN, limits.rows or _TAKEN))
     detail = f"{len(batch['input_ids'])} of {part * (1 + _ROUNDS)} rows of {length} tokens"
@@ -82,6 +86,19 @@ def _affordable(base: BaseModel, states: int, length: int) -> int:
     outputs = vocabulary_size(base.model.config) if TASKS[base.task].generates else 1
     most = min(_MOST_WORK / (max(1, parameters) * states), _MOST_OUTPUTS / outputs)
     return min(_MOST_ROWS, int(most / length))
+
+
+def _of_all_kinds(base: BaseModel, batch: Tensors, chooser: np.random.Generator) -> Tensors:
+    """Rows with some of all tokens, special ones among them, and of all token types."""
+    config, ids = base.model.config, batch["input_ids"]
+    end = config.eos_token_id if pools_at_eos(config, base.task) else None
+    tokens = np.setdiff1d(np.arange(vocabulary_size(config)), [padding_token(config), end or 0])
+    kept = chooser.random(ids.shape) >= _CHANGED
+    kept[:, -1] |= end is not None
+    changed = {"input_ids": np.where(kept, ids, chooser.choice(tokens, ids.shape))}
+    if _TYPES in batch:
+        changed[_TYPES] = chooser.integers(0, config.type_vocab_size, ids.shape)
+    return {**batch, **changed}
 
 
 @dataclass(frozen=True)
@@ -122,10 +139,10 @@ class _Extremes:
         """Copies of the rows in turn with some of the tokens of fresh rows."""
         count = len(fresh["input_ids"])
         copies = {n: np.resize(v, (count, *v.shape[1:])) for n, v in self.batch.items()}
-        for name in ("input_ids", "decoder_input_ids"):
+        for name in ("input_ids", _TYPES, _DECODER):
             if name in copies:
                 kept = chooser.random(copies[name].shape) >= _CHANGED
-                kept[:, [0, -1]] |= name != "input_ids"
+                kept[:, 0] |= name == _DECODER  # the token that it begins with
                 copies[name] = np.where(kept, copies[name], fresh[name])
         return copies
 
