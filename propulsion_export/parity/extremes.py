@@ -141,7 +141,7 @@ class _Extremes:
         copies = {n: np.resize(v, (count, *v.shape[1:])) for n, v in self.batch.items()}
         for name in ("input_ids", _TYPES, _DECODER):
             if name in copies:
-                kept = chooser.random(copies[name].shape) >= _CHANGED
+                kept = np.greater_equal(chooser.random(copies[name].shape), _CHANGED)
                 kept[:, 0] |= name == _DECODER  # the token that it begins with
                 copies[name] = np.where(kept, copies[name], fresh[name])
         return copies
