@@ -24,6 +24,7 @@ from propulsion_export.runners.decoding import Generator
 _STEPS = 16  # tokens that mixed rows generate
 # The largest bank that is made to try high ids, and the highest id that is tried.
 _BANK_BYTES, _HIGHEST_ID = 2**28, 2**15 + 2**9
+_MANY_ROWS = 34  # so that two rows are beyond 32, of which one has another adapter than the 32nd
 
 
 def judge_mixed(evidence: Evidence, allowed: Allowed) -> Iterator[Check]:
@@ -210,7 +211,7 @@ def arrangements(
     yield Arrangement("one in all rows", 0, range(rows[0]), first[:1] * rows[0])
     for place, subject in enumerate(judged):
         yield Arrangement("a single row", 0, [place % rows[0]], [subject])
-    count = 2 * max(len(judged), rows[0]) + 1
+    count = max(2 * max(len(judged), rows[0]) + 1, _MANY_ROWS)
     many = [place // 2 % rows[0] for place in range(count)][:most]
     # Behind every batch's worth of rows the order moves by one, so that it does not repeat.
     states = [judged[(place + place // rows[0]) % len(judged)] for place in range(len(many))]
