@@ -180,13 +180,14 @@ def make_app(session: Session, limits: Limits) -> FastAPI:
 async def unless_gone(request: Request, answers: list[asyncio.Future[Answer]]) -> list[Answer]:
     """The answers; none if the client disconnects first, and its rows are then not computed."""
     gone = asyncio.ensure_future(_disconnected(request))
-    answered = asyncio.gather(*answers)
+    # Not gather: a cancelled one that nobody awaits is logged as an exception.
+    answered = asyncio.ensure_future(asyncio.wait(answers))
     try:
         await asyncio.wait([gone, answered], return_when=asyncio.FIRST_COMPLETED)
-        return answered.result() if answered.done() else []
+        return [one.result() for one in answers] if answered.done() else []
     finally:
-        gone.cancel()
-        answered.cancel()
+        for waiting in (gone, answered, *answers):
+            waiting.cancel()
 
 
 async def _disconnected(request: Request) -> None:
