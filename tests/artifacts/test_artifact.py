@@ -23,7 +23,6 @@ from propulsion_export.artifacts.manifest import (
     Manifest,
     Slot,
     TensorSpec,
-    read_manifest,
 )
 from propulsion_export.artifacts.tensor_names import PACKED_INPUTS, SCALES_INPUT
 from propulsion_export.base_model.fingerprint import Fingerprint
@@ -895,15 +894,15 @@ def test_a_file_that_is_replaced_after_reading_is_not_loaded(switchable, name):
 
 def test_a_manifest_that_is_changed_in_place_is_refused_or_means_the_same(switchable):
     file = switchable / MANIFEST
-    before, content = read_manifest(file), file.read_bytes()
+    before, content = Artifact.read(switchable).manifest, file.read_bytes()
     refusals = 0
-    for place in range(0, len(content), 3):
+    for place in range(0, len(content), 7):
         file.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
         try:
-            assert read_manifest(file) == before
+            assert Artifact.read(switchable).manifest == before
         except ArtifactError:
             refusals += 1
-    assert refusals > len(content) / 6
+    assert refusals > len(content) / 14
 
 
 def test_a_manifest_without_a_digest_is_read(switchable):
