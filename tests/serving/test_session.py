@@ -792,8 +792,9 @@ def test_one_thread_at_a_time_is_in_the_tokenizer(kind, banked, generative, monk
         opened_times.append(directory)
         return Borrowed(read(directory))
 
+    directory = banked if kind == "banked" else generative(kind).directory
     monkeypatch.setattr(module, "read_serving_tokenizer", counting)
-    session = Session(banked if kind == "banked" else generative(kind).directory)
+    session = Session(directory)
     settings = None if kind == "banked" else Settings(new_tokens=1)
     texts = [" ".join(["ba be bi"] * 40)] * 6 if kind == "banked" else TEXTS
 
