@@ -34,6 +34,7 @@ _MASK, _TYPES, _DECODER = "attention_mask", "token_type_ids", "decoder_input_ids
 _MOST_WORK, _MOST_OUTPUTS = 2e10, 2**25
 _LONGEST = 2048  # tokens of a row of `standard`
 _MOST_TOKENS = 2**15  # of a row of `thorough`
+_BEHIND_CACHE = 4  # of the tokens that `replaying` reads behind the cache
 _DECODED = 40  # tokens of a decoder behind an encoder: beyond the nearest relative positions
 ASK_THOROUGH, LEFT_OUT_BY_QUICK = "ask with --thorough", "left out by --quick"
 
@@ -239,7 +240,19 @@ class _Maker:
         batch = self._rows([max(FEWEST_DECODED, len(row)) for row in rows])
         for row, tokens in zip(batch["input_ids"], rows, strict=True):
             row[: len(tokens)] = tokens[: len(row)]
-        yield self._finished(batch)
+        finished = self._finished(batch)
+        if _DECODER not in finished:
+            yield finished
+            return
+        yield {**finished, _DECODER: shifted_right(batch["input_ids"], config)}
+        yield self._read_with_cache(np.unique(np.concatenate(rows)))
+
+    def _read_with_cache(self, tokens: Array) -> Tensors:
+        """A batch whose decoder reads all of the tokens last, behind its cache."""
+        groups = np.resize(tokens, (-(-len(tokens) // _BEHIND_CACHE), _BEHIND_CACHE))
+        batch = dict(self.rows([FEWEST_DECODED] * len(groups)))
+        batch[_DECODER][:, -_BEHIND_CACHE:] = groups
+        return batch
 
     def _types(self) -> Iterator[Tensors]:
         batch = self._rows([12, 9, 5])

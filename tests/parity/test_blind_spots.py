@@ -362,3 +362,27 @@ def test_an_output_clipped_where_other_inputs_do_not_reach_fails(folded, monkeyp
     assert failed(report) == {"inputs"}
     [check] = [check for check in report.checks if not check.passed]
     assert "largest and smallest" in check.detail
+
+
+def test_a_token_that_a_decoder_misreads_behind_its_cache_fails(exported, tmp_path):
+    directory = exported("bart", "folded")
+    target = shutil.copytree(directory, tmp_path / "out")
+    manifest = Artifact.read(directory).manifest
+    file = target / "decoder_with_past_model.onnx"
+    model = ir.load(file)
+    ir.external_data.load_to_model(model)
+    ids = next(value for value in model.graph.inputs if value.name == "input_ids")
+    tokens = [
+        ir.Node("", "Constant", [], [ir.AttrInt64("value_int", token)], num_outputs=1)
+        for token in (2, 1)
+    ]
+    same = ir.Node("", "Equal", [ids, tokens[0].outputs[0]], num_outputs=1)
+    read = ir.Node("", "Where", [same.outputs[0], tokens[1].outputs[0], ids], num_outputs=1)
+    ir.convenience.replace_all_uses_with(ids, read.outputs[0])
+    same.replace_input_with(0, ids)
+    read.replace_input_with(2, ids)
+    model.graph.insert_before(model.graph[0], [*tokens, same, read])
+    ir.save(model, file)
+    Artifact.write(target, manifest)
+
+    assert failed(check_parity(target)) == {"inputs"}
