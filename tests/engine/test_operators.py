@@ -57,6 +57,6 @@ def test_the_way_out_of_a_graph_of_the_builder_is_a_whole_one(quantization, reme
     manifest = SimpleNamespace(exporter="genai", quantization=quantization)
 
     with pytest.raises(ArtifactError) as refused:
-        check_exporter(SimpleNamespace(directory="out", manifest=manifest))
+        check_exporter(SimpleNamespace(shown="out", manifest=manifest))
 
     assert str(refused.value).endswith(remedy)
