@@ -112,4 +112,4 @@ def test_a_graph_that_takes_no_more_adapters_than_it_had_fails(banked, monkeypat
 
     monkeypatch.setattr(parity, "open_candidate", clamped)
 
-    assert {case for case, _ in failed(check_parity(banked))} == {"added"}
+    assert {case for case, _ in failed(check_parity(banked))} == {"added", "mixed"}
