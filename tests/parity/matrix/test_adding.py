@@ -103,7 +103,7 @@ def test_an_adapter_that_is_packed_otherwise_later_fails(mode, mistake, export_w
 
 
 def test_a_graph_that_takes_no_more_adapters_than_it_had_fails(banked, monkeypatch):
-    """Ids beyond the last row of the export are those of the last row: nothing else shows it."""
+    """Ids beyond the last row of the export are those of the last row."""
     opened = parity.open_candidate
 
     def clamped(*arguments, **options):
