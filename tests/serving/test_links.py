@@ -543,7 +543,9 @@ def described(arguments):
 
 
 def digests(directory):
-    return dict(Artifact.read(directory).manifest.files)
+    """The digests of the files but for ONNX Runtime's own, whose bytes have no fixed order."""
+    files = Artifact.read(directory).manifest.files
+    return {name: files[name] for name in files if not name.endswith(".onnx_adapter")}
 
 
 @pytest.mark.parametrize("command", [run, package_, fold, parity, inspect, list_])
