@@ -149,6 +149,7 @@ class Session:
         rows = count_rows(inputs) if conversations is None else len(conversations)
         if conversations is not None:
             contexts_for(self._artifact.manifest.task, context, rows)
+            self._model.check_settings(settings)
             groups = self._groups(adapter, rows, _ROWS)
             chosen = settings or Settings()
             answers = self._model.answer_conversations(conversations, groups, chosen)
