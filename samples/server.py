@@ -203,7 +203,9 @@ def content(result: Answer) -> tuple[dict[str, Any], int]:
         return body, 200
     if isinstance(result, PropulsionExportError):
         status = next((s for kind, s in STATUS if isinstance(result, kind)), 422)
-        return {"error": str(result), "status": status}, status
+        # It may name half a character that a request held, which no response can.
+        told = str(result).encode(errors="backslashreplace").decode()
+        return {"error": told, "status": status}, status
     raise result
 
 

@@ -115,14 +115,16 @@ class LoadedModel:
         return as_given(inputs, names, set(), extras)
 
     def check_settings(self, settings: Settings | None) -> None:
-        """Refuse settings for generating text where the model generates none.
+        """Refuse what is no settings, and settings where the model generates no text.
 
         Raises:
-            UsageError: it does not.
+            UsageError: one of these.
         """
         if settings is not None and callable(self._candidate):
             task = self._artifact.manifest.task
             raise UsageError(f"settings: are for generating text, the artifact is for {task}")
+        if not isinstance(settings, Settings | None):
+            raise UsageError(f"settings: is {type(settings).__name__}, expected Settings")
 
     def answer_tensors(self, inputs: Tensors, group: Group) -> list[Reply]:
         """Answer the rows of a group, given the model's inputs of all rows of the request."""

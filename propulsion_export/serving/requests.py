@@ -1,6 +1,6 @@
 """Check the inputs of a request and bring them into the form that a model takes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,20 @@ Inputs = str | Sequence[Text] | Tensors | Sequence[Mapping[str, Any]] | Sequence
 _NONE: Mapping[str, ExtraInput] = {}
 # Inputs with a number for every token of the text, [batch, sequence].
 _OF_TOKENS = {"input_ids", "attention_mask", "token_type_ids"}
+
+
+def check_inputs(inputs: Any) -> None:
+    """Refuse what is neither texts in an order nor tensors by name.
+
+    Raises:
+        UsageError: naming its type.
+    """
+    in_order = isinstance(inputs, Collection) and not isinstance(inputs, bytes | bytearray | Set)
+    if not in_order or (isinstance(inputs, np.ndarray) and inputs.ndim == 0):
+        raise UsageError(
+            f"the inputs are {type(inputs).__name__}, expected a text, a list of texts, or "
+            "tensors by name"
+        )
 
 
 def count_rows(inputs: Inputs) -> int:

@@ -21,6 +21,7 @@ from propulsion_export.serving.generation import Settings
 from propulsion_export.serving.loaded_model import LoadedModel, Reply
 from propulsion_export.serving.requests import (
     Inputs,
+    check_inputs,
     check_names,
     check_texts,
     contexts_for,
@@ -133,20 +134,22 @@ class Session:
 
         Raises:
             UnknownAdapterError: there is no adapter of a name.
-            UsageError: `adapter` is no name or list of names; the numbers of adapters or contexts
-                and of rows differ; no rows; texts for an artifact without a tokenizer; a missing
-                input; `context` or `settings` for another task; the process is a fork of the one
-                that opened the session.
+            UsageError: `inputs` or `adapter` is of another type; the numbers of adapters or
+                contexts and of rows differ; no rows; texts for an artifact without a tokenizer; a
+                missing input; `context` or `settings` for another task; the process is a fork of
+                the one that opened the session.
             UnavailableError: the tokenizer needs transformers, which is not installed.
             ArtifactError: a file that the model or an adapter of the request was loaded from was
                 written to.
         """
         self._check_process()
         self._weights.check()
+        check_inputs(inputs)
         conversations = conversations_in(inputs, self._artifact.manifest.task)
         rows = count_rows(inputs) if conversations is None else len(conversations)
         if conversations is not None:
             contexts_for(self._artifact.manifest.task, context, rows)
+            self._model.check_settings(settings)
             groups = self._groups(adapter, rows, _ROWS)
             chosen = settings or Settings()
             answers = self._model.answer_conversations(conversations, groups, chosen)

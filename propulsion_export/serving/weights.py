@@ -28,6 +28,7 @@ class Weights:
                 self._files.append(_watch(artifact.directory / name))
                 self._digests.append(digest)
         self._seen: list[Moment | None] = [file.moment() for file in self._files]
+        self._refused: set[int] = set()
         self._checking = threading.Lock()
 
     def check(self) -> None:
@@ -45,12 +46,16 @@ class Weights:
         file, seen = self._files[number], self._seen[number]
         if moment is not None and moment == seen:  # another thread has just checked it
             return
-        if not file.is_only_replaced() and file.digest() != self._digests[number]:
+        # One that was refused is read again, for it may be deleted to make way for a good one.
+        trusted = number not in self._refused and file.is_only_replaced()
+        if not trusted and file.digest() != self._digests[number]:
+            self._refused.add(number)
             raise ArtifactError(
                 f"{file.path}: was changed while it is being served, expected a file that is "
                 "replaced by another one",
                 remedy="Copy the whole directory again, and load it again.",
             )
+        self._refused.discard(number)
         self._seen[number] = moment
 
 

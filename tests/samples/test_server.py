@@ -327,6 +327,7 @@ def test_adapters_are_listed_and_mistakes_with_them_told(world, session, tmp_pat
             ask(port, "PUT", "/adapters/x", {"path": str(tmp_path / "nowhere")}),
             ask(port, "PUT", "/adapters/base", {"path": str(world.root / "one")}),
             ask(port, "DELETE", "/adapters/x"),
+            ask(port, "PUT", "/adapters/x", {"path": "\ud800"}),
         ]
         # Another process changes them too.
         Session(tmp_path / "bank").remove("one")
@@ -338,8 +339,9 @@ def test_adapters_are_listed_and_mistakes_with_them_told(world, session, tmp_pat
         ["base", "more", "one", "two"],
         ["base", "more", "two"],
     ]
-    assert [status for status, *_ in wrong] == [422, 422, 404]
+    assert [status for status, *_ in wrong] == [422, 422, 404, 422]
     assert "has no adapter_config.json, expected a PEFT" in wrong[0][1]["error"]
+    assert "\\ud800" in wrong[3][1]["error"]
 
 
 def test_a_repointed_link_is_followed_when_the_adapters_are_listed(world, tmp_path):

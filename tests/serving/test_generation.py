@@ -13,6 +13,7 @@ from propulsion_export.base_model.tokenizer.reading import read_serving_tokenize
 from propulsion_export.cli import main
 from propulsion_export.errors import UnknownAdapterError, UsageError
 from propulsion_export.pipeline.run import predict
+from propulsion_export.serving.session import Session
 
 # Of three lengths, with characters that are several tokens.
 TEXTS = ("Grüße aus Köln! 👋🏽 Wie", "Hi", "日本 and some more words behind it")
@@ -233,6 +234,14 @@ def test_no_more_tokens_than_the_model_has_positions(
 def test_a_text_that_leaves_no_position_is_refused_by_number(switchable, tmp_path):
     with pytest.raises(UsageError, match=r"text 2: has 16. tokens, .* the model's 160 positions"):
         predict(switchable, text=["Hi", "Hi " * 164])
+
+
+@pytest.mark.parametrize("settings", [0, {}, "x"], ids=repr)
+def test_what_is_no_settings_is_told_in_a_line(settings, switchable):
+    found = f"settings: is {type(settings).__name__}, expected Settings"
+
+    with pytest.raises(UsageError, match=found):
+        Session(switchable)("ba", settings=settings)
 
 
 def test_a_text_without_tokens_begins_with_the_first_token(switchable, expected):

@@ -918,6 +918,16 @@ def test_what_no_tokenizer_reads_is_told_in_a_line(text, found, banked):
 
 
 @pytest.mark.parametrize(
+    "inputs", [0, None, b"ba", {"ba", "be"}, iter(["ba"]), np.array("ba")], ids=type
+)
+def test_what_is_neither_texts_nor_tensors_is_told_in_a_line(inputs, banked):
+    found = f"the inputs are {type(inputs).__name__}, expected a text, a list of texts, or tensors"
+
+    with pytest.raises(UsageError, match=found):
+        Session(banked)(inputs)
+
+
+@pytest.mark.parametrize(
     ("adapter", "found"),
     [
         (0, "adapter: is int, expected a name, or a list of one for each row"),

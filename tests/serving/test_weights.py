@@ -50,6 +50,19 @@ def test_weights_that_are_written_to_are_refused_and_right_once_they_are_back(se
     np.testing.assert_array_equal(logits_of(session), before)
 
 
+def test_weights_that_were_refused_stay_refused_once_they_are_deleted(served):
+    session, file, _ = served
+    stat = file.stat()
+    file.write_bytes(bytes(stat.st_size))
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    with pytest.raises(ArtifactError, match="was changed while it is being served"):
+        session(INPUTS)
+
+    shutil.rmtree(file.parent)
+    with pytest.raises(ArtifactError, match="was changed while it is being served"):
+        session(INPUTS)
+
+
 def test_weights_that_others_take_the_place_of_are_still_computed_with(served, monkeypatch):
     session, file, before = served
     other = file.with_name("other")
