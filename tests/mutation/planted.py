@@ -14,6 +14,7 @@ import ml_dtypes  # noqa: F401 - registers bfloat16 with numpy
 import numpy as np
 import onnx_ir as ir
 from safetensors.numpy import load_file, save_file
+from sealed_registry import seal_again
 
 from propulsion_export.adapters.scales import Array
 from propulsion_export.artifacts.artifact import Artifact
@@ -109,6 +110,7 @@ class Copy:
                 ).fetchone()
                 entry = json.dumps(json.loads(text) | fields)
                 db.execute("UPDATE adapters SET entry = ? WHERE name = ?", [entry, adapter])
+                seal_again(db, adapter)
             db.close()
             return
         changed: AdapterEntry = replace(self.manifest.adapters[adapter], **fields)
@@ -163,6 +165,7 @@ class Copy:
                     "SELECT number FROM adapters WHERE name = ?", [adapter]
                 ).fetchone()
                 db.execute("UPDATE adapters SET checksum = ? WHERE name = ?", [checksum, adapter])
+                seal_again(db, adapter)
             with (self.directory / file).open("r+b") as rows:
                 rows.seek(number * len(data))
                 rows.write(data)

@@ -6,6 +6,7 @@ import sqlite3
 from dataclasses import replace
 
 import pytest
+from sealed_registry import seal_again
 
 from chat_models import CHATML
 from propulsion_export.artifacts.artifact import Artifact
@@ -251,6 +252,7 @@ def test_another_problem_type_in_a_bank_fails(banked, copied):
         (text,) = db.execute("SELECT entry FROM adapters WHERE name = 'three'").fetchone()
         entry = json.loads(text) | {"problem_type": "regression"}
         db.execute("UPDATE adapters SET entry = ? WHERE name = 'three'", [json.dumps(entry)])
+        seal_again(db, "three")
     db.close()
     signed(directory)
 

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import numpy as np
@@ -272,9 +272,11 @@ def test_a_fork_waits_for_no_lock_of_a_session(kind, copied, world):
         assert session.adapters == ("five", "three")
         assert "2 adapters" in repr(session)
 
-    model = session._model
-    locks = (session._following, model._opening, model._text.one_at_a_time)
-    with holding(lambda: locks[0]), holding(lambda: locks[1]), holding(lambda: locks[2]):
+    text, weights = session._model._text, session._weights
+    locks = (session._refreshing, session._following, text.one_at_a_time, weights._checking)
+    with ExitStack() as held:
+        for lock in locks:
+            held.enter_context(holding(lambda lock=lock: lock))
         assert in_fork(refused) == 0
     assert session.adapters == ("five", "three")
 

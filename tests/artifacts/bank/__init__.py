@@ -1,6 +1,5 @@
 """Banks of known numbers, and other processes that change them, for the bank's tests."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -12,6 +11,7 @@ from contextlib import closing
 
 import ml_dtypes
 import numpy as np
+from sealed_registry import seal
 
 from propulsion_export.artifacts.bank import BANK_FILE, REGISTRY_FILE, check_row
 from propulsion_export.artifacts.manifest import AdapterEntry
@@ -79,10 +79,6 @@ def fill(directory, adapters):
         db.execute("UPDATE bank SET next_row = ?", (5 + adapters,))
         db.execute("COMMIT")
     os.truncate(directory / BANK_FILE, (5 + adapters) * STRIDE)
-
-
-def seal(name, entry, checksum):
-    return hashlib.sha256(f"{name}\0{entry}\0{checksum}".encode()).hexdigest()
 
 
 def half_committed(directory, copy):

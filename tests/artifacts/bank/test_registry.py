@@ -1,6 +1,7 @@
 import shutil
 
 import pytest
+from sealed_registry import seal
 
 from propulsion_export.adapters.names import BASE_NAME
 from propulsion_export.artifacts.bank import (
@@ -12,7 +13,7 @@ from propulsion_export.artifacts.bank import (
 )
 from propulsion_export.errors import ArtifactError
 
-from . import entry, fill, put, registry, row_of, seal
+from . import entry, fill, put, registry, row_of
 
 
 @pytest.mark.parametrize(
