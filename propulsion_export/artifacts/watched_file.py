@@ -7,6 +7,7 @@ import weakref
 from pathlib import Path
 from typing import IO, NamedTuple
 
+_PIECE = 1 << 20  # bytes that are read at a time
 _CLOCK_TICK = 20_000_000  # nanoseconds within which two writes may get the same time
 
 
@@ -53,6 +54,8 @@ class WatchedFile:
 
     def digest(self) -> str:
         """`sha256:…` of its content."""
-        # Opened by itself, since a duplicate of the descriptor would share its position.
-        with Path(f"/proc/self/fd/{self._descriptor}").open("rb") as content:
-            return f"sha256:{hashlib.file_digest(content, 'sha256').hexdigest()}"
+        digest, place = hashlib.sha256(), 0
+        while content := os.pread(self._descriptor, _PIECE, place):
+            digest.update(content)
+            place += len(content)
+        return f"sha256:{digest.hexdigest()}"

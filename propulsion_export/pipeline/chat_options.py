@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from propulsion_export.base_model.tasks import TASKS
 from propulsion_export.base_model.tokenizer.words import joined
 from propulsion_export.data.conversations import read_conversations
 from propulsion_export.data.messages import Conversation
+from propulsion_export.environment.cached import cached_property
 from propulsion_export.errors import UsageError
 
 

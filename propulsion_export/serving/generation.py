@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ from propulsion_export.base_model.tokenizer.token_ids import (
     numbers_of,
 )
 from propulsion_export.data.messages import Conversation, held_mark
+from propulsion_export.environment.cached import cached_property
 from propulsion_export.errors import ArtifactError, UsageError
 from propulsion_export.runners.decoding import (
     Choose,

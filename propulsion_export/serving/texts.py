@@ -3,7 +3,6 @@
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -33,6 +32,7 @@ from propulsion_export.base_model.tokenizer.token_ids import (
     embedding_rows,
 )
 from propulsion_export.base_model.tokenizer.words import joined
+from propulsion_export.environment.cached import cached_property
 from propulsion_export.errors import ArtifactError, UsageError
 from propulsion_export.runners.switching import feeds_of_rows
 from propulsion_export.serving.predictions import Outcome, predict_row

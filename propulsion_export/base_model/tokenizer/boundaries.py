@@ -19,9 +19,11 @@ import re
 import unicodedata
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Any
+
+from propulsion_export.environment.cached import cached_property
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

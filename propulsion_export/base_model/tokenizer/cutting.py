@@ -4,10 +4,10 @@ A tokenizer takes seconds for a megabyte, and nobody else's text is tokenised me
 """
 
 from collections.abc import Iterator, Sequence
-from functools import cached_property
 from typing import Any
 
 from propulsion_export.base_model.tokenizer.boundaries import Boundaries
+from propulsion_export.environment.cached import cached_property
 
 _CHARACTERS = 8  # for a token, at first; a text of twice as many is not cut
 _LEAST = 16  # tokens

@@ -15,12 +15,12 @@ block), each gets its own, with the same value, in every module; that is exact.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from propulsion_export.base_model.tensor_files import DTYPES, Array, StoredTensor
+from propulsion_export.environment.cached import cached_property
 from propulsion_export.errors import BaseModelError
 from propulsion_export.merging.changes import Change, Given
 from propulsion_export.merging.quantised.config_groups import ConfigGroups, Weights

@@ -16,12 +16,12 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from propulsion_export.base_model.tensor_files import Array, StoredTensor
+from propulsion_export.environment.cached import cached_property
 from propulsion_export.errors import AdapterError, BaseModelError
 from propulsion_export.merging.changes import Dropped, Given, StoredChange
 from propulsion_export.merging.quantised.scales import rounded_products

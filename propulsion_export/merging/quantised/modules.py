@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Literal
 
 import numpy as np
 
 from propulsion_export.artifacts.rounding import rounded
 from propulsion_export.base_model.tensor_files import DTYPES, Array, StoredTensor
+from propulsion_export.environment.cached import cached_property
 from propulsion_export.errors import AdapterError, BaseModelError
 from propulsion_export.merging.changes import Change, Given, Scaled
 from propulsion_export.merging.quantised.layout import Layout

@@ -18,10 +18,10 @@ What the layer does to its inputs (`act_quant_kwargs`, `_weight_act_pre_scale`) 
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 from propulsion_export.base_model.tensor_files import Array, StoredTensor, file_metadata
+from propulsion_export.environment.cached import cached_property
 from propulsion_export.errors import BaseModelError
 from propulsion_export.merging.changes import Change
 from propulsion_export.merging.quantised.float_grids import float8_e5m2_step, float8_step
