@@ -14,6 +14,7 @@ from io import StringIO
 
 import numpy as np
 import pytest
+from text_artifacts import exchange_words
 
 from propulsion_export.adapters import adapter as adapter_module
 from propulsion_export.adapters.adapter import Adapter
@@ -83,11 +84,7 @@ class Releases:
 
 def swap_words(release):
     manifest = Artifact.read(release).manifest
-    content = json.loads((release / "tokenizer.json").read_text())
-    words = content["model"]["vocab"]
-    words["ba"], words["be"] = words["be"], words["ba"]
-    (release / "tokenizer.json").write_text(json.dumps(content))
-    (release / "serving_tokenizer.json").unlink(missing_ok=True)
+    exchange_words(release)
     Artifact.write(release, manifest)
 
 

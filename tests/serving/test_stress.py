@@ -4,7 +4,6 @@ Each answer names its version. A fresh session of a release says what that versi
 other pair is wrong. What a process that is gone would hold up is timed.
 """
 
-import json
 import os
 import shutil
 import signal
@@ -18,6 +17,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
+from text_artifacts import exchange_words
 
 from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.adapters.scales import Scale
@@ -100,11 +100,7 @@ class Site:
 def make_other(release, contents):
     """Make it a release of another model: two words, and two modules' scales, change places."""
     manifest = Artifact.read(release).manifest
-    content = json.loads((release / "tokenizer.json").read_text())
-    words = content["model"]["vocab"]
-    words["ba"], words["be"] = words["be"], words["ba"]
-    (release / "tokenizer.json").write_text(json.dumps(content))
-    (release / "serving_tokenizer.json").unlink(missing_ok=True)
+    exchange_words(release)
     slots = {slot.path: slot for slot in manifest.layout[SCALES_INPUT]}
     query, value = (
         f"bert.encoder.layer.0.attention.self.{module}" for module in ("query", "value")

@@ -318,8 +318,7 @@ many = settings(deadline=None, max_examples=60, derandomize=True)
 @given(text=TEXT)
 @many
 def test_the_tokens_before_a_boundary_do_not_depend_on_what_comes_behind(kind, text):
-    backend = shared_tokenizer(kind).backend_tokenizer
-    boundaries = Boundaries.of(backend) if kind != "deepseek" else deepseek_boundaries()
+    backend, boundaries = shared_tokenizer(kind).backend_tokenizer, boundaries_of(kind)
     whole = shown(backend.encode(text, add_special_tokens=False))
 
     place = boundaries.first(text, 1)
@@ -330,16 +329,15 @@ def test_the_tokens_before_a_boundary_do_not_depend_on_what_comes_behind(kind, t
 
 
 @cache
-def deepseek_boundaries():
-    return Boundaries.of(shared_tokenizer("deepseek").backend_tokenizer)
+def boundaries_of(kind):
+    return Boundaries.of(shared_tokenizer(kind).backend_tokenizer)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(text=TEXT)
 @many
 def test_the_tokens_behind_a_boundary_do_not_depend_on_what_comes_before(kind, text):
-    backend = shared_tokenizer(kind).backend_tokenizer
-    boundaries = Boundaries.of(backend) if kind != "deepseek" else deepseek_boundaries()
+    backend, boundaries = shared_tokenizer(kind).backend_tokenizer, boundaries_of(kind)
     whole = backend.encode(text, add_special_tokens=False)
 
     place = boundaries.last(text, len(text))
