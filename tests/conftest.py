@@ -2,7 +2,11 @@
 
 import gc
 import logging
+import sys
 
+import pytest
+
+pytest.register_assert_rewrite("outputs", "reference_server", "written_artifacts")
 pytest_plugins = ["shared", "tiny_models", "worlds", "genai_toys"]
 
 
@@ -15,3 +19,12 @@ def pytest_collection_finish():
     gc.freeze()
     gc.set_threshold(100_000, 20, 50)
     logging.getLogger("torch.__trace").propagate = True
+
+
+@pytest.fixture
+def many_turns():
+    """Let threads take turns often: else who changes hardly gets one among many who ask."""
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(1e-4)
+    yield
+    sys.setswitchinterval(usual)

@@ -123,13 +123,3 @@ def switchable(artifact):
         return artifact(make_graph(SWITCHABLE, dtype), make_manifest(dtype, switchable=True))
 
     return make
-
-
-def exchange_words(directory):
-    """Let an artifact's tokenizer give two words each other's token."""
-    file = directory / "tokenizer.json"
-    content = json.loads(file.read_text())
-    words = content["model"]["vocab"]
-    words["ba"], words["be"] = words["be"], words["ba"]
-    file.write_text(json.dumps(content))
-    (directory / "serving_tokenizer.json").unlink(missing_ok=True)

@@ -117,6 +117,13 @@ def banked(export_world):
     return export_world("bank")
 
 
+@pytest.fixture
+def copied(switchable, banked, tmp_path):
+    """`copied(kind)`: a copy of `switchable` or `banked` that the test may change."""
+    places = {"switchable": switchable, "banked": banked}
+    return lambda kind: shutil.copytree(places[kind], tmp_path / kind)
+
+
 @pytest.fixture(scope="session")
 def make_world(shared, tiny_model, tiny_checkpoint, positive_adapter, write_adapter):
     """`make_world(kind, task)`: a base model and two adapters for it, `one` and `two`, on disk.

@@ -5,13 +5,13 @@ Whoever asks gets the answer that the version in the reply computes, or is told 
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import threading
 
 import numpy as np
 import pytest
+from forks import forking
 
 from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.artifacts import locking
@@ -21,17 +21,6 @@ from propulsion_export.errors import ArtifactError, UsageError
 from propulsion_export.serving.session import Session
 
 KINDS = ("switchable", "banked")
-
-forking = pytest.mark.filterwarnings(
-    "ignore:This process .* is multi-threaded:DeprecationWarning",  # what these tests are about
-)
-
-
-@pytest.fixture
-def copied(switchable, banked, tmp_path):
-    """`copied(kind)`: a copy that the test may change."""
-    places = {"switchable": switchable, "banked": banked}
-    return lambda kind: shutil.copytree(places[kind], tmp_path / kind)
 
 
 # Forks

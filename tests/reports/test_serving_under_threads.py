@@ -3,7 +3,6 @@
 Encoding sets how the tokenizer cuts and pads, and decoding reads the same object meanwhile.
 """
 
-import sys
 import threading
 from dataclasses import replace
 
@@ -13,6 +12,8 @@ from propulsion_export.base_model.tokenizer.fast import FastTokenizer
 from propulsion_export.pipeline.merge import merge
 from propulsion_export.serving.generation import Settings
 from propulsion_export.serving.session import Session
+
+pytestmark = pytest.mark.usefixtures("many_turns")
 
 THREADS, REQUESTS = 32, 2
 CORPUS = (
@@ -25,14 +26,6 @@ CORPUS = (
     "some more words that stand behind the others, for a longer row than these",
     "👋🏽 hello",
 )
-
-
-@pytest.fixture(autouse=True)
-def _many_turns():
-    usual = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)
-    yield
-    sys.setswitchinterval(usual)
 
 
 def _byte_level():

@@ -1,6 +1,7 @@
 """A roster is the adapters of one moment: what changes later, or behind its back, changes nothing.
 
-Which roster a request gets, and what it computes with it, is in `test_session.py`.
+Which roster a request gets, and what it computes with it, is in `test_session_rows.py` and
+`test_session_changes.py`.
 """
 
 import fcntl

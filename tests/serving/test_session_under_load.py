@@ -6,7 +6,6 @@ are further apart than that by orders of magnitude: a row of another, or a mixtu
 """
 
 import gc
-import shutil
 import subprocess
 import sys
 import threading
@@ -29,6 +28,7 @@ CONTENTS = 6
 NAMES = ("x0", "x1", "x2", "x3")  # come and go
 STEADY = ("three", "five", "base")
 MEGABYTE = 2**20
+pytestmark = pytest.mark.usefixtures("many_turns")
 
 
 @dataclass
@@ -53,15 +53,6 @@ class Oracle:
             if versions.setdefault(reply.adapter, reply.version) != reply.version:
                 found.append(f"{reply.adapter}: two versions in one request")
         return found
-
-
-@pytest.fixture(autouse=True)
-def _many_turns():
-    """Let threads take turns often: else who changes hardly gets one among eight who ask."""
-    usual = sys.getswitchinterval()
-    sys.setswitchinterval(1e-4)
-    yield
-    sys.setswitchinterval(usual)
 
 
 @pytest.fixture(scope="session")
@@ -299,12 +290,6 @@ def another_process(contents):
     for process in running:
         process.kill()
         process.communicate()
-
-
-@pytest.fixture
-def copied(switchable, banked, tmp_path):
-    places = {"switchable": switchable, "banked": banked}
-    return lambda kind: shutil.copytree(places[kind], tmp_path / kind)
 
 
 def put_under_load(directory, oracle, contents, requests, *, measured=False):

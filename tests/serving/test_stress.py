@@ -17,7 +17,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
-from text_artifacts import exchange_words
+from forks import forking
+from releases import exchange_words
 
 from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.adapters.scales import Scale
@@ -41,6 +42,7 @@ TEXTS = [f"{('ba', 'be')[n % 2]} {' '.join(WORDS[2 : 2 + n % 8])}" for n in rang
 ALLOWED = 2e-5  # for the padding of other rows
 IDLE = 3.0  # seconds that a forked child lives: what it held would be missed for as long
 LONGEST = 1.0  # seconds that a process that is gone may hold anything up
+pytestmark = pytest.mark.usefixtures("many_turns")
 
 
 @dataclass(frozen=True)
@@ -330,15 +332,6 @@ def time_lock(release):
     return time.monotonic() - begun
 
 
-@pytest.fixture(autouse=True)
-def _many_turns():
-    """Let threads take turns often: else who changes hardly gets one among those who ask."""
-    usual = sys.getswitchinterval()
-    sys.setswitchinterval(1e-3)
-    yield
-    sys.setswitchinterval(usual)
-
-
 def put_under_stress(site, seconds, answers):
     stress = Stress(site)
     begun = time.monotonic()
@@ -355,9 +348,6 @@ def put_under_stress(site, seconds, answers):
             assert site.same.judge(range(len(TEXTS)), session(TEXTS, name)) == []
 
 
-forking = pytest.mark.filterwarnings(
-    "ignore:This process .* is multi-threaded:DeprecationWarning",  # what this is about
-)
 both = pytest.mark.parametrize("kind", ["banked", "switchable"])
 
 
