@@ -17,10 +17,14 @@ from propulsion_export.errors import ArtifactError, PropulsionExportError, Usage
 WINDOW = 60.0  # seconds that Metrics looks back
 # Counts since the start: rows by outcome (`wrong`: the caller's mistake), and batches.
 TOTALS = ("received", "answered", "wrong", "failed", "refused", "abandoned", "batches")
+# For pydantic: a field of another name, misspelt, is an error and not ignored.
+NO_OTHER_FIELDS = {"extra": "forbid"}
 
 
 @dataclass(frozen=True)
 class Row:
+    __pydantic_config__ = NO_OTHER_FIELDS
+
     text: str
     adapter: str = "base"
     context: str | None = None  # the second text of a pair, or the text that a question is about

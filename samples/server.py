@@ -11,7 +11,7 @@ import argparse
 import asyncio
 import sys
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any
@@ -21,10 +21,11 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import Discriminator, Tag
+from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from batching import Answer, Batcher, Full, Limits, Metrics, Row, answer
+from batching import NO_OTHER_FIELDS, Answer, Batcher, Full, Limits, Metrics, Row, answer
 from propulsion_export import Reply, Session
 from propulsion_export.errors import (
     ArtifactError,
@@ -37,10 +38,13 @@ from propulsion_export.errors import (
 STATUS = ((UnknownAdapterError, 404), (ArtifactError, 500))
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 STOPPING = 30  # seconds for answers that are owed when the server is told to stop
+LINGER = 2.0  # seconds that a refused body may go on arriving: closing earlier loses the answer
 
 
 @dataclass(frozen=True)
 class Place:
+    __pydantic_config__ = NO_OTHER_FIELDS
+
     path: str
 
 
@@ -99,7 +103,33 @@ class Server:
 
 
 class TooLarge(Exception):
-    """A body has more bytes than it may have."""
+    """A body has more bytes than it may have; `more` of them are still to come."""
+
+    def __init__(self, more: bool) -> None:
+        super().__init__()
+        self.more = more
+
+
+class Stopping:
+    """Answers a request that uvicorn cancels when the server has to stop."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        begun = False
+
+        async def watched(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            await self.app(scope, receive, watched)
+        except asyncio.CancelledError:
+            if scope["type"] != "http" or begun:
+                raise
+            await refusal(503, "the server stops, ask again")(scope, receive, send)
 
 
 class BodyLimits:
@@ -112,21 +142,20 @@ class BodyLimits:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        more = True
         try:
             async with asyncio.timeout(self.limits.upload):
                 body = await self._read(scope, receive)
         except TimeoutError:
-            wrong = (408, f"did not arrive within {self.limits.upload:g} s")
-        except TooLarge:
-            wrong = (413, f"is larger than {self.limits.body} bytes")
+            refused = refusal(408, f"the request did not arrive within {self.limits.upload:g} s")
+        except TooLarge as error:
+            more = error.more
+            refused = refusal(413, f"the request is larger than {self.limits.body} bytes")
         else:
             if body is not None:
                 await self.app(scope, _replay(body, receive), send)
             return
-        status, found = wrong
-        error = {"error": f"the request {found}", "status": status}
-        response = JSONResponse(error, status, headers={"Connection": "close"})
-        await response(scope, receive, send)
+        await refused(scope, receive, partial(_and_linger, receive, send) if more else send)
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
         """The whole body; None if the client disconnects first."""
@@ -140,7 +169,22 @@ class BodyLimits:
                 return None
             body += message.get("body", b"")
             more = message.get("more_body", False)
-        raise TooLarge
+        raise TooLarge(more)
+
+
+async def _and_linger(receive: Receive, send: Send, message: Message) -> None:
+    """Send a message of an answer; before the end wait for the rest of the request.
+
+    A client that still sends when the connection is closed gets a reset in place of the answer.
+    """
+    if message["type"] == "http.response.body":
+        await send({**message, "more_body": True})
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LINGER):
+                while (await receive()).get("more_body", False):
+                    pass
+        message = {"type": message["type"]}
+    await send(message)
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
@@ -168,10 +212,12 @@ def make_app(session: Session, limits: Limits) -> FastAPI:
     for kind, handler in (
         (PropulsionExportError, respond_error),
         (RequestValidationError, respond_malformed),
+        (HTTPException, respond_http),
         (Full, respond_full),
     ):
         app.add_exception_handler(kind, handler)
     app.add_middleware(BodyLimits, limits=limits)
+    app.add_middleware(Stopping)
     # A page in a browser on this machine must not reach it under a domain name of its own.
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, "[::1]"])
     return app
@@ -220,8 +266,19 @@ async def respond_malformed(request: Request, error: RequestValidationError) -> 
     )
 
 
+async def respond_http(request: Request, error: HTTPException) -> Response:
+    body = {"error": error.detail, "status": error.status_code}
+    return JSONResponse(body, error.status_code, headers=error.headers)
+
+
 async def respond_full(request: Request, error: Full) -> Response:
     return JSONResponse({"error": str(error), "status": 503}, 503, headers={"Retry-After": "1"})
+
+
+def refusal(status: int, told: str) -> Response:
+    """The answer of a server that closes the connection behind it."""
+    body = {"error": told, "status": status}
+    return JSONResponse(body, status, headers={"Connection": "close"})
 
 
 def loopback(host: str) -> str:

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from propulsion_export.artifacts.file_names import MANIFEST_FILE
-from propulsion_export.environment.paths import real_directory, user_path
+from propulsion_export.environment.paths import check_is_utf8, real_directory, user_path
 from propulsion_export.errors import ArtifactError, UsageError
 
 
@@ -87,9 +87,10 @@ def find_directory(path: Path | str) -> Path:
     `..data`, which is repointed: then it is where that leads.
 
     Raises:
-        UsageError: see `user_path`.
+        UsageError: see `real_directory`; its name is no UTF-8, which the runtimes cannot open.
     """
     directory = real_directory(path)
+    check_is_utf8(directory)
     manifest = directory / MANIFEST_FILE
     if not manifest.is_symlink():
         return directory

@@ -130,9 +130,12 @@ def half_character(place: str, text: str) -> str | None:
         return None
     if finding := unread_bytes(text):
         return f"{place} {finding}. {LOCALE_REMEDY.removesuffix('.')}"
+    code = ord(found[0])
+    # What a command line's bytes become where they are no UTF-8, see PEP 383.
+    byte = f"; or a byte that is no UTF-8, {code - 0xDC00:#x}" if 0xDC80 <= code <= 0xDCFF else ""
     return (
-        f"{place} holds half a character (the lone surrogate \\u{ord(found[0]):04x} at "
-        f"{found.start()}), expected whole ones"
+        f"{place} holds half a character (the lone surrogate \\u{code:04x} at {found.start()}"
+        f"{byte}), expected whole ones"
     )
 
 

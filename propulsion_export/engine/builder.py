@@ -168,7 +168,7 @@ def _check_one_graph(artifact: Artifact) -> None:
 def _model_name(artifact: Artifact) -> str:
     """The class that config.json names; without one, the directory."""
     classes = read_settings(artifact.directory).get("architectures") or ()
-    return str(next(iter(classes), artifact.directory))
+    return str(next(iter(classes), artifact.shown))
 
 
 def _plan_job(artifact: Artifact, options: BuildOptions) -> _Job:

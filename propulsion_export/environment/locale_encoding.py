@@ -16,3 +16,8 @@ def unread_bytes(text: str) -> str | None:
     if encoding == "utf-8" or not _UNREAD.search(text):
         return None
     return f"holds bytes that the locale's encoding, {encoding}, cannot read, expected UTF-8"
+
+
+def is_utf8(text: str) -> bool:
+    """Whether all bytes that a text arrived as are UTF-8, so that it can leave as such."""
+    return not _UNREAD.search(text)

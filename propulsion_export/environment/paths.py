@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from propulsion_export.environment.locale_encoding import LOCALE_REMEDY, unread_bytes
+from propulsion_export.environment.locale_encoding import LOCALE_REMEDY, is_utf8, unread_bytes
 from propulsion_export.errors import UsageError
 
 
@@ -14,9 +14,12 @@ def user_path(path: Path | str) -> Path:
     a file or directory of that name; these are made absolute.
 
     Raises:
-        UsageError: there is no such user, or none of whom the machine knows the home directory; it
-            is relative, and the current directory has been deleted; the locale cannot read it.
+        UsageError: it is no path; there is no such user, or none of whom the machine knows the home
+            directory; it is relative, and the current directory has been deleted; the locale cannot
+            read it.
     """
+    if not isinstance(path, (str, os.PathLike)):  # Python's callers have no checker, perhaps
+        raise UsageError(f"{path!r}: is no path, expected a str or a pathlib.Path")
     written = Path(path)  # which drops a `./` at the start
     if finding := unread_bytes(str(path)):
         raise UsageError(f"{str(path)!a}: {finding}", remedy=LOCALE_REMEDY)
@@ -41,15 +44,30 @@ def real_directory(path: Path | str) -> Path:
     A relative path that goes through no link stays as the user wrote it.
 
     Raises:
-        UsageError: see `user_path`.
+        UsageError: see `user_path`; it holds a zero byte or half a character, which no path can.
     """
     written = user_path(path)
     try:
         real = os.path.realpath(written)
-    except ValueError:  # a zero byte: whoever reads it says what is wrong
-        return written
+    except ValueError as error:
+        raise UsageError(
+            f"{str(path)!a}: holds a zero byte or half a character, expected a path"
+        ) from error
     kept = not written.is_absolute() and real == os.path.abspath(written)  # noqa: PTH100
     return written if kept else Path(real)
+
+
+def check_is_utf8(path: Path) -> None:
+    """Refuse a path that runtimes cannot open, because some of its bytes are no UTF-8.
+
+    Raises:
+        UsageError: it holds such a byte; a relative path also where the current directory does.
+    """
+    whole = os.path.abspath(path)  # noqa: PTH100
+    if not is_utf8(whole):
+        raise UsageError(
+            f"{whole!a}: is no UTF-8, expected a directory whose path is", remedy="Rename it."
+        )
 
 
 def check_current_directory() -> None:

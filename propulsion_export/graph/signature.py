@@ -35,7 +35,7 @@ def check_signature(artifact: Artifact) -> None:
             misfits = _misfit_graph(artifact.directory, name, entry, manifest.dtype)
             findings += [f"{where}{misfit}" for misfit in misfits]
     if findings:
-        raise inconsistent(artifact.directory, findings)
+        raise inconsistent(artifact.shown, findings)
 
 
 def signature(model: ir.Model) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:

@@ -81,7 +81,7 @@ def plan_model(artifact: Artifact, name: str, max_batch_size: int | None) -> Ser
     if manifest.engine is None:
         rows = DEFAULT_MAX_BATCH_SIZE if max_batch_size is None else max_batch_size
     else:
-        rows = _rows_of_engine(artifact.directory, manifest.engine, max_batch_size)
+        rows = _rows_of_engine(artifact.shown, manifest.engine, max_batch_size)
     if rows < 1:
         raise UsageError(f"--max-batch-size: found {rows}, expected 1 or more")
     # The bank of an ONNX export is built in; an engine that has it as an input was refused.

@@ -199,7 +199,7 @@ def _check_signature(session: Any, name: str, artifact: Artifact) -> None:
     ]
     if findings:
         where = f"{name}: " if manifest.graphs else ""
-        raise inconsistent(artifact.directory, [f"{where}{finding}" for finding in findings])
+        raise inconsistent(artifact.shown, [f"{where}{finding}" for finding in findings])
 
 
 def _spec(value: Any, optional: bool = False) -> TensorSpec:

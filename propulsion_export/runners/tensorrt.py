@@ -23,20 +23,33 @@ def open_graph(path: Path, artifact: Artifact, device: str) -> Runner:
     del device
     engine = artifact.manifest.engine
     assert engine is not None
-    return tensorrt_runner(path, engine.runtime, engine.profiles)
+    shown = artifact.shown / path.name
+    return tensorrt_runner(path, engine.runtime, engine.profiles, shown=shown)
 
 
 def tensorrt_runner(
-    path: Path, runtime: Literal["tensorrt", "tensorrt-rtx"], profiles: Profiles = ()
+    path: Path,
+    runtime: Literal["tensorrt", "tensorrt-rtx"],
+    profiles: Profiles = (),
+    *,
+    shown: Path | None = None,
 ) -> Runner:
     """Run an engine through polygraphy, each time with the first optimization profile that fits.
+
+    Args:
+        path: of the engine.
+        runtime: what it was built for.
+        profiles: those of its manifest.
+        shown: the path that messages name it by; default: `path`.
 
     Raises:
         UnavailableError: there is no GPU, or a package is missing.
         ToolError: raised by the runner when no profile fits the inputs.
     """
     if not cuda_devices():
-        raise UnavailableError(f"{path}: an engine runs on a GPU only, and {cuda_reason()}")
+        raise UnavailableError(
+            f"{shown or path}: an engine runs on a GPU only, and {cuda_reason()}"
+        )
     os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = str(int(runtime == "tensorrt-rtx"))
     try:
         from polygraphy.backend.common import BytesFromPath
