@@ -813,7 +813,6 @@ def test_what_a_place_is_to_blame_for_is_one_line(monkeypatch, capsys, code):
     ("output", "options", "refused"),
     [
         ("merged.gguf", ["--share"], "--share: a merged GGUF file is one new file. Leave it out."),
-        ("merged.gguf", ["--verify"], "--verify: reads merged checkpoints again, no GGUF files."),
         ("merged.gguf", ["--dtype", "float16"], "--dtype: every tensor of a GGUF file keeps its"),
         (
             "merged.gguf",
