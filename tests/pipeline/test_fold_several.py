@@ -1,8 +1,12 @@
 """Several adapters folded by one `onnx --from`, or several modes of one export: all or none."""
 
-import json
-import subprocess
-import sys
+import os
+import random
+import shutil
+import signal
+import time
+import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -120,67 +124,47 @@ def test_a_failure_in_staging_leaves_no_directory(names, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-KILLS = """
-import json, os, random, shutil, signal, sys, time
-from pathlib import Path
-from propulsion_export.artifacts.artifact import Artifact
-from propulsion_export.pipeline.fold_onnx import fold_onnx
-
-source, first, second, count = *sys.argv[1:4], int(sys.argv[4])
-out, wanted = Path("out"), ([first, second], [second, first])
-
-def content(directory):
-    names = sorted(path for path in directory.rglob("*") if path.is_file())
-    return {p.relative_to(directory).as_posix(): p.read_bytes() for p in names}
-
-right, seconds = [], []
-for number, adapters in enumerate(wanted):
-    named = [f"{name}={each}" for name, each in zip(("a", "b"), adapters)]
-    wanted[number][:] = named
-    start = time.monotonic()
-    fold_onnx(named, Path(f"right-{number}"), from_artifact=source)
-    seconds.append(time.monotonic() - start)
-    right.append(content(Path(f"right-{number}")))
-
-random.seed(0)
-found = {"absent": 0, "complete": 0, "wrong": 0, "begun": 0}
-for number in range(count):
-    if number % 3 == 0:
-        shutil.rmtree(out, ignore_errors=True)
-    child = os.fork()
+def kill_after(seconds, call):
+    """Call in a process of its own, which gets no further than some seconds allow."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of threads: the child needs none
+        child = os.fork()
     if child == 0:
-        fold_onnx(wanted[number % 2], out, from_artifact=source, force=True)
-        os._exit(0)
-    time.sleep(random.uniform(0, 1.2 * min(seconds)))
+        try:
+            call()
+        finally:
+            os._exit(0)
+    time.sleep(seconds)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    found["begun"] += any(Path().glob(".out.partial-*"))
-    if not out.exists():
-        found["absent"] += 1
-        continue
-    for place in sorted(out.iterdir()):
-        Artifact.read(place)
-    found["complete" if content(out) in right else "wrong"] += 1
-fold_onnx(wanted[0], out, from_artifact=source, force=True)
-found["last"] = content(out) == right[0]
-found["left"] = [path.name for path in Path().rglob(".*")]
-print(json.dumps(found))
-"""
 
 
 @pytest.mark.parametrize("count", [5, pytest.param(50, marks=pytest.mark.slow)])
 def test_after_each_kill_the_output_is_absent_or_right(count, world, switchable, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", KILLS, *map(str, (switchable, world.three, world.five, count))],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
+    """Adapters `a` and `b` are exchanged from one run to the next."""
+    out, chooser, seconds, right = tmp_path / "out", random.Random(0), [], []
+    wanted = [
+        [f"a={one}", f"b={other}"]
+        for one, other in ((world.three, world.five), (world.five, world.three))
+    ]
+    for number, adapters in enumerate(wanted):
+        start = time.monotonic()
+        fold_onnx(adapters, tmp_path / f"right-{number}", from_artifact=switchable)
+        seconds.append(time.monotonic() - start)
+        right.append(contents(tmp_path / f"right-{number}"))
+    begun = 0
 
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert found["wrong"] == 0
-    assert found["absent"] + found["complete"] == count
-    assert found["begun"] >= count // 10  # of these, files were half written
-    assert found["last"]
-    assert found["left"] == []
+    for number in range(count):
+        if number % 3 == 0:
+            shutil.rmtree(out, ignore_errors=True)
+        fold = partial(fold_onnx, wanted[number % 2], out, from_artifact=switchable, force=True)
+        kill_after(chooser.uniform(0, 1.5 * min(seconds)), fold)
+
+        begun += any(tmp_path.glob(".out.partial-*"))
+        assert not out.exists() or contents(out) in right
+        assert all(Artifact.read(place) for place in (out.iterdir() if out.exists() else ()))
+
+    assert begun > count // 10  # of these, files were half written
+    fold_onnx(wanted[0], out, from_artifact=switchable, force=True)
+    assert contents(out) == right[0]
+    assert not list(tmp_path.rglob(".*"))
