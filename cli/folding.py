@@ -30,6 +30,7 @@ _TAKEN = {
     "mode",
     "share",
     "for_runtime",
+    "verify",
     "untie",
     "force",
     "no_parity",
@@ -51,6 +52,7 @@ class FoldRequest:
     share: bool
     untie: bool
     for_runtime: "Runtime"
+    verify: bool
     force: bool
     trust_remote_code: bool
 
@@ -79,6 +81,11 @@ def from_options(function: Callable[P, R]) -> Callable[P, R]:
             show_default=True,
             help="With --from. tensorrt: signs of scales go into quantised integers.",
         ),
+        click.option(
+            "--verify",
+            is_flag=True,
+            help="With --from: read the output again: every digest, weight and node as folded.",
+        ),
     )
     for option in reversed(options):
         function = option(function)
@@ -86,7 +93,12 @@ def from_options(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def check_from(
-    from_artifact: Path | None, mode: Sequence[str], *, share: bool, for_runtime: str
+    from_artifact: Path | None,
+    mode: Sequence[str],
+    *,
+    share: bool,
+    for_runtime: str,
+    verify: bool,
 ) -> None:
     """Refuse options that do nothing with `--from`, or without it.
 
@@ -94,7 +106,7 @@ def check_from(
         UsageError: naming each of them.
     """
     if from_artifact is None:
-        idle = {"--share": share, "--for": for_runtime != "any"}
+        idle = {"--share": share, "--for": for_runtime != "any", "--verify": verify}
         if found := [f"{name}: does nothing without --from" for name, is_ in idle.items() if is_]:
             raise UsageError(*found, remedy="Leave it out.")
         return
@@ -127,6 +139,7 @@ def fold(console: Console, request: FoldRequest, *, parity: bool) -> int:
                 share=request.share,
                 untie=request.untie,
                 for_runtime=request.for_runtime,
+                verify=request.verify,
                 force=request.force,
                 trust_remote_code=request.trust_remote_code,
                 progress=progress,

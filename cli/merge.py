@@ -46,7 +46,8 @@ from .options import (
 @click.option(
     "--verify",
     is_flag=True,
-    help="Read the output again: every digest, and rows of every tensor recomputed in float64.",
+    help="Read the output again: every digest, and rows of every tensor recomputed in float64; of "
+    "a GGUF file every byte.",
 )
 @click.option(
     "--allow-range",
@@ -83,13 +84,12 @@ def command(
         _refuse({"--task": task not in ("auto", "text-generation")}, "GGUF files generate text")
         one_file = {"--max-shard-size": max_shard_size is not None, "--share": share}
         _refuse(one_file, "a merged GGUF file is one new file")
-        _refuse({"--verify": verify}, "reads merged checkpoints again, no GGUF files")
         _refuse(
             {"-a": len(adapter) > 1},
             "several adapters are given, a GGUF file takes one",
             "Merge each into a file of its own.",
         )
-        _merge_gguf(console, adapter[0], output, model, untie, allow_range, force)
+        _merge_gguf(console, adapter[0], output, model, untie, allow_range, verify, force)
         return
     _refuse({"--allow-range": allow_range}, "is for GGUF files")
     from propulsion_export.pipeline.merge import MergeOptions, merge_adapters
@@ -132,6 +132,7 @@ def _merge_gguf(
     model: str | None,
     untie: bool,
     allow_range: bool,
+    verify: bool,
     force: bool,
 ) -> None:
     from propulsion_export.pipeline.merge_gguf import merge_gguf
@@ -143,6 +144,7 @@ def _merge_gguf(
             model=model,
             untie=untie,
             allow_range=allow_range,
+            verify=verify,
             force=force,
             progress=progress,
         )

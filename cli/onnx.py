@@ -121,6 +121,7 @@ def command(
     from_artifact: Path | None,
     share: bool,
     for_runtime: "Runtime",
+    verify: bool,
     **options: Unpack[ExportArguments],
 ) -> int:
     """Export to ONNX: an adapter folded in, several to switch between, or one in every row.
@@ -133,7 +134,7 @@ def command(
     With --from, adapters are folded into an artifact's graphs without a trace: one into DIR,
     several into DIR/NAME each.
     """
-    check_from(from_artifact, mode, share=share, for_runtime=for_runtime)
+    check_from(from_artifact, mode, share=share, for_runtime=for_runtime, verify=verify)
     if from_artifact is not None:
         request = FoldRequest(
             from_artifact,
@@ -142,6 +143,7 @@ def command(
             share,
             options["untie"],
             for_runtime,
+            verify,
             options["force"],
             options["trust_remote_code"],
         )

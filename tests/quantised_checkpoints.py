@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from propulsion_export.artifacts.rounding import rounded
 from propulsion_export.base_model.tensor_files import DTYPES, file_metadata, stored_tensors
-from propulsion_export.merging.changes import Copied, Given, Scaled, all_changes
+from propulsion_export.merging.changes import Computed, Copied, Given, Scaled, all_changes
 from propulsion_export.merging.quantised.folding import quantised_changes
 from propulsion_export.merging.quantised.layouts import find_layout
 
@@ -49,7 +49,7 @@ def written(change):
             values = change.stored.read()
             dtype = DTYPES[change.dtype] if change.dtype else values.dtype
             return rounded(values.astype(np.float64) * change.factors, dtype)
-        case Given():
+        case Given() | Computed():
             return change.values
 
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.base_model.fingerprint import Fingerprint
 from propulsion_export.base_model.gguf.source import find_gguf
+from propulsion_export.base_model.hub import check_findable
 from propulsion_export.base_model.tasks import TaskName
 from propulsion_export.environment.paths import user_path
 from propulsion_export.errors import BaseModelError, UsageError
@@ -20,9 +21,16 @@ def base_source(model: str | None, adapters: Sequence[Adapter]) -> str:
 
     Raises:
         UsageError: there is neither, or the adapters name several.
+        BaseModelError: it is neither here nor on a hub.
     """
+    source = absolute(_named(model, adapters))
+    check_findable(source)
+    return source
+
+
+def _named(model: str | None, adapters: Sequence[Adapter]) -> str:
     if model is not None:
-        return absolute(model)
+        return model
     if not adapters:
         raise UsageError(
             "no base model is given and no adapter that names one, expected either",
@@ -32,7 +40,7 @@ def base_source(model: str | None, adapters: Sequence[Adapter]) -> str:
     if len(named) != 1:
         found = f"name the bases {', '.join(sorted(named))}" if named else "name no base model"
         raise UsageError(f"the adapters {found}, expected one", remedy="Give it with -m.")
-    return absolute(named.pop())
+    return named.pop()
 
 
 def absolute(source: str) -> str:

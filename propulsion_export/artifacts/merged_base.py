@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from propulsion_export.adapters.adapter import Adapter
@@ -44,9 +45,10 @@ def check_not_merged(source: str, adapters: Sequence[Adapter]) -> None:
 
 
 def check_undamaged(source: str) -> None:
-    """Refuse a merged checkpoint whose weights changed: a merge onto it would hide that for good.
+    """Refuse a merged checkpoint whose weights changed: whatever is made of it would hide that.
 
-    Reads all of them. Does nothing for a base model that `merge` did not write.
+    Reads all of them, once in a process as long as they are not written to. Does nothing for a base
+    model that `merge` did not write.
 
     Raises:
         BaseModelError: the digest of a weight file is not the one in the manifest.
@@ -58,12 +60,23 @@ def check_undamaged(source: str) -> None:
     recorded = {name: d for name, d in manifest.files.items() if name.endswith(_WEIGHTS)}
     located = {name: file for name in recorded if (file := locate(source, name)) is not None}
     with ThreadPoolExecutor(_THREADS) as pool:
-        found = dict(zip(located, pool.map(digest_of, located.values()), strict=True))
+        found = dict(zip(located, pool.map(_digest, located.values()), strict=True))
     if changed := [located[name] for name in found if found[name] != recorded[name]]:
         raise BaseModelError(
             *(f"{file}: its content is not what {MANIFEST_FILE} recorded" for file in changed),
             remedy="Copy the whole directory again, or merge again.",
         )
+
+
+def _digest(file: Path) -> str:
+    status = file.stat()
+    return _digest_while(file.resolve(), status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=64)
+def _digest_while(file: Path, _: int, __: int) -> str:
+    """The digest of a file as long as its size and the time of the last write are these."""
+    return digest_of(file)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from propulsion_export.base_model.config_switches import (
     reset_switches_,
 )
 from propulsion_export.base_model.gguf.files import small_files
-from propulsion_export.base_model.hub import copy_files, locate
+from propulsion_export.base_model.hub import check_findable, copy_files, locate
 from propulsion_export.base_model.remote_code import AUTO_MAP, copy_code
 from propulsion_export.base_model.tasks import TASKS
 from propulsion_export.environment.hub_files import refuse_pointers
@@ -49,12 +49,7 @@ def read_config(source: str, *, trust_remote_code: bool = False) -> "PretrainedC
     if directory.is_dir() and not (directory / "config.json").is_file():
         _refuse_adapter(source)
         raise BaseModelError(f"{source}: has no config.json, expected a transformers checkpoint")
-    if not directory.exists() and (source.startswith(("/", ".", "~")) or source.count("/") > 1):
-        # This is no name on a hub, and without a network a look-up there takes long.
-        raise BaseModelError(
-            f"{source}: does not exist, expected a directory with a transformers checkpoint",
-            remedy="Give the base model's directory with -m.",
-        )
+    check_findable(source)
     if directory.is_dir():
         refuse_pointers_in(directory)
     try:

@@ -5,6 +5,7 @@ The format: 8 bytes, little endian, the header's length; the header, JSON; the t
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,17 @@ class StoredTensor:
             BaseModelError: the file has become shorter since its header was read.
         """
         return self._bytes(self.offset, self.size).view(DTYPES[self.dtype]).reshape(self.shape)
+
+    def blocks(self, count: int) -> Iterator[Array]:
+        """Its values in order, flat, at most `count` of them at a time.
+
+        Raises:
+            BaseModelError: the file has become shorter since its header was read.
+        """
+        dtype, total = DTYPES[self.dtype], math.prod(self.shape)
+        for first in range(0, total, count):
+            size = min(count, total - first) * dtype.itemsize
+            yield self._bytes(self.offset + first * dtype.itemsize, size).view(dtype)
 
     def __getitem__(self, place: tuple[int, ...]) -> float:
         """One entry, by its position on every axis."""

@@ -1,7 +1,10 @@
 """What a merge writes for one tensor: the bytes that are stored, their products, or new values."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import numpy as np
 
 from propulsion_export.base_model.tensor_files import Array, StoredTensor
 
@@ -35,7 +38,33 @@ class Given:
     values: Array
 
 
-Change = Copied | Scaled | Given
+@dataclass(frozen=True)
+class Computed:
+    """New values that are in memory only while their tensor is written.
+
+    Attributes:
+        compute: gives them, the same whenever it is called.
+        shape: theirs.
+        dtype: theirs.
+    """
+
+    compute: Callable[[], Array] = field(repr=False)
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    @classmethod
+    def checked(cls, compute: Callable[[], Array]) -> Self:
+        """Compute them once, so that what cannot be written is refused at once."""
+        values = compute()
+        return cls(compute, values.shape, values.dtype)
+
+    @property
+    def values(self) -> Array:
+        """The values, computed anew."""
+        return self.compute()
+
+
+Change = Copied | Scaled | Given | Computed
 
 
 @dataclass(frozen=True)

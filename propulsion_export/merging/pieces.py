@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from propulsion_export.base_model.tensor_files import DTYPES, Array, StoredTensor
-from propulsion_export.merging.changes import Change, Copied, Given, Scaled
+from propulsion_export.merging.changes import Change, Computed, Copied, Given, Scaled
 from propulsion_export.merging.files import WeightFile, size_of
 from propulsion_export.merging.products import BLOCK, Products
 
@@ -80,7 +80,7 @@ class Pieces:
     def _of_tensor(self, name: str, changes: list[Change]) -> Iterator[Piece]:
         readers: dict[StoredTensor, list[int]] = {}
         for output, change in enumerate(changes):
-            if isinstance(change, Given):
+            if isinstance(change, Given | Computed):
                 yield self._given(name, _bytes_of(change.values), output)
             else:
                 readers.setdefault(change.stored, []).append(output)

@@ -10,7 +10,7 @@ from propulsion_export.artifacts.rounding import rounded
 from propulsion_export.base_model.checkpoint import FLOATING, Checkpoint
 from propulsion_export.base_model.tensor_files import DTYPES, Array, StoredTensor
 from propulsion_export.errors import AdapterError, BaseModelError
-from propulsion_export.merging.changes import Change, Copied, Given, Scaled
+from propulsion_export.merging.changes import Change, Computed, Copied, Given, Scaled
 from propulsion_export.merging.products import range_remedy
 from propulsion_export.scaling.fold.jobs import Job
 
@@ -79,11 +79,18 @@ def written_dtype(change: Change) -> str:
             return dtype or stored.dtype
         case Given(values):
             return NAMES[values.dtype]
+        case Computed():
+            return NAMES[change.dtype]
 
 
 def written_shape(change: Change) -> tuple[int, ...]:
     """The shape that is written."""
-    return change.values.shape if isinstance(change, Given) else change.stored.shape
+    match change:
+        case Given(values):
+            return values.shape
+        case Computed():
+            return change.shape
+    return change.stored.shape
 
 
 def coarsest(dtypes: Iterable[str]) -> str:

@@ -1,6 +1,5 @@
 """Read a merged checkpoint again and compare it with what it was made from."""
 
-import os
 import random
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -10,12 +9,14 @@ import numpy as np
 from propulsion_export.artifacts.artifact import digest_of
 from propulsion_export.artifacts.rounding import rounded
 from propulsion_export.base_model.tensor_files import DTYPES, Array, StoredTensor, stored_tensors
+from propulsion_export.environment.page_cache import forget_cached
 from propulsion_export.errors import BaseModelError, VerificationError
-from propulsion_export.merging.changes import Change, Given, Scaled
+from propulsion_export.merging.changes import Change, Computed, Copied, Given, Scaled
 from propulsion_export.merging.files import WeightFile
 from propulsion_export.merging.plan import written_dtype, written_shape
 from propulsion_export.merging.writing import Output
 
+REMEDY = "Merge again; if it differs again, check the disk and the memory."
 _ROWS = 8  # of each tensor, the first and the last among them
 
 
@@ -38,13 +39,11 @@ def verify_output(output: Output, digests: Mapping[str, str]) -> None:
         for finding in _differences(output.directory / file.name, file, digests[file.name])
     ]
     if findings:
-        raise VerificationError(
-            *findings, remedy="Merge again; if it differs again, check the disk and the memory."
-        )
+        raise VerificationError(*findings, remedy=REMEDY)
 
 
 def _differences(path: Path, file: WeightFile, digest: str) -> Iterator[str]:
-    _forget_cached(path)
+    forget_cached(path)
     if digest_of(path) != digest:
         yield f"{path.name}: what is on the disk is not what was written"
         return
@@ -62,21 +61,12 @@ def _differences(path: Path, file: WeightFile, digest: str) -> Iterator[str]:
             yield f"{name}: {problem}"
 
 
-def _forget_cached(path: Path) -> None:
-    """Let the next reader of a file read what is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-        if hasattr(os, "posix_fadvise"):  # macOS has none
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(descriptor)
-
-
 def _difference(found: StoredTensor, change: Change) -> str | None:
     planned = (written_dtype(change), written_shape(change))
     if (found.dtype, found.shape) != planned:
         return f"is {found.dtype} {list(found.shape)}, expected {planned[0]} {list(planned[1])}"
+    if isinstance(change, Computed):
+        change = Given(change.values)
     rows = _flat_rows(found.shape)[0]
     for row in _sample(rows):
         if not np.array_equal(_bits(_row(found, row)), _bits(_expected(change, row))):
@@ -107,7 +97,7 @@ def _row(stored: StoredTensor, row: int) -> Array:
     return StoredTensor(stored.file, stored.offset + row * width, (columns,), stored.dtype).read()
 
 
-def _expected(change: Change, row: int) -> Array:
+def _expected(change: Copied | Scaled | Given, row: int) -> Array:
     if isinstance(change, Given):
         given: Array = change.values.reshape(_flat_rows(change.values.shape))[row]
         return given

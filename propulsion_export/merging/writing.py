@@ -6,7 +6,6 @@ digest while they are in the cache. Memory does not grow with the checkpoint.
 
 import hashlib
 import os
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -18,13 +17,13 @@ from propulsion_export.artifacts.artifact import digest_of
 from propulsion_export.environment.progress import Progress, silent
 from propulsion_export.errors import AdapterError
 from propulsion_export.merging.files import WeightFile, index_of, total_size
+from propulsion_export.merging.meter import Meter
 from propulsion_export.merging.pieces import Pieces
 from propulsion_export.merging.plan import Plan
 from propulsion_export.merging.reading import Reader
 from propulsion_export.merging.sharing import clone, link
 
 _THREADS = 2  # that hash files which are only linked
-_EVERY = 1.0  # seconds between two reports of the progress
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ def write_outputs(
         for output, found in zip(outputs, digests, strict=True)
     ]
     headers = sum(len(file.header) for each in work for file in each.files)
-    meter = _Meter(headers + sum(total_size(each.files) for each in work), progress)
+    meter = Meter(headers + sum(total_size(each.files) for each in work), progress)
     for together in _groups(work):
         _write_together(together, meter)
     _refuse_unchanged(work)
@@ -136,29 +135,7 @@ def _write_index(output: Output) -> dict[str, str]:
     return digests
 
 
-class _Meter:
-    """Count bytes, and report about once a second how many there are and how fast they come."""
-
-    def __init__(self, total: int, progress: Progress) -> None:
-        self._total, self._progress = total, progress
-        self._done, self._start = 0, time.monotonic()
-        self._reported = self._start
-
-    def add(self, count: int) -> None:
-        self._done += count
-        if time.monotonic() - self._reported >= _EVERY:
-            self._reported = time.monotonic()
-            self._report(self._reported - self._start)
-
-    def _report(self, seconds: float) -> None:
-        self._progress(
-            0.1 + 0.85 * self._done / max(self._total, 1),
-            f"folding: {self._done / 1e9:.1f} of {self._total / 1e9:.1f} GB, "
-            f"{self._done / seconds / 1e6:.0f} MB/s",
-        )
-
-
-def _write_together(files: Sequence[tuple[_Work, WeightFile]], meter: _Meter) -> None:
+def _write_together(files: Sequence[tuple[_Work, WeightFile]], meter: Meter) -> None:
     """Write one file of each of several outputs; tell each its digest and whether it changes."""
     pieces = Pieces([file for _, file in files])
     digests = [hashlib.sha256() for _ in files]

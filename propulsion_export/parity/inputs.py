@@ -13,10 +13,11 @@ from propulsion_export.adapters.provenance import absolute, check_base
 from propulsion_export.adapters.scales import Array
 from propulsion_export.adapters.settings import check_settings
 from propulsion_export.artifacts.artifact import Artifact, Tensors
-from propulsion_export.artifacts.merged_base import check_not_merged
+from propulsion_export.artifacts.merged_base import check_not_merged, check_undamaged
 from propulsion_export.artifacts.tensor_names import MODULES_INPUT
 from propulsion_export.base_model.config import read_settings
 from propulsion_export.base_model.eos_pooling import pools_at_eos
+from propulsion_export.base_model.hub import check_findable
 from propulsion_export.base_model.loading import BaseModel, load_base
 from propulsion_export.base_model.model_fingerprint import fingerprint_of_model
 from propulsion_export.base_model.model_inputs import check_text_is_enough, extra_inputs
@@ -59,11 +60,14 @@ def load_recorded_base(
     """The base model an artifact was made from, at `model` or where the artifact says.
 
     Raises:
-        BaseModelError: it cannot be loaded, is another model, or holds an adapter already.
+        BaseModelError: it cannot be loaded, is damaged or another model, or holds an adapter
+            already.
     """
     manifest = artifact.manifest
     source = absolute(model) if model else manifest.base.source
+    check_findable(source)
     check_not_merged(source, adapters)
+    check_undamaged(source)
     base = load_base(source, task=manifest.task, trust_remote_code=trust_remote_code)
     count = _label_room(artifact, adapters, base.label_parameters)
     if count is not None:

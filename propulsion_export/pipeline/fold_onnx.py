@@ -1,10 +1,11 @@
 """`onnx --from`: adapters folded into copies of an artifact's graphs, without a trace."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
+
+import onnx_ir as ir
 
 from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.adapters.provenance import check_base
@@ -13,12 +14,11 @@ from propulsion_export.adapters.specification import check_identity, read_adapte
 from propulsion_export.artifacts.artifact import Artifact
 from propulsion_export.artifacts.changing import check_head, check_task
 from propulsion_export.artifacts.consistency import check_consistent
-from propulsion_export.artifacts.file_names import GRAPH_FILE, MANIFEST_FILE
+from propulsion_export.artifacts.file_names import GRAPH_FILE
 from propulsion_export.artifacts.layout import labels_in
 from propulsion_export.artifacts.manifest import AdapterEntry, GraphEntry, Manifest
 from propulsion_export.artifacts.merged_base import check_not_merged
 from propulsion_export.artifacts.rounding import numpy_dtype
-from propulsion_export.artifacts.staging import check_replaceable, staged_directory
 from propulsion_export.base_model.tasks import TASKS
 from propulsion_export.environment.machine import tool_versions
 from propulsion_export.environment.progress import Progress, silent
@@ -26,8 +26,10 @@ from propulsion_export.environment.stages import stage
 from propulsion_export.errors import ArtifactError, UsageError
 from propulsion_export.graph.files import write_beside_shared, write_graphs
 from propulsion_export.graph.refolding.programs import SourceGraphs
+from propulsion_export.graph.refolding.verifying import RecordedGraph, verify_graphs
 from propulsion_export.graph.signature import signature
 from propulsion_export.pipeline.folded_files import FoldedFiles
+from propulsion_export.pipeline.places import Places
 
 Runtime = Literal["any", "tensorrt"]
 
@@ -39,6 +41,7 @@ class FoldOptions:
     share: bool = False
     untie: bool = False
     for_runtime: Runtime = "any"
+    verify: bool = False
     trust_remote_code: bool = False
 
 
@@ -50,6 +53,7 @@ def fold_onnx(
     share: bool = False,
     untie: bool = False,
     for_runtime: Runtime = "any",
+    verify: bool = False,
     force: bool = False,
     trust_remote_code: bool = False,
     progress: Progress = silent,
@@ -72,6 +76,7 @@ def fold_onnx(
         for_runtime: `tensorrt`: the graph is for engines, so negative scales and zeros change the
             integers of quantised weights, where they have a counterpart, and no multiply by a sign
             is left.
+        verify: read the output again: every digest, every weight and node as it was folded.
         force: replace an earlier output.
         trust_remote_code: run code that the tokenizer brings.
         progress: called with the share done and what is being done.
@@ -88,10 +93,8 @@ def fold_onnx(
     for read in adapters:
         check_identity(read)
     sources = {read.name: read.source for read in adapters}
-    places = _places(output, list(sources))
-    inputs = (*sources.values(), str(from_artifact))
-    for place in places.values():
-        check_replaceable(place, marker=MANIFEST_FILE, kind="onnx", force=force, inputs=inputs)
+    places = Places(output, list(sources), force, (*sources.values(), str(from_artifact)))
+    places.check()
     progress(0.05, f"reading {from_artifact}")
     artifact = Artifact.read(from_artifact)
     _check_source(artifact)
@@ -101,15 +104,15 @@ def fold_onnx(
         _check_adapter(artifact, read)
     with stage("read"):
         graphs = SourceGraphs.read(artifact, trust_remote_code=trust_remote_code)
-    options = FoldOptions(share, untie, for_runtime, trust_remote_code)
+    options = FoldOptions(share, untie, for_runtime, verify, trust_remote_code)
     written = {}
-    with _staged(places, force=force, inputs=inputs) as staged:
+    with places.staged() as staged:
         for number, read in enumerate(adapters):
             progress(0.1 + 0.9 * number / len(adapters), f"folding {read.name}{_note(artifact)}")
             folding = _Folding(artifact, graphs, read, sources[read.name], options)
             written[read.name] = folding.write(staged[read.name])
     progress(1.0, f"wrote {output}")
-    return {name: each.at(places[name]) for name, each in written.items()}
+    return {name: each.at(places.by_name[name]) for name, each in written.items()}
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,7 @@ class _Folding:
             signs = self.options.for_runtime == "tensorrt"
             folded = self.graphs.fold(self.adapter, untie=self.options.untie, signs=signs)
         programs = folded.programs
+        recorded = self._recorded(programs)
         entry = self._entry()
         known = {}
         with stage(f"write {self.adapter.name}"):
@@ -140,7 +144,16 @@ class _Folding:
             beside = FoldedFiles(self.artifact, self.adapter, entry, labels, folded.untied)
             beside.write(directory, trust_remote_code=self.options.trust_remote_code)
             entries = {name: GraphEntry(*signature(each)) for name, each in programs.items()}
-            return Artifact.write(directory, self._manifest(entries, entry), digests=known)
+            artifact = Artifact.write(directory, self._manifest(entries, entry), digests=known)
+        if self.options.verify:
+            with stage(f"verify {self.adapter.name}"):
+                verify_graphs(artifact, recorded)
+        return artifact
+
+    def _recorded(self, programs: Mapping[str, ir.Model]) -> dict[str, RecordedGraph]:
+        """The graphs as they are before they are written, if they are read again."""
+        each = programs.items() if self.options.verify else ()
+        return {name: RecordedGraph.of(program) for name, program in each}
 
     def _entry(self) -> AdapterEntry:
         manifest = self.artifact.manifest
@@ -166,34 +179,6 @@ class _Folding:
             layout={},
             tools=tool_versions(),
         )
-
-
-def _places(output: Path, names: Sequence[str]) -> dict[str, Path]:
-    """The directory of each adapter: `output` itself for one, else one inside it for each."""
-    if len(names) == 1:
-        return {names[0]: output}
-    if (output / MANIFEST_FILE).is_file():
-        raise UsageError(
-            f"{output}: is an artifact, expected a directory for {' and '.join(names)}",
-            remedy="Choose another directory.",
-        )
-    return {name: output / name for name in names}
-
-
-@contextmanager
-def _staged(
-    places: dict[str, Path], *, force: bool, inputs: Sequence[str]
-) -> Iterator[dict[str, Path]]:
-    """Empty directories, moved to their places when all of them are complete."""
-    with ExitStack() as stack:
-        yield {
-            name: stack.enter_context(
-                staged_directory(
-                    place, marker=MANIFEST_FILE, kind="onnx", force=force, inputs=inputs
-                )
-            )
-            for name, place in places.items()
-        }
 
 
 def _check_source(artifact: Artifact) -> None:

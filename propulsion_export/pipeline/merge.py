@@ -14,6 +14,7 @@ from propulsion_export.artifacts.file_names import MANIFEST_FILE
 from propulsion_export.artifacts.merged_base import check_not_merged, check_undamaged
 from propulsion_export.artifacts.rounding import numpy_dtype
 from propulsion_export.artifacts.staging import check_replaceable, staged_directory
+from propulsion_export.base_model.carried_files import carry_files
 from propulsion_export.environment.progress import Progress, silent
 from propulsion_export.errors import UsageError
 from propulsion_export.merging.files import plan_files
@@ -184,6 +185,7 @@ def _write(
             progress(0.96, f"reading {name} again")
             verify_output(output, digests)
         prepared[name].write_small_files(output.directory)
+        carry_files(output.plan.source, output.directory)
         artifact = Artifact.write(output.directory, prepared[name].manifest, digests=digests)
         artifacts.append((name, artifact))
     return artifacts

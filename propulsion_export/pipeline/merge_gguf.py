@@ -21,6 +21,7 @@ from propulsion_export.environment.progress import Progress, silent
 from propulsion_export.errors import AdapterError, BaseModelError, UsageError
 from propulsion_export.merging.gguf.own_tokens import check_tokens
 from propulsion_export.merging.gguf.plan import plan_merge
+from propulsion_export.merging.gguf.verifying import verify_file
 from propulsion_export.merging.gguf.writing import Writer
 
 _TEMPLATE = "tokenizer.chat_template"
@@ -34,6 +35,7 @@ def merge_gguf(
     model: str | None = None,
     untie: bool = False,
     allow_range: bool = False,
+    verify: bool = False,
     force: bool = False,
     progress: Progress = silent,
 ) -> Path:
@@ -48,6 +50,7 @@ def merge_gguf(
         model: the GGUF file, or a directory with one; default: the one the adapter names.
         untie: give a tied output a tensor of its own, where the adapter scales it or the embedding.
         allow_range: write the nearest number where a tensor's type cannot hold a product.
+        verify: read the file again, and compare every byte with the base model's times its factor.
         force: replace an earlier output.
         progress: called with the share done and what is being done.
 
@@ -77,6 +80,9 @@ def merge_gguf(
     with staged_file(output, is_ours=_is_merged, force=force, inputs=inputs) as target:
         with file.open("rb") as opened:
             writer.write(opened.fileno(), target.fileno())
+            if verify:
+                progress(0.96, f"reading {output} again")
+                verify_file(writer, opened.fileno(), Path(target.name))
         if not writer.changed:
             raise AdapterError(
                 f"adapter {read.name}: changes no weight of {file}, expected an effect",

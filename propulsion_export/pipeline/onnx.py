@@ -19,7 +19,7 @@ from propulsion_export.artifacts.manifest import (
     Mode,
     QuantizationEntry,
 )
-from propulsion_export.artifacts.merged_base import check_not_merged
+from propulsion_export.artifacts.merged_base import check_not_merged, check_undamaged
 from propulsion_export.base_model.config import read_config
 from propulsion_export.base_model.tasks import resolve_task
 from propulsion_export.environment.progress import Progress, silent
@@ -28,7 +28,7 @@ from propulsion_export.errors import UsageError
 from propulsion_export.graph.build import SharedTrace
 from propulsion_export.pipeline.onnx_files import Exported, write_artifact
 from propulsion_export.pipeline.onnx_options import OnnxOptions, check_options, check_slots
-from propulsion_export.pipeline.places import Places, directories
+from propulsion_export.pipeline.places import Places
 from propulsion_export.pipeline.prepared_base import PreparedBase, prepare_base
 from propulsion_export.pipeline.producing import (
     ExporterChoice,
@@ -178,9 +178,10 @@ def export_modes(
     scheme = check_options(modes, options, len(adapter))
     adapters = _read(adapter, modes, options)
     source = base_source(options.model, adapters)
-    places = Places(directories(output, modes), options.force, (*map(source_of, adapter), source))
+    places = Places(output, modes, options.force, (*map(source_of, adapter), source))
     places.check()
     check_not_merged(source, adapters)
+    check_undamaged(source)
     progress(0.05, f"loading {source}")
     texts = _find_texts(source, adapters, options)
     prepared = {
@@ -203,7 +204,7 @@ def export_modes(
             for mode, directory in staged.items()
         }
     progress(1.0, f"wrote {output}")
-    return {mode: artifact.at(places.by_mode[mode]) for mode, artifact in written.items()}
+    return {mode: artifact.at(places.by_name[mode]) for mode, artifact in written.items()}
 
 
 def _kind(mode: Mode) -> Mode:

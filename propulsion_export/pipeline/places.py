@@ -1,66 +1,94 @@
-"""Where the artifacts of an export go: one for each mode, all of them or none."""
+"""Where the ONNX artifacts of one command go: one for each mode or adapter, all of them or none."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
 
 from propulsion_export.artifacts.file_names import MANIFEST_FILE
-from propulsion_export.artifacts.manifest import Mode
 from propulsion_export.artifacts.staging import check_replaceable, staged_directory
 from propulsion_export.errors import UsageError
 
+Name = TypeVar("Name", bound=str)
+
 
 @dataclass(frozen=True)
-class Places:
+class Places(Generic[Name]):
     """Where the artifacts go.
 
     Attributes:
-        by_mode: the directory of each mode.
+        output: the directory of the artifact if there is one, else the directory that holds one of
+            its name for each.
+        names: of the artifacts, such as modes or adapters.
         force: replace earlier outputs.
         inputs: files and directories that are never replaced.
     """
 
-    by_mode: dict[Mode, Path]
+    output: Path
+    names: Sequence[Name]
     force: bool
     inputs: Sequence[str]
 
+    @property
+    def by_name(self) -> dict[Name, Path]:
+        """The directory of each artifact."""
+        return self._inside(self.output)
+
     def check(self) -> None:
-        """Refuse directories that hold something which must not be lost, before long work."""
-        for place in self.by_mode.values():
-            check_replaceable(
-                place, marker=MANIFEST_FILE, kind="onnx", force=self.force, inputs=self.inputs
+        """Refuse an output that holds something which must not be lost, before long work.
+
+        Raises:
+            UsageError: it is an artifact, so it is no place for several; it holds others than those
+                that are written, or `check_replaceable` refuses it.
+        """
+        if self._several and (self.output / MANIFEST_FILE).is_file():
+            raise UsageError(
+                f"{self.output}: is an artifact, expected a directory for "
+                f"{' and '.join(self.names)}",
+                remedy="Choose another directory.",
             )
+        check_replaceable(
+            self.output,
+            marker=MANIFEST_FILE,
+            kind="onnx",
+            force=self.force,
+            inputs=self.inputs,
+            several=self._several,
+        )
+        self._refuse_others()
 
     @contextmanager
-    def staged(self) -> Iterator[dict[Mode, Path]]:
-        """Empty directories, moved to their places when all of them are complete."""
-        with ExitStack() as stack:
-            yield {
-                mode: stack.enter_context(
-                    staged_directory(
-                        place,
-                        marker=MANIFEST_FILE,
-                        kind="onnx",
-                        force=self.force,
-                        inputs=self.inputs,
-                    )
-                )
-                for mode, place in self.by_mode.items()
-            }
+    def staged(self) -> Iterator[dict[Name, Path]]:
+        """Empty directories, moved to their places in one step when all of them are complete."""
+        with staged_directory(
+            self.output,
+            marker=MANIFEST_FILE,
+            kind="onnx",
+            force=self.force,
+            inputs=self.inputs,
+            several=self._several,
+        ) as directory:
+            places = self._inside(directory)
+            for place in places.values():
+                place.mkdir(exist_ok=True)
+            yield places
+            self._refuse_others()
 
+    @property
+    def _several(self) -> bool:
+        return len(self.names) > 1
 
-def directories(output: Path, modes: Sequence[Mode]) -> dict[Mode, Path]:
-    """The directory of each mode: `output` itself for one, else one inside it for each.
+    def _inside(self, directory: Path) -> dict[Name, Path]:
+        return {name: directory / name if self._several else directory for name in self.names}
 
-    Raises:
-        UsageError: `output` is an artifact, so it is no place for several.
-    """
-    if len(modes) == 1:
-        return {modes[0]: output}
-    if (output / MANIFEST_FILE).is_file():
-        raise UsageError(
-            f"{output}: is an artifact, expected a directory for {' and '.join(modes)}",
-            remedy="Choose another directory.",
-        )
-    return {mode: output / mode for mode in modes}
+    def _refuse_others(self) -> None:
+        """Refuse to replace artifacts beside those that are written."""
+        if not self._several or not self.output.is_dir():
+            return
+        if others := sorted({path.name for path in self.output.iterdir()} - {*self.names}):
+            raise UsageError(
+                f"{self.output}: holds {others[0]}, expected nothing but "
+                f"{' and '.join(self.names)}, so --force does not replace it",
+                remedy="Choose another directory, or write each into one of its own.",
+            )

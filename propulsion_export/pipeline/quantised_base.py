@@ -13,7 +13,7 @@ from propulsion_export.base_model.config import settings_in
 from propulsion_export.base_model.fingerprint import Fingerprint
 from propulsion_export.base_model.tensor_files import DTYPES, StoredTensor
 from propulsion_export.errors import BaseModelError
-from propulsion_export.merging.changes import Given, all_changes
+from propulsion_export.merging.changes import Computed, Given, all_changes
 from propulsion_export.merging.plain_models import Module
 from propulsion_export.merging.plan import Plan, coarsest
 from propulsion_export.merging.quantised.folding import quantised_changes
@@ -88,7 +88,7 @@ class QuantisedBase:
         changes = quantised_changes(adapter, self.layout, self._tensors, rule_of)
         every = all_changes(self._tensors, changes)
         keys = {name: self.copies.get(name, name) for name in every}
-        given = any(isinstance(change, Given) for change in every.values())
+        given = any(isinstance(change, Given | Computed) for change in every.values())
         return Plan(adapter.name, self.checkpoint.source, every, keys, given)
 
     def manifest(self, manifest: Manifest) -> Manifest:

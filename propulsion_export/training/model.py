@@ -13,11 +13,13 @@ from peft import get_peft_model
 from safetensors import SafetensorError
 from torch import nn
 
+from propulsion_export.artifacts.merged_base import check_undamaged
 from propulsion_export.base_model.chat.templates import read_template_file
 from propulsion_export.base_model.config import read_config, set_labels
 from propulsion_export.base_model.fingerprint import Fingerprint
 from propulsion_export.base_model.gguf.parameters import with_steps
 from propulsion_export.base_model.gguf.source import find_gguf
+from propulsion_export.base_model.hub import check_findable
 from propulsion_export.base_model.loading import load_model, model_class_of
 from propulsion_export.base_model.model_inputs import (
     check_inputs,
@@ -84,6 +86,8 @@ def load_trainable(
             apart.
     """
     name = _resolved(model)
+    check_findable(name)
+    check_undamaged(name)
     transformers.set_seed(options.seed)
     with _load_errors_as_ours(name):
         config = read_config(name, trust_remote_code=options.trust_remote_code)

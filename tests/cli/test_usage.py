@@ -134,7 +134,6 @@ def test_a_seed_beside_inputs_is_taken_where_the_slots_have_no_adapter(run, arti
     ("output", "options", "refused"),
     [
         ("merged.gguf", ["--share"], "--share: a merged GGUF file is one new file. Leave it out."),
-        ("merged.gguf", ["--verify"], "--verify: reads merged checkpoints again, no GGUF files."),
         ("merged.gguf", ["--dtype", "float16"], "--dtype: every tensor of a GGUF file keeps its"),
         (
             "merged.gguf",

@@ -14,7 +14,7 @@ from propulsion_export.artifacts.rounding import rounded
 from propulsion_export.base_model.checkpoint import Checkpoint
 from propulsion_export.base_model.tensor_files import DTYPES
 from propulsion_export.errors import AdapterError, BaseModelError, UsageError, VerificationError
-from propulsion_export.merging import pieces, sharing, writing
+from propulsion_export.merging import meter, pieces, sharing, writing
 from propulsion_export.merging.changes import Copied, Given, Scaled
 from propulsion_export.merging.files import plan_files
 from propulsion_export.merging.plan import NAMES, Plan
@@ -179,7 +179,7 @@ def test_a_read_error_names_the_file(base, make_output, monkeypatch):
 
 
 def test_progress_is_in_bytes_per_second(base, make_output, monkeypatch):
-    monkeypatch.setattr(writing, "_EVERY", 0.0)
+    monkeypatch.setattr(meter, "_EVERY", 0.0)
     lines = []
 
     write_outputs([make_output("out", {"a": scaled(base, "a")})], lambda *line: lines.append(line))

@@ -1,5 +1,6 @@
 """The parameters in a GGUF file as if they were stored in float32; each is computed when read."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from propulsion_export.base_model.gguf.weights import GgufTensor, gguf_tensors
@@ -17,6 +18,12 @@ class UnpackedTensor(StoredTensor):
         assert self.tensor is not None
         values: Array = self.tensor.read().numpy()
         return values
+
+    def blocks(self, count: int) -> Iterator[Array]:
+        """Its values, flat, `count` at a time, of a whole that is computed first."""
+        values = self.read().reshape(-1)
+        for first in range(0, values.size, count):
+            yield values[first : first + count]
 
     def __getitem__(self, place: tuple[int, ...]) -> float:
         """One entry, by its position on every axis."""

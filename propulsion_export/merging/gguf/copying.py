@@ -2,17 +2,28 @@
 
 import errno
 import os
+from collections.abc import Callable
 
 from propulsion_export.errors import BaseModelError
 
 _PIECE = 1 << 20
+_AT_ONCE = 1 << 26  # bytes that the kernel copies in one call
 _CANNOT = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM}
 _CANNOT |= {errno.EIO}  # on which side, reading and writing apart tell
 _REMEDY = "Copy the file again."
 
 
-def copy_range(source: int, target: int, start: int, size: int) -> None:
+def copy_range(
+    source: int, target: int, start: int, size: int, report: Callable[[int], None]
+) -> None:
     """Copy bytes to where the target's descriptor stands, and move that on.
+
+    Args:
+        source: the descriptor to read.
+        target: the one to write.
+        start: the first byte in the source.
+        size: how many bytes.
+        report: called with the number of bytes of each part that is copied.
 
     Raises:
         BaseModelError: the source ends before, or cannot be read.
@@ -21,7 +32,10 @@ def copy_range(source: int, target: int, start: int, size: int) -> None:
     left = size
     try:
         while left:
-            left -= _moved(os.copy_file_range(source, target, left, start + size - left))
+            place, count = start + size - left, min(left, _AT_ONCE)
+            copied = _moved(os.copy_file_range(source, target, count, place))
+            left -= copied
+            report(copied)
     except OSError as error:
         if error.errno not in _CANNOT:
             raise
@@ -29,6 +43,7 @@ def copy_range(source: int, target: int, start: int, size: int) -> None:
         piece = read_range(source, start + size - left, min(_PIECE, left))
         write_all(target, piece)
         left -= len(piece)
+        report(len(piece))
 
 
 def read_range(source: int, start: int, size: int) -> bytes:

@@ -17,9 +17,9 @@ from propulsion_export.merging.gguf.blocks import FLOATS, Bytes, Lost, plain_row
 from propulsion_export.merging.gguf.copying import copy_range, read_range, write_all
 from propulsion_export.merging.gguf.plan import Plan
 from propulsion_export.merging.gguf.written import Written
+from propulsion_export.merging.meter import Meter
 
 _PIECE = 1 << 20  # bytes of a tensor that are changed at a time
-_REPORTED = 0.1  # how much has to be done for another report of progress
 _COUNTS = 8  # the first byte of the numbers of tensors and keys
 
 
@@ -32,7 +32,7 @@ class Writer:
         plan: what becomes of its tensors.
         keys: metadata to add or replace.
         allow_range: write the nearest number where a type cannot hold a product.
-        progress: called with the share of the bytes that are written.
+        progress: called with the share done and what is being done.
         changed: whether any tensor has got other bytes so far.
         nearest: with `allow_range`, the first number of each tensor that its type cannot hold.
     """
@@ -44,7 +44,6 @@ class Writer:
     progress: Progress
     changed: bool = field(default=False, init=False)
     nearest: dict[str, str] = field(default_factory=dict, init=False)
-    _reported: float = field(default=0.0, init=False)
 
     def write(self, source: int, target: int) -> None:
         """Write the file to a descriptor that stands at its start; `source` is the base model's.
@@ -56,32 +55,35 @@ class Writer:
             OSError: what writing reports.
         """
         try:
-            self._write_all(source, target)
+            self._write_all(source, target, Meter(self._size(source), self.progress))
         except BaseModelError as error:
             findings = (f"{self.header.file}: {finding}" for finding in error.findings)
             raise BaseModelError(*findings, remedy=error.remedy) from error
 
-    def _write_all(self, source: int, target: int) -> None:
-        write_all(target, self._head(source))
+    def _write_all(self, source: int, target: int, meter: Meter) -> None:
+        write_all(target, self.head(source))
         first = end = self.header.sections.data
         for name, place in sorted(self.header.tensors.items(), key=lambda item: item[1].start):
             if name in self.plan.changed:
-                copy_range(source, target, end, place.start - end)
-                self._write(source, target, self.plan.changed[name])
+                copy_range(source, target, end, place.start - end, meter.add)
+                self._write(source, target, self.plan.changed[name], meter)
                 end = place.start + place.size
-                self._report((end - first) / (self._last - first), name)
-        stop = self._last if self.plan.added else os.fstat(source).st_size
-        copy_range(source, target, end, stop - end)
+        stop = self.copied_to(source)
+        copy_range(source, target, end, stop - end, meter.add)
         end = stop - first
         for name, offset in self._offsets().items():
             write_all(target, bytes(offset - end))
-            self._write(source, target, self.plan.added[name])
+            self._write(source, target, self.plan.added[name], meter)
             end = offset + self.plan.added[name].place.size
 
-    def _report(self, share: float, name: str) -> None:
-        if share >= self._reported + _REPORTED:
-            self.progress(share, f"wrote {name}")
-            self._reported = share
+    def _size(self, source: int) -> int:
+        """How many bytes are written behind the header, but for some between added tensors."""
+        added = sum(each.place.size for each in self.plan.added.values())
+        return self.copied_to(source) - self.header.sections.data + added
+
+    def copied_to(self, source: int) -> int:
+        """The first byte of the base model's file that has no place before the added tensors."""
+        return self._last if self.plan.added else os.fstat(source).st_size
 
     @property
     def _last(self) -> int:
@@ -97,7 +99,7 @@ class Writer:
             end = found[name] + each.place.size
         return found
 
-    def _head(self, source: int) -> bytes:
+    def head(self, source: int) -> bytes:
         """Everything before the tensors."""
         sections, added = self.header.sections, self.plan.added
         kept = read_range(source, 0, sections.entries[1])
@@ -108,15 +110,16 @@ class Writer:
             head += _entry(name, added[name].place, offset)
         return head + bytes(-len(head) % sections.alignment)
 
-    def _write(self, source: int, target: int, written: Written) -> None:
+    def _write(self, source: int, target: int, written: Written, meter: Meter) -> None:
         if written.factors is None and written.given is None:
-            copy_range(source, target, written.place.start, written.place.size)
+            copy_range(source, target, written.place.start, written.place.size, meter.add)
             return
-        for stored, content, lost, first in _pieces(source, written):
-            if lost is not None:
-                self._accept(written, lost, first)
-            self.changed = self.changed or not np.array_equal(stored, content)
-            write_all(target, content.reshape(-1).data)
+        for piece in pieces(source, written):
+            if piece.lost is not None:
+                self._accept(written, piece.lost, piece.first)
+            self.changed = self.changed or not np.array_equal(piece.stored, piece.content)
+            write_all(target, piece.content.reshape(-1).data)
+            meter.add(piece.content.size)
 
     def _accept(self, written: Written, lost: Lost, first: int) -> None:
         finding = _finding(written, lost, first)
@@ -128,12 +131,29 @@ class Writer:
         self.nearest.setdefault(written.name, finding)
 
 
-def _pieces(source: int, written: Written) -> Iterator[tuple[Bytes, Bytes, Lost | None, int]]:
-    """The stored and the new bytes of some rows after the other, and the number of their first."""
+@dataclass(frozen=True)
+class Piece:
+    """Some rows of a tensor that changes.
+
+    Attributes:
+        stored: their bytes in the base model's file, rows first; none where values are given.
+        content: the bytes to write, in the same shape.
+        lost: the first number that its type cannot hold.
+        first: the number of the first row.
+    """
+
+    stored: Bytes
+    content: Bytes
+    lost: Lost | None
+    first: int
+
+
+def pieces(source: int, written: Written) -> Iterator[Piece]:
+    """A tensor that changes, some rows after the other."""
     kind = type_name(written.place.kind)
     if written.given is not None:
         content, lost = plain_rows(written.given[None].astype(np.float64), kind)
-        yield np.empty(0, np.uint8), content, lost, 0
+        yield Piece(np.empty(0, np.uint8), content, lost, 0)
         return
     shape, size, factors = _layout(written)
     rows = max(1, _PIECE // size)
@@ -142,7 +162,7 @@ def _pieces(source: int, written: Written) -> Iterator[tuple[Bytes, Bytes, Lost 
         content = _read(source, written.place.start + first * size, count * size)
         stored = content.reshape(count, *shape[1:])
         chosen = factors[first : first + count] if factors.shape[0] > 1 else factors
-        yield stored, *scaled_rows(stored, chosen, kind), first
+        yield Piece(stored, *scaled_rows(stored, chosen, kind), first)
 
 
 def _layout(written: Written) -> tuple[tuple[int, ...], int, Array]:

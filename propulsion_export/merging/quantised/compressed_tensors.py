@@ -15,6 +15,7 @@ block), each gets its own, with the same value, in every module; that is exact.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ import numpy as np
 from propulsion_export.base_model.tensor_files import DTYPES, Array, StoredTensor
 from propulsion_export.environment.cached import cached_property
 from propulsion_export.errors import BaseModelError
-from propulsion_export.merging.changes import Change, Given
+from propulsion_export.merging.changes import Change, Computed
 from propulsion_export.merging.quantised.config_groups import ConfigGroups, Weights
 from propulsion_export.merging.quantised.float_grids import float4, float4_step, float8_step
 from propulsion_export.merging.quantised.layout import COMPENSATED_STEPS
@@ -88,20 +89,16 @@ class CompressedTensors:
         stored = self.tensors[name]
         if weights.strategy in _SHARED:
             return self._by_rows(path, weights, scale)
-        if stored.dtype == "U8":
-            return self._exponents(path, scale)
         if DTYPES[stored.dtype].itemsize == 1:
-            factors = scale.reshape(-1, *[1] * (len(stored.shape) - 1))
-            values = stored.read()
-            products = exact_products(path, values, factors)
-            return {} if np.array_equal(products, values) else {name: Given(products)}
+            change = Computed.checked(partial(self._small_products, path, scale))
+            return {} if np.array_equal(change.values, stored.read()) else {name: change}
         return scaled_scales(path, name, stored, scale)
 
     def unscaled(self, path: str) -> Mapping[str, Change]:
         weights = self._groups.weights(path)
         if weights.strategy not in _SHARED:
             return {}
-        return self._by_rows(path, weights, np.ones(self.shape(path)[0]))
+        return self._by_rows(path, weights, np.broadcast_to(1.0, self.shape(path)[:1]))
 
     def settings(self) -> Mapping[str, Any]:
         return self._groups.by_rows()
@@ -115,29 +112,34 @@ class CompressedTensors:
 
     def _by_rows(self, path: str, weights: Weights, scale: Array) -> Mapping[str, Change]:
         """Scales, and zero points, of which each row has its own, times the row's factor."""
-        stored = {f"{path}.{kind}": self.tensors.get(f"{path}.{kind}") for kind in _PER_BLOCK}
         if weights.strategy == "tensor" and not weights.symmetric and self._is_packed(path):
             raise BaseModelError(
                 f"{path}: one packed zero point for the matrix, expected one for each channel"
             )
         outputs = len(scale)
         rows = outputs if weights.strategy == "tensor" else weights.block[0]
-        repeated = {
-            name: np.repeat(tensor.read().reshape(-1, _columns(tensor)), rows, axis=0)[:outputs]
-            for name, tensor in stored.items()
-            if tensor is not None
-        }
-        name = f"{path}.weight_scale"
-        repeated[name] = rounded_products(path, repeated[name], scale[:, None])
-        return {name: Given(values) for name, values in repeated.items()}
 
-    def _exponents(self, path: str, scale: Array) -> Mapping[str, Change]:
-        """Scales that are powers of two, stored as their exponents plus 127."""
-        values = self.tensors[f"{path}.weight_scale"].read().view(DTYPES["F8_E8M0"])
-        products = exact_products(path, values, scale[:, None])
-        if np.array_equal(products, values):
-            return {}
-        return {f"{path}.weight_scale": Given(products.view(np.uint8))}
+        def repeated(name: str) -> Array:
+            tensor = self.tensors[name]
+            return np.repeat(tensor.read().reshape(-1, _columns(tensor)), rows, axis=0)[:outputs]
+
+        def products(name: str) -> Array:
+            return rounded_products(path, repeated(name), scale[:, None])
+
+        scales, zeros = f"{path}.weight_scale", f"{path}.weight_zero_point"
+        changes: dict[str, Change] = {scales: Computed.checked(partial(products, scales))}
+        if zeros in self.tensors:
+            changes[zeros] = Computed.checked(partial(repeated, zeros))
+        return changes
+
+    def _small_products(self, path: str, scale: Array) -> Array:
+        """Scales of one byte; powers of two may be stored as their exponents plus 127."""
+        stored = self.tensors[f"{path}.weight_scale"]
+        factors = scale.reshape(-1, *[1] * (len(stored.shape) - 1))
+        values = stored.read()
+        if stored.dtype == "U8":
+            return exact_products(path, values.view(DTYPES["F8_E8M0"]), factors).view(np.uint8)
+        return exact_products(path, values, factors)
 
     def _packed(self, path: str) -> StoredTensor:
         return self.tensors[f"{path}.weight_packed"]
@@ -188,9 +190,6 @@ class CompressedTensors:
         output, group = place
         zero = packed_value(stored, lambda word: (word, group), output, weights.bits)
         return zero - 2.0 ** (weights.bits - 1)
-
-
-_PER_BLOCK = ("weight_scale", "weight_zero_point")
 
 
 def _columns(tensor: StoredTensor) -> int:

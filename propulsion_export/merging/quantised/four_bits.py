@@ -16,6 +16,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ import numpy as np
 from propulsion_export.base_model.tensor_files import Array, StoredTensor
 from propulsion_export.environment.cached import cached_property
 from propulsion_export.errors import AdapterError, BaseModelError
-from propulsion_export.merging.changes import Dropped, Given, StoredChange
+from propulsion_export.merging.changes import Computed, Dropped, Given, StoredChange
 from propulsion_export.merging.quantised.scales import rounded_products
 
 _BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # those that bitsandbytes accepts
@@ -41,12 +42,9 @@ class FourBits:
     def scaled(self, scale: Array) -> Mapping[str, StoredChange]:
         """What becomes of absmax and of what describes it; scale: float64 [outputs]."""
         size = self._row_block_size()
-        blocks = self._blocks(size).reshape(self.shape[0], -1)
-        found = rounded_products(self.path, blocks, scale[:, None])
-        self._check_range(found)
         settings = {name: value for name, value in self._state.items() if "nested" not in name}
         return {
-            f"{self._weight}.absmax": Given(found.reshape(-1)),
+            f"{self._weight}.absmax": Computed.checked(partial(self._products, size, scale)),
             self._state_name: Given(_packed(settings | {"blocksize": size})),
             **{name: Dropped() for name in self._nested_names},
         }
@@ -77,6 +75,13 @@ class FourBits:
                 remedy=_REMEDY,
             )
         return size
+
+    def _products(self, size: int, scale: Array) -> Array:
+        """The absmax to write for each block of `size` weights, float32."""
+        blocks = self._blocks(size).reshape(self.shape[0], -1)
+        found = rounded_products(self.path, blocks, scale[:, None])
+        self._check_range(found)
+        return found.reshape(-1)
 
     def _blocks(self, size: int) -> Array:
         """The absmax of each block of `size` weights, float32."""

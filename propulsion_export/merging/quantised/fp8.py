@@ -13,13 +13,14 @@ merged checkpoint asks to be dequantised on loading.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from propulsion_export.base_model.tensor_files import Array, StoredTensor
 from propulsion_export.errors import BaseModelError
-from propulsion_export.merging.changes import Change, Given
+from propulsion_export.merging.changes import Change, Computed
 from propulsion_export.merging.quantised.float_grids import float8_step
 from propulsion_export.merging.quantised.scales import rounded_products
 
@@ -64,14 +65,12 @@ class Fp8:
         return outputs, inputs
 
     def scaled(self, path: str, scale: Array) -> Mapping[str, Change]:
-        name = f"{path}.weight_scale_inv"
-        blocks = self.tensors[name].read().astype(np.float32)
-        self._check_blocks(path, blocks.shape)
-        rows = np.repeat(blocks, self.block[0], axis=0)[: len(scale)]
-        return {name: Given(rounded_products(path, rows, scale[:, None]))}
+        self._check_blocks(path)
+        compute = partial(self._by_rows, path, scale)
+        return {f"{path}.weight_scale_inv": Computed.checked(compute)}
 
     def unscaled(self, path: str) -> Mapping[str, Change]:
-        return self.scaled(path, np.ones(self.shape(path)[0]))
+        return self.scaled(path, np.broadcast_to(1.0, self.shape(path)[:1]))
 
     def settings(self) -> Mapping[str, Any]:
         return {
@@ -87,7 +86,14 @@ class Fp8:
         scale, value = self.tensors[f"{path}.weight_scale_inv"][at], self.tensors[f"{path}.weight"]
         return scale * value[place], abs(scale) * float8_step(value[place])
 
-    def _check_blocks(self, path: str, blocks: tuple[int, ...]) -> None:
+    def _by_rows(self, path: str, scale: Array) -> Array:
+        """Each row's scales, float32, times its factor."""
+        blocks = self.tensors[f"{path}.weight_scale_inv"].read().astype(np.float32)
+        rows = np.repeat(blocks, self.block[0], axis=0)[: len(scale)]
+        return rounded_products(path, rows, scale[:, None])
+
+    def _check_blocks(self, path: str) -> None:
+        blocks = self.tensors[f"{path}.weight_scale_inv"].shape
         outputs, inputs = self.shape(path)
         expected = -(-outputs // self.block[0]), -(-inputs // self.block[1])
         if blocks != expected:

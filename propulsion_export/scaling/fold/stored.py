@@ -25,8 +25,11 @@ from transformers.core_model_loading import (
 )
 
 from propulsion_export.base_model.checkpoint import Checkpoint
+from propulsion_export.base_model.tensor_files import StoredTensor
 from propulsion_export.scaling.fold.jobs import Part
 from propulsion_export.scaling.fold.ties import replace_parameters_
+
+_BLOCK = 1 << 18  # values that are compared at a time
 
 
 class StoredParts:
@@ -128,11 +131,19 @@ def untie_as_stored_(parts: StoredParts) -> None:
     for target, source in tied_parameters(model).items():
         stored = [parts.own(name)[:1] for name in (target, source)]
         if all(stored):
-            ours, theirs = (parts.checkpoint.tensors[part.key].read() for (part,) in stored)
-            if not np.array_equal(ours, theirs):
+            ours, theirs = (parts.checkpoint.tensors[part.key] for (part,) in stored)
+            if not same_values(ours, theirs):
                 owner, _, attribute = target.rpartition(".")
                 weight = model.get_parameter(target).detach().clone()
                 replace_parameters_(model.get_submodule(owner), {attribute: weight})
+
+
+def same_values(one: StoredTensor, other: StoredTensor) -> bool:
+    """Whether two stored tensors hold the same values; of either a block is in memory."""
+    if one.shape != other.shape:
+        return False
+    pairs = zip(one.blocks(_BLOCK), other.blocks(_BLOCK), strict=True)
+    return all(np.array_equal(ours, theirs) for ours, theirs in pairs)
 
 
 def tied_parameters(model: PreTrainedModel) -> dict[str, str]:
