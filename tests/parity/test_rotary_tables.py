@@ -1,7 +1,6 @@
 """Tables of rotary positions in graphs of onnxruntime-genai's builder, compared row by row."""
 
 import numpy as np
-import onnx_ir as ir
 import pytest
 import torch
 from genai_models import make
@@ -101,7 +100,7 @@ def test_the_sines_or_a_weight_are_not_taken_for_cosines():
 
 def test_far_positions_are_as_exact_as_float32_makes_them():
     """A frequency that is off by a millionth is seen; the rounding of float32 is not."""
-    table, values = cosines_of(make("llama"), 131072)
+    table, _ = cosines_of(make("llama"), 131072)
     exact = 1e4 ** -(np.arange(8) / 8)
     positions = np.arange(131072)
 
@@ -118,4 +117,3 @@ def test_the_models_own_frequencies_stay():
         table.is_right(np.zeros((160, 8), np.float32), np.arange(160))
 
     assert torch.equal(model.model.rotary_emb.inv_freq, before)
-
