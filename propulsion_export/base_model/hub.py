@@ -79,7 +79,7 @@ def check_findable(source: str) -> None:
 def _unreachable(source: str) -> str | None:
     """Why a hub cannot be asked for a model; None if it answers, whatever it says."""
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils._validators import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id
 
     try:
         validate_repo_id(source)
