@@ -78,11 +78,11 @@ def check_findable(source: str) -> None:
 
 def _unreachable(source: str) -> str | None:
     """Why a hub cannot be asked for a model; None if it answers, whatever it says."""
+    from huggingface_hub import hf_hub_url
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
 
     try:
-        validate_repo_id(source)
+        hf_hub_url(source, "config.json")
     except HFValidationError:
         return "is no name that a hub has"
     return _unreachable_hub(source, int(time.monotonic() // 60))
