@@ -3,6 +3,7 @@
 import types
 import typing
 from dataclasses import MISSING, fields, is_dataclass
+from functools import cache
 from typing import Any, Literal
 
 from propulsion_export.base_model.fingerprint import Fingerprint
@@ -49,14 +50,23 @@ def _convert_container(origin: type, arguments: tuple[Any, ...], value: Any, whe
 
 def _convert_dataclass(kind: type, value: Any, where: str) -> Any:
     _expect(value, dict, where)
-    hints = typing.get_type_hints(kind)
-    defaults = {item.name: (item.default, item.default_factory) for item in fields(kind)}
-    if unknown := value.keys() - defaults.keys():
+    hints, needed = _fields_of(kind)
+    if unknown := value.keys() - hints.keys():
         raise ValueError(f"{where} has the unknown field {min(unknown)!r}")
-    needed = {name for name, default in defaults.items() if default == (MISSING, MISSING)}
     if lacking := needed - value.keys():
         raise ValueError(f"{where} lacks the field {min(lacking)!r}")
     return kind(**{k: convert(hints[k], item, f"{where}.{k}") for k, item in value.items()})
+
+
+@cache  # evaluating the annotations takes longer than reading a manifest
+def _fields_of(kind: type) -> tuple[dict[str, Any], frozenset[str]]:
+    """The type of each field of a dataclass, and the fields that have no default."""
+    hints = typing.get_type_hints(kind)
+    every = fields(kind)
+    needed = (
+        item.name for item in every if (item.default, item.default_factory) == (MISSING, MISSING)
+    )
+    return {item.name: hints[item.name] for item in every}, frozenset(needed)
 
 
 def _convert_union(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
