@@ -21,16 +21,9 @@ def base_source(model: str | None, adapters: Sequence[Adapter]) -> str:
 
     Raises:
         UsageError: there is neither, or the adapters name several.
-        BaseModelError: it is neither here nor on a hub.
     """
-    source = absolute(_named(model, adapters))
-    check_findable(source)
-    return source
-
-
-def _named(model: str | None, adapters: Sequence[Adapter]) -> str:
     if model is not None:
-        return model
+        return absolute(model)
     if not adapters:
         raise UsageError(
             "no base model is given and no adapter that names one, expected either",
@@ -40,7 +33,19 @@ def _named(model: str | None, adapters: Sequence[Adapter]) -> str:
     if len(named) != 1:
         found = f"name the bases {', '.join(sorted(named))}" if named else "name no base model"
         raise UsageError(f"the adapters {found}, expected one", remedy="Give it with -m.")
-    return named.pop()
+    return absolute(named.pop())
+
+
+def find_base(model: str | None, adapters: Sequence[Adapter]) -> str:
+    """The same, of a base model that is here or on a hub.
+
+    Raises:
+        UsageError: as `base_source` says.
+        BaseModelError: it is nowhere; says so in seconds where there is no network.
+    """
+    source = base_source(model, adapters)
+    check_findable(source)
+    return source
 
 
 def absolute(source: str) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from propulsion_export.adapters.provenance import base_source
+from propulsion_export.adapters.provenance import find_base
 from propulsion_export.adapters.specification import read_adapters, source_of
 from propulsion_export.artifacts.artifact import Artifact
 from propulsion_export.artifacts.file_names import MANIFEST_FILE
@@ -51,7 +51,7 @@ def export(
         PropulsionExportError: as the stages say.
     """
     parts = {name: output / name for name in ("onnx", "engine", "parity-onnx", "parity-engine")}
-    inputs = (*map(source_of, adapter), base_source(model, read_adapters(adapter)))
+    inputs = (*map(source_of, adapter), find_base(model, read_adapters(adapter)))
     for name, part in parts.items():
         marker: Marker = REPORT_FILE if name.startswith("parity") else MANIFEST_FILE
         kind = None if name.startswith("parity") else name

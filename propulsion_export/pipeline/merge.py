@@ -7,7 +7,7 @@ from decimal import Decimal
 from pathlib import Path
 
 from propulsion_export.adapters.adapter import Adapter
-from propulsion_export.adapters.provenance import base_source
+from propulsion_export.adapters.provenance import find_base
 from propulsion_export.adapters.specification import check_identity, read_adapters
 from propulsion_export.artifacts.artifact import Artifact
 from propulsion_export.artifacts.file_names import MANIFEST_FILE
@@ -119,7 +119,7 @@ def merge_adapters(
     """
     shard_size = None if options.max_shard_size is None else parse_size(options.max_shard_size)
     read = read_adapters(adapters)
-    source = base_source(options.model, read)
+    source = find_base(options.model, read)
     inputs = (*(one.source for one in read), source)
     several = len(read) > 1
     check_replaceable(

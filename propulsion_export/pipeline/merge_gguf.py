@@ -6,7 +6,7 @@ from pathlib import Path
 
 from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.adapters.own_template import own_template
-from propulsion_export.adapters.provenance import base_source, check_base
+from propulsion_export.adapters.provenance import check_base, find_base
 from propulsion_export.adapters.specification import check_identity, read_adapters
 from propulsion_export.artifacts.merged_base import check_not_merged
 from propulsion_export.artifacts.staged_file import check_replaceable_output, staged_file
@@ -61,7 +61,7 @@ def merge_gguf(
         PropulsionExportError: as its subclasses say; nothing is left at `output` then.
     """
     (read,) = read_adapters([adapter])
-    source = base_source(model, [read])
+    source = find_base(model, [read])
     file = _file(source, output)
     inputs = (read.source, file)
     check_replaceable_output(output, is_ours=_is_merged, force=force, inputs=inputs)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from propulsion_export.adapters.adapter import Adapter
-from propulsion_export.adapters.provenance import adapter_tasks, base_source
+from propulsion_export.adapters.provenance import adapter_tasks, find_base
 from propulsion_export.adapters.specification import check_identity, read_adapters, source_of
 from propulsion_export.artifacts.artifact import Artifact
 from propulsion_export.artifacts.layout import check_range
@@ -177,7 +177,7 @@ def export_modes(
     modes = tuple(dict.fromkeys(mode))
     scheme = check_options(modes, options, len(adapter))
     adapters = _read(adapter, modes, options)
-    source = base_source(options.model, adapters)
+    source = find_base(options.model, adapters)
     places = Places(output, modes, options.force, (*map(source_of, adapter), source))
     places.check()
     check_not_merged(source, adapters)
