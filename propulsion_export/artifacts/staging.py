@@ -5,7 +5,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, get_args
@@ -33,7 +33,7 @@ def staged_directory(
     force: bool = False,
     inputs: Iterable[Path | str] = (),
     kind: str | None = None,
-    several: bool = False,
+    several: Collection[str] = (),
 ) -> Iterator[Path]:
     """Yield an empty directory beside `destination`; on success it becomes `destination`.
 
@@ -47,7 +47,7 @@ def staged_directory(
         force: replace an earlier output.
         inputs: files and directories that the output is made from, which are never replaced.
         kind: of an artifact, as its manifest says: `onnx` does not replace `merged`, for example.
-        several: whether it gets a directory of that kind for each of several outputs.
+        several: the names of several outputs, each of which gets a directory of that kind in it.
 
     Raises:
         UsageError: `check_replaceable` refuses the destination, or the disk is full.
@@ -79,7 +79,7 @@ def check_replaceable(
     force: bool,
     inputs: Iterable[Path | str] = (),
     kind: str | None = None,
-    several: bool = False,
+    several: Collection[str] = (),
 ) -> None:
     """Refuse a destination that holds something which must not be lost.
 
@@ -88,8 +88,8 @@ def check_replaceable(
 
     Raises:
         UsageError: the destination is a file, or a directory that is not empty, and `force` is off
-            or it has no `marker` or is of another `kind`; it is or holds one of the `inputs`; its
-            parent cannot be written to.
+            or it has no `marker` or is of another `kind`; it holds others than `several`; it is or
+            holds one of the `inputs`; its parent cannot be written to.
     """
     destination = user_path(destination).resolve()
     with disk_errors_in_words(destination, FORBIDDEN):
@@ -137,7 +137,7 @@ def refuse_inputs(
 
 
 def _refuse_to_lose(
-    destination: Path, marker: Marker, kind: str | None, *, force: bool, several: bool
+    destination: Path, marker: Marker, kind: str | None, *, force: bool, several: Collection[str]
 ) -> None:
     refuse_unwritable(destination)
     if not destination.exists():
@@ -152,7 +152,7 @@ def _refuse_to_lose(
             f"{destination}: exists and is not empty, expected a new or empty directory",
             remedy="Choose another directory, or replace this one with --force.",
         )
-    _refuse_other_number(destination, marker, several=several)
+    _refuse_other_number(destination, marker, several)
     for place in sorted(destination.iterdir()) if several else [destination]:
         _refuse_other_kind(place, marker, kind)
     if weights := _weights_beside_an_adapter(destination, marker):
@@ -165,14 +165,16 @@ def _refuse_to_lose(
         raise UsageError(f"{destination}: the current directory lies inside, it is not replaced")
 
 
-def _refuse_other_number(destination: Path, marker: Marker, *, several: bool) -> None:
-    """Refuse to replace one output by a directory of several, or several by one."""
+def _refuse_other_number(destination: Path, marker: Marker, several: Collection[str]) -> None:
+    """Refuse to replace one output by several, several by one, or several by others."""
     single, inside = (destination / marker).is_file(), sorted(destination.iterdir())
     if several and single:
         finding = "is a single output, expected a directory of several"
     elif not (several or single) and all((place / marker).is_file() for place in inside):
         names = ", ".join(place.name for place in inside[:_SHOWN])
         finding = f"is a directory of several outputs ({names}), expected a single one"
+    elif several and (others := {place.name for place in inside} - {*several}):
+        finding = f"holds {min(others)}, expected nothing but {' and '.join(several)}"
     else:
         return
     raise UsageError(

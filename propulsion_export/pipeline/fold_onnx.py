@@ -93,7 +93,8 @@ def fold_onnx(
     for read in adapters:
         check_identity(read)
     sources = {read.name: read.source for read in adapters}
-    places = Places(output, list(sources), force, (*sources.values(), str(from_artifact)))
+    inputs = (*sources.values(), str(from_artifact))
+    places = Places(output, list(sources), "onnx", force, inputs)
     places.check()
     progress(0.05, f"reading {from_artifact}")
     artifact = Artifact.read(from_artifact)

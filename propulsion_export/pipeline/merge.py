@@ -10,10 +10,8 @@ from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.adapters.provenance import find_base
 from propulsion_export.adapters.specification import check_identity, read_adapters
 from propulsion_export.artifacts.artifact import Artifact
-from propulsion_export.artifacts.file_names import MANIFEST_FILE
 from propulsion_export.artifacts.merged_base import check_not_merged, check_undamaged
 from propulsion_export.artifacts.rounding import numpy_dtype
-from propulsion_export.artifacts.staging import check_replaceable, staged_directory
 from propulsion_export.base_model.carried_files import carry_files
 from propulsion_export.environment.progress import Progress, silent
 from propulsion_export.errors import UsageError
@@ -23,6 +21,7 @@ from propulsion_export.merging.verifying import verify_output
 from propulsion_export.merging.writing import Output, write_outputs
 from propulsion_export.pipeline.merge_by_names import prepare_by_names
 from propulsion_export.pipeline.merge_request import MergeRequest, Prepared
+from propulsion_export.pipeline.places import Places
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
@@ -121,15 +120,8 @@ def merge_adapters(
     read = read_adapters(adapters)
     source = find_base(options.model, read)
     inputs = (*(one.source for one in read), source)
-    several = len(read) > 1
-    check_replaceable(
-        output,
-        marker=MANIFEST_FILE,
-        kind="merged",
-        force=options.force,
-        inputs=inputs,
-        several=several,
-    )
+    places = Places(output, [one.name for one in read], "merged", options.force, inputs)
+    places.check()
     for adapter in read:
         check_identity(adapter)
     check_not_merged(source, read)
@@ -138,18 +130,10 @@ def merge_adapters(
     size = sum(one.size for one in read)
     note = next(iter(prepared.values())).note
     progress(0.1, f"folding {size:,} scales into {source}{note}")
-    with staged_directory(
-        output,
-        marker=MANIFEST_FILE,
-        kind="merged",
-        force=options.force,
-        inputs=inputs,
-        several=several,
-    ) as directory:
-        places = {name: directory / name if several else directory for name in prepared}
-        artifacts = _write(prepared, places, shard_size, options, progress)
+    with places.staged() as staged:
+        artifacts = _write(prepared, staged, shard_size, options, progress)
     progress(1.0, f"wrote {output}")
-    return [artifact.at(output / name if several else output) for name, artifact in artifacts]
+    return [artifact.at(places.by_name[name]) for name, artifact in artifacts]
 
 
 def _request(source: str, adapter: Adapter, options: MergeOptions) -> MergeRequest:
@@ -176,8 +160,6 @@ def _write(
         name: Output(places[name], one.plan, plan_files(one.plan, one.checkpoint, shard_size))
         for name, one in prepared.items()
     }
-    for place in places.values():
-        place.mkdir(exist_ok=True)
     written = write_outputs(list(outputs.values()), progress, share=options.share)
     artifacts = []
     for (name, output), digests in zip(outputs.items(), written, strict=True):

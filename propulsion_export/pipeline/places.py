@@ -1,4 +1,4 @@
-"""Where the ONNX artifacts of one command go: one for each mode or adapter, all of them or none."""
+"""Where the artifacts of one command go: one for each mode or adapter, all of them or none."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from propulsion_export.artifacts.file_names import MANIFEST_FILE
+from propulsion_export.artifacts.manifest import ArtifactKind
 from propulsion_export.artifacts.staging import check_replaceable, staged_directory
 from propulsion_export.errors import UsageError
 
@@ -21,12 +22,14 @@ class Places(Generic[Name]):
         output: the directory of the artifact if there is one, else the directory that holds one of
             its name for each.
         names: of the artifacts, such as modes or adapters.
+        kind: of the artifacts.
         force: replace earlier outputs.
         inputs: files and directories that are never replaced.
     """
 
     output: Path
     names: Sequence[Name]
+    kind: ArtifactKind
     force: bool
     inputs: Sequence[str]
 
@@ -39,8 +42,8 @@ class Places(Generic[Name]):
         """Refuse an output that holds something which must not be lost, before long work.
 
         Raises:
-            UsageError: it is an artifact, so it is no place for several; it holds others than those
-                that are written, or `check_replaceable` refuses it.
+            UsageError: it is an artifact, so it is no place for several; `check_replaceable`
+                refuses it.
         """
         if self._several and (self.output / MANIFEST_FILE).is_file():
             raise UsageError(
@@ -51,12 +54,11 @@ class Places(Generic[Name]):
         check_replaceable(
             self.output,
             marker=MANIFEST_FILE,
-            kind="onnx",
+            kind=self.kind,
             force=self.force,
             inputs=self.inputs,
             several=self._several,
         )
-        self._refuse_others()
 
     @contextmanager
     def staged(self) -> Iterator[dict[Name, Path]]:
@@ -64,7 +66,7 @@ class Places(Generic[Name]):
         with staged_directory(
             self.output,
             marker=MANIFEST_FILE,
-            kind="onnx",
+            kind=self.kind,
             force=self.force,
             inputs=self.inputs,
             several=self._several,
@@ -73,22 +75,10 @@ class Places(Generic[Name]):
             for place in places.values():
                 place.mkdir(exist_ok=True)
             yield places
-            self._refuse_others()
 
     @property
-    def _several(self) -> bool:
-        return len(self.names) > 1
+    def _several(self) -> Sequence[Name]:
+        return self.names if len(self.names) > 1 else ()
 
     def _inside(self, directory: Path) -> dict[Name, Path]:
         return {name: directory / name if self._several else directory for name in self.names}
-
-    def _refuse_others(self) -> None:
-        """Refuse to replace artifacts beside those that are written."""
-        if not self._several or not self.output.is_dir():
-            return
-        if others := sorted({path.name for path in self.output.iterdir()} - {*self.names}):
-            raise UsageError(
-                f"{self.output}: holds {others[0]}, expected nothing but "
-                f"{' and '.join(self.names)}, so --force does not replace it",
-                remedy="Choose another directory, or write each into one of its own.",
-            )

@@ -110,7 +110,7 @@ def test_each_is_an_artifact_where_it_says(several, switchable, tmp_path):
 
 @pytest.mark.parametrize("names", [["folded"], ["folded", "bank"]])
 def test_a_failure_in_staging_leaves_no_directory(names, tmp_path):
-    places = Places(tmp_path / "out", names, False, ())
+    places = Places(tmp_path / "out", names, "onnx", False, ())
 
     def fail():
         with places.staged() as staged:

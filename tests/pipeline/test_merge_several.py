@@ -123,11 +123,14 @@ def test_force_replaces_several_merges_and_nothing_else(sharded, tmp_path):
     with pytest.raises(UsageError, match="exists and is not empty"):
         merge_adapters(both, tmp_path / "out", PLAIN)
 
-    merge_adapters([f"other={both[0]}", both[1]], tmp_path / "out", force)
+    merge_adapters(both, tmp_path / "out", force)
 
-    assert {place.name for place in (tmp_path / "out").iterdir()} == {"other", "high"}
+    assert {place.name for place in (tmp_path / "out").iterdir()} == {"low", "high"}
+    with pytest.raises(UsageError, match="holds low, expected nothing but other and high"):
+        merge_adapters([f"other={both[0]}", both[1]], tmp_path / "out", force)
+    assert (tmp_path / "out" / "low").is_dir()
     (tmp_path / "out" / "thesis.txt").write_text("ten years")
-    with pytest.raises(UsageError, match=r"thesis\.txt: is a file, expected nothing but"):
+    with pytest.raises(UsageError, match=r"holds thesis\.txt, expected nothing but"):
         merge_adapters(both, tmp_path / "out", force)
     assert (tmp_path / "out" / "thesis.txt").is_file()
 

@@ -52,12 +52,15 @@ def test_one_output_is_not_replaced_by_several_nor_several_by_one(tmp_path):
     before = content_of(tmp_path)
 
     with pytest.raises(UsageError, match="one: is a single output, expected a directory of sev"):
-        check_replaceable(one, marker=ADAPTER, force=True, several=True)
+        check_replaceable(one, marker=ADAPTER, force=True, several=["a", "b"])
     with pytest.raises(UsageError, match=r"several outputs \(a, b\), expected a single one"):
         check_replaceable(many, marker=ADAPTER, force=True)
 
+    with pytest.raises(UsageError, match="many: holds b, expected nothing but a and c"):
+        check_replaceable(many, marker=ADAPTER, force=True, several=["a", "c"])
+
     check_replaceable(one, marker=ADAPTER, force=True)
-    check_replaceable(many, marker=ADAPTER, force=True, several=True)
+    check_replaceable(many, marker=ADAPTER, force=True, several=["a", "b"])
     assert content_of(tmp_path) == before
 
 
