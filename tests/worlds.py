@@ -100,6 +100,24 @@ def export_world(world, shared):
 
 
 @pytest.fixture(scope="session")
+def export_slots(world, shared):
+    """`export_slots(mode)`: the base model with slots and no adapter; copy it before changing it.
+
+    They have room for biases and five labels.
+    """
+    options = {"task": "text-classification", "train_bias": True, "max_labels": 5}
+
+    @cache
+    def make(mode):
+        def fill(directory):
+            _export([], directory / mode, model=str(world.base), mode=mode, **options)
+
+        return shared(f"world-slots-{mode}", fill) / mode
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def switchable(export_world):
     """The switchable export of both adapters; copy it before changing it."""
     return export_world("switchable")

@@ -188,8 +188,14 @@ def test_settings_that_training_changed_are_expected(make_world, tmp_path):
     assert not failed(directory)
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("kind", ["gpt2", "llama", "bart", "t5"])
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [
+        *((kind, mode) for kind in ("gpt2", "llama", "t5") for mode in MODES),
+        ("bart", "folded"),
+        *(pytest.param("bart", mode, marks=pytest.mark.slow) for mode in MODES[1:]),  # three traces
+    ],
+)
 def test_files_of_a_right_generative_artifact_pass(kind, mode, exported):
     directory = exported(kind, mode)
 

@@ -30,8 +30,8 @@ from propulsion_export.runners.decoding import generate, greedy
 from propulsion_export.runners.opening import choose_runner, open_candidate
 
 STEPS = 64
-# Each trace takes ten seconds on a slow core, and the bank of every decoder is traced and judged
-# besides. A bank scales no experts, so Mixtral's are judged in the switchable graph.
+# Each trace takes ten seconds on a slow core, and banks are traced and judged besides. A bank
+# scales no experts, so Mixtral's are judged in the switchable graph.
 QUICK = {"folded": ("gpt2", "llama", "t5"), "switchable": ("gpt2", "llama", "mixtral", "t5")}
 TRACED = {
     mode: [kind if kind in quick else pytest.param(kind, marks=pytest.mark.slow)
@@ -187,10 +187,8 @@ def test_graph_of_a_decoder_has_the_names_that_its_clients_read(exported):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_decoder_of_16_bits_passes(dtype, make_world, tmp_path):
-    export_onnx([make_world("llama").one], tmp_path / "half", mode="switchable", dtype=dtype)
-
-    report = check_parity(tmp_path / "half")
+def test_decoder_of_16_bits_passes(dtype, exported):
+    report = check_parity(exported("llama", "switchable", dtype))
 
     assert_passed(report)
     assert report.runner == ("reference" if dtype == "bfloat16" else "onnxruntime")

@@ -12,7 +12,6 @@ from transformers import AutoModelForSequenceClassification
 from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.adapters.scales import Scale
 from propulsion_export.artifacts.artifact import Artifact
-from propulsion_export.base_model.model_fingerprint import fingerprint_of_model
 from propulsion_export.errors import AdapterError, BaseModelError, UsageError
 from propulsion_export.graph.optimise import optimise
 from propulsion_export.graph.passes.dimensions import NameDimensions
@@ -81,58 +80,55 @@ def test_manifest_places_every_scale_of_every_adapter(world, switchable):
     assert sum(slot.length for slot in layout) == Adapter.read(world.five).size
 
 
-@pytest.mark.parametrize("mode", ["folded", "switchable"])
+# A bank of each task is judged besides, in `test_bank_mode.py`.
+SLOW_TASKS = [
+    ("folded", "token-classification"),
+    ("folded", "question-answering"),
+    ("switchable", "fill-mask"),
+    ("switchable", "feature-extraction"),
+]
+
+
 @pytest.mark.parametrize(
-    "task", ["token-classification", "question-answering", "fill-mask", "feature-extraction"]
+    ("mode", "task"),
+    [
+        ("folded", "fill-mask"),  # whose head shares the embedding
+        ("folded", "feature-extraction"),
+        ("switchable", "token-classification"),
+        ("switchable", "question-answering"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_TASKS),
+    ],
 )
-def test_every_encoder_task_exports_and_passes(
-    task, mode, tmp_path, tiny_model, tiny_checkpoint, positive_adapter, write_adapter
-):
-    base = tiny_checkpoint("bert", task)
-    model = tiny_model("bert", task)
-    made = replace(
-        positive_adapter(model, name="one", biases=True),
-        base=str(base),
-        fingerprint=fingerprint_of_model(model),
-    )
-    write_adapter(made, tmp_path / "one")
+def test_every_encoder_task_exports_and_passes(mode, task, exported):
+    report = check_parity(exported("bert", mode, task=task))
 
-    # Masked language models share their embedding with the head.
-    untie = mode == "folded"
-    export_onnx([tmp_path / "one"], tmp_path / "out", mode=mode, task=task, untie=untie)
-
-    report = check_parity(tmp_path / "out")
     assert report.passed, [check.detail for check in report.checks]
 
 
 @pytest.mark.parametrize("mode", ["folded", "switchable"])
-def test_half_precision_exports_pass_at_that_precision(mode, world, tmp_path):
-    export_onnx([world.three], tmp_path / "out", mode=mode, dtype="float16")
+def test_half_precision_exports_pass_at_that_precision(mode, export_world):
+    directory = export_world(mode, "float16")
 
-    report = check_parity(tmp_path / "out")
+    report = check_parity(directory)
 
     assert report.passed, [check.detail for check in report.checks]
     assert report.dtype == "float16"
-    inputs = Artifact.read(tmp_path / "out").manifest.inputs
+    inputs = Artifact.read(directory).manifest.inputs
     packed = {spec.name: spec.dtype for spec in inputs if spec.optional}
     names = ("propulsion_scales", "propulsion_biases", "propulsion_modules")
     assert packed == (dict.fromkeys(names, "float16") if mode == "switchable" else {})
 
 
 @pytest.mark.parametrize("mode", ["folded", "switchable"])
-def test_bfloat16_exports_pass_in_the_reference_evaluator(mode, world, tmp_path):
-    export_onnx([world.three], tmp_path / "out", mode=mode, dtype="bfloat16")
-
-    report = check_parity(tmp_path / "out")
+def test_bfloat16_exports_pass_in_the_reference_evaluator(mode, export_world):
+    report = check_parity(export_world(mode, "bfloat16"))
 
     assert report.runner == "reference"
     assert report.passed, [check.detail for check in report.checks]
 
 
-def test_bfloat16_is_not_run_where_no_kernel_is(world, tmp_path):
-    export_onnx([world.three], tmp_path / "out", dtype="bfloat16")
-
-    report = check_parity(tmp_path / "out", runner="onnxruntime")
+def test_bfloat16_is_not_run_where_no_kernel_is(export_world):
+    report = check_parity(export_world("folded", "bfloat16"), runner="onnxruntime")
 
     assert report.verdict == "not run"
     assert "no bfloat16 kernels" in report.not_run[0].reason

@@ -16,21 +16,10 @@ from propulsion_export.pipeline.parity import check_parity
 from propulsion_export.pipeline.run import predict
 from propulsion_export.serving.session import Session
 
-SLOTS = {"task": "text-classification", "train_bias": True, "max_labels": 5}
-
-
-@pytest.fixture(scope="module")
-def empty(world, tmp_path_factory):
-    """Exports with slots and no adapter, by mode; copy them before changing them."""
-    root = tmp_path_factory.mktemp("slots")
-    for mode in ("switchable", "bank"):
-        export_onnx([], root / mode, model=str(world.base), mode=mode, **SLOTS)
-    return root
-
 
 @pytest.mark.parametrize("mode", ["switchable", "bank"])
-def test_slots_are_judged_with_the_base_model_and_a_random_adapter(empty, mode):
-    report = check_parity(empty / mode)
+def test_slots_are_judged_with_the_base_model_and_a_random_adapter(export_slots, mode):
+    report = check_parity(export_slots(mode))
 
     assert report.passed
     cases = {(check.case, check.adapter) for check in report.checks}
@@ -41,21 +30,21 @@ def test_slots_are_judged_with_the_base_model_and_a_random_adapter(empty, mode):
 
 
 @pytest.mark.parametrize("mode", ["switchable", "bank"])
-def test_the_random_adapter_catches_slots_that_do_not_act(empty, mode, monkeypatch):
+def test_the_random_adapter_catches_slots_that_do_not_act(export_slots, mode, monkeypatch):
     def without_effect(artifact, adapters):
         return drawn_feeds(artifact, [replace(a, scales={}, biases={}) for a in adapters])
 
     drawn_feeds = drawn.feeds_for_drawn
     monkeypatch.setattr("propulsion_export.pipeline.parity.feeds_for_drawn", without_effect)
 
-    report = check_parity(empty / mode)
+    report = check_parity(export_slots(mode))
 
     failed = {(check.case, check.adapter) for check in report.checks if not check.passed}
     assert ("effect", "random") in failed
 
 
-def test_another_seed_draws_another_adapter(empty):
-    artifact = Artifact.read(empty / "bank")
+def test_another_seed_draws_another_adapter(export_slots):
+    artifact = Artifact.read(export_slots("bank"))
 
     first, same, other = (drawn.draw_adapters(artifact, seed)[0] for seed in (0, 0, 1))
 
@@ -63,9 +52,11 @@ def test_another_seed_draws_another_adapter(empty):
 
 
 @pytest.mark.parametrize("mode", ["switchable", "bank"])
-def test_adapters_added_to_slots_are_those_of_an_export_with_them(empty, mode, world, tmp_path):
+def test_adapters_added_to_slots_are_those_of_an_export_with_them(
+    export_slots, mode, world, tmp_path
+):
     directory = tmp_path / mode
-    shutil.copytree(empty / mode, directory)
+    shutil.copytree(export_slots(mode), directory)
 
     for adapter in (world.three, world.five):
         added = add_adapter(directory, adapter)
@@ -81,10 +72,10 @@ def test_adapters_added_to_slots_are_those_of_an_export_with_them(empty, mode, w
 
 
 def test_an_adapter_without_its_head_is_refused_where_the_base_model_has_none(
-    empty, world, tmp_path, write_adapter
+    export_slots, world, tmp_path, write_adapter
 ):
     directory = tmp_path / "bank"
-    shutil.copytree(empty / "bank", directory)
+    shutil.copytree(export_slots("bank"), directory)
     headless = replace(Adapter.read(world.three), modules={}, labels=None)
     write_adapter(headless, tmp_path / "headless")
 
@@ -189,8 +180,8 @@ def test_without_adapters_and_model_the_remedy_is_m(tmp_path):
         export_onnx([], tmp_path / "out", mode="bank")
 
 
-def test_the_fingerprint_of_slots_is_the_base_models(empty, tiny_model):
-    recorded = Artifact.read(empty / "bank").manifest.base.fingerprint
+def test_the_fingerprint_of_slots_is_the_base_models(export_slots, tiny_model):
+    recorded = Artifact.read(export_slots("bank")).manifest.base.fingerprint
 
     assert (
         recorded.difference(fingerprint_of_model(tiny_model("bert", "feature-extraction"))) is None
@@ -211,20 +202,20 @@ def test_slots_for_biases_that_no_module_has_are_refused(tiny_checkpoint, tmp_pa
         export_onnx([], tmp_path / "out", model=str(checkpoint), mode="bank", train_bias=True)
 
 
-def test_the_seed_of_a_random_adapter_is_in_the_report_beside_inputs(empty, tmp_path):
+def test_the_seed_of_a_random_adapter_is_in_the_report_beside_inputs(export_slots, tmp_path):
     texts = tmp_path / "texts.txt"
     texts.write_text("ba be\n" * 16)
 
-    report = check_parity(empty / "switchable", inputs=texts, seed=5)
+    report = check_parity(export_slots("switchable"), inputs=texts, seed=5)
 
     assert report.passed
     assert report.seed == 5
 
 
-def test_a_package_without_adapters_says_how_to_run_it(empty, tmp_path):
+def test_a_package_without_adapters_says_how_to_run_it(export_slots, tmp_path):
     from propulsion_export.pipeline.package import package
 
-    made = package(empty / "switchable", tmp_path / "package", layout="onnx-adapter")
+    made = package(export_slots("switchable"), tmp_path / "package", layout="onnx-adapter")
 
     assert made.adapters == ()
     assert "--adapter" not in made.next_command

@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 
 from propulsion_export.artifacts import changing
-from propulsion_export.artifacts.artifact import digest_of
+from propulsion_export.artifacts.artifact import Artifact, digest_of
 from propulsion_export.artifacts.tensor_names import IDS_INPUT, SCALES_INPUT
 from propulsion_export.pipeline import parity
-from propulsion_export.pipeline.onnx import export_onnx
 from propulsion_export.pipeline.parity import check_parity
 
 MODES = ("switchable", "bank")
@@ -58,10 +57,11 @@ def test_adapters_that_moved_are_added_as_they_were_judged(mode, world, export_w
     moved = {
         name: shutil.copytree(world.root / name, tmp_path / name) for name in ("three", "five")
     }
-    out = tmp_path / "out"
-    export_onnx([f"{name}={place}" for name, place in moved.items()], out, mode=mode)
-    for place in moved.values():
+    out = shutil.copytree(export_world(mode), tmp_path / "out")
+    for name, place in moved.items():
+        changing.add_adapter(out, f"{name}={place}", force=True)
         shutil.rmtree(place)
+    assert Artifact.read(out).list_adapters()["three"].source == str(moved["three"])
 
     report = check_parity(out, adapter=[f"three={world.three}", f"five={world.five}"])
 
@@ -70,11 +70,8 @@ def test_adapters_that_moved_are_added_as_they_were_judged(mode, world, export_w
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_slots_are_judged_by_adding_a_drawn_adapter(mode, world, tmp_path):
-    options = {"task": "text-classification", "train_bias": True, "max_labels": 5}
-    export_onnx([], tmp_path / "out", model=str(world.base), mode=mode, **options)
-
-    report = check_parity(tmp_path / "out")
+def test_slots_are_judged_by_adding_a_drawn_adapter(mode, export_slots):
+    report = check_parity(export_slots(mode))
 
     assert report.passed
     assert ("added", "random") in {(check.case, check.adapter) for check in report.checks}
