@@ -106,8 +106,10 @@ class Artifact:
         file = directory / MANIFEST_FILE
         if not os.path.isfile(file):  # noqa: PTH113 - never raises, whatever the path
             check_permission(directory, ArtifactError)
+            there = os.path.exists(directory)  # noqa: PTH110 - never raises either
+            found = f"has no {MANIFEST_FILE}" if there else "does not exist"
             raise ArtifactError(
-                f"{given}: has no {MANIFEST_FILE}, expected a directory written by "
+                f"{given}: {found}, expected a directory written by "
                 "`propulsion-export merge`, `onnx` or `trt`"
             )
         manifest = read_manifest(file, shown=given / MANIFEST_FILE)

@@ -67,7 +67,7 @@ class BoundDirectory:
             raise deleted(self.given)
         raise UsageError(
             f"{self.given}: is another directory now ({now}) than the one that was read "
-            f"({self.path}); nothing was changed",
+            f"({'replaced since' if now == self.path else self.path}); nothing was changed",
             remedy="Refresh the session, which follows the path, or try again.",
         )
 

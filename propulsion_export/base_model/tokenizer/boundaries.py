@@ -1,7 +1,7 @@
 """Where a text can be cut in two without changing a token on either side.
 
-A boundary lies between a letter or digit and a blank, a punctuation mark or an ideograph. It is
-safe if every step of the tokenizer treats its two sides apart:
+A boundary lies between a letter or digit and a blank, a new line or tab, a punctuation mark or an
+ideograph. It is safe if every step of the tokenizer treats its two sides apart:
 
 | step | why it does |
 |---|---|
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 BLANK = " "
 # Those of ASCII, and the ideographic comma and full stop with the full-width forms.
 MARKS = frozenset(",.;:!?\u3001\u3002\uff0c\uff01\uff1f\uff1b\uff1a")
-_ALL = MARKS | {BLANK}
+_LINES = frozenset("\n\r\t")
 _IDEOGRAPHS = "\u4e00-\u9fff"
 _BYTE_BLANK = "\u0120"
 _TRIED = 10_000  # places that are tried before a text counts as one without boundaries
@@ -69,7 +69,7 @@ class Boundaries:
     """Where texts can be cut for one tokenizer: behind a letter or digit, before some characters.
 
     Attributes:
-        before: blanks and marks before which a text can be cut to keep its beginning.
+        before: blanks, new lines and marks before which a text can be cut to keep its beginning.
         behind: whether it can be cut before a blank to keep its end.
         isolated: whether each ideograph is a word of its own.
         joined: pairs of ideographs that a token holds; None where others cannot be cut apart.
@@ -94,6 +94,8 @@ class Boundaries:
             return None
         inside = _behind_letters(token.content for token in added)
         chars = {char: blank if char == BLANK else char for char in MARKS | {BLANK}}
+        if BLANK not in inside:  # a normalizer may have made one of it
+            chars |= _normal_lines(backend, normalizers)
         chars = {char: now for char, now in chars.items() if not {char, _folded(now)} & inside}
         pre_tokenizers = _parts(backend.pre_tokenizer, "pretokenizers")
         splitting, whole = _split(pre_tokenizers, chars)
@@ -133,7 +135,8 @@ class Boundaries:
     def _candidates(self) -> re.Pattern[str]:
         ideographs = _IDEOGRAPHS if self.isolated or self.joined is not None else ""
         # The set first, which is searched for fast.
-        return re.compile(f"[{re.escape(''.join(sorted(self.before)))}{ideographs}](?<=[^\\W_].)")
+        chars = re.escape("".join(sorted(self.before)))
+        return re.compile(f"[{chars}{ideographs}](?<=[^\\W_].)", re.DOTALL)
 
     def _is_safe(self, text: str, place: int) -> bool:
         left, right = text[place - 1], text[place]
@@ -237,6 +240,24 @@ def _replaced(pattern: Mapping[str, str], content: str, blank: str) -> str | Non
     return None if movable else blank
 
 
+def _normal_lines(backend: "Tokenizer", normalizers: Parts) -> dict[str, str]:
+    """What new lines and tabs behind a letter are behind all normalizers, where that is known."""
+    replaced = "".join(part["pattern"].get("String", "") for part in normalizers if _replaces(part))
+    if _LINES & set(replaced):
+        return {}
+    found = {}
+    for char in _LINES:
+        text = f"a{char}a"
+        normal = text if backend.normalizer is None else backend.normalizer.normalize_str(text)
+        if len(normal) > 2 and normal[-3] == normal[-1] == "a":
+            found[char] = normal[-2]
+    return found
+
+
+def _replaces(part: Mapping[str, Any]) -> bool:
+    return bool(part["type"] == "Replace")
+
+
 def _split(pre_tokenizers: Parts, chars: Mapping[str, str]) -> tuple[set[str], dict[str, str]]:
     """Before which characters behind a letter there is a split, and which are left in a whole.
 
@@ -265,9 +286,13 @@ def _step(part: Mapping[str, Any], char: str) -> str | bool:
     """
     kind = part["type"]
     if kind in _SPLITTERS or (kind == "ByteLevel" and part.get("use_regex", True)):
-        return char in MARKS or char == BLANK
+        return char in MARKS or _is_blank(char)
     step = _STEPS.get(kind)
     return step is not None and step(part, char)
+
+
+def _is_blank(char: str) -> bool:
+    return char == BLANK or char in _LINES
 
 
 def _metaspace_step(part: Mapping[str, Any], char: str) -> str | bool:
@@ -281,7 +306,7 @@ def _punctuation_step(part: Mapping[str, Any], char: str) -> str | bool:
 
 
 def _byte_step(part: Mapping[str, Any], char: str) -> str | bool:
-    return _BYTE_BLANK if char == BLANK else char.isascii() and char
+    return _BYTE_BLANK if char == BLANK else char.isascii() and char.isprintable() and char
 
 
 def _pattern_step(part: Mapping[str, Any], char: str) -> str | bool:
@@ -299,7 +324,7 @@ def _pattern_step(part: Mapping[str, Any], char: str) -> str | bool:
 
 _SPLITTERS = frozenset({"BertPreTokenizer", "Whitespace"})
 _STEPS: dict[str, Callable[[Mapping[str, Any], str], str | bool]] = {
-    "WhitespaceSplit": lambda part, char: True if char == BLANK else char,
+    "WhitespaceSplit": lambda part, char: _is_blank(char) or char,
     "Digits": lambda part, char: char,
     "Punctuation": _punctuation_step,
     "Metaspace": _metaspace_step,

@@ -416,6 +416,9 @@ def test_a_long_text_is_cut(kind):
         ("unigram-whole", "中国本" * 9999),
         ("gpt2", "中国。" * 9999),
         ("gpt2", "ab,cd;" * 9999),
+        ("bert", "ba\nbe\n" * 9999),
+        ("bert", "ba\tbe\r\n" * 9999),
+        ("gpt2", "ba\nbe\t" * 9999),
     ],
 )
 def test_so_is_one_without_blanks(kind, text):

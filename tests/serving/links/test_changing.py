@@ -28,6 +28,9 @@ def test_a_session_changes_no_directory_but_the_one_that_it_serves(kind, happens
         session.add(f"later={world.three}")
     with pytest.raises(UsageError, match=r"current: is another directory now \(.*release"):
         session.remove("five")
+    with pytest.raises(UsageError, match=r"replaced since|release-1\); nothing") as told:
+        session.remove("five")
+    assert str(told.value).count("release-1") == 1
 
     assert of.contents() == before
     assert session.adapters == ("five", "three")
@@ -48,6 +51,18 @@ def test_a_deleted_directory_is_told_as_that(kind, change, releases, world):
         getattr(session, change)(*arguments)
 
     assert asked(session) == right
+
+
+@both
+def test_a_session_of_a_deleted_directory_is_opened_nowhere_else(kind, releases):
+    of = releases(kind)
+    pickled = pickle.dumps(Session(of.link))
+    shutil.rmtree(of.first)
+
+    with pytest.raises(ArtifactError, match=r"release-1: does not exist, expected"):
+        pickle.loads(pickled)
+    with pytest.raises(ArtifactError, match=r"current: does not exist, expected"):
+        Session(of.link)
 
 
 def change(what, path, world):
