@@ -386,7 +386,7 @@ def test_a_session_that_goes_over_to_another_model_would_be_noticed(site, monkey
 @forking
 @both
 def test_every_answer_is_one_that_a_fresh_session_gives(kind, site):
-    put_under_stress(site(kind), 10, 1_000)
+    put_under_stress(site(kind), 30, 3_000)
 
 
 @forking
