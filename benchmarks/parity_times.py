@@ -11,19 +11,21 @@ on, in the artifact's float dtype, and the command: without an option for its ef
 does not count, without loading the model; the command is timed from its start to its end, and
 stopped after `--limit` seconds, which the verdict then says.
 
-`--before` names a revision of this repository: its command judges the same artifacts in the same
-rounds, with the packages installed here. BEFORE is the last one whose verdict had no budget. A file
-that `--json` has written may be named instead; its ratios are shown then.
+`--before` names a revision of this repository, such as BEFORE, the last one before verdicts were
+made to cost less: its command judges the same artifacts in the same rounds, with the packages that
+are installed here. It is given a copy of each, of hard links, whose manifest has no `digest`, which
+older readers do not know; what else they cannot read, the verdict says by its exit code.
 
 A ratio is the median over the rounds of the command's seconds over those of the forward pass in the
 same round, so that another machine, or one that is busy, gives about the same. `peak` is the most
 memory that the command's process holds at a time, files that it maps included. Without `--before`
-and `--thorough` all of it takes 6 to 10 minutes on two cores.
+and `--thorough` all of it takes less than 10 minutes on two cores that are free.
 """
 
 import argparse
 import json
 import os
+import shutil
 import signal
 import statistics
 import subprocess
@@ -50,7 +52,7 @@ VERDICTS = {0: "passed", 1: "failed", 3: "not run", -signal.SIGKILL: "stopped at
 BEFORE = "dd31eb4^1"
 HIDE_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 REPOSITORY = Path(__file__).parents[1]
-PROGRAM = "from propulsion_export.cli import main; main()"
+PROGRAM = "import cli; cli.main()"  # of the sources that PYTHONPATH names
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Command:
 
     def judge(self, artifact: Path, options: Sequence[str]) -> tuple[int, "Taken"]:
         """Its exit code, and what its process has used."""
-        arguments = [sys.executable, "-c", PROGRAM, "parity", str(artifact), *options]
+        arguments = [sys.executable, "-P", "-c", PROGRAM, "parity", str(artifact), *options]
         with tempfile.TemporaryFile() as output:
             started = time.perf_counter()
             process = subprocess.Popen(
@@ -116,7 +118,7 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=300, help="seconds for one verdict")
     parser.add_argument("--option", action="append", default=[], help="for the command; repeatable")
     parser.add_argument("--json", type=Path, help="file to write what was measured to")
-    parser.add_argument("--before", help=f"revision, such as {BEFORE}, or a file of --json")
+    parser.add_argument("--before", help=f"revision to measure too, such as {BEFORE}")
     options = parser.parse_args()
     ways = {effort: [effort, *options.option] for effort in ("--quick", "")}
     if options.thorough:
@@ -127,35 +129,42 @@ def main() -> None:
     with earlier(options.before, options.limit) as before:
         for artifact in artifacts:
             rows += measure(artifact, now, ways, before, options.rounds)
-            print(rows[-1], file=sys.stderr, flush=True)
+            print(f"{artifact.name}: {rows[-1].verdict}", file=sys.stderr, flush=True)
     if options.json:
         options.json.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
-    print(table(rows, read(options.before)))
+    print(table(rows))
 
 
 @contextmanager
-def earlier(before: str | None, limit: float) -> Iterator[Command | None]:
+def earlier(revision: str | None, limit: float) -> Iterator[Command | None]:
     """The command of another revision, checked out while it is needed."""
-    if before is None or Path(before).is_file():
+    if revision is None:
         yield None
         return
     with tempfile.TemporaryDirectory() as name:
         sources = Path(name) / "sources"
-        git("worktree", "add", "--detach", str(sources), before)
+        git("worktree", "add", "--detach", str(sources), revision)
         try:
             yield Command(sources, limit)
         finally:
             git("worktree", "remove", "--force", str(sources))
 
 
+@contextmanager
+def without_digest(artifact: Path) -> Iterator[Path]:
+    """A copy of an artifact whose manifest older readers know."""
+    with tempfile.TemporaryDirectory(dir=artifact.parent) as name:
+        copy = Path(name) / artifact.name
+        shutil.copytree(artifact, copy, copy_function=os.link)
+        file = copy / "propulsion.json"
+        manifest = json.loads(file.read_text())
+        file.unlink()  # of the artifact that it is linked with, nothing changes
+        file.write_text(json.dumps({k: v for k, v in manifest.items() if k != "digest"}))
+        yield copy
+
+
 def git(*arguments: str) -> None:
     subprocess.run(["git", "-C", str(REPOSITORY), *arguments], check=True, stdout=sys.stderr)
-
-
-def read(before: str | None) -> list[Row]:
-    if before is None or not Path(before).is_file():
-        return []
-    return [Row(**one) for one in json.loads(Path(before).read_text())]
 
 
 def demo_artifacts() -> list[Path]:
@@ -182,7 +191,8 @@ def measure(
         for effort, options in ways.items():
             judged[effort].append(now.judge(artifact, [*filter(None, options)]))
         if before is not None:
-            judged["before"].append(before.judge(artifact, ways[""][1:]))
+            with without_digest(artifact) as copy:
+                judged["before"].append(before.judge(copy, ways[""][1:]))
     return [row_of(artifact.name, effort, taken, own) for effort, taken in judged.items()]
 
 
@@ -241,22 +251,18 @@ def forward(directory: Path) -> Taken:
     return taken
 
 
-def table(rows: Sequence[Row], before: Sequence[Row]) -> str:
+def table(rows: Sequence[Row]) -> str:
     lines = [
         "| artifact | effort | verdict | wall, CPU seconds | over a forward pass: wall, CPU "
         "| peak, MB |",
         "|---|---|---|---|---|---|",
     ]
-    lines += [line(row, row.effort) for row in rows]
-    lines += [line(row, f"{row.effort}, in the file") for row in before]
-    return "\n".join(lines)
-
-
-def line(row: Row, effort: str) -> str:
-    return (
-        f"| {row.artifact} | {effort} | {row.verdict} | {row.wall:.1f}, {row.cpu:.1f} "
+    lines += [
+        f"| {row.artifact} | {row.effort} | {row.verdict} | {row.wall:.1f}, {row.cpu:.1f} "
         f"| {row.wall_ratio:.0f}, {row.cpu_ratio:.0f} | {row.peak / 1e6:.0f} |"
-    )
+        for row in rows
+    ]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
