@@ -120,8 +120,14 @@ def torch_sides(
 
 def _recorded(model: Any, task: str, run: GraphRun, adapter: Adapter) -> dict[Call, ModuleRun]:
     step = _torch_runner(model, task, run.graph)
+    feeds = {name: _without_bfloat16(values) for name, values in run.feeds.items()}
     with precision(model.dtype):
-        return record_modules(model, adapter, lambda: step(run.feeds))
+        return record_modules(model, adapter, lambda: step(feeds))
+
+
+def _without_bfloat16(values: Any) -> Any:
+    """The same in float32, which holds every bfloat16: torch reads no arrays of that dtype."""
+    return values.astype(np.float32) if values.dtype.kind == "V" else values
 
 
 def _torch_runner(model: Any, task: str, graph: str) -> Runner:
