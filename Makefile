@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # A worker a core, a thread a worker: torch's threads would only get into each other's way.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 --dist worksteal
 # A shell exit inside a recipe line stops make; every target is safe to run again.
-.PHONY: demo test check slow mutation gpu interop serving clean
+.PHONY: demo test check slow mutation gpu browser interop serving clean
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -36,6 +36,10 @@ mutation: $(VENV)/.ready
 # On a machine with a GPU; install the extras `gpu` and `tensorrt` there.
 gpu: $(VENV)/.ready
 	$(BIN)/pytest -m gpu
+
+# The report in a real browser; `make test` runs these too where Chromium is installed.
+browser: $(VENV)/.ready
+	$(BIN)/pytest -m browser
 
 # optimum-onnx needs an older transformers than the project.
 $(INTEROP)/.ready: constraints-interop.txt

@@ -1,14 +1,14 @@
 """The memory of `propulsion-export parity --low-memory`, with what needs it told apart.
 
     python benchmarks/parity_memory.py [--layers 16] [--width 2048] [--vocabulary 32000]
-        [--directory DIR]
+        [--quick] [--directory DIR]
 
 A random Llama in float32, by default of a billion parameters, with an attention adapter, exported
 switchable. Three processes, one after the other:
 
 - `oracle`: PyTorch computes all that the verdict asks for, layer by layer, and no runtime is there.
 - `runtime`: ONNX Runtime opens the graph and runs a batch, and PyTorch computes nothing.
-- `command`: the whole command.
+- `command`: the whole command, with `--quick` if asked.
 
 What is counted is anonymous memory (RssAnon): files that are mapped are the kernel's to take back.
 What libraries hold before the model is read is taken off `oracle` and `runtime`. Beside them are
@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--width", type=int, default=2048, help="hidden size, a multiple of 64")
     parser.add_argument("--vocabulary", type=int, default=32000)
+    parser.add_argument("--quick", action="store_true", help="for the command")
     parser.add_argument("--directory", type=Path, help="for the model and the graph, and kept")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -50,7 +51,7 @@ def main() -> None:
             prepare(directory, options.layers, options.width, options.vocabulary)
         result = sizes(options.width, options.vocabulary)
         result |= in_a_process("oracle", directory) | in_a_process("runtime", directory)
-        result |= command(directory)
+        result |= command(directory, ["--quick"] if options.quick else [])
     print(json.dumps({name: round(value / 1e6) for name, value in result.items()}, indent=2))
 
 
@@ -108,10 +109,10 @@ def in_a_process(part: str, directory: Path) -> dict[str, float]:
     return json.loads(asked.stdout.splitlines()[-1])
 
 
-def command(directory: Path) -> dict[str, float]:
+def command(directory: Path, options: list[str]) -> dict[str, float]:
     """The most memory of the whole command."""
     process = subprocess.Popen(
-        [COMMAND, "parity", str(directory / "graph"), "--low-memory", "--device", "cpu"],
+        [COMMAND, "parity", str(directory / "graph"), "--low-memory", "--device", "cpu", *options],
         stdout=sys.stderr,
         env=os.environ | ENVIRONMENT,
     )

@@ -1,29 +1,40 @@
 """The time and memory of `propulsion-export parity`, beside PyTorch's own forward pass.
 
-    python benchmarks/parity_times.py [DIR ...] [--rounds 3] [--json FILE] [--before FILE]
+    python benchmarks/parity_times.py [DIR ...] [--rounds 1] [--thorough] [--limit 300]
+        [--json FILE] [--before REVISION]
     python benchmarks/parity_times.py DIR --option=--low-memory
 
 Each DIR is an artifact; without any, those that `make demo` leaves in demo-output. Every round
 runs, each in a process of its own, PyTorch's forward pass of the inputs that the verdict compares
-on, in the artifact's float dtype, and the command: without an option for its effort, and with
-`--quick` and `--thorough` if it has these. The forward pass is timed in its process behind one that
-does not count, without loading the model; the command is timed from its start to its end.
+on, in the artifact's float dtype, and the command: without an option for its effort, with
+`--quick`, and with `--thorough` if asked. The forward pass is timed in its process behind one that
+does not count, without loading the model; the command is timed from its start to its end, and
+stopped after `--limit` seconds, which the verdict then says.
+
+`--before` names a revision of this repository, such as BEFORE, the last one before verdicts were
+made to cost less: its command judges the same artifacts in the same rounds, with the packages that
+are installed here. It is given a copy of each, of hard links, whose manifest has no `digest`, which
+older readers do not know; what else they cannot read, the verdict says by its exit code.
 
 A ratio is the median over the rounds of the command's seconds over those of the forward pass in the
 same round, so that another machine, or one that is busy, gives about the same. `peak` is the most
-memory that the command's process holds at a time, files that it maps included. `--json` writes what
-was measured; `--before` names such a file, and its ratios are shown beside the new ones.
+memory that the command's process holds at a time, files that it maps included. Without `--before`
+and `--thorough` all of it takes less than 10 minutes on two cores that are free.
 """
 
 import argparse
 import json
 import os
+import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -37,10 +48,40 @@ DEMO_ARTIFACTS = (
     "chat-float32",
     "chat-int4",
 )
-EFFORTS = ("--quick", "", "--thorough")
-VERDICTS = {0: "passed", 1: "failed", 3: "not run"}
-COMMAND = (str(Path(sys.executable).with_name("propulsion-export")), "parity")
+VERDICTS = {0: "passed", 1: "failed", 3: "not run", -signal.SIGKILL: "stopped at the limit"}
+BEFORE = "dd31eb4^1"
 HIDE_GPU = {"CUDA_VISIBLE_DEVICES": ""}
+REPOSITORY = Path(__file__).parents[1]
+PROGRAM = "import cli; cli.main()"  # of the sources that PYTHONPATH names
+
+
+@dataclass(frozen=True)
+class Command:
+    """The command `parity` of the sources in a directory; killed after `limit` seconds."""
+
+    sources: Path
+    limit: float
+
+    def judge(self, artifact: Path, options: Sequence[str]) -> tuple[int, "Taken"]:
+        """Its exit code, and what its process has used."""
+        arguments = [sys.executable, "-P", "-c", PROGRAM, "parity", str(artifact), *options]
+        with tempfile.TemporaryFile() as output:
+            started = time.perf_counter()
+            process = subprocess.Popen(
+                arguments,
+                stdout=output,
+                stderr=output,
+                env=os.environ | HIDE_GPU | {"PYTHONPATH": str(self.sources)},
+            )
+            ending = threading.Timer(self.limit, process.kill)
+            ending.start()
+            _, status, used = os.wait4(process.pid, 0)
+            wall = time.perf_counter() - started
+            ending.cancel()
+        process.returncode = os.waitstatus_to_exitcode(status)
+        # Linux counts in KiB, macOS in bytes.
+        peak = used.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return process.returncode, Taken(wall, used.ru_utime + used.ru_stime, peak)
 
 
 @dataclass(frozen=True)
@@ -72,21 +113,58 @@ def main() -> None:
         return
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("artifact", nargs="*", type=Path)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--thorough", action="store_true", help="measure --thorough too")
+    parser.add_argument("--limit", type=float, default=300, help="seconds for one verdict")
     parser.add_argument("--option", action="append", default=[], help="for the command; repeatable")
     parser.add_argument("--json", type=Path, help="file to write what was measured to")
-    parser.add_argument("--before", type=Path, help="file that --json has written")
+    parser.add_argument("--before", help=f"revision to measure too, such as {BEFORE}")
     options = parser.parse_args()
-    efforts = [effort for effort in EFFORTS if effort in parity_help()]
-    rows = [
-        row
-        for artifact in options.artifact or demo_artifacts()
-        for row in measure(artifact, efforts, options.option, options.rounds)
-    ]
+    ways = {effort: [effort, *options.option] for effort in ("--quick", "")}
+    if options.thorough:
+        ways["--thorough"] = ["--thorough", *options.option]
+    artifacts = options.artifact or demo_artifacts()
+    now = Command(REPOSITORY, options.limit)
+    rows: list[Row] = []
+    with earlier(options.before, options.limit) as before:
+        for artifact in artifacts:
+            rows += measure(artifact, now, ways, before, options.rounds)
+            print(f"{artifact.name}: {rows[-1].verdict}", file=sys.stderr, flush=True)
     if options.json:
         options.json.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
-    before = json.loads(options.before.read_text()) if options.before else []
-    print(table(rows, {(one["artifact"], one["effort"]): one for one in before}))
+    print(table(rows))
+
+
+@contextmanager
+def earlier(revision: str | None, limit: float) -> Iterator[Command | None]:
+    """The command of another revision, checked out while it is needed."""
+    if revision is None:
+        yield None
+        return
+    with tempfile.TemporaryDirectory() as name:
+        sources = Path(name) / "sources"
+        git("worktree", "add", "--detach", str(sources), revision)
+        try:
+            yield Command(sources, limit)
+        finally:
+            git("worktree", "remove", "--force", str(sources))
+
+
+@contextmanager
+def without_digest(artifact: Path) -> Iterator[Path]:
+    """A copy of an artifact whose manifest older readers know."""
+    with tempfile.TemporaryDirectory(dir=artifact.parent) as name:
+        copy = Path(name) / artifact.name
+        shutil.copytree(artifact, copy, copy_function=os.link)
+        file = copy / "propulsion.json"
+        manifest = json.loads(file.read_text())
+        file.unlink()  # of the artifact that it is linked with, nothing changes
+        file.write_text(json.dumps({k: v for k, v in manifest.items() if k != "digest"}))
+        yield copy
+
+
+def git(*arguments: str) -> None:
+    subprocess.run(["git", "-C", str(REPOSITORY), *arguments], check=True, stdout=sys.stderr)
 
 
 def demo_artifacts() -> list[Path]:
@@ -96,21 +174,25 @@ def demo_artifacts() -> list[Path]:
     return found
 
 
-def parity_help() -> str:
-    asked = subprocess.run([*COMMAND, "--help"], capture_output=True, text=True, check=True)
-    return asked.stdout
-
-
 def measure(
-    artifact: Path, efforts: Sequence[str], options: Sequence[str], rounds: int
+    artifact: Path,
+    now: Command,
+    ways: Mapping[str, Sequence[str]],
+    before: Command | None,
+    rounds: int,
 ) -> list[Row]:
-    """One row for each effort; every round times all of them and one forward pass."""
+    """One row for each effort, and one of before; every round times all and one forward pass."""
     own: list[Taken] = []
-    judged: dict[str, list[tuple[int, Taken]]] = {effort: [] for effort in efforts}
+    judged: dict[str, list[tuple[int, Taken]]] = {effort: [] for effort in ways}
+    if before is not None:
+        judged["before"] = []
     for _ in range(rounds):
         own.append(forward_in_a_process(artifact))
-        for effort, taken in judged.items():
-            taken.append(judge(artifact, [*filter(None, [effort]), *options]))
+        for effort, options in ways.items():
+            judged[effort].append(now.judge(artifact, [*filter(None, options)]))
+        if before is not None:
+            with without_digest(artifact) as copy:
+                judged["before"].append(before.judge(copy, ways[""][1:]))
     return [row_of(artifact.name, effort, taken, own) for effort, taken in judged.items()]
 
 
@@ -129,24 +211,6 @@ def row_of(
         cpu_ratio=statistics.median(one.cpu / forward.cpu for one, forward in pairs),
         peak=max(one.peak for one in taken),
     )
-
-
-def judge(artifact: Path, options: Sequence[str]) -> tuple[int, Taken]:
-    """The exit code of the command, and what its process has used."""
-    with tempfile.TemporaryFile() as output:
-        started = time.perf_counter()
-        process = subprocess.Popen(
-            [*COMMAND, str(artifact), *options],
-            stdout=output,
-            stderr=output,
-            env=os.environ | HIDE_GPU,
-        )
-        _, status, used = os.wait4(process.pid, 0)
-        wall = time.perf_counter() - started
-    process.returncode = os.waitstatus_to_exitcode(status)
-    # Linux counts in KiB, macOS in bytes.
-    peak = used.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return process.returncode, Taken(wall, used.ru_utime + used.ru_stime, peak)
 
 
 def forward_in_a_process(artifact: Path) -> Taken:
@@ -187,19 +251,17 @@ def forward(directory: Path) -> Taken:
     return taken
 
 
-def table(rows: Sequence[Row], before: dict[tuple[str, str], dict[str, float]]) -> str:
+def table(rows: Sequence[Row]) -> str:
     lines = [
         "| artifact | effort | verdict | wall, CPU seconds | over a forward pass: wall, CPU "
-        "| before | peak, MB |",
-        "|---|---|---|---|---|---|---|",
+        "| peak, MB |",
+        "|---|---|---|---|---|---|",
     ]
-    for row in rows:
-        old = before.get((row.artifact, row.effort)) or before.get((row.artifact, "default"))
-        earlier = f"{old['wall_ratio']:.0f}, {old['cpu_ratio']:.0f}" if old else ""
-        lines.append(
-            f"| {row.artifact} | {row.effort} | {row.verdict} | {row.wall:.1f}, {row.cpu:.1f} "
-            f"| {row.wall_ratio:.0f}, {row.cpu_ratio:.0f} | {earlier} | {row.peak / 1e6:.0f} |"
-        )
+    lines += [
+        f"| {row.artifact} | {row.effort} | {row.verdict} | {row.wall:.1f}, {row.cpu:.1f} "
+        f"| {row.wall_ratio:.0f}, {row.cpu_ratio:.0f} | {row.peak / 1e6:.0f} |"
+        for row in rows
+    ]
     return "\n".join(lines)
 
 

@@ -1,8 +1,10 @@
 """Plant one mistake at a known module of an artifact, and ask for the module."""
 
+import copy
 import re
 import shutil
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -13,19 +15,26 @@ from propulsion_export.adapters.scales import Scale
 from propulsion_export.artifacts.artifact import Artifact
 from propulsion_export.artifacts.layout import pack, packed_inputs, to_row
 from propulsion_export.artifacts.tensor_names import BANK_INPUT, IDS_INPUT
+from propulsion_export.environment.progress import silent
 from propulsion_export.parity.bisect.locate import locate_failures
-from propulsion_export.parity.evidence import Evidence
+from propulsion_export.parity.cases import judge
+from propulsion_export.parity.evidence import Evidence, allowed_errors
 from propulsion_export.parity.forwards import compute_whole
 from propulsion_export.parity.inputs import load_recorded_base, make_batches
+from propulsion_export.parity.oracle import compute_oracle
+from propulsion_export.parity.own_error import ceiling_of
+from propulsion_export.parity.probes import Limits, make_probes
+from propulsion_export.parity.probing import judge_inputs, split
+from propulsion_export.parity.quantised.verdict import quantise_base_
 from propulsion_export.parity.reports.report import Check
 from propulsion_export.parity.states import feeds_of
 from propulsion_export.parity.subject import Subject
-from propulsion_export.runners.opening import open_candidate
+from propulsion_export.runners.opening import REFERENCE_LENGTH, choose_runner, open_candidate
 
 
 @dataclass
 class Judged:
-    """An artifact whose first adapter is said to have failed; nothing is compared beforehand."""
+    """An artifact, and what PyTorch computes for its first adapter, which copies are judged by."""
 
     directory: Path
 
@@ -33,31 +42,75 @@ class Judged:
         self.artifact = Artifact.read(self.directory)
         entries = self.artifact.list_adapters()
         self.adapters = [Adapter.read(entry.source, name) for name, entry in entries.items()]
-        self.base = load_recorded_base(self.artifact, self.adapters, None)
-        self.batches = make_batches(self.base, None, 0, short=False)
+        merged = self.artifact.manifest.kind == "merged"
+        self.runner = "torch" if merged else choose_runner(self.artifact, "auto")
+        self.shortest = REFERENCE_LENGTH if self.runner == "reference" else None
+        self.compute = compute_whole("cpu")
+        self._base = load_recorded_base(self.artifact, self.adapters, None)
+        self.batches = make_batches(self._base, None, 0, short=self.shortest is not None)
+        quantise_base_(self.artifact, self._base, self.adapters, self.batches, self.compute)
 
     @property
     def adapter(self):
         return self.adapters[0]
 
+    @property
+    def base(self):
+        """A copy of the base model: what computes with it rounds it to the artifact's precision."""
+        return replace(self._base, model=copy.deepcopy(self._base.model))
+
     def locate(self, directory=None, feeds=None):
-        """The first wrong module, or why there is none."""
+        """The first wrong module, or why there is none; the verdict is taken to have failed."""
+        evidence = self._evidence(
+            directory, feeds, [Subject(self.adapter.name, (), (), None, {})], []
+        )
+        return self._first(evidence, [Check("parity", self.adapter.name, False, "planted")])
+
+    def locate_if_failed(self, directory=None, feeds=None):
+        """The first wrong module, or why there is none; None where parity passes."""
+        subjects, probed = self._expected
+        evidence = self._evidence(directory, feeds, subjects, probed)
+        dtype = self.artifact.manifest.dtype
+        ceiling = ceiling_of(self._base.model.config, dtype)
+        checks = list(judge(evidence.subjects, self.batches, evidence.runner, dtype, ceiling))
+        checks += judge_inputs(evidence, allowed_errors(checks))
+        failed = any(not check.passed for check in checks)
+        return self._first(evidence, checks) if failed else None
+
+    @cached_property
+    def _probes(self):
+        limits = Limits.of(self.artifact.manifest, self.shortest)
+        return make_probes(self._base, 0, "standard", limits)[0]
+
+    @cached_property
+    def _expected(self):
+        """What PyTorch computes for the first adapter: on the batches, and on the probes."""
+        every = [*self.batches, *(probe.batch for probe in self._probes)]
+        subjects = compute_oracle(
+            self.artifact, self.base, self.adapters[:1], every, silent, steps=1
+        )
+        own = [subject for subject in subjects if subject.name == self.adapter.name]
+        return split(own, len(self.batches))
+
+    def _evidence(self, directory, feeds, subjects, probed):
         artifact = Artifact.read(directory or self.directory)
-        name = self.adapter.name
-        feeds = feeds or feeds_of(artifact, name, {})
-        runner = "torch" if artifact.manifest.kind == "merged" else "onnxruntime"
-        evidence = Evidence(
+        fed = feeds or feeds_of(artifact, self.adapter.name, {})
+        in_float = artifact.manifest.quantization is not None
+        return Evidence(
             artifact,
             self.base,
             self.adapters,
             self.batches,
-            [Subject(name, (), (), None, feeds)],
-            open_candidate(artifact, runner),
-            compute_whole("cpu"),
+            [replace(subject, feeds=fed) for subject in subjects],
+            open_candidate(artifact, self.runner, in_float=in_float),
+            self.compute,
             0,
+            self._probes if probed else (),
+            [replace(subject, feeds=fed) for subject in probed],
         )
-        failed = [Check("parity", name, False, "planted")]
-        located, not_run = locate_failures(evidence, failed, runner, self.base)
+
+    def _first(self, evidence, checks):
+        located, not_run = locate_failures(evidence, checks, self.runner, self.base)
         return (located or not_run)[0]
 
     def feeds_with(self, mistaken):
@@ -106,7 +159,7 @@ def with_scale(adapter, path, change):
 
 def row_wrong(values):
     values = values.copy()
-    values[3] += 0.05 * np.abs(values).max()
+    values[1] += 0.05 * np.abs(values).max()
     return values
 
 

@@ -42,11 +42,19 @@ class Errors:
     total: float
 
     def add_(self, other: "Errors") -> None:
-        """Take in the errors of another run."""
-        self.largest = np.maximum(self.largest, other.largest)  # NaN stays
-        self.products = self.products + other.products
-        self.squares = self.squares + other.squares
+        """Take in the errors of another run.
+
+        Where channels are positions, as of a bias of the attention, a run may have more of them.
+        """
+        width = max(self.largest.size, other.largest.size)
+        mine, new = ([_padded(part, width) for part in each._parts()] for each in (self, other))
+        self.largest = np.maximum(mine[0], new[0])  # NaN stays
+        self.products = mine[1] + new[1]
+        self.squares = mine[2] + new[2]
         self.total += other.total
+
+    def _parts(self) -> tuple[Array, Array, Array]:
+        return self.largest, self.products, self.squares
 
     @property
     def error(self) -> float:
@@ -133,6 +141,10 @@ class Pooled:
                 expected_at = () if part == "read" else places.get(call, ())
                 target = self.targets.setdefault(call, {}).setdefault(part, Target())
                 _compare_(target, expected, own, found, values, expected_at, mask)
+
+
+def _padded(channels: Array, width: int) -> Array:
+    return np.pad(channels, (0, width - channels.size))
 
 
 def _distance(item: tuple[str, Errors]) -> float:

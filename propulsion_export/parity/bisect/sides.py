@@ -14,6 +14,7 @@ from propulsion_export.adapters.names import BASE_NAME
 from propulsion_export.adapters.scales import Array
 from propulsion_export.artifacts.artifact import Artifact, Runner, Tensors
 from propulsion_export.artifacts.file_names import ENCODER_DECODER_FILES
+from propulsion_export.base_model.dtypes import cast_
 from propulsion_export.base_model.generation_settings import first_decoder_token
 from propulsion_export.base_model.loading import BaseModel, load_base
 from propulsion_export.base_model.tasks import TASKS
@@ -107,7 +108,8 @@ def torch_sides(
     Both are fed what the graph was fed, its cache and its encoder's output too.
     """
     wide = copy.deepcopy(base.model).to("cpu", torch.float64)
-    own = base.model.to("cpu", getattr(torch, dtype))
+    own = base.model
+    cast_(own, getattr(torch, dtype), "cpu")  # as the verdict's own error was measured
     for run in runs:
         yield (
             run,
@@ -118,8 +120,14 @@ def torch_sides(
 
 def _recorded(model: Any, task: str, run: GraphRun, adapter: Adapter) -> dict[Call, ModuleRun]:
     step = _torch_runner(model, task, run.graph)
+    feeds = {name: _without_bfloat16(values) for name, values in run.feeds.items()}
     with precision(model.dtype):
-        return record_modules(model, adapter, lambda: step(run.feeds))
+        return record_modules(model, adapter, lambda: step(feeds))
+
+
+def _without_bfloat16(values: Any) -> Any:
+    """The same in float32, which holds every bfloat16: torch reads no arrays of that dtype."""
+    return values.astype(np.float32) if values.dtype.kind == "V" else values
 
 
 def _torch_runner(model: Any, task: str, graph: str) -> Runner:

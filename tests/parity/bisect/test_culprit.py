@@ -106,3 +106,19 @@ def test_a_part_of_a_packed_value_is_compared_with_its_part_of_the_output():
 
     assert find_culprit(pooled, "float32") is None
     assert find_culprit(wrong, "float32").call == ("block.first", 0)
+
+
+def test_runs_of_other_lengths_are_pooled_where_channels_are_positions():
+    call = ("bias", 0)
+    place = {call: (Place(("v",)),)}
+    pooled = Pooled()
+    for length in (4, 7, 5):
+        values = NUMBERS.normal(size=(1, 2, length, length))
+        oracle = {call: ModuleRun("Bias", None, values, None)}
+        wrong = values + (length == 7)
+        pooled.add_(oracle, reference(oracle), {"v": wrong}, place, None)
+
+    culprit = find_culprit(pooled, "float32")
+
+    assert culprit.call == call
+    assert culprit.target.own[0]["v"].largest.shape == (7,)
