@@ -1,6 +1,6 @@
 """`make mutation`: plant mistakes, judge them, write the table; exit code 1 if the gate fails.
 
-Without options every kind of mistake is planted in three places, as different as there are, and
+Without options every kind of mistake is planted in six places, as different as there are, and
 clean artifacts are judged 1,000 times.
 """
 
@@ -60,7 +60,7 @@ def _plan(options: argparse.Namespace) -> Plan:
         options.build.resolve(),
         toys,
         tuple(options.kinds),
-        places=options.places or (1 if options.all else 3),
+        places=options.places or (1 if options.all else 6),
         everywhere=options.all,
         clean=options.clean,
         seed=options.seed,
@@ -80,7 +80,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--places",
         type=int,
-        help="places of each kind (default: 3), with --all in each artifact (default: 1)",
+        help="places of each kind (default: 6), with --all in each artifact (default: 1)",
     )
     parser.add_argument("--clean", type=int, default=1000, help="runs of clean artifacts")
     parser.add_argument("--minutes", type=float, help="begin no run after this time")

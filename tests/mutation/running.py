@@ -36,6 +36,7 @@ FAMILIES = (WEIGHTS, INPUTS, NODES, OUTPUTS, ADAPTERS, QUANTISED, FILES)
 KINDS = tuple(kind for family in FAMILIES for kind in family.kinds)
 # A graph that a runtime does not load is a mistake of the planting.
 _IN_GRAPH = ("weights", "inputs", "nodes", "outputs")
+_PLACES_AT_ONCE = 3  # of a kind, before other kinds' turn
 _TRIES = 4  # to find further places where a mistake does not fit, or changes nothing
 _SEEDS_AT_ONCE = 4  # of a clean artifact, before the next artifact's turn
 
@@ -58,7 +59,7 @@ class Plan:
     root: Path
     toys: Sequence[Toy] = TOYS
     kinds: tuple[str, ...] = ()
-    places: int = 3
+    places: int = 6
     everywhere: bool = False
     clean: int = 1000
     seed: int = 0
@@ -99,22 +100,23 @@ def _kept(runs: Iterator[Run], results: Results) -> Iterator[Run]:
 
 
 def _mistakes(plan: Plan, results: Results) -> Iterator[Run]:
-    """Runs until every kind is planted as often as it is wanted, or there are no more places."""
+    """Every kind in some of its places, then in some more; each time the artifacts in turn."""
     sample = Sample(_places(plan, results), plan.seed)
     planted: Counter[Key] = Counter()
-    for _ in range(_TRIES):
-        taken = sample.take({key: plan.places - planted[key] for key in sample.keys})
-        by_toy: dict[Toy, list[tuple[Key, Place]]] = defaultdict(list)
-        for key, (toy, place) in taken:
-            by_toy[toy].append((key, place))
-        for toy in filter(by_toy.__contains__, plan.toys):
-            kinds = [(key.kind, place) for key, place in by_toy[toy]]
-            yield from _kept(_planted(plan, toy, kinds, results), results)
-            check_unchanged()
-            if plan.is_over():
-                return
-            for key, place in by_toy[toy]:
-                planted[key] += results.runs[toy.name, key.kind, in_words(place)].counts
+    for most in [*range(_PLACES_AT_ONCE, plan.places, _PLACES_AT_ONCE), plan.places]:
+        for _ in range(_TRIES):
+            taken = sample.take({key: most - planted[key] for key in sample.keys})
+            by_toy: dict[Toy, list[tuple[Key, Place]]] = defaultdict(list)
+            for key, (toy, place) in taken:
+                by_toy[toy].append((key, place))
+            for toy in filter(by_toy.__contains__, plan.toys):
+                kinds = [(key.kind, place) for key, place in by_toy[toy]]
+                yield from _kept(_planted(plan, toy, kinds, results), results)
+                check_unchanged()
+                if plan.is_over():
+                    return
+                for key, place in by_toy[toy]:
+                    planted[key] += results.runs[toy.name, key.kind, in_words(place)].counts
 
 
 def _planted(
@@ -209,10 +211,15 @@ def _places_in(plan: Plan, toy: Toy, known: Path) -> Mapping[str, list[Place]]:
     """The places of every kind in one artifact; looked for once."""
     file = known / f"{toy.name}.json"
     if not file.is_file():
-        clean = baseline(toy, plan.root)
-        view = Copy(clean, clean.with_name(f"{clean.name}.view"))
-        found = {kind.name: list(kind.places(view)) for kind in KINDS}
-        shutil.rmtree(view.directory)
+        try:
+            clean = baseline(toy, plan.root)
+        except Exception:  # the run of the clean artifact tells it
+            return {}
+        view = clean.with_name(f"{clean.name}.view")
+        shutil.rmtree(view, ignore_errors=True)
+        copy = Copy(clean, view)
+        found = {kind.name: list(kind.places(copy)) for kind in KINDS}
+        shutil.rmtree(view)
         known.mkdir(exist_ok=True)
         file.write_text(json.dumps({kind: places for kind, places in found.items() if places}))
     return {k: list(map(tuple, places)) for k, places in json.loads(file.read_text()).items()}

@@ -155,7 +155,7 @@ def test_the_table_has_caught_of_planted_by_precision(tmp_path):
     runs = [run_of("caught", 8.0), run_of("passed", 7.0), run_of("caught", 2.0)]
     runs.append(replace(run_of("refused", math.inf), precision="float16"))
     file = tmp_path / "parity.md"
-    file.write_text(f"before\n{BEGIN}\nold\n{END}\nbehind\n")
+    file.write_text(f"before\n{BEGIN}\nearlier runs\n{END}\nbehind\n")
 
     write_table(Score(runs), file)
 
@@ -166,7 +166,18 @@ def test_the_table_has_caught_of_planted_by_precision(tmp_path):
     text = file.read_text()
     assert text.startswith("before\n")
     assert text.endswith("behind\n")
-    assert "old" not in text
+    assert "earlier runs" not in text
+
+
+def test_the_tables_name_artifacts_clean_runs_and_the_commit():
+    runs = [run_of("caught", 8.0), run_of("passed", 0.0, "clean"), run_of("caught", 0.0, "clean")]
+    runs = [replace(run, toy=TOY.name, all_seconds=30.0, seconds=2.0) for run in runs]
+
+    text = table(Score(runs, {"commit": "abc, changed", "tools": {"python": "3.11"}}))
+
+    assert f"| {TOY.name} | 1/1 | - | 1/2 | 2.0 s |" in text
+    assert "took 0 and 1 minutes of one core" in text
+    assert "commit abc, changed, with python 3.11" in text
 
 
 def test_a_file_without_markers_is_refused(tmp_path):
