@@ -23,6 +23,7 @@ from propulsion_export.graph.genai.dequantised import dequantised, quantised_nod
 from propulsion_export.graph.passes.float_layers import ComputeInFloat
 from propulsion_export.graph.signature import signature
 from propulsion_export.parity.comparison import FACTOR, UNIT_ROUNDOFF
+from propulsion_export.parity.differences import differences, without_ruled_out
 from propulsion_export.parity.float64 import float64_throughout
 from propulsion_export.runners.decoding import replaying
 from propulsion_export.runners.onnxruntime import onnxruntime_runner
@@ -82,8 +83,9 @@ def check_built_graph(model: PreTrainedModel, program: ir.Model) -> None:
 
 
 def _check_close(name: str, found: Array, own: Array, oracle: Array, dtype: str) -> None:
-    error, reference = (float(np.abs(each - oracle).max()) for each in (found, own))
-    allowed = FACTOR * max(reference, UNIT_ROUNDOFF[dtype] * float(np.abs(oracle).max()))
+    error, reference = (float(differences(each, oracle).max()) for each in (found, own))
+    scale = float(np.abs(without_ruled_out(oracle)).max())
+    allowed = FACTOR * max(reference, UNIT_ROUNDOFF[dtype] * scale)
     if not error <= allowed:  # NaN too
         raise ToolError(
             f"{name}: the graph of onnxruntime-genai's builder is not the model: its logits are "

@@ -23,6 +23,7 @@ from propulsion_export.parity.comparison import (
     hidden_positions,
     mismatch,
 )
+from propulsion_export.parity.differences import differences
 from propulsion_export.parity.pooling import parts_of
 from propulsion_export.parity.reports.report import Check
 from propulsion_export.parity.subject import Subject
@@ -115,15 +116,25 @@ def effect_share(
         hidden = hidden_positions(name, inputs, subject.oracle)
         size, change, effect = 0.0, 0.0, 0.0
         for part in parts_of(name, hidden, subject.oracle, subject.unscaled, found):
-            expected = np.where(part.hidden, 0.0, part.sides[0] - part.sides[1])
+            scaled, unscaled, candidate = part.sides
+            # Tokens that either rules out have no effect: the parity case compares where they are.
+            left_out = part.hidden | (scaled == -np.inf) | (unscaled == -np.inf)
+            expected = np.where(left_out, 0.0, _change(scaled, unscaled))
             size = float(np.maximum(size, np.abs(expected).max()))
-            change += _product(part.sides[2].astype(np.float64) - part.sides[1], expected)
+            change += _product(_change(candidate, unscaled), expected)
             effect += float(np.vdot(expected, expected))
         times = max(times, size / own) if own else times
         if size > least * own:
             arrived += change / own**2
             whole += effect / own**2
     return (arrived / whole if whole else 0.0), times
+
+
+def _change(scaled: Array, unscaled: Array) -> Array:
+    """What scales change, float64; not finite where one of both is not."""
+    with np.errstate(invalid="ignore"):  # infinity minus infinity
+        change: Array = np.subtract(scaled, unscaled, dtype=np.float64)
+    return change
 
 
 def _product(change: Array, effect: Array) -> float:
@@ -163,7 +174,7 @@ def _padding(
         if problem := mismatch(expected, found):
             return Check("padding", subject.name, False, f"row {row} alone: {problem}")
         for name, bound in allowed.items():
-            error = float(np.abs(found[name].astype(np.float64) - expected[name]).max(initial=0))
+            error = float(differences(found[name], expected[name]).max(initial=0))
             shares[f"row {row}, {name}"] = error / bound if bound else (error and float("inf"))
     # numpy's maximum, unlike Python's, is NaN as soon as one share is.
     where = list(shares)[int(np.argmax(list(shares.values())))]

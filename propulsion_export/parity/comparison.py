@@ -16,7 +16,8 @@ import numpy as np
 
 from propulsion_export.adapters.scales import Array
 from propulsion_export.artifacts.artifact import Tensors
-from propulsion_export.parity.pooling import PooledErrors, largest_seen, parts_of
+from propulsion_export.parity.differences import rules_out
+from propulsion_export.parity.pooling import PooledErrors, parts_of, scale_seen
 
 # Measured on clean exports: the ratio of two runtimes' errors, pooled over 16 inputs, stays under
 # 1.9; single inputs exceed 4 now and then, which is why errors are pooled.
@@ -39,10 +40,10 @@ class OutputErrors:
         rms: root mean square of the candidate's errors; NaN if it returned any.
         reference_error: the same of PyTorch at that precision (e_ref).
         allowed: the largest `error` that passes.
-        scale: largest absolute value of the oracle's output.
+        scale: largest absolute value of the oracle's output, minus infinities left out.
         worst: index of the worst element, batch first, with the oracle's and candidate's value.
         elements: how many numbers were compared.
-        non_finite: how many of the candidate's are NaN or infinite.
+        non_finite: how many of the errors are NaN or infinite.
         histogram: elements per decade of the candidate's error, see DECADES.
         reference_histogram: the same for PyTorch's error.
         explained: the largest `reference_error` that counts, see `own_error`; None: any.
@@ -103,8 +104,9 @@ def compare(
     """Compare output by output; each sequence has one entry per batch of `inputs`.
 
     Names and shapes must agree, see `mismatch`. Positions that the attention mask hides do not
-    count towards the error, but a NaN there fails all the same. A ceiling says how large an error
-    of the reference counts; None: any.
+    count towards the error, but a NaN there fails all the same. Minus infinity in the same place on
+    both sides is no error, see `differences`. A ceiling says how large an error of the reference
+    counts; None: any.
     """
     return [
         _compare_output(name, inputs, oracle, reference, candidate, dtype, ceiling)
@@ -150,13 +152,14 @@ def _compare_output(
     ceiling: Ceiling | None,
 ) -> OutputErrors:
     hidden = hidden_positions(name, inputs, oracle)
+    masked = [rules_out(batch[name]) for batch in oracle]
     errors, own = PooledErrors(_EDGES), PooledErrors(_EDGES)
     scale = 0.0
     for part in parts_of(name, hidden, oracle, reference, candidate):
         expected, itself, found = part.sides
-        errors.add(part, found, expected)
-        own.add(part, itself, expected)
-        scale = float(np.maximum(scale, largest_seen(part, expected)))  # NaN if either is
+        errors.add(part, found, expected, masked=masked[part.batch])
+        own.add(part, itself, expected, masked=masked[part.batch])
+        scale = float(np.maximum(scale, scale_seen(part, expected)))  # NaN if either is
     explained = None if ceiling is None else ceiling(scale)
     allowed = FACTOR * max(own.largest, UNIT_ROUNDOFF[dtype] * scale)
     if explained is not None and not own.largest <= explained:  # NaN too

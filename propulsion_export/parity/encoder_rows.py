@@ -19,6 +19,7 @@ import numpy as np
 from propulsion_export.adapters.scales import Array
 from propulsion_export.artifacts.artifact import Tensors
 from propulsion_export.parity.alone import PaddingChangesRowsError, is_same
+from propulsion_export.parity.differences import differences
 from propulsion_export.parity.forwards import Forwards
 
 _MASK = "attention_mask"
@@ -126,7 +127,7 @@ class EncoderRows:
             if name in positional:
                 expected, found = expected[seen], found[seen]
             if not is_same(found, expected):
-                effects.append(float(np.abs(found - expected).max()))
+                effects.append(float(differences(found, expected).max()))
         if len(effects) > 1:
             raise PaddingChangesRowsError(float(np.max(effects)))
 

@@ -156,6 +156,7 @@ class _Extremes:
 def _ends(outputs: Tensors) -> Iterator[Array]:
     """How large, and how small, the values of each output get; float64 [rows] each."""
     for values in outputs.values():
-        flat = np.nan_to_num(values.reshape(len(values), -1).astype(np.float64))
-        yield flat.max(1)
-        yield -flat.min(1)
+        flat = values.reshape(len(values), -1).astype(np.float64)
+        yield np.nan_to_num(flat).max(1)
+        # Tokens that are ruled out, by minus infinity, are no small outputs.
+        yield -np.nan_to_num(np.where(flat == -np.inf, np.inf, flat)).min(1)

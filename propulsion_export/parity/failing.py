@@ -12,6 +12,7 @@ from propulsion_export.artifacts.artifact import Runner, Tensors
 from propulsion_export.base_model.sentences.pipeline import SENTENCE
 from propulsion_export.errors import PropulsionExportError
 from propulsion_export.parity.comparison import hidden_positions, mismatch
+from propulsion_export.parity.differences import counted_errors, rules_out
 from propulsion_export.parity.evidence import Allowed, Evidence
 from propulsion_export.parity.probes import hidden_rows
 from propulsion_export.parity.probing import allowed_on_probes
@@ -177,13 +178,13 @@ def _counted(name: str, batch: Tensors, oracle: Tensors) -> Array:
 
 
 def _share(found: Array, oracle: Array, counted: Array, allowed: float) -> float:
-    """The largest error in times of the allowed one; infinite where a number is not finite.
+    """The largest error in times of the allowed one; infinite where an error is not finite.
 
     Nothing is expected of a row that does not count at all.
     """
     rows = counted.reshape(len(counted), -1).any(axis=1)
-    wide = found[rows].astype(np.float64)
-    if not np.isfinite(wide).all():
+    errors = counted_errors(found[rows], oracle[rows], ~counted[rows], masked=rules_out(oracle))
+    error = float(errors.max(initial=0))
+    if not np.isfinite(error):
         return float("inf")
-    error = float(np.where(counted[rows], np.abs(wide - oracle[rows]), 0).max(initial=0))
     return error / allowed if allowed else (float("inf") if error else 0.0)

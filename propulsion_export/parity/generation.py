@@ -40,8 +40,8 @@ _NO_GAPS = "; the graph reads no padding inside a row, so that is not judged"
 def continue_greedily(generator: Generator, feeds: Tensors, steps: int) -> tuple[Array, Array]:
     """Greedy tokens after padded prompts and the margin of each choice, both [prompts, steps].
 
-    The margin is the difference of the two best logits, float64; it is not finite where a logit is
-    NaN or the best is infinite.
+    The margin is the difference of the two best logits, float64: infinite where all other tokens
+    are ruled out, NaN where a logit is NaN or the best is infinite.
     """
     margins: list[Array] = []
 
@@ -60,9 +60,11 @@ def greedy_choice(logits: Array) -> tuple[Array, Array]:
 
     See `continue_greedily`.
     """
-    best = np.partition(logits.astype(np.float64), -2, axis=-1)[..., -2:]
+    second, best = np.moveaxis(
+        np.partition(logits.astype(np.float64), -2, axis=-1)[..., -2:], -1, 0
+    )
     with np.errstate(invalid="ignore"):  # infinity minus infinity
-        return greedy(logits), best[..., 1] - best[..., 0]
+        return greedy(logits), np.where(np.isfinite(best), best - second, np.nan)
 
 
 def judge_generative(evidence: Evidence, allowed: Allowed) -> Iterator[Check]:
@@ -142,7 +144,7 @@ def _greedy(subject: Subject, candidate: Generator, allowed: float) -> Check:
         candidate, {**torch.prompt, **subject.feeds}, steps
     )
     # Logits that are not finite have a likeliest token too, and it may be the right one.
-    lost = np.flatnonzero(~np.isfinite(margins).all(0))
+    lost = np.flatnonzero(np.isnan(margins).any(0))
     passed, findings = not len(lost), [f"logits are not finite at step {step}" for step in lost[:1]]
     for row in map(int, np.flatnonzero((tokens != torch.tokens).any(1))):
         step = int(np.argmax(tokens[row] != torch.tokens[row]))

@@ -13,6 +13,7 @@ from propulsion_export.artifacts.manifest import Manifest
 from propulsion_export.artifacts.tensor_names import BANK_INPUT, IDS_INPUT, LOGITS
 from propulsion_export.errors import ToolError
 from propulsion_export.parity.comparison import hidden_positions
+from propulsion_export.parity.differences import differences
 from propulsion_export.parity.evidence import Allowed, Evidence
 from propulsion_export.parity.generation import continue_greedily
 from propulsion_export.parity.probes import LARGE_BATCHES
@@ -270,7 +271,7 @@ def mixed_generation(
     tokens, margins = continue_greedily(
         generator, {**taken, **_feeds([subject for subject, _ in pairs])}, steps
     )
-    findings = [] if np.isfinite(margins).all() else ["logits are not finite"]
+    findings = [] if not np.isnan(margins).any() else ["logits are not finite"]
     for place, (subject, told) in enumerate(pairs):
         tie = 2 * allowed[subject.name][LOGITS]
         findings += _partings(subject.name, told, rows[place], tokens[place], tie)
@@ -317,7 +318,7 @@ def _errors(
             yield name, math.inf
             continue
         hidden = hidden_positions(name, inputs, subject.oracle)[batch][row]
-        error = np.abs(found[name][place].astype(np.float64) - expected[row])
+        error = differences(found[name][place], expected[row])
         yield name, float(np.where(hidden, 0.0, error).max(initial=0))
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from propulsion_export.adapters.scales import Array
 from propulsion_export.artifacts.artifact import Tensors
+from propulsion_export.parity.differences import counted_errors, differences, without_ruled_out
 
 _CACHED = 2**16  # elements of a part
 
@@ -57,7 +58,7 @@ def parts_of(name: str, hidden: Sequence[Array], *sides: Sequence[Tensors]) -> I
 
 @dataclass
 class PooledErrors:
-    """Absolute errors in float64 of one side against another; 0 at hidden positions.
+    """Absolute errors in float64 of one side against another, see `counted_errors`.
 
     Attributes:
         edges: where one bin of the histogram ends and the next begins, ascending.
@@ -89,9 +90,12 @@ class PooledErrors:
         reaching = [*self._reaching, *[0] * (len(self.edges) + 2 - len(self._reaching))]
         return tuple(one - beyond for one, beyond in pairwise(reaching))
 
-    def add(self, part: Part, found: Array, expected: Array) -> None:
-        """Add a part, of which one side has `found` and the other `expected`."""
-        errors = _errors(part, found, expected)
+    def add(self, part: Part, found: Array, expected: Array, *, masked: bool = False) -> None:
+        """Add a part, of which one side has `found` and the other `expected`.
+
+        `masked`: whether the whole output rules out tokens, see `counted_errors`.
+        """
+        errors = counted_errors(found, expected, part.hidden, masked=masked)
         largest = float(errors.max())
         self.elements += errors.size
         self._remember_place(part, errors, math.inf if math.isnan(largest) else largest)
@@ -111,7 +115,7 @@ class PooledErrors:
 
 
 def largest_error(name: str, hidden: Array, found: Tensors, expected: Tensors) -> float:
-    """The largest absolute error of an output where it is not hidden; NaN if there is one.
+    """The largest absolute error of an output where it is not hidden, see `differences`.
 
     Args:
         name: of the output.
@@ -121,27 +125,19 @@ def largest_error(name: str, hidden: Array, found: Tensors, expected: Tensors) -
     """
     largest = 0.0
     for part in parts_of(name, [hidden], [found], [expected]):
-        with np.errstate(invalid="ignore"):  # infinity minus infinity
-            difference: Array = np.subtract(*part.sides, dtype=np.float64)
-        largest = float(np.maximum(largest, largest_seen(part, difference)))
+        largest = float(np.maximum(largest, _largest_seen(part, differences(*part.sides))))
     return largest
 
 
-def largest_seen(part: Part, values: Array) -> float:
-    """The largest absolute value at positions that are not hidden; NaN if there is one."""
+def scale_seen(part: Part, values: Array) -> float:
+    """The largest absolute value of an output at positions that are not hidden.
+
+    Minus infinity, by which tokens are ruled out, has no size. NaN if there is one.
+    """
+    size = _largest_seen(part, values)
+    return _largest_seen(part, without_ruled_out(values)) if size == math.inf else size
+
+
+def _largest_seen(part: Part, values: Array) -> float:
     seen = values[~part.hidden[:, 0]] if part.hidden.any() else values
     return float(np.maximum(seen.max(initial=0), -seen.min(initial=0)))
-
-
-def _errors(part: Part, found: Array, expected: Array) -> Array:
-    """Absolute errors; 0 at hidden positions, NaN wherever one is not finite."""
-    with np.errstate(invalid="ignore"):  # infinity minus infinity
-        difference: Array = np.subtract(found, expected, dtype=np.float64)
-    np.abs(difference, out=difference)
-    hidden = part.hidden
-    if not np.isfinite(difference.max()):  # one that is not finite is the maximum
-        difference[~np.isfinite(difference)] = np.nan
-        hidden = hidden & np.isfinite(difference)
-    if hidden.any():
-        np.copyto(difference, 0.0, where=hidden)
-    return difference

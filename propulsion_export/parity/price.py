@@ -19,6 +19,7 @@ from propulsion_export.base_model.sentences.pipeline import SENTENCE
 from propulsion_export.base_model.settings import ProblemType
 from propulsion_export.base_model.tasks import TASKS
 from propulsion_export.parity.comparison import hidden_positions
+from propulsion_export.parity.differences import differences
 from propulsion_export.parity.reports.report import Check, Price
 
 _CACHED = 2**16  # logits of a part
@@ -138,7 +139,7 @@ def _of_logits(
         pairs = [(one[:, : meaning.labels], other[:, : meaning.labels]) for one, other in pairs]
     count = sum(len(one) for one, _ in pairs)
     if meaning.problem_type == "regression" or pairs[0][0].shape[1] == 1:
-        apart = [np.abs(one.astype(np.float64) - other).mean(axis=1) for one, other in pairs]
+        apart = [differences(*pair).mean(axis=1) for pair in pairs]
         return Price(name, output, count, difference=float(np.concatenate(apart).mean()))
     several = meaning.problem_type == "multi_label_classification"
     measured = [_divergence(*_logs(pair, several)) for pair in pairs]
@@ -166,8 +167,11 @@ def _logs(pair: tuple[Array, Array], several: bool) -> tuple[Array, Array]:
 
 
 def _divergence(plain: Array, quantised: Array) -> tuple[Array, Array]:
-    """KL(plain || quantised) in nats, and whether the likeliest entries agree, [distributions]."""
-    terms = np.exp(plain) * (plain - quantised)
+    """KL(plain || quantised) in nats, and whether the likeliest entries agree, [distributions].
+
+    An entry that the unquantised model rules out adds nothing.
+    """
+    terms = np.where(plain == -np.inf, 0.0, np.exp(plain) * (plain - quantised))
     same = (plain.argmax(-1) == quantised.argmax(-1)).all(axis=1)
     return terms.sum(axis=(1, 2)), same
 

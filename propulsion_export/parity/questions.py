@@ -98,13 +98,13 @@ def row_alone(base: BaseModel, batch: Tensors, row: int) -> Item:
 
 
 def logits_padded_inside(batch: Tensors) -> Question:
-    """The logits of a decoder for a batch padded inside; None if some are not finite."""
+    """The logits of a decoder for a batch padded inside; None if they choose no token somewhere."""
     padded = padded_inside(batch)
     mask = padded["attention_mask"]
 
     def finite(found: Sequence[Tensors]) -> Array | None:
         logits: Array = found[0][LOGITS]
-        return logits if np.isfinite(logits[mask == 1]).all() else None
+        return logits if np.isfinite(logits[mask == 1].max(-1)).all() else None
 
     return Question([decoder_pass(padded["input_ids"], mask)], finite)
 

@@ -6,7 +6,8 @@ has the shape of an embedding of the base model and some of its rows, and that i
 the model (the rows of a head may be those of the embedding that it was made from). In a folded
 artifact it is the embedding times its scale, or the one that was trained with the adapter; in
 others it is the embedding itself. A table that is found nowhere (folded into another constant,
-quantised, in an engine) is not covered.
+quantised, in an engine) is not covered. Tables of rotary positions (`rotary_tables`) are compared
+too, in graphs that have them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,6 +28,7 @@ from propulsion_export.base_model.tensor_files import StoredTensor, stored_tenso
 from propulsion_export.graph.files import read_graph
 from propulsion_export.parity.comparison import UNIT_ROUNDOFF
 from propulsion_export.parity.reports.report import Check, Coverage
+from propulsion_export.parity.rotary_tables import RotaryTable, rotary_tables
 from propulsion_export.scaling.layer_rules import layer_kind
 
 _FLOATS = (np.float32, np.float16, ml_dtypes.bfloat16)
@@ -91,7 +93,7 @@ def compare_tables(artifact: Artifact, base: BaseModel, adapters: Sequence[Adapt
     result = Tables()
     if artifact.manifest.kind == "engine":
         result.coverage += [
-            _unseen(table, "the weights of an engine cannot be read") for table in tables
+            _unseen(table.path, "the weights of an engine cannot be read") for table in tables
         ]
         return result
     stored = list(_stored(artifact))
@@ -103,15 +105,21 @@ def compare_tables(artifact: Artifact, base: BaseModel, adapters: Sequence[Adapt
             right for each in stored if (right := _recognised(table, each, others)) is not None
         ]
         if not found:
-            result.coverage.append(_unseen(table, "no constant of the artifact has its rows"))
+            result.coverage.append(_unseen(table.path))
             continue
         compared += len(table.weight)
-        result.coverage.append(
-            Coverage(f"table {table.path}", True, f"all {len(table.weight):,} rows")
-        )
-        findings += [_wrong(table, right) for right in found if not right.all()]
+        result.coverage.append(_seen(table.path, len(table.weight)))
+        findings += [_wrong(table.path, right) for right in found if not right.all()]
+    if artifact.manifest.exporter == "genai":
+        positions = list(rotary_tables(base.model))
+        rotary = list(_rotary(stored, positions))
+        compared += sum(len(right) for _, right in rotary)
+        result.coverage += [_seen(name, len(right)) for name, right in rotary]
+        findings += [_wrong(name, right) for name, right in rotary if not right.all()]
+        names = {name for name, _ in rotary}
+        result.coverage += [_unseen(each.name) for each in positions if each.name not in names]
     if compared:
-        detail = "; ".join(findings) or f"{compared:,} rows of embeddings are the base model's"
+        detail = "; ".join(findings) or f"{compared:,} rows of tables are the base model's"
         result.checks.append(Check("tables", "all", not findings, detail))
     return result
 
@@ -182,8 +190,7 @@ def _recognised(
     """Which rows are right, if the tensor is the table; None if it is another one."""
     if tuple(map(_size, stored.shape)) != tuple(table.weight.shape):
         return None
-    values = stored.read() if isinstance(stored, StoredTensor) else np.asarray(stored.numpy())
-    if values.dtype not in _FLOATS:
+    if (values := _read(stored)) is None:
         return None
     right = table.is_right(values)
     if right.all():
@@ -195,15 +202,40 @@ def _recognised(
     return None if any(other.is_right(values).all() for other in same) else right
 
 
+def _rotary(
+    stored: Sequence[StoredTensor | ir.TensorProtocol], tables: Sequence[RotaryTable]
+) -> Iterator[tuple[str, Array]]:
+    """Each table of rotary positions of a graph, and which of its rows are right."""
+    for tensor in stored:
+        fitting = [table for table in tables if table.fits(tuple(map(_size, tensor.shape)))]
+        values = _read(tensor) if fitting else None
+        if values is None:
+            continue
+        for table in fitting:
+            if table.recognises(values):
+                yield table.name, table.is_right(values, np.arange(len(values)))
+                break
+
+
+def _read(tensor: StoredTensor | ir.TensorProtocol) -> Array | None:
+    """Its values; None if they are no floating-point numbers."""
+    values = tensor.read() if isinstance(tensor, StoredTensor) else np.asarray(tensor.numpy())
+    return values if values.dtype in _FLOATS else None
+
+
 def _size(dimension: object) -> int:
     return dimension if isinstance(dimension, int) else -1
 
 
-def _wrong(table: _Table, right: Array) -> str:
+def _seen(name: str, rows: int) -> Coverage:
+    return Coverage(f"table {name}", True, f"all {rows:,} rows")
+
+
+def _wrong(name: str, right: Array) -> str:
     rows = np.flatnonzero(~right)
     shown = ", ".join(map(str, rows[:_SHOWN])) + (", …" if len(rows) > _SHOWN else "")
-    return f"{table.path}: {len(rows):,} of {len(right):,} rows are others (row {shown})"
+    return f"{name}: {len(rows):,} of {len(right):,} rows are others (row {shown})"
 
 
-def _unseen(table: _Table, reason: str) -> Coverage:
-    return Coverage(f"table {table.path}", False, reason)
+def _unseen(name: str, reason: str = "no constant of the artifact has its rows") -> Coverage:
+    return Coverage(f"table {name}", False, reason)

@@ -119,6 +119,20 @@ def test_wrong_window_fails_for_the_base_model_too(planted):
     assert failed(report) >= {("parity", name) for name in ("base", "one", "two")}
 
 
+def test_a_table_of_positions_that_ends_too_early_fails_in_a_quick_verdict_too(planted):
+    def end_early(graph):
+        cosines = graph.initializers["cos_cache"]
+        values = cosines.const_value.numpy().copy()
+        values[-40:] = 0
+        cosines.const_value = ir.tensor(values, name=cosines.name)
+
+    report = check_parity(planted("llama", end_early), effort="quick")
+
+    assert failed(report) == {("tables", "all")}
+    (found,) = [check.detail for check in report.checks if check.case == "tables"]
+    assert found.startswith("cosines of model.rotary_emb: 40 of ")
+
+
 def test_adapter_that_is_dropped_or_another_fails(genai_artifact, tmp_path):
     right = genai_artifact("llama") / "adapters"
     directory = shutil.copytree(right.parent, tmp_path / "planted")

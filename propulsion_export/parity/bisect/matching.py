@@ -15,6 +15,7 @@ from propulsion_export.artifacts.artifact import Tensors
 from propulsion_export.parity.bisect.modules import Call, ModuleRun
 from propulsion_export.parity.bisect.places import Place, Places
 from propulsion_export.parity.comparison import FACTOR, UNIT_ROUNDOFF
+from propulsion_export.parity.differences import differences, without_ruled_out
 
 Part = Literal["read", "output", "unscaled"]
 PARTS: tuple[Part, ...] = ("read", "output", "unscaled")
@@ -171,9 +172,10 @@ def _compare_(
     target.size = target.size or expected.size
     shown = _shown(expected, mask)
     rows = _rows(expected, shown)
-    own = np.abs(_rows(reference, shown) - rows)
+    own = differences(_rows(reference, shown), rows)
     target.reference = max(target.reference, float(own.max(initial=0)))
-    target.scale = max(target.scale, float(np.abs(rows).max(initial=0)))
+    size = float(np.abs(without_ruled_out(rows)).max(initial=0))
+    target.scale = max(target.scale, size)
     near = {
         name: value
         for name, value in _near(expected, found, mask)
@@ -284,23 +286,25 @@ class _Samples:
             return None
         places = np.linspace(0, total - 1, min(total, _SAMPLES)).astype(int)
         at = (counted[places // rows.shape[1]], places % rows.shape[1])
-        return cls(at, rows[at], float(np.abs(rows[counted]).max()))
+        return cls(at, rows[at], float(np.abs(without_ruled_out(rows[counted])).max()))
 
     def are_near(self, found: Array) -> bool:
         """Whether the numbers of another array are so near that the others are worth a look."""
-        difference = np.abs(_rows(found, None)[self.at].astype(np.float64) - self.values)
-        typical = max(float(np.median(np.abs(self.values))), self.size * _SMALL)
+        difference = differences(_rows(found, None)[self.at].astype(np.float64), self.values)
+        values = np.abs(without_ruled_out(self.values))
+        typical = max(float(np.median(values)), self.size * _SMALL)
         return bool(np.median(difference) <= _NEAR * typical)
 
 
 def _errors(found: Array, expected: Array) -> Errors:
     with np.errstate(invalid="ignore", over="ignore"):
         wide = found.astype(np.float64)
-        difference = np.abs(wide - expected)
+        difference = differences(wide, expected)
         difference[~np.isfinite(difference)] = np.nan
+        sized = without_ruled_out(expected)
         return Errors(
             difference.max(0, initial=0),
-            np.nansum(wide * expected, axis=0),
-            np.square(expected).sum(0),
+            np.nansum(wide * sized, axis=0),
+            np.square(sized).sum(0),
             float(np.square(difference).sum()),
         )

@@ -25,6 +25,7 @@ from propulsion_export.base_model.tasks import TASKS
 from propulsion_export.errors import ArtifactError, UnavailableError, UsageError
 from propulsion_export.graph.signature import check_signature
 from propulsion_export.parity.comparison import compare, hidden_positions
+from propulsion_export.parity.differences import differences
 from propulsion_export.parity.embeddings import embedding
 from propulsion_export.parity.evidence import Allowed, Evidence
 from propulsion_export.parity.forwards import Compute
@@ -230,9 +231,7 @@ def _distance(pairs: Sequence[tuple[Array, Array]], hidden: Sequence[Array]) -> 
     """The largest difference where nothing is hidden; infinite where shapes differ."""
     if any(one.shape != another.shape for one, another in pairs):
         return math.inf
-    with np.errstate(invalid="ignore"):  # infinity minus infinity
-        differences = [np.abs(a.astype(np.float64) - b.astype(np.float64)) for a, b in pairs]
-    parts = zip(differences, hidden, strict=True)
+    parts = zip([differences(*pair) for pair in pairs], hidden, strict=True)
     return float(np.max([values[~unseen].max(initial=0) for values, unseen in parts]))
 
 

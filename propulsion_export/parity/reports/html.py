@@ -278,8 +278,8 @@ def _used(errors: OutputErrors) -> str:
 def _used_in_words(errors: OutputErrors, share: float) -> str:
     if not math.isfinite(errors.error):
         return (
-            f"{errors.non_finite:,} of {errors.elements:,} numbers are NaN or infinite (not "
-            "drawn), which no tolerance allows"
+            f"{errors.non_finite:,} of {errors.elements:,} numbers are NaN or infinite, or finite "
+            "where PyTorch rules a token out (not drawn), which no tolerance allows"
         )
     if not math.isfinite(errors.allowed):
         return "no limit is known: PyTorch itself returns NaN or infinity at this precision"
