@@ -118,4 +118,3 @@ def test_the_models_own_frequencies_stay():
         table.is_right(np.zeros((160, 8), np.float32), np.arange(160))
 
     assert torch.equal(model.model.rotary_emb.inv_freq, before)
-
