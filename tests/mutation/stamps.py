@@ -16,15 +16,17 @@ from propulsion_export.environment.machine import tool_versions
 
 _ROOT = Path(__file__).parents[2]
 _PACKAGE = propulsion_export.__name__
-# It compares the builder's graph with PyTorch, and raises or changes nothing.
-_ONLY_CHECKS = {f"{_PACKAGE}.parity.built_graph"}
+# What makes no artifact although it is imported: the comparison of the builder's graph with PyTorch,
+# which raises or changes nothing, and the runtimes of graphs that there are.
+_NOT_MAKING = (f"{_PACKAGE}.parity.built_graph", f"{_PACKAGE}.runners")
+_BASELINES = "mutation.baselines"
 _REPORTING = {"mutation.report", "mutation.__main__"}
 
 
 @cache
 def exports_stamp() -> str:
     """The digest of what makes clean artifacts, as it was when this process first asked."""
-    return _digest(sources_of("mutation.baselines"))
+    return _digest(sources_of(_BASELINES))
 
 
 @cache
@@ -53,10 +55,11 @@ def sources_of(module: str) -> frozenset[Path]:
     """The files of a module and of everything of ours that it imports, wherever it does."""
     found: dict[str, Path] = {}
     waiting = [module]
+    left_out = tuple(f"{name}." for name in _NOT_MAKING) if module == _BASELINES else ()
     while waiting:
         name = waiting.pop()
         file = _file_of(name)
-        if file is None or name in found or name in _ONLY_CHECKS or name in _REPORTING:
+        if file is None or name in found or name in _REPORTING or f"{name}.".startswith(left_out):
             continue
         found[name] = file
         waiting += _imported(name, file)

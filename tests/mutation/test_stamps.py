@@ -39,6 +39,8 @@ def test_an_edit_of_what_makes_artifacts_makes_them_anew(file):
         "propulsion_export/parity/pooling.py",
         "propulsion_export/parity/oracle.py",
         "propulsion_export/pipeline/parity.py",
+        "propulsion_export/parity/built_graph.py",
+        "propulsion_export/runners/onnxruntime.py",
         "propulsion_export/serving/session.py",
         "tests/mutation/running.py",
         "tests/mutation/weights.py",
