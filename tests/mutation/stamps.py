@@ -16,8 +16,8 @@ from propulsion_export.environment.machine import tool_versions
 
 _ROOT = Path(__file__).parents[2]
 _PACKAGE = propulsion_export.__name__
-# What makes no artifact although it is imported: the comparison of the builder's graph with PyTorch,
-# which raises or changes nothing, and the runtimes of graphs that there are.
+# What is imported and makes no artifact: the comparison of the builder's graph with PyTorch, which
+# raises or changes nothing, and the runtimes of graphs that there are.
 _NOT_MAKING = (f"{_PACKAGE}.parity.built_graph", f"{_PACKAGE}.runners")
 _BASELINES = "mutation.baselines"
 _REPORTING = {"mutation.report", "mutation.__main__"}
