@@ -60,19 +60,29 @@ class Probe:
 
 @dataclass(frozen=True)
 class Limits:
-    """The most rows and tokens of a batch that an artifact takes in its runner; None: any."""
+    """What an artifact takes in its runner; None: any.
+
+    Attributes:
+        rows: the most rows of a batch.
+        tokens: the most tokens of a row.
+        single: the most tokens of a row that is alone in its batch.
+    """
 
     rows: int | None = None
     tokens: int | None = None
+    single: int | None = None
 
     @classmethod
-    def of(cls, manifest: Manifest, tokens: int | None = None) -> "Limits":
-        """Those of an engine's profiles; `tokens` is a limit of the runner."""
+    def of(
+        cls, manifest: Manifest, tokens: int | None = None, single: int | None = None
+    ) -> "Limits":
+        """Those of an engine's profiles; `tokens` and `single` are limits of the runner."""
         if manifest.engine is None:
-            return cls(None, tokens)
+            return cls(None, tokens, single or tokens)
         most = [p["input_ids"]["max"] for p in manifest.engine.profiles if "input_ids" in p]
         lengths = [shape[1] for shape in most] + ([] if tokens is None else [tokens])
-        return cls(min((shape[0] for shape in most), default=None), min(lengths, default=None))
+        longest = min(lengths, default=None)
+        return cls(min((shape[0] for shape in most), default=None), longest, longest)
 
 
 def make_probes(
@@ -143,6 +153,7 @@ class _Maker:
         names: the inputs of a batch.
         chooser: draws tokens.
         longest: the most tokens of a row that the model and the artifact take.
+        possible: those of a row that is alone in its batch.
         affordable: the most tokens of the longest row.
     """
 
@@ -150,6 +161,7 @@ class _Maker:
     names: tuple[str, ...]
     chooser: np.random.Generator
     longest: int
+    possible: int
     affordable: int
 
     @classmethod
@@ -159,10 +171,11 @@ class _Maker:
         if TASKS[base.task].architecture != "decoder":
             names = input_names(type(base.model), config)
         longest = judged_length(config)
+        possible = min(longest, limits.single or longest)
         longest = min(longest, limits.tokens or longest)
         affordable = _MOST_TOKENS if effort == "thorough" else _affordable(base)
         chooser = np.random.default_rng(seed + 2)
-        return cls(base, names, chooser, longest, min(longest, affordable))
+        return cls(base, names, chooser, longest, possible, min(possible, affordable))
 
     @property
     def architecture(self) -> str:
@@ -170,9 +183,9 @@ class _Maker:
 
     def note(self, purpose: str) -> str:
         """What a probe leaves out, if it does."""
-        if purpose != _LONGEST_ROW or self.affordable == self.longest:
+        if purpose != _LONGEST_ROW or self.affordable == self.possible:
             return ""
-        return f"; the model takes {self.longest}: {ASK_THOROUGH}"
+        return f"; the model takes {self.possible}: {ASK_THOROUGH}"
 
     def kinds(self) -> Iterator[Kind]:
         """The purpose of each kind of probe, what makes it, and the least effort that has it."""
@@ -197,7 +210,8 @@ class _Maker:
 
     def _rows(self, lengths: Sequence[int]) -> Tensors:
         config = self.base.model.config
-        lengths = tuple(min(length, self.longest) for length in lengths)
+        most = self.possible if len(lengths) == 1 else self.longest
+        lengths = tuple(min(length, most) for length in lengths)
         return random_batch(self.names, config, lengths, self.chooser)
 
     def rows(self, lengths: Sequence[int]) -> Tensors:

@@ -63,7 +63,12 @@ from propulsion_export.pipeline.judged_adapters import (
     judged_adapters,
 )
 from propulsion_export.runners.decoding import Candidate
-from propulsion_export.runners.opening import REFERENCE_LENGTH, choose_runner, open_candidate
+from propulsion_export.runners.opening import (
+    REFERENCE_LENGTH,
+    REFERENCE_LONGEST_ROW,
+    choose_runner,
+    open_candidate,
+)
 
 _FURTHER_CASES: tuple[FurtherCases, ...] = (
     judge_inputs,
@@ -235,8 +240,8 @@ def _compare(
         trust_remote_code=trust,
         directory=read.directory,
     )
-    shortest = REFERENCE_LENGTH if name == "reference" else None
-    limits = Limits.of(read.manifest, shortest)
+    in_python = (REFERENCE_LENGTH, REFERENCE_LONGEST_ROW) if name == "reference" else ()
+    limits = Limits.of(read.manifest, *in_python)
     probes, coverage = make_probes(base, seed, options.effort, limits)
     compute = choose_compute(base, options.device, low_memory=options.low_memory)
     quantised = quantise_base_(read, base, judged, batches, compute)

@@ -30,7 +30,7 @@ from propulsion_export.runners.table import RUNTIMES, runtimes_of
 
 # The reference evaluator computes in Python: larger graphs and longer inputs take minutes.
 _REFERENCE_BYTES = 16 * 2**20
-REFERENCE_LENGTH = 8
+REFERENCE_LENGTH, REFERENCE_LONGEST_ROW = 8, 128
 
 
 def choose_runner(artifact: Artifact, runner: str) -> str:

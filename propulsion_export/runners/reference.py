@@ -7,7 +7,7 @@ import numpy as np
 
 from propulsion_export.adapters.scales import Array
 from propulsion_export.artifacts.artifact import Artifact, Runner, Tensors
-from propulsion_export.errors import UnavailableError
+from propulsion_export.errors import ToolError, UnavailableError, first_line
 from propulsion_export.graph.signature import check_signature
 
 
@@ -16,6 +16,7 @@ def open_graph(path: Path, artifact: Artifact, device: str) -> Runner:
 
     Raises:
         ArtifactError: the graphs of the artifact are not what its manifest declares.
+        ToolError: onnx cannot load a graph.
     """
     del device
     check_signature(artifact)
@@ -29,10 +30,14 @@ def place(array: Array, device: str) -> Array:
 
 
 def reference_runner(path: Path) -> Runner:
-    """Run an ONNX model in onnx's own evaluator: slow, but it knows every dtype."""
+    """Run an ONNX model in onnx's own evaluator: slow, but it knows every dtype.
+
+    Raises:
+        ToolError: onnx cannot load the model.
+    """
     from onnx.reference import ReferenceEvaluator
 
-    evaluator = ReferenceEvaluator(str(path), new_ops=[_gather_elements()])
+    evaluator = ReferenceEvaluator(_load(path), new_ops=[_gather_elements()])
     known = set(evaluator.input_names)
 
     def run(inputs: Tensors) -> Tensors:
@@ -47,6 +52,16 @@ def reference_runner(path: Path) -> Runner:
         return dict(zip(evaluator.output_names, outputs, strict=True))
 
     return run
+
+
+def _load(path: Path) -> Any:
+    """The model with its external data."""
+    import onnx
+
+    try:
+        return onnx.load(path)
+    except Exception as error:  # of protobuf, of the operating system, of onnx's own checks
+        raise ToolError(f"{path}: onnx cannot load it ({first_line(error)})") from error
 
 
 def _gather_elements() -> type:

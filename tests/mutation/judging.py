@@ -1,5 +1,6 @@
 """The verdict on one copy of an artifact."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -28,10 +29,10 @@ class Judged:
     detail: str = ""
 
 
-def judge(directory: Path, memory: Memory, *, seed: int = 0) -> Judged:
-    """Let `check_parity` judge an artifact."""
+def judge(directory: Path, memory: Memory | None = None, *, seed: int = 0) -> Judged:
+    """Let `check_parity` judge an artifact at its default effort; without a memory as it is."""
     try:
-        with remembered(memory):
+        with remembered(memory) if memory else nullcontext():
             report = check_parity(directory, seed=seed)
     except (ArtifactError, UnavailableError) as error:
         return Judged("refused", (type(error).__name__,), str(error)[:300])

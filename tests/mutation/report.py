@@ -1,13 +1,15 @@
-"""The table of kinds and precisions, and the gate."""
+"""The tables of kinds and of artifacts, and the gate."""
 
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
-from mutation.running import KINDS, Run
+from mutation.results import CLEAN, Run
+from mutation.running import KINDS
 from mutation.toys import TOYS
 
 # In times of what parity allows: twice that is beyond doubt, since a right artifact may be wrong by
@@ -24,14 +26,16 @@ class Score:
 
     Attributes:
         runs: all of them.
+        about: see `Results.about`.
     """
 
     runs: Sequence[Run]
+    about: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def planted(self) -> list[Run]:
         """The mistakes that were planted and judged."""
-        return [run for run in self.runs if run.kind != "clean" and run.outcome in _PLANTED]
+        return [run for run in self.runs if run.kind != CLEAN and run.outcome in _PLANTED]
 
     @property
     def visible(self) -> list[Run]:
@@ -46,7 +50,7 @@ class Score:
     @property
     def clean(self) -> list[Run]:
         """The runs without a mistake."""
-        return [run for run in self.runs if run.kind == "clean"]
+        return [run for run in self.runs if run.kind == CLEAN]
 
     @property
     def false_alarms(self) -> list[Run]:
@@ -68,14 +72,30 @@ class Score:
             f"{len({run.toy for run in self.planted})} of {len(TOYS)} artifacts. "
             f"{len(self.visible)} of them move an output by more than {LIMIT:g} times what is "
             f"allowed: {found or 'none'}. "
-            f"{len(self.false_alarms)} false alarms in {len(self.clean)} runs of clean artifacts."
+            f"{len(self.false_alarms)} false alarms in {len(self.clean)} runs of "
+            f"{len({run.toy for run in self.clean})} clean artifacts. "
+            f"{self._cost()}{self._made_by()}"
         )
+
+    def _cost(self) -> str:
+        minutes = [sum(run.all_seconds for run in runs) / 60 for runs in (self.planted, self.clean)]
+        return "It took {:.0f} and {:.0f} minutes of one core.".format(*minutes)
+
+    def _made_by(self) -> str:
+        """The commit and the packages, where they are known."""
+        if not self.about:
+            return ""
+        named = ("python", "torch", "transformers", "onnxruntime", "onnx")
+        tools = self.about["tools"]
+        versions = ", ".join(f"{name} {tools[name]}" for name in named if name in tools)
+        return f" Run on commit {self.about['commit']}, with {versions}."
 
 
 def write_json(score: Score, file: Path) -> None:
     """Write all runs and the result."""
     value = {
         "limit": LIMIT,
+        "about": dict(score.about),
         "summary": score.summary(),
         "passed": score.passed,
         "planted": len(score.planted),
@@ -119,7 +139,25 @@ def table(score: Score) -> str:
         cells = [_caught(run for run in visible if run.precision == each) for each in precisions]
         smaller = _caught(run for run in runs if run.moved <= LIMIT)
         lines.append(_line([kind.name, *cells, smaller, _smallest(runs)]))
-    return "\n".join([*lines, "", *_sizes(score, precisions)])
+    return "\n".join([*lines, "", *_sizes(score, precisions), "", *_artifacts(score)])
+
+
+def _artifacts(score: Score) -> list[str]:
+    """What was planted in each artifact, its clean runs, and the seconds of one verdict."""
+    head = ["artifact", "caught of visible", "smaller ones", "clean runs passed", "a clean verdict"]
+    lines = [_line(head), _line(["---"] * len(head))]
+    for toy in TOYS:
+        planted = [run for run in score.planted if run.toy == toy.name]
+        clean = [run for run in score.clean if run.toy == toy.name]
+        passed = sum(run.outcome == "passed" for run in clean)
+        seconds = f"{sum(run.seconds for run in clean) / len(clean):.1f} s" if clean else "-"
+        cells = [
+            _caught(run for run in planted if run.moved > LIMIT),
+            _caught(run for run in planted if run.moved <= LIMIT),
+            f"{passed}/{len(clean)}" if clean else "-",
+        ]
+        lines.append(_line([toy.name, *cells, seconds]))
+    return lines
 
 
 def _sizes(score: Score, precisions: Sequence[str]) -> list[str]:

@@ -1,18 +1,21 @@
-"""Every mistake in every artifact, in several processes, continued where it was interrupted."""
+"""Plant mistakes, judge them and clean artifacts, one after the other in one process.
 
-import hashlib
+What there are results of is not run again, so that an interrupted run goes on where it was.
+"""
+
 import json
 import shutil
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field, replace
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from random import Random
 
 from mutation.adapters import ADAPTERS
+from mutation.baselines import baseline, exports
 from mutation.files import FILES
 from mutation.inputs import INPUTS
 from mutation.judging import judge
@@ -22,56 +25,20 @@ from mutation.outputs import OUTPUTS
 from mutation.planted import Copy
 from mutation.quantised import QUANTISED
 from mutation.remembering import Memory
+from mutation.results import CLEAN, Results, Run, one_at_a_time
+from mutation.sampling import AllPlaces, Key, Sample
+from mutation.stamps import check_unchanged
 from mutation.toys import TOYS, Toy, build
 from mutation.visible import UNLOADABLE, Visible
 from mutation.weights import WEIGHTS
 
 FAMILIES = (WEIGHTS, INPUTS, NODES, OUTPUTS, ADAPTERS, QUANTISED, FILES)
 KINDS = tuple(kind for family in FAMILIES for kind in family.kinds)
-# Seeds by architecture: more where a verdict is cheap; 1,000 in all.
-CLEAN = {"encoder": 63, "decoder": 6, "encoder-decoder": 6}
-_EVERY = 50  # runs, after which a process says how far it is
-_ROOT = Path(__file__).parents[2]
 # A graph that a runtime does not load is a mistake of the planting.
 _IN_GRAPH = ("weights", "inputs", "nodes", "outputs")
-_REPORTING = ("report.py", "__main__.py")
-
-
-@dataclass(frozen=True)
-class Run:
-    """One planted mistake, or a clean artifact, and what parity says of it.
-
-    Attributes:
-        toy: the name of the artifact.
-        architecture: of its model.
-        precision: the dtype of its weights, or the form of quantised ones.
-        mode: of the artifact.
-        kind: of the mistake; `clean` for none.
-        place: where it is planted; for a clean artifact, the seed of the inputs.
-        outcome: of `judging`, `unchanged` where nothing was changed, `inapplicable` without places.
-        cases: that failed.
-        detail: the words of the verdict.
-        moved: see `visible.Moved`.
-        scale: see `visible.Moved`.
-        where: see `visible.Moved`.
-        size: of the mistake, where it has one.
-        seconds: that the verdict took.
-    """
-
-    toy: str
-    architecture: str
-    precision: str
-    mode: str
-    kind: str
-    place: str
-    outcome: str
-    cases: tuple[str, ...] = ()
-    detail: str = ""
-    moved: float = 0.0
-    scale: float = 0.0
-    where: str = ""
-    size: float | None = None
-    seconds: float = 0.0
+_PLACES_AT_ONCE = 3  # of a kind, before other kinds' turn
+_TRIES = 4  # to find further places where a mistake does not fit, or changes nothing
+_SEEDS_AT_ONCE = 4  # of a clean artifact, before the next artifact's turn
 
 
 @dataclass(frozen=True)
@@ -80,215 +47,202 @@ class Plan:
 
     Attributes:
         root: the directory of artifacts and results.
+        toys: the artifacts.
         kinds: the names of kinds, or parts of them; empty: all.
-        places: the most places that a kind is planted in, in one artifact.
-        artifacts: in how many artifacts of one architecture and precision; see `Kind.everywhere`.
-        clean: by architecture, how many seeds each artifact is judged with as it is.
+        places: how many places each kind is planted in, in all artifacts together.
+        everywhere: plant each kind in so many places of each artifact instead.
+        clean: how many runs of clean artifacts, all together.
         seed: chooses the places.
+        until: the time (`time.monotonic`) at which no run begins any more; None: all are run.
     """
 
     root: Path
+    toys: Sequence[Toy] = TOYS
     kinds: tuple[str, ...] = ()
-    places: int = 1
-    artifacts: int = 2
-    clean: Mapping[str, int] = field(default_factory=lambda: CLEAN)
+    places: int = 6
+    everywhere: bool = False
+    clean: int = 1000
     seed: int = 0
+    until: float | None = None
 
-    def chosen(self) -> list[Kind]:
-        """The kinds to plant."""
-        return [k for k in KINDS if not self.kinds or any(p in k.name for p in self.kinds)]
+    def chosen(self) -> dict[str, Kind]:
+        """The kinds to plant, by name."""
+        return {k.name: k for k in KINDS if not self.kinds or any(p in k.name for p in self.kinds)}
 
-    def takes(self, kind: Kind, toy: Toy) -> bool:
-        """Whether a kind is planted in an artifact; the choice depends on the seed alone."""
-        if kind.everywhere:
-            return True
-        in_graph = kind.family in ("inputs", "nodes", "outputs")
-        group = [
-            other.name
-            for other in TOYS
-            if (other.architecture, precision_of(other)) == (toy.architecture, precision_of(toy))
-            and not (in_graph and other.mode == "merged")
-        ]
-        Random(f"{self.seed} {kind.name} {toy.architecture} {precision_of(toy)}").shuffle(group)
-        return toy.name in group[: self.artifacts]
+    def is_over(self) -> bool:
+        """Whether the time is over."""
+        return self.until is not None and time.monotonic() >= self.until
 
-    def results(self, toy: Toy) -> Path:
-        """The file of the results of an artifact."""
-        return self.root / "results" / f"{toy.name}.jsonl"
+    def seeds(self) -> Iterator[tuple[Toy, list[int]]]:
+        """Seeds of clean runs for all artifacts alike, a few for each in turn."""
+        each, more = divmod(self.clean, len(self.toys))
+        counts = {toy: each + (place < more) for place, toy in enumerate(self.toys)}
+        for start in range(1, each + 2, _SEEDS_AT_ONCE):
+            for toy, count in counts.items():
+                yield toy, list(range(start, min(start + _SEEDS_AT_ONCE, count + 1)))
 
 
-def known_runs(plan: Plan, toys: Sequence[Toy]) -> list[Run]:
-    """The runs of artifacts that there are results of."""
-    files = [plan.results(toy) for toy in toys]
-    return [run for file in files if file.is_file() for run in _read(file)]
+def run_all(plan: Plan, results: Results) -> Iterator[Run]:
+    """All runs that there are no results of: mistakes first, then clean artifacts."""
+    with one_at_a_time(plan.root):
+        results.forget_stale_()
+        yield from _mistakes(plan, results)
+        for toy, seeds in plan.seeds():
+            wanted = [seed for seed in seeds if (toy.name, CLEAN, str(seed)) not in results.runs]
+            yield from _kept(_clean_runs(plan, toy, wanted), results)
+            check_unchanged()
 
 
-def run_all(plan: Plan, toys: Sequence[Toy], jobs: int) -> Iterator[Run]:
-    """The runs of all artifacts, in the order in which they end; earlier results are read."""
-    _forget_stale(plan.root)
-    yield from known_runs(plan, toys)
-    if jobs == 1:
-        for toy in toys:
-            yield from run_toy(plan, toy)
+def _kept(runs: Iterator[Run], results: Results) -> Iterator[Run]:
+    for run in runs:
+        results.add(run)
+        yield run
+
+
+def _mistakes(plan: Plan, results: Results) -> Iterator[Run]:
+    """Every kind in some of its places, then in some more; each time the artifacts in turn."""
+    sample = Sample(_places(plan, results), plan.seed)
+    planted: Counter[Key] = Counter()
+    for most in [*range(_PLACES_AT_ONCE, plan.places, _PLACES_AT_ONCE), plan.places]:
+        for _ in range(_TRIES):
+            taken = sample.take({key: most - planted[key] for key in sample.keys})
+            by_toy: dict[Toy, list[tuple[Key, Place]]] = defaultdict(list)
+            for key, (toy, place) in taken:
+                by_toy[toy].append((key, place))
+            for toy in filter(by_toy.__contains__, plan.toys):
+                kinds = [(key.kind, place) for key, place in by_toy[toy]]
+                yield from _kept(_planted(plan, toy, kinds, results), results)
+                check_unchanged()
+                if plan.is_over():
+                    return
+                for key, place in by_toy[toy]:
+                    planted[key] += results.runs[toy.name, key.kind, in_words(place)].counts
+
+
+def _planted(
+    plan: Plan, toy: Toy, mistakes: Sequence[tuple[str, Place]], results: Results
+) -> Iterator[Run]:
+    """The runs of the mistakes in one artifact that there are no results of."""
+    wanted = [
+        (kind, place)
+        for kind, place in mistakes
+        if (toy.name, kind, in_words(place)) not in results.runs
+    ]
+    if not wanted:
         return
-    with ProcessPoolExecutor(jobs) as pool:
-        waiting = [pool.submit(_run_in_process, plan, toy) for toy in toys]
-        for done in as_completed(waiting):
-            yield from done.result()
+    clean, kinds, began = baseline(toy, plan.root), plan.chosen(), time.monotonic()
+    if toy.mode == "folded":  # mistaken adapters are folded into it
+        build(replace(toy, mode="switchable"), exports(plan.root))
+    memory, visible = Memory(), cache(lambda: Visible(clean, toy))
+    for kind, place in wanted:
+        if plan.is_over():
+            break
+        yield plant_and_judge(toy, kinds[kind], place, clean, memory, visible())
+    print(f"{toy.name}: {len(wanted)} mistakes, {time.monotonic() - began:.0f} s", flush=True)
 
 
-def _run_in_process(plan: Plan, toy: Toy) -> list[Run]:
-    import torch
-
-    torch.set_num_threads(1)
-    return list(run_toy(plan, toy))
-
-
-def run_toy(plan: Plan, toy: Toy) -> Iterator[Run]:
-    """The runs of one artifact that there are no results of."""
-    file = plan.results(toy)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    known = {(run.kind, run.place) for run in _read(file)} if file.is_file() else set()
-    began, count = time.monotonic(), 0
-    with file.open("a", encoding="utf-8") as results:
-        for run in _runs(plan, toy, known):
-            results.write(json.dumps(asdict(run)) + "\n")
-            results.flush()
-            count += 1
-            if count % _EVERY == 0:
-                print(f"{toy.name}: {count} runs so far", flush=True)
-            yield run
-    print(f"{toy.name}: {count} runs, {time.monotonic() - began:.0f} s", flush=True)
-
-
-def _runs(plan: Plan, toy: Toy, known: set[tuple[str, str]]) -> Iterator[Run]:
+def _clean_runs(plan: Plan, toy: Toy, seeds: Sequence[int]) -> Iterator[Run]:
+    """Verdicts on an artifact as it is, with other inputs each time."""
+    if not seeds or plan.is_over():
+        return
     try:
         clean = baseline(toy, plan.root)
     except Exception as error:  # told, and fails the gate, without stopping the others
-        yield _run(toy, "clean", "export", "crashed", detail=str(error)[:300])
+        yield Run.of(toy, CLEAN, "export", "crashed", detail=str(error)[:300])
         return
-    if toy.mode == "folded":
-        build(replace(toy, mode="switchable"), plan.root)  # mistaken adapters are folded into it
-    for seed in range(1, plan.clean[toy.architecture] + 1):
-        if ("clean", str(seed)) not in known:
-            yield _judged(toy, "clean", str(seed), clean, Memory(), seed=seed)
-    memory, visible = Memory(), _lazily_visible(clean, toy)
-    view = clean.with_name(f"{clean.name}.view")
-    shutil.rmtree(view, ignore_errors=True)
-    for kind, place in _places(plan, toy, Copy(clean, view)):
-        if (kind.name, _in_words(place or ())) in known:
-            continue
-        if place is None:
-            yield _run(toy, kind.name, "", "inapplicable", size=kind.size)
-        else:
-            yield plant_and_judge(toy, kind, place, clean, memory, visible())
-
-
-def _places(plan: Plan, toy: Toy, view: Copy) -> Iterator[tuple[Kind, Place | None]]:
-    """Every kind with the places to plant it in; None where it does not apply."""
-    for kind in plan.chosen():
-        if plan.takes(kind, toy):
-            yield from ((kind, place) for place in chosen_places(kind, view, plan) or [None])
-
-
-def _lazily_visible(clean: Path, toy: Toy) -> Callable[[], Visible]:
-    """What a user sees of an artifact, computed when it is first asked for."""
-    return cache(lambda: Visible(clean, toy))
+    began = time.monotonic()
+    for seed in seeds:
+        if plan.is_over():
+            break
+        yield _judged(toy, CLEAN, str(seed), clean, seed=seed)
+    print(f"{toy.name}: clean, {len(seeds)} seeds, {time.monotonic() - began:.0f} s", flush=True)
 
 
 def plant_and_judge(
     toy: Toy, kind: Kind, place: Place, clean: Path, memory: Memory, visible: Visible
 ) -> Run:
     """Plant one mistake in a copy, judge the copy, and measure what it moves."""
+    began = time.process_time()
     directory = clean.with_name(f"{clean.name}.planted") / "copy"
     shutil.rmtree(directory.parent, ignore_errors=True)
     directory.parent.mkdir(parents=True)
-    words = _in_words(place)
+    words = in_words(place)
     try:
         copy = Copy(clean, directory)
         kind.plant_(copy, place)
         changed = copy.write()
     except Exception as error:  # the mistake does not fit this artifact, which is not a catch
         detail = traceback.format_exception_only(error)[-1].strip()[:300]
-        return _run(toy, kind.name, words, "unplantable", detail=detail, size=kind.size)
+        return Run.of(toy, kind.name, words, "unplantable", detail=detail, size=kind.size)
     if not changed:
-        return _run(toy, kind.name, words, "unchanged", size=kind.size)
+        return Run.of(toy, kind.name, words, "unchanged", size=kind.size)
     moved = visible.moved(directory, texts=kind.in_files)
     if moved.where.startswith(UNLOADABLE) and kind.family in _IN_GRAPH:
-        return _run(toy, kind.name, words, "unplantable", detail=moved.where, size=kind.size)
-    run = _judged(toy, kind.name, words, directory, memory, size=kind.size)
-    return Run(
-        **{**asdict(run), "moved": moved.allowed, "scale": moved.scale, "where": moved.where}
+        return Run.of(toy, kind.name, words, "unplantable", detail=moved.where, size=kind.size)
+    run = _judged(toy, kind.name, words, directory, memory)
+    return replace(
+        run,
+        size=kind.size,
+        moved=moved.allowed,
+        scale=moved.scale,
+        where=moved.where,
+        all_seconds=round(time.process_time() - began, 3),
     )
 
 
-def baseline(toy: Toy, root: Path) -> Path:
-    """The directory of an artifact as `Copy` writes it without a mistake."""
-    artifact = build(toy, root)
-    directory = artifact.with_name(f"{artifact.name}.baseline")
-    if not directory.is_dir():
-        staged = artifact.with_name(f"{artifact.name}.staged")
-        shutil.rmtree(staged, ignore_errors=True)
-        copy = Copy(artifact, staged)
-        _ = copy.graphs, copy.checkpoint
-        copy.write()
-        staged.rename(directory)
-    return directory
-
-
 def chosen_places(kind: Kind, view: Copy, plan: Plan) -> list[Place]:
-    """A random choice of the places of a kind, always the same for a seed."""
+    """A random choice of the places of a kind in an artifact, always the same for a seed."""
     places = list(kind.places(view))
     chooser = Random(f"{plan.seed} {kind.name} {view.clean.name}")
     return chooser.sample(places, min(plan.places, len(places)))
 
 
+def _places(plan: Plan, results: Results) -> AllPlaces:
+    """The places of every kind in all artifacts, or in each artifact."""
+    found: dict[Key, dict[Toy, list[Place]]] = defaultdict(dict)
+    for toy in plan.toys:
+        for kind, places in _places_in(plan, toy, results.directory / "places").items():
+            if kind in plan.chosen():
+                found[Key(kind, toy.name if plan.everywhere else "")][toy] = places
+    return found
+
+
+def _places_in(plan: Plan, toy: Toy, known: Path) -> Mapping[str, list[Place]]:
+    """The places of every kind in one artifact; looked for once."""
+    file = known / f"{toy.name}.json"
+    if not file.is_file():
+        try:
+            clean = baseline(toy, plan.root)
+        except Exception:  # the run of the clean artifact tells it
+            return {}
+        view = clean.with_name(f"{clean.name}.view")
+        shutil.rmtree(view, ignore_errors=True)
+        copy = Copy(clean, view)
+        found = {kind.name: list(kind.places(copy)) for kind in KINDS}
+        shutil.rmtree(view)
+        known.mkdir(exist_ok=True)
+        file.write_text(json.dumps({kind: places for kind, places in found.items() if places}))
+    return {k: list(map(tuple, places)) for k, places in json.loads(file.read_text()).items()}
+
+
 def _judged(
-    toy: Toy, kind: str, place: str, directory: Path, memory: Memory, *, seed: int = 0,
-    size: float | None = None,
-) -> Run:  # fmt: skip
-    began = time.monotonic()
+    toy: Toy,
+    kind: str,
+    place: str,
+    directory: Path,
+    memory: Memory | None = None,
+    *,
+    seed: int = 0,
+) -> Run:
+    began = time.process_time()
     found = judge(directory, memory, seed=seed)
-    seconds = round(time.monotonic() - began, 3)
-    return _run(
-        toy, kind, place, found.outcome, cases=found.cases, detail=found.detail, size=size,
-        seconds=seconds,
+    seconds = round(time.process_time() - began, 3)
+    return Run.of(
+        toy, kind, place, found.outcome, cases=found.cases, detail=found.detail,
+        seconds=seconds, all_seconds=seconds,
     )  # fmt: skip
 
 
-def _run(toy: Toy, kind: str, place: str, outcome: str, **fields) -> Run:
-    return Run(
-        toy.name, toy.architecture, precision_of(toy), toy.mode, kind, place, outcome, **fields
-    )
-
-
-def precision_of(toy: Toy) -> str:
-    """The dtype of an artifact's weights, or the integers that they are quantised to."""
-    return toy.dtype if toy.form is None else f"int{toy.bits}"
-
-
-def _in_words(place: Place) -> str:
+def in_words(place: Place) -> str:
+    """A place as results have it."""
     return " ".join(map(str, place))
-
-
-def _read(file: Path) -> list[Run]:
-    lines = file.read_text(encoding="utf-8").splitlines()
-    return [Run(**{**value, "cases": tuple(value["cases"])}) for value in map(json.loads, lines)]
-
-
-def _forget_stale(root: Path) -> None:
-    """Remove what was made by another version of the package or of the mistakes."""
-    stamp, now = root / "version", _version()
-    if not stamp.is_file() or stamp.read_text() != now:
-        shutil.rmtree(root, ignore_errors=True)
-        root.mkdir(parents=True)
-        stamp.write_text(now)
-
-
-def _version() -> str:
-    digest = hashlib.sha256()
-    files = [*(_ROOT / "propulsion_export").rglob("*.py"), *Path(__file__).parent.glob("*.py")]
-    for file in sorted(files):
-        if file.name not in _REPORTING and not file.name.startswith("test_"):
-            digest.update(file.read_bytes())
-    return digest.hexdigest()

@@ -7,20 +7,13 @@ from dataclasses import asdict, replace
 import pytest
 
 from mutation import running
+from mutation.baselines import baseline
 from mutation.judging import judge
 from mutation.planted import Copy
 from mutation.remembering import Memory
 from mutation.report import BEGIN, END, LIMIT, Score, table, write_json, write_table
-from mutation.running import (
-    FAMILIES,
-    KINDS,
-    Plan,
-    Run,
-    baseline,
-    chosen_places,
-    plant_and_judge,
-    run_toy,
-)
+from mutation.results import Results, Run, one_at_a_time
+from mutation.running import FAMILIES, KINDS, Plan, chosen_places, plant_and_judge, run_all
 from mutation.toys import TOYS, Toy
 from mutation.visible import Visible
 
@@ -101,15 +94,29 @@ def test_a_verdict_that_remembers_says_what_one_without_memory_says(bench, tmp_p
     assert memory.computed == before
 
 
-def test_results_are_read_where_a_run_was_interrupted(bench, monkeypatch):
+def test_what_there_are_results_of_is_not_run_again(bench, monkeypatch):
     root, *_ = bench
-    plan = Plan(root, ("two adapters exchanged", "labels in another order"), 1, {"encoder": 1})
-    first = list(run_toy(plan, TOY))
+    plan = Plan(root, [TOY], ("two adapters exchanged", "a label with another name"), 1, clean=1)
+    first = list(run_all(plan, Results(root)))
 
     monkeypatch.setattr(running, "judge", lambda *args, **kwargs: pytest.fail("judged again"))
 
-    assert first[0].kind == "clean"
-    assert list(run_toy(plan, TOY)) == []
+    assert [run.kind for run in first] == [*plan.kinds, "clean"]
+    assert {run.outcome for run in first} == {"passed", "caught"}
+    assert list(run_all(plan, Results(root))) == []
+    assert list(Results(root).runs.values()) == first
+
+
+def test_no_run_begins_after_the_time_is_over(bench):
+    root, *_ = bench
+
+    assert list(run_all(Plan(root, [TOY], ("a norm's weight lost",), until=0), Results(root))) == []
+
+
+def test_two_runs_do_not_share_a_directory(bench):
+    root, *_ = bench
+    with one_at_a_time(root), pytest.raises(RuntimeError, match="another run uses it"):
+        list(run_all(Plan(root, [TOY], ("a norm's weight lost",)), Results(root)))
 
 
 def test_there_are_more_than_eighty_kinds_and_no_two_of_one_name():
@@ -148,7 +155,7 @@ def test_the_table_has_caught_of_planted_by_precision(tmp_path):
     runs = [run_of("caught", 8.0), run_of("passed", 7.0), run_of("caught", 2.0)]
     runs.append(replace(run_of("refused", math.inf), precision="float16"))
     file = tmp_path / "parity.md"
-    file.write_text(f"before\n{BEGIN}\nold\n{END}\nbehind\n")
+    file.write_text(f"before\n{BEGIN}\nearlier runs\n{END}\nbehind\n")
 
     write_table(Score(runs), file)
 
@@ -159,7 +166,18 @@ def test_the_table_has_caught_of_planted_by_precision(tmp_path):
     text = file.read_text()
     assert text.startswith("before\n")
     assert text.endswith("behind\n")
-    assert "old" not in text
+    assert "earlier runs" not in text
+
+
+def test_the_tables_name_artifacts_clean_runs_and_the_commit():
+    runs = [run_of("caught", 8.0), run_of("passed", 0.0, "clean"), run_of("caught", 0.0, "clean")]
+    runs = [replace(run, toy=TOY.name, all_seconds=30.0, seconds=2.0) for run in runs]
+
+    text = table(Score(runs, {"commit": "abc, changed", "tools": {"python": "3.11"}}))
+
+    assert f"| {TOY.name} | 1/1 | - | 1/2 | 2.0 s |" in text
+    assert "took 0 and 1 minutes of one core" in text
+    assert "commit abc, changed, with python 3.11" in text
 
 
 def test_a_file_without_markers_is_refused(tmp_path):
@@ -184,9 +202,9 @@ def test_the_json_has_every_run_and_no_infinity(tmp_path):
 def test_every_visible_mistake_in_an_artifact_is_caught(kind, tmp_path):
     """One place of every kind; `make mutation` plants them in all artifacts."""
     toy = next(toy for toy in TOYS if toy.kind == kind and toy.mode == "switchable")
-    plan = Plan(tmp_path, artifacts=len(TOYS), clean=dict.fromkeys(running.CLEAN, 1))
+    plan = Plan(tmp_path, [toy], places=1, clean=1)
 
-    score = Score(list(run_toy(plan, toy)))
+    score = Score(list(run_all(plan, Results(tmp_path))))
 
     assert not {run.kind for run in score.missed}
     assert not score.false_alarms

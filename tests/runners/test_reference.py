@@ -5,7 +5,7 @@ import onnx.reference
 import onnx_ir as ir
 import pytest
 
-from propulsion_export.errors import UnavailableError
+from propulsion_export.errors import ToolError, UnavailableError
 from propulsion_export.runners.onnxruntime import onnxruntime_runner
 from propulsion_export.runners.reference import reference_runner
 
@@ -46,3 +46,18 @@ def test_what_the_evaluator_cannot_run_is_unavailable(gathered):
 
     with pytest.raises(UnavailableError, match="reference evaluator cannot run it"):
         reference_runner(path)({**feeds, "indices": np.array([[99, 0, 0]] * 2)})
+
+
+def test_a_file_of_weights_that_was_cut_is_told_in_a_line(tmp_path):
+    model = ir.from_onnx_text(
+        """<ir_version: 10, opset_import: ["" : 20]>
+        graph (float[1, 64] x, float[64, 64] w) => (float[1, 64] y) { y = MatMul(x, w) }"""
+    )
+    weight = model.graph.inputs.pop()
+    weight.const_value = ir.tensor(np.ones((64, 64), np.float32), name="w")
+    model.graph.register_initializer(weight)
+    ir.save(model, tmp_path / "m.onnx", external_data="m.data", size_threshold_bytes=0)
+    (tmp_path / "m.data").write_bytes(b"0" * 100)
+
+    with pytest.raises(ToolError, match=r"m\.onnx: onnx cannot load it \(.*exceeds"):
+        reference_runner(tmp_path / "m.onnx")
