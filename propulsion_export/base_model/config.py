@@ -10,7 +10,7 @@ from propulsion_export.base_model.config_switches import (
     reset_switches_,
 )
 from propulsion_export.base_model.gguf.files import small_files
-from propulsion_export.base_model.hub import check_findable, copy_files, locate
+from propulsion_export.base_model.hub import check_findable, copy_files, locate, only_cached
 from propulsion_export.base_model.remote_code import AUTO_MAP, copy_code
 from propulsion_export.base_model.tasks import TASKS
 from propulsion_export.environment.hub_files import refuse_pointers
@@ -54,7 +54,11 @@ def read_config(source: str, *, trust_remote_code: bool = False) -> "PretrainedC
         refuse_pointers_in(directory)
     try:
         with quiet():
-            config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+            config = AutoConfig.from_pretrained(
+                source,
+                trust_remote_code=trust_remote_code,
+                local_files_only=only_cached(source),
+            )
     except StrictDataclassError as error:
         raise BaseModelError(
             f"{source}: its config.json is refused by transformers "
@@ -167,7 +171,10 @@ def save_generation_settings(source: str, task: str, directory: Path) -> None:
 
     with quiet():
         settings = GenerationConfig.from_pretrained(
-            small_files(source), config_file_name="config.json", _from_model_config=True
+            small_files(source),
+            config_file_name="config.json",
+            _from_model_config=True,
+            local_files_only=only_cached(source),
         )
     text = settings.to_json_string()
     (directory / _GENERATION_CONFIG).write_text(text, encoding="utf-8")

@@ -41,7 +41,7 @@ def _found(source: str, name: str) -> Path | None:
             file = cached_file(
                 source,
                 name,
-                local_files_only=_unreachable(source) is not None,
+                local_files_only=only_cached(source),
                 _raise_exceptions_for_missing_entries=False,
                 _raise_exceptions_for_connection_errors=False,
                 _raise_exceptions_for_gated_repo=False,
@@ -74,6 +74,14 @@ def check_findable(source: str) -> None:
             f"the cache and {reason}",
             remedy=_REMEDY,
         )
+
+
+def only_cached(source: str) -> bool:
+    """Whether a model's files have to come from a hub's cache, since no hub answers.
+
+    transformers and huggingface_hub are to be told: they would ask again for each file.
+    """
+    return not user_path(source).is_dir() and _unreachable(source) is not None
 
 
 def _unreachable(source: str) -> str | None:

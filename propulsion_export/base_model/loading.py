@@ -18,6 +18,7 @@ from transformers.models.auto.auto_factory import _get_model_class
 from propulsion_export.base_model.config import class_names, read_config, set_labels
 from propulsion_export.base_model.gguf.files import small_files
 from propulsion_export.base_model.gguf.weights import gguf_tensors
+from propulsion_export.base_model.hub import only_cached
 from propulsion_export.base_model.recomputed import recomputed_parameters
 from propulsion_export.base_model.tasks import TASKS
 from propulsion_export.environment.hub_files import refuse_pointers
@@ -28,7 +29,7 @@ from propulsion_export.errors import BaseModelError, first_line
 
 # transformers also loads an adapter that it finds beside the weights, onto the model. Told to look
 # in a folder that no model has, it finds none. Remove when from_pretrained can be told not to look.
-_NO_ADAPTER = {"subfolder": "propulsion-export-loads-no-adapter"}
+_NO_ADAPTER = {"subfolder": "propulsion-export-loads-no-adapter", "local_files_only": True}
 
 
 @dataclass(frozen=True)
@@ -260,6 +261,7 @@ def load_model(
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
                 trust_remote_code=trust_remote_code,
+                local_files_only=tensors is None and only_cached(source),
                 adapter_kwargs=_NO_ADAPTER,
                 **constructor,
             )

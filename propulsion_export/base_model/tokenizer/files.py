@@ -11,7 +11,7 @@ from typing import Any
 
 from propulsion_export.base_model.config import settings_in
 from propulsion_export.base_model.gguf.files import small_files
-from propulsion_export.base_model.hub import leads_inside, locate
+from propulsion_export.base_model.hub import leads_inside, locate, only_cached
 from propulsion_export.base_model.remote_code import AUTO_MAP, present_modules
 from propulsion_export.environment.quiet import quiet
 
@@ -155,11 +155,11 @@ def _more_templates(source: str) -> list[str]:
     if directory.is_dir():
         files = sorted((directory / TEMPLATE_DIRECTORY).glob("*.jinja"))
         return [f"{TEMPLATE_DIRECTORY}/{file.name}" for file in files]
-    from transformers.utils.hub import is_offline_mode, list_repo_templates
+    from transformers.utils.hub import list_repo_templates
 
     try:
         with quiet():
-            found = list_repo_templates(source, local_files_only=is_offline_mode())
+            found = list_repo_templates(source, local_files_only=only_cached(source))
     except (OSError, ValueError):
         return []
     return [f"{TEMPLATE_DIRECTORY}/{name}" for name in found]

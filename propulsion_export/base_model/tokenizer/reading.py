@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from propulsion_export.base_model.gguf.files import small_files
+from propulsion_export.base_model.hub import only_cached
 from propulsion_export.base_model.model_inputs import ZERO_FOR_TEXTS
 from propulsion_export.base_model.tokenizer.fast import read_fast_tokenizer
 from propulsion_export.base_model.tokenizer.files import tokenizer_files
@@ -116,7 +117,10 @@ def read_tokenizer(
         with quiet(), warnings.catch_warnings(record=True) as noted:
             warnings.simplefilter("always")
             tokenizer = AutoTokenizer.from_pretrained(
-                small_files(source), trust_remote_code=trust_remote_code, **settings
+                small_files(source),
+                trust_remote_code=trust_remote_code,
+                local_files_only=only_cached(small_files(source)),
+                **settings,
             )
     except Exception as error:  # whatever a tokenizer's class raises for what its files hold
         raise why_unreadable(source, files, error) from error
