@@ -7,6 +7,7 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
 from propulsion_export.base_model.gguf.files import small_files
+from propulsion_export.base_model.gguf.source import is_gguf
 from propulsion_export.environment.hub_files import refuse_pointers
 from propulsion_export.environment.paths import user_path
 from propulsion_export.environment.quiet import quiet
@@ -54,12 +55,21 @@ def _found(source: str, name: str) -> Path | None:
 def check_findable(source: str) -> None:
     """Refuse a base model that is neither here nor on a hub, in seconds where there is no network.
 
+    So is a file that is no GGUF file.
+
     huggingface_hub alone asks again for each file, for minutes together.
 
     Raises:
         BaseModelError: says what was looked for.
     """
-    if user_path(source).exists():
+    path = user_path(source)
+    if path.is_file() and not is_gguf(path):
+        raise BaseModelError(
+            f"{source}: is a file, expected a directory with a transformers checkpoint, or a GGUF "
+            "file",
+            remedy=_REMEDY,
+        )
+    if path.exists():
         return
     if source.startswith(("/", ".", "~")) or source.count("/") > 1:  # no name on a hub
         raise BaseModelError(

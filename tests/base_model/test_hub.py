@@ -12,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from propulsion_export.base_model import hub
+from propulsion_export.errors import BaseModelError
 
 COMMIT = "1" * 40
 FILES = {"config.json": b'{"model_type": "bert"}', "LICENSE": b"be kind"}
@@ -141,3 +142,11 @@ def test_a_hub_that_does_not_answer_is_not_waited_for(tmp_path, monkeypatch):
     assert len(waited) <= 2  # the minute may end meanwhile
     assert max(waited) <= 5
     hub._unreachable_hub.cache_clear()
+
+
+def test_a_file_of_a_checkpoint_is_no_base_model(tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text("{}")
+
+    with pytest.raises(BaseModelError, match=r"config\.json: is a file, expected a directory"):
+        hub.check_findable(str(file))
