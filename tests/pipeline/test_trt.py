@@ -22,12 +22,12 @@ SM89 = replace(RTX, targets=("sm_89",))
 QUICK = [
     ("llama", "folded", "float16"),
     ("llama", "switchable", "bfloat16"),
-    ("gpt2", "folded", "bfloat16"),
     ("gpt2", "switchable", "float16"),
 ]
 MORE = [
     ("llama", "folded", "bfloat16"),
     ("llama", "switchable", "float16"),
+    ("gpt2", "folded", "bfloat16"),
     ("gpt2", "folded", "float16"),
     ("gpt2", "switchable", "bfloat16"),
     *(
