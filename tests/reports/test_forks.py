@@ -1,7 +1,7 @@
 """A process that serves becomes two: a fork waits for no lock, and opens its own.
 
-What a server does that loads its model first and forks workers then, such as gunicorn with
-`--preload`, is done here with `os.fork`; gunicorn itself was not run.
+What a server does that loads its model first and forks workers then is done here with `os.fork`, so
+that threads can hold what they hold at that moment; `test_gunicorn` runs a real one.
 """
 
 import gc
