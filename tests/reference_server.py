@@ -42,12 +42,16 @@ class Gated:
 
 
 @contextmanager
-def serving(session, **limits):
-    """A server in a thread; `port`, `stop()` and `thread`."""
+def serving(session, *, stopping=None, **limits):
+    """A server in a thread; `port`, `stop()` and `thread`.
+
+    `stopping`: seconds that it waits for answers that are owed when it stops; default: any.
+    """
     listening = socket.socket()
     listening.bind(("127.0.0.1", 0))
     app = server.make_app(session, Limits(**limits))
-    running = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=stopping)
+    running = uvicorn.Server(config)
     thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]})
     thread.start()
     try:

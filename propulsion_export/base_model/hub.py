@@ -53,11 +53,10 @@ def _found(source: str, name: str) -> Path | None:
 
 
 def check_findable(source: str) -> None:
-    """Refuse a base model that is neither here nor on a hub, in seconds where there is no network.
+    """Refuse a file that is no GGUF file, and a base model that is neither here nor on a hub.
 
-    So is a file that is no GGUF file.
-
-    huggingface_hub alone asks again for each file, for minutes together.
+    Without a network that takes seconds; huggingface_hub alone asks again for each file, for
+    minutes together.
 
     Raises:
         BaseModelError: says what was looked for.

@@ -9,20 +9,10 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from importlib import import_module
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-import uvicorn
+from reference_server import LONG, batching, server, serving, wait_for
 
-SAMPLES = Path(__file__).parents[2] / "samples"
-with pytest.MonkeyPatch.context() as patch:
-    patch.syspath_prepend(SAMPLES)
-    batching, server = map(import_module, ("batching", "server"))
-
-LONG = 30.0  # seconds; nothing here takes as long
 JSON = {"content-type": "application/json"}
 
 
@@ -42,34 +32,6 @@ class Session:
 
     def refresh(self):
         pass
-
-
-@contextmanager
-def serving(session=None, *, stopping=None, **limits):
-    """A server in a thread: its `port`, `stop` and `thread`."""
-    listening = socket.socket()
-    listening.bind(("127.0.0.1", 0))
-    app = server.make_app(session or Session(), server.Limits(**limits))
-    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=stopping)
-    running = uvicorn.Server(config)
-    thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]})
-    thread.start()
-    try:
-        wait_for(lambda: running.started or not thread.is_alive())
-        stop = lambda: setattr(running, "should_exit", True)  # noqa: E731
-        yield SimpleNamespace(port=listening.getsockname()[1], stop=stop, thread=thread)
-    finally:
-        running.should_exit = True
-        thread.join(LONG)
-        listening.close()
-        assert not thread.is_alive()
-
-
-def wait_for(condition):
-    end = time.monotonic() + LONG
-    while not condition():
-        assert time.monotonic() < end, "waited for too long"
-        time.sleep(0.002)
 
 
 def ask(port, body, *, method="POST", path="/predict", headers=JSON):
@@ -93,14 +55,14 @@ def assert_error(answer, status, *words):
 
 @pytest.mark.parametrize("size", [10**5, 2 * 10**7])
 def test_a_client_that_sends_a_large_body_whole_before_it_reads_is_answered(size):
-    with serving(body=1000) as running:
+    with serving(Session(), body=1000) as running:
         assert_error(ask(running.port, b" " * size), 413, "is larger than 1000 bytes")
 
 
 def test_a_client_that_sends_a_large_body_in_chunks_is_answered():
     chunks = (b" " * 10**6 for _ in range(20))
 
-    with serving(body=1000) as running:
+    with serving(Session(), body=1000) as running:
         assert_error(ask(running.port, chunks), 413, "is larger than 1000 bytes")
 
 
@@ -108,7 +70,7 @@ def test_a_body_that_never_ends_is_waited_for_no_longer_than_a_while(monkeypatch
     monkeypatch.setattr(server, "LINGER", 0.3)
 
     with (
-        serving(body=1000) as running,
+        serving(Session(), body=1000) as running,
         socket.create_connection(("127.0.0.1", running.port), timeout=LONG) as connection,
     ):
         connection.sendall(
@@ -169,7 +131,7 @@ def test_a_field_that_a_row_does_not_have_is_named(body, words):
 def test_a_field_that_a_place_does_not_have_is_named():
     body = json.dumps({"path": "there", "force": True})
 
-    with serving() as running:
+    with serving(Session()) as running:
         answer = ask(running.port, body, method="PUT", path="/adapters/x")
 
     assert_error(answer, 422, "body.force: ")
@@ -194,7 +156,7 @@ def test_a_field_that_a_place_does_not_have_is_named():
     ],
 )  # fmt: skip
 def test_a_body_that_is_no_json_has_an_error_like_the_others(body, headers, status):
-    with serving() as running:
+    with serving(Session()) as running:
         assert_error(ask(running.port, body, headers=headers), status)
 
 
@@ -202,5 +164,5 @@ def test_a_body_that_is_no_json_has_an_error_like_the_others(body, headers, stat
     ("method", "path", "status"), [("GET", "/nowhere", 404), ("GET", "/predict", 405)]
 )
 def test_so_has_a_path_or_a_method_that_there_is_not(method, path, status):
-    with serving() as running:
+    with serving(Session()) as running:
         assert_error(ask(running.port, None, method=method, path=path), status)
