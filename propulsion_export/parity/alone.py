@@ -40,7 +40,7 @@ class Rows:
 
     Attributes:
         rows: the rows.
-        groups: numbers of the rows that run together.
+        groups: numbers of the rows that run together; those without tokens do not run.
     """
 
     rows: Sequence[Array]
@@ -72,13 +72,14 @@ class Rows:
         return self.logits(outputs[:-1])
 
     def logits(self, outputs: Sequence[Tensors]) -> list[Array]:
-        """The logits of every row, [length, vocabulary]."""
+        """The logits of every row, [length, vocabulary]; [0, vocabulary] of one without tokens."""
         by_row = {
             row: output[LOGITS][place, : len(self.rows[row])]
             for group, output in zip(self.groups, outputs, strict=True)
             for place, row in enumerate(group)
         }
-        return [by_row[row] for row in range(len(self.rows))]
+        nothing = outputs[0][LOGITS][0, :0]
+        return [by_row.get(row, nothing) for row in range(len(self.rows))]
 
     def _most_padded(self) -> int | None:
         spreads = [len(self.rows[group[-1]]) - len(self.rows[group[0]]) for group in self.groups]
@@ -95,14 +96,18 @@ class Rows:
 
 def grouped(rows: Sequence[Array]) -> Rows:
     """Rows in groups of about one length, the shortest of a group first."""
-    order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
+    order = sorted(_with_tokens(rows), key=lambda row: len(rows[row]))
     starts = range(0, len(order), _TOGETHER)
     return Rows(rows, [order[start : start + _TOGETHER] for start in starts])
 
 
 def ungrouped(rows: Sequence[Array]) -> Rows:
     """Every row for itself."""
-    return Rows(rows, [[row] for row in range(len(rows))])
+    return Rows(rows, [[row] for row in _with_tokens(rows)])
+
+
+def _with_tokens(rows: Sequence[Array]) -> list[int]:
+    return [number for number, row in enumerate(rows) if len(row)]
 
 
 def run_alone(run: Runner, batch: Tensors) -> Tensors:

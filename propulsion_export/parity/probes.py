@@ -66,23 +66,30 @@ class Limits:
         rows: the most rows of a batch.
         tokens: the most tokens of a row.
         single: the most tokens of a row that is alone in its batch.
+        empty: whether a row may have no tokens.
     """
 
     rows: int | None = None
     tokens: int | None = None
     single: int | None = None
+    empty: bool = True
 
     @classmethod
     def of(
-        cls, manifest: Manifest, tokens: int | None = None, single: int | None = None
+        cls,
+        manifest: Manifest,
+        tokens: int | None = None,
+        single: int | None = None,
+        *,
+        empty: bool = True,
     ) -> "Limits":
-        """Those of an engine's profiles; `tokens` and `single` are limits of the runner."""
+        """Those of an engine's profiles; the others are limits of the runner."""
         if manifest.engine is None:
-            return cls(None, tokens, single or tokens)
+            return cls(None, tokens, single or tokens, empty)
         most = [p["input_ids"]["max"] for p in manifest.engine.profiles if "input_ids" in p]
         lengths = [shape[1] for shape in most] + ([] if tokens is None else [tokens])
         longest = min(lengths, default=None)
-        return cls(min((shape[0] for shape in most), default=None), longest, longest)
+        return cls(min((shape[0] for shape in most), default=None), longest, longest, empty)
 
 
 def make_probes(
@@ -105,9 +112,11 @@ def make_probes(
             coverage.append(Coverage(purpose, False, option))
             continue
         batches = list(make())
-        fitting = [batch for batch in batches if _fits(batch, limits)]
+        fitting = [batch for batch in batches if _misfit(batch, limits) is None]
         probes += [Probe(purpose, batch) for batch in fitting]
-        coverage += _told(purpose, batches, fitting, maker.note(purpose))
+        coverage += _told(purpose, fitting, maker.note(purpose))
+        misfits = {words for batch in batches if (words := _misfit(batch, limits))}
+        coverage += [Coverage(purpose, False, words) for words in sorted(misfits)]
     return probes, coverage
 
 
@@ -126,19 +135,19 @@ def coverage_of_batches(batches: Sequence[Tensors]) -> list[Coverage]:
     return [Coverage("rows of everyday lengths", True, detail)]
 
 
-def _fits(batch: Tensors, limits: Limits) -> bool:
-    rows = len(batch["input_ids"])
-    return rows <= (limits.rows or rows)
+def _misfit(batch: Tensors, limits: Limits) -> str | None:
+    """Why the artifact does not take a batch, in words; None if it does."""
+    if limits.rows is not None and len(batch["input_ids"]) > limits.rows:
+        return "more rows than the engine's profile takes"
+    if not limits.empty and hidden_rows(batch).any():
+        return "a graph of onnxruntime-genai's builder takes no row without tokens"
+    return None
 
 
-def _told(
-    purpose: str, batches: Sequence[Tensors], fitting: Sequence[Tensors], note: str
-) -> Iterator[Coverage]:
+def _told(purpose: str, fitting: Sequence[Tensors], note: str) -> Iterator[Coverage]:
     if fitting:
         shapes = (" x ".join(map(str, batch["input_ids"].shape)) for batch in fitting)
         yield Coverage(purpose, True, f"rows x tokens: {', '.join(shapes)}{note}")
-    if len(fitting) < len(batches):
-        yield Coverage(purpose, False, "more rows than the engine's profile takes")
 
 
 Kind = tuple[str, Callable[[], Iterable[Tensors]], Effort]
@@ -195,7 +204,7 @@ class _Maker:
         if self.architecture == "encoder-decoder":
             yield "many tokens of the decoder", self._long_decoder, "standard"
         pools = TASKS[self.base.task].prediction == "embedding"  # nothing of a hidden row
-        if self.architecture != "decoder" and not pools:
+        if not pools:
             yield "a row that the mask hides, beside others", self._masked, "standard"
         if self.architecture != "decoder" and not self._ends:
             if _TYPES in self.names:

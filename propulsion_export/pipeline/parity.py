@@ -241,7 +241,8 @@ def _compare(
         directory=read.directory,
     )
     in_python = (REFERENCE_LENGTH, REFERENCE_LONGEST_ROW) if name == "reference" else ()
-    limits = Limits.of(read.manifest, *in_python)
+    gaps = callable(run) or run.reads_gaps
+    limits = Limits.of(read.manifest, *in_python, empty=gaps)
     probes, coverage = make_probes(base, seed, options.effort, limits)
     compute = choose_compute(base, options.device, low_memory=options.low_memory)
     quantised = quantise_base_(read, base, judged, batches, compute)
@@ -265,7 +266,7 @@ def _compare(
         feeds=feeds,
         compute=compute,
         draft=None if callable(run) else partial(continue_greedily, run),
-        gaps=callable(run) or run.reads_gaps,
+        gaps=gaps,
     )
     if quantised is not None:
         quantised = quantised.with_rounded_activations(base, judged, compute)
