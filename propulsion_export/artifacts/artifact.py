@@ -28,6 +28,7 @@ from propulsion_export.artifacts.file_names import (
 )
 from propulsion_export.artifacts.manifest import (
     ADD_ONE,
+    COPY_AGAIN,
     AdapterEntry,
     Manifest,
     read_manifest,
@@ -65,7 +66,6 @@ _READ = (
 )
 
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' names
-_COPY_AGAIN = "Copy the whole directory again, or export again."
 
 # Arrays by name, such as a model's inputs; a runner is any callable from inputs to outputs.
 Tensors = Mapping[str, npt.NDArray[Any]]
@@ -256,7 +256,7 @@ def _packed_inputs(artifact: Artifact, name: str) -> Tensors:
         check_permission(file, ArtifactError)
         raise ArtifactError(
             f"{artifact.shown / name}: the packed inputs cannot be read ({error})",
-            remedy=_COPY_AGAIN,
+            remedy=COPY_AGAIN,
         ) from error
 
 
@@ -267,7 +267,7 @@ def _as_array(dtype: str, shape: Sequence[int], data: bytes) -> npt.NDArray[Any]
 def _changed(files: Iterable[Path]) -> ArtifactError:
     return ArtifactError(
         *(f"{file}: its content is not what the manifest recorded" for file in files),
-        remedy=_COPY_AGAIN,
+        remedy=COPY_AGAIN,
     )
 
 
@@ -290,7 +290,7 @@ def _check_files(artifact: Artifact) -> None:
         raise ArtifactError(
             *(f"{shown / name}: is missing" for name in missing),
             *(f"{shown / name}: has no digest in the manifest" for name in unrecorded),
-            remedy=_COPY_AGAIN,
+            remedy=COPY_AGAIN,
         )
     files = [directory / name for name in manifest.files]
     in_bank = sorted((directory / ADAPTERS).glob("*")) if manifest.mode == "bank" else []

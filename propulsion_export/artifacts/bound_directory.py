@@ -103,7 +103,7 @@ def find_directory(path: Path | str) -> Path:
 def deleted(path: Path) -> ArtifactError:
     """The error for an artifact that was there and is gone."""
     return ArtifactError(
-        f"{path}: was deleted after it was read, expected the artifact's directory; an open "
+        f"{path}: is no directory any more, expected the artifact that was read; an open "
         "session goes on with what it has read",
         remedy="Put an artifact there, or open a session of another directory.",
     )

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from propulsion_export.artifacts.layout import width_of
-from propulsion_export.artifacts.manifest import Manifest, TensorSpec
+from propulsion_export.artifacts.manifest import COPY_AGAIN, Manifest, TensorSpec
 from propulsion_export.artifacts.tensor_names import BANK_INPUT, PACKED_INPUTS, PAST
 from propulsion_export.base_model.tasks import TASKS
 from propulsion_export.errors import ArtifactError
@@ -29,7 +29,7 @@ def inconsistent(directory: Path, findings: Sequence[str]) -> ArtifactError:
     """The error for a manifest that contradicts itself or its graph."""
     return ArtifactError(
         *(f"{directory}: {finding}" for finding in findings),
-        remedy="Copy the whole directory again, or export again.",
+        remedy=COPY_AGAIN,
     )
 
 

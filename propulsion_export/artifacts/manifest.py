@@ -26,7 +26,9 @@ from propulsion_export.errors import ArtifactError
 
 SCHEMA_VERSION = 1
 DEFAULT_OPSET = 20  # the newest opset that every supported TensorRT builds engines from
-ADD_ONE = "`propulsion-export adapter add` adds one."  # a remedy for an unknown adapter
+# Remedies: for a damaged artifact, a merged checkpoint among them, and an unknown adapter.
+COPY_AGAIN = "Copy the whole directory again, or make the artifact again."
+ADD_ONE = "`propulsion-export adapter add` adds one."
 
 ArtifactKind = Literal["merged", "onnx", "engine"]
 Mode = Literal["folded", "switchable", "bank"]
@@ -241,7 +243,7 @@ def read_manifest(file: Path, *, shown: Path | None = None) -> Manifest:
     if not unchanged:
         raise ArtifactError(
             f"{where}: its content is not what its field `digest` recorded",
-            remedy="Copy the whole directory again, or export again.",
+            remedy=COPY_AGAIN,
         )
     return manifest
 

@@ -66,7 +66,8 @@ def check_is_utf8(path: Path) -> None:
     whole = os.path.abspath(path)  # noqa: PTH100
     if not is_utf8(whole):
         raise UsageError(
-            f"{whole!a}: is no UTF-8, expected a directory whose path is", remedy="Rename it."
+            f"{whole!a}: the path is not UTF-8, which runtimes need to open it",
+            remedy="Rename the directory.",
         )
 
 

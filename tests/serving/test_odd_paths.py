@@ -46,7 +46,10 @@ def latin(switchable, tmp_path):
         pytest.skip("this file system takes UTF-8 alone")
 
 
-LATIN = r"^'.*/caf\\udce9': is no UTF-8, expected a directory whose path is\. Rename it\.$"
+LATIN = (
+    r"^'.*/caf\\udce9': the path is not UTF-8, which runtimes need to open it\. "
+    r"Rename the directory\.$"
+)
 
 
 @readers
@@ -71,7 +74,7 @@ def test_a_command_refuses_it_in_one_line(words, latin, capsys):
 
     assert ended.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "is no UTF-8" in line
+    assert "is not UTF-8" in line
 
 
 def test_a_text_of_bytes_that_are_no_utf_8_is_told_as_that(switchable, capsys):

@@ -11,7 +11,6 @@ from propulsion_export.adapters.names import is_fit_name
 from propulsion_export.adapters.scales import Array
 from propulsion_export.artifacts.bank.registry import (
     BANK_FILE,
-    COPY_AGAIN,
     DTYPES,
     REGISTRY_FILE,
     BankRow,
@@ -52,7 +51,7 @@ from propulsion_export.artifacts.bank.transactions import (
     create_registry,
     reading,
 )
-from propulsion_export.artifacts.manifest import AdapterEntry
+from propulsion_export.artifacts.manifest import COPY_AGAIN, AdapterEntry
 from propulsion_export.artifacts.staging import replace_file
 from propulsion_export.environment.paths import user_path
 from propulsion_export.errors import ArtifactError, UsageError, unknown_adapters

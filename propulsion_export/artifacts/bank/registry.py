@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from propulsion_export.adapters.names import BASE_NAME, is_fit_name
 from propulsion_export.artifacts.file_names import ADAPTERS
-from propulsion_export.artifacts.manifest import ADD_ONE, AdapterEntry
+from propulsion_export.artifacts.manifest import ADD_ONE, COPY_AGAIN, AdapterEntry
 from propulsion_export.artifacts.rounding import numpy_dtype
 from propulsion_export.base_model.settings import PROBLEM_TYPES
 from propulsion_export.errors import ArtifactError, unknown_adapters
@@ -26,7 +26,6 @@ BANK_FILE = f"{ADAPTERS}/bank.bin"  # `compact` writes bank-1.bin, then bank-2.b
 REGISTRY_FILE = f"{ADAPTERS}/registry.sqlite"
 REGISTRY_VERSION = 2  # 1 has no ids of changes and no seals; the next change adds them
 DTYPES = ("float32", "float16", "bfloat16")
-COPY_AGAIN = "Copy the whole directory again, or export again."
 
 _CHANGES_KEPT = 1000  # a reader that has missed more reads and checks all rows again
 _BANK_NAME = re.compile(rf"{ADAPTERS}/bank(?:-([1-9]\d{{0,8}}))?\.bin")

@@ -13,12 +13,12 @@ import numpy as np
 
 from propulsion_export.adapters.scales import Array
 from propulsion_export.artifacts.bank.registry import (
-    COPY_AGAIN,
     BankRow,
     BankState,
     has_rows,
 )
 from propulsion_export.artifacts.file_names import ADAPTERS
+from propulsion_export.artifacts.manifest import COPY_AGAIN
 from propulsion_export.artifacts.rounding import numpy_dtype
 from propulsion_export.artifacts.watched_file import Moment, WatchedFile
 from propulsion_export.errors import ArtifactError, UsageError

@@ -7,7 +7,6 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 from propulsion_export.artifacts.bank.registry import (
-    COPY_AGAIN,
     REGISTRY_FILE,
     BankState,
     create_tables,
@@ -17,6 +16,7 @@ from propulsion_export.artifacts.bank.registry import (
 from propulsion_export.artifacts.bank.row_file import take_back, tidy
 from propulsion_export.artifacts.disk_errors import FULL, disk_errors_in_words
 from propulsion_export.artifacts.file_names import ADAPTERS
+from propulsion_export.artifacts.manifest import COPY_AGAIN
 from propulsion_export.environment.forking import no_fork
 from propulsion_export.environment.lock_holders import lock_holder
 from propulsion_export.environment.permissions import check_permission

@@ -47,7 +47,7 @@ def test_a_deleted_directory_is_told_as_that(kind, change, releases, world):
     shutil.rmtree(of.first)
     arguments = {"add": [f"later={world.three}"], "remove": ["five"], "refresh": []}[change]
 
-    with pytest.raises(ArtifactError, match="current: was deleted after it was read"):
+    with pytest.raises(ArtifactError, match="current: is no directory any more"):
         getattr(session, change)(*arguments)
 
     assert asked(session) == right
