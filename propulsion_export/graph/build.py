@@ -31,7 +31,7 @@ from propulsion_export.graph.sample_inputs import TRACED_ROWS
 from propulsion_export.graph.scaled import ScaledGraphs, trace_scaled, without_effect
 from propulsion_export.graph.slot_plan import feeds_of, plan_slots
 from propulsion_export.graph.task_graphs import trace_task
-from propulsion_export.scaling.attach_rows import attached_rows, check_possible, takes_detours
+from propulsion_export.scaling.attach_rows import attached_rows, check_possible, scaled_elsewhere
 from propulsion_export.scaling.fold.model import fold_
 
 
@@ -155,7 +155,7 @@ def build_bank(
     check_possible(base.model, layout)
     cast_(base.model, dtype)
     programs = None
-    if set(layout) == {SCALES_INPUT} and not takes_detours(layout):
+    if set(layout) == {SCALES_INPUT} and not scaled_elsewhere(layout):
         scaled = _scaled(base, layout, defaults, opset, quantisation, shared or SharedTrace())
         programs = to_bank(scaled) if can_become_bank(scaled) else None
     if programs is None:

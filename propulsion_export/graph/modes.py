@@ -117,7 +117,7 @@ def can_become_bank(scaled: ScaledGraphs) -> bool:
     """Whether every slot is a scale of values that keep the rows of a batch apart.
 
     Else the rows have to be attached to the model before it is traced: for trained biases and
-    heads, what `scaling.attach_rows.takes_detours` knows, and tokens in one axis with the rows.
+    heads, what `scaling.attach_rows.scaled_elsewhere` knows, and tokens in one axis with the rows.
     """
     if set(scaled.parts) != {SCALES_INPUT}:
         return False

@@ -116,9 +116,10 @@ def check_possible(model: nn.Module, layout: Layout) -> None:
         raise UsageError(*experts, *others, remedy=_REMEDY)
 
 
-def takes_detours(layout: Layout) -> bool:
-    """Whether the scale of some slot acts elsewhere than on its module's output, see `_DETOURS`."""
-    return any(slot.path.rpartition(".")[2] in _DETOURS for slot in layout.get(SCALES_INPUT, ()))
+def scaled_elsewhere(layout: Layout) -> set[str]:
+    """The modules whose scale acts elsewhere than on their output, see `_DETOURS`."""
+    paths = (slot.path for slot in layout.get(SCALES_INPUT, ()))
+    return {path for path in paths if path.rpartition(".")[2] in _DETOURS}
 
 
 def _reason_against(model: nn.Module, path: str) -> str | None:

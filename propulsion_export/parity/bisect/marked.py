@@ -1,7 +1,7 @@
 """Run a graph with its intermediate values as further outputs, in a temporary copy."""
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from propulsion_export.graph.passes.float_layers import ComputeInFloat
 from propulsion_export.parity.bisect.places import Places, find_places
 from propulsion_export.runners.onnxruntime import onnxruntime_runner
 from propulsion_export.runners.reference import reference_runner
+from propulsion_export.scaling.attach_rows import scaled_elsewhere
 
 ADAPTER_INPUTS = {*PACKED_INPUTS, BANK_INPUT, IDS_INPUT}
 # Lengths and shapes must be inside the graph: runtimes read them while inferring shapes.
@@ -55,7 +56,7 @@ def mark_graph(artifact: Artifact, name: str, runner: str, model: Any) -> Marked
     program = read_graph(artifact.directory, name)
     outputs = frozenset(str(value.name) for value in program.graph.outputs)
     active = active_values(program.graph)
-    places = find_places(program, model, active, artifact.manifest.exporter)
+    places = _places(artifact, program, model, active)
     if artifact.manifest.quantization is not None:
         ComputeInFloat()(program)
         active = active_values(program.graph)
@@ -68,6 +69,16 @@ def mark_graph(artifact: Artifact, name: str, runner: str, model: Any) -> Marked
         weights = f"{name}.data"
         ir.save(program, copy, external_data=weights, size_threshold_bytes=_INLINE_BYTES)
         return MarkedGraph(_open(copy, artifact, runner), outputs, places)
+
+
+def _places(
+    artifact: Artifact, program: ir.Model, model: Any, active: Collection[ir.Value]
+) -> Places:
+    """Where modules' outputs are; a bank has none of those that it scales further on."""
+    manifest = artifact.manifest
+    found = find_places(program, model, active, manifest.exporter)
+    elsewhere = scaled_elsewhere(manifest.layout) if manifest.mode == "bank" else ()
+    return {call: places for call, places in found.items() if call[0] not in elsewhere}
 
 
 def active_values(graph: ir.Graph) -> dict[ir.Value, None]:

@@ -38,6 +38,13 @@ def test_in_a_right_artifact_no_module_is_wrong(mode, judged):
     assert "every module" in found.reason
 
 
+def test_a_module_that_a_bank_scales_further_on_is_not_wrong(exported):
+    """MPNet's relative positions: the embedding's own output is in no bank."""
+    found = Judged(exported("mpnet", "bank", task="text-classification")).locate()
+
+    assert isinstance(found, NotRun)
+
+
 @pytest.mark.parametrize("mode", ["switchable", "bank"])
 @pytest.mark.parametrize("change", SCALES, ids=lambda change: change.__name__)
 def test_a_mistaken_scale_is_found_at_its_module(change, mode, judged):
