@@ -1,6 +1,7 @@
 """The case `labels`: names of classes, and what logits mean, as the base and the adapters say."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
 
 from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.adapters.names import BASE_NAME
@@ -40,6 +41,8 @@ def check_labels(
             findings += _types(entry.problem_type, types)
         if manifest.mode == "folded":  # with several adapters it names the base model's classes
             findings += _in_configuration(artifact, expected)
+            findings += _numbers(artifact, base.model.config.to_dict())
+            findings += _type_in_configuration(artifact, types) if classifies else []
         yield _check(adapter.name, findings, "the artifact names the classes as the adapter does")
     if (
         recorded.labels
@@ -49,6 +52,7 @@ def check_labels(
     ):
         findings = [*_names(recorded.labels, base.own_labels, "the base model")]
         findings += _in_configuration(artifact, base.own_labels)
+        findings += _numbers(artifact, base.model.config.to_dict())
         if classifies:
             findings += _types(recorded.problem_type, {own_type})
         yield _check(BASE_NAME, findings, "the artifact names the classes as the base model does")
@@ -73,6 +77,16 @@ def _types(found: ProblemType | None, expected: Collection[ProblemType | None]) 
     return [f"the artifact takes the logits for {found or SINGLE_LABEL}, expected {named}"]
 
 
+def _type_in_configuration(
+    artifact: Artifact, expected: Collection[ProblemType | None]
+) -> list[str]:
+    """What transformers' pipelines, which take it from config.json, make otherwise of logits."""
+    found = read_settings(artifact.directory).get("problem_type")
+    if not found:  # then it follows from the number of classes
+        return []
+    return [f"config.json: {words}" for words in _types(found, expected)]
+
+
 def _in_configuration(artifact: Artifact, expected: Sequence[str] | None) -> Iterator[str]:
     """What config.json, which other programs read, names otherwise."""
     names = read_settings(artifact.directory).get("id2label")
@@ -81,3 +95,18 @@ def _in_configuration(artifact: Artifact, expected: Sequence[str] | None) -> Ite
     found = tuple(names[number] for number in sorted(names, key=int))
     if found[: len(expected)] != tuple(expected):
         yield f"config.json names the classes {found}, expected {tuple(expected)}"
+
+
+def _numbers(artifact: Artifact, of_base: Mapping[str, Any]) -> Iterator[str]:
+    """Whether config.json numbers classes in two ways, and the base model's does not."""
+    settings = read_settings(artifact.directory)
+    if _is_numbered_twice(settings) and not _is_numbered_twice(of_base):
+        yield f"config.json numbers the classes {settings['label2id']} in label2id, not in id2label"
+
+
+def _is_numbered_twice(settings: Mapping[str, Any]) -> bool:
+    names, numbers = settings.get("id2label"), settings.get("label2id")
+    if not isinstance(names, dict) or not isinstance(numbers, dict):
+        return False
+    by_number = {str(number): name for number, name in names.items()}
+    return any(by_number.get(str(number)) != name for name, number in numbers.items())

@@ -203,15 +203,19 @@ class _Maker:
         yield LARGE_BATCHES, self._large_batches, "standard"
         if self.architecture == "encoder-decoder":
             yield "many tokens of the decoder", self._long_decoder, "standard"
+        if self.architecture != "decoder" and not self._ends and _TYPES in self.names:
+            yield "all token types", self._types, "standard"
+        if _MASK in self.names:
+            yield from self._masks()
+        yield "rows around every length in the configuration", self._lengths, "thorough"
+
+    def _masks(self) -> Iterator[Kind]:
         pools = TASKS[self.base.task].prediction == "embedding"  # nothing of a hidden row
         if not pools:
             yield "a row that the mask hides, beside others", self._masked, "standard"
         if self.architecture != "decoder" and not self._ends:
-            if _TYPES in self.names:
-                yield "all token types", self._types, "standard"
             yield "rows padded on the left", self._left, "standard"
             yield "rows padded inside", self._inside, "standard"
-        yield "rows around every length in the configuration", self._lengths, "thorough"
 
     @property
     def _ends(self) -> bool:
@@ -283,7 +287,7 @@ class _Maker:
         types = np.sort(self.chooser.integers(0, count, batch[_TYPES].shape), axis=1)
         types[:, -1] = count - 1
         types[:, 0] = 0
-        yield self._finished({**batch, _TYPES: np.where(batch[_MASK] == 1, types, 0)})
+        yield self._finished({**batch, _TYPES: np.where(batch.get(_MASK, 1) == 1, types, 0)})
 
     def _left(self) -> Iterator[Tensors]:
         yield self._finished(padded_left(self._rows([12, 9, 5])))

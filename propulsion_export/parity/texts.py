@@ -21,6 +21,7 @@ from propulsion_export.base_model.positions import longest_input
 from propulsion_export.base_model.settings import (
     Settings,
     read_tokenizer_settings,
+    reads_padding,
     set_in_tokenizer_,
     write_tokenizer_settings,
 )
@@ -128,6 +129,8 @@ def compare_texts(
     with quiet():
         texts = _texts(expected)
         findings = list(_findings(base, expected, found, texts))
+        findings += _named_otherwise(expected, found)
+        findings += [*_other_side(artifact, expected), *_other_padding(base, expected)]
     numbers = f"{len(texts)} texts and the numbers of {len(numbers_of(expected)):,} tokens"
     detail = "; ".join(findings) or f"{numbers} are the same"
     check = Check("texts", "all", not findings, detail)
@@ -263,9 +266,43 @@ def _other_limits(base: BaseModel, expected: Any, found: Any) -> Iterator[str]:
     longest = [longest_input(base.model.config, each) for each in (found, expected)]
     if longest[0] != longest[1]:
         yield f"texts are cut at {longest[0]} tokens, expected {longest[1]}"
-    padding = [_padding(each) for each in (found, expected)]
+    padding = [_special(each, "pad_token") for each in (found, expected)]
     if padding[1] is not None and padding[0] != padding[1]:
         yield f"batches are filled up with {padding[0]!r}, expected {padding[1]!r}"
+
+
+def _named_otherwise(expected: Any, found: Any) -> Iterator[str]:
+    """Special tokens by name, which chat templates and programs ask for; padding has its own."""
+    for name in NAMED:
+        pair = [_special(each, name) for each in (found, expected)]
+        if name != "pad_token" and None not in pair and pair[0] != pair[1]:
+            yield f"{name} is {pair[0]!r}, expected {pair[1]!r}"
+
+
+def _special(tokenizer: Any, name: str) -> str | None:
+    if isinstance(tokenizer, FastTokenizer):
+        return tokenizer.special.get(name)
+    token = getattr(tokenizer, name, None)
+    return None if token is None else str(token)
+
+
+def _other_side(artifact: Artifact, expected: Any) -> Iterator[str]:
+    """Where transformers fills short rows up, which decides what a language model generates."""
+    found = read_tokenizer_settings(artifact.directory).get("padding_side")
+    if found is not None and found != expected.padding_side:
+        yield f"short rows are filled up on the {found}, expected {expected.padding_side}"
+
+
+def _other_padding(base: BaseModel, expected: Any) -> Iterator[str]:
+    """Whether a model that looks for padding, which it does as the artifact says, finds it."""
+    if not reads_padding(base.model, base.task) or expected.pad_token is None:
+        return
+    number = expected.convert_tokens_to_ids(expected.pad_token)
+    if base.model.config.pad_token_id != number:
+        yield (
+            f"config.json: pad_token_id is {base.model.config.pad_token_id}, expected {number}, by "
+            "which the model finds a text's last token"
+        )
 
 
 def _tokens(tokenizer: Any, text: str, limit: int | None = None) -> list[int]:
@@ -282,12 +319,6 @@ def _pair(tokenizer: Any, text: str, context: str) -> list[list[int]]:
 
 def _decoded(tokenizer: Any, texts: Sequence[str]) -> list[str]:
     return [tokenizer.decode(_tokens(tokenizer, each), skip_special_tokens=True) for each in texts]
-
-
-def _padding(tokenizer: Any) -> str | None:
-    if isinstance(tokenizer, FastTokenizer):
-        return tokenizer.special.get("pad_token")
-    return None if tokenizer.pad_token is None else str(tokenizer.pad_token)
 
 
 def _shown(tokens: Sequence[int]) -> str:

@@ -55,6 +55,7 @@ from propulsion_export.parity.states import states_of
 from propulsion_export.parity.subject import Subject
 from propulsion_export.parity.tables import compare_tables
 from propulsion_export.parity.texts import compare_texts
+from propulsion_export.parity.user_rows import user_probes
 from propulsion_export.pipeline.judged_adapters import (
     MOST_ADAPTERS,
     checks_of_adapters,
@@ -249,7 +250,8 @@ def _compare(
     feeds = feeds_for_drawn(read, drawn) if drawn else None
     states = states_of(read, base, judged, feeds or {})
     extremes, looked_at = extreme_probe(base, states, compute, seed, options.effort, limits)
-    probes += extremes
+    users, told_of_users = user_probes(base, states, compute, seed, options.effort, limits)
+    probes += [*users, *extremes]
     at_others = references_at(options.others, read, base, judged, batches, compute)
     tables = compare_tables(read, base, judged)
     places = {adapter.name: Path(adapter.source) for adapter in adapters}
@@ -286,7 +288,7 @@ def _compare(
     at_others = {dtype: embed(found, batches, run)[1] for dtype, found in at_others.items()}
     rows = sum(len(next(iter(batch.values()))) for batch in batches)
     covered = (
-        *(*coverage_of_batches(batches), *coverage, *looked_at),
+        *(*coverage_of_batches(batches), *coverage, *told_of_users, *looked_at),
         *(*tables.coverage, *texts.coverage, *told),
     )
     verdict = replace(verdict, inputs=rows, checks=checks, coverage=covered)
