@@ -118,7 +118,7 @@ class _Extremes:
         cls, base: BaseModel, states: Sequence[State], compute: Compute, batch: Tensors
     ) -> "_Extremes":
         """The farthest of the rows of a batch."""
-        question = own_outputs(base, [batch], stepwise=False)
+        question = own_outputs(base, [batch], in_one_step=[0])
         works = [Work(state.attach, question.items) for state in states]
         dtype = base.model.dtype if base.model.dtype.itemsize >= 4 else torch.float32
         results = [question.read(each)[0] for each in compute(base, works, dtype)]

@@ -5,7 +5,7 @@ taken away, is the base model.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -48,6 +48,7 @@ class _Plan:
         compute: the way to compute.
         gaps: whether a decoder's logits with padding between tokens are wanted.
         drafts: by state, drafts of greedy continuations; empty unless the model generates.
+        in_one_step: numbers of the batches that PyTorch reads without a cache at the precision.
     """
 
     base: BaseModel
@@ -55,6 +56,7 @@ class _Plan:
     compute: Compute
     gaps: bool
     drafts: Mapping[str, Drafted]
+    in_one_step: Container[int] = ()
 
     @property
     def architecture(self) -> str:
@@ -74,6 +76,7 @@ def compute_oracle(
     compute: Compute | None = None,
     draft: Draft | None = None,
     gaps: bool = True,
+    in_one_step: Container[int] = (),
 ) -> list[Subject]:
     """Compute every state in PyTorch, in float64 and at the artifact's precision.
 
@@ -93,6 +96,8 @@ def compute_oracle(
         draft: generates what the oracle then goes over, see `continuing`; the candidate. Default:
             the oracle itself.
         gaps: whether the artifact reads padding between tokens, so that `Subject.inside` is wanted.
+        in_one_step: numbers of the batches for which PyTorch's own error is measured without a
+            cache, which takes a fraction of the time.
 
     Raises:
         BaseModelError: the model does not run in float64.
@@ -102,7 +107,7 @@ def compute_oracle(
     if base.model._can_set_experts_implementation():
         base.model.set_experts_implementation("eager")  # the others have no float64
     fed = {each.name: feeds_of(artifact, each.name, feeds or {}) for each in states}
-    plan = _Plan(base, batches, compute or compute_whole("cpu"), gaps, {})
+    plan = _Plan(base, batches, compute or compute_whole("cpu"), gaps, {}, in_one_step)
     plan = replace(plan, drafts=_drafts(plan, states, steps, draft, fed))
     truths = _truths(plan, states, fed)
     progress(0.5, f"measuring PyTorch's own error in {artifact.manifest.dtype}")
@@ -197,7 +202,7 @@ def _asked_truths(
 def _with_references(
     plan: _Plan, states: Sequence[State], truths: Sequence[Subject], dtype: torch.dtype
 ) -> list[Subject]:
-    outputs = own_outputs(plan.base, plan.batches)
+    outputs = own_outputs(plan.base, plan.batches, in_one_step=plan.in_one_step)
     going = {
         truth.name: own_choices(plan.base, plan.drafts[truth.name])
         for truth in truths

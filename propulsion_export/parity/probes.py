@@ -135,6 +135,17 @@ def coverage_of_batches(batches: Sequence[Tensors]) -> list[Coverage]:
     return [Coverage("rows of everyday lengths", True, detail)]
 
 
+def read_in_one_step(batches: Sequence[Tensors], probes: Sequence[Probe]) -> set[int]:
+    """Numbers of the everyday batches, and then of probes, that PyTorch reads without a cache.
+
+    What a cache does to its error it shows on the first half of the batches, and on rows that are
+    longer than any of them.
+    """
+    longest = max(Probe("", batch).length for batch in batches)
+    short = (n for n, probe in enumerate(probes, len(batches)) if probe.length <= longest)
+    return {*range(-(-len(batches) // 2), len(batches)), *short}
+
+
 def _misfit(batch: Tensors, limits: Limits) -> str | None:
     """Why the artifact does not take a batch, in words; None if it does."""
     if limits.rows is not None and len(batch["input_ids"]) > limits.rows:
@@ -360,6 +371,8 @@ def _settings(values: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
 def seen_rows(batch: Tensors, outputs: Tensors) -> Tensors:
     """The outputs of the rows of which the mask hides not every token."""
     seen = ~hidden_rows(batch)
+    if seen.all():
+        return outputs
     return {n: v[seen] if len(v) == len(seen) else v for n, v in outputs.items()}
 
 

@@ -7,7 +7,7 @@
 | encoder-decoder | rows alone | the batches, stepwise with a cache |
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,17 +54,25 @@ def outputs_in_float64(base: BaseModel, batches: Sequence[Tensors], *, together:
     return _of_encoder(base, batches)
 
 
-def own_outputs(base: BaseModel, batches: Sequence[Tensors], *, stepwise: bool = True) -> Question:
+def own_outputs(
+    base: BaseModel, batches: Sequence[Tensors], *, in_one_step: Container[int] = ()
+) -> Question:
     """The outputs of every batch as PyTorch computes them in practice.
 
-    `stepwise`: a generative model reads most of the tokens, then others behind its cache.
+    A generative model reads most of the tokens, then others behind its cache; all of them at once
+    in the batches whose numbers are in `in_one_step`.
     """
+    if _architecture(base) == "encoder":
+        return _of_encoder(base, batches)
+    stepwise = [number not in in_one_step for number in range(len(batches))]
+    pairs = zip(batches, stepwise, strict=True)
     if _architecture(base) == "decoder":
-        tokens = [(batch["input_ids"], batch["attention_mask"]) for batch in batches]
-        return Question([decoder_pass(*each, stepwise=stepwise) for each in tokens], tuple)
-    if _architecture(base) == "encoder-decoder":
-        return Question([(_stepwise if stepwise else _in_one_step)(b) for b in batches], tuple)
-    return _of_encoder(base, batches)
+        passes = (
+            decoder_pass(batch["input_ids"], batch["attention_mask"], stepwise=each)
+            for batch, each in pairs
+        )
+        return Question(list(passes), tuple)
+    return Question([_stepwise(b) if each else _in_one_step(b) for b, each in pairs], tuple)
 
 
 def own_procedures(base: BaseModel, batch: Tensors) -> dict[str, Question]:

@@ -135,9 +135,9 @@ class _Maker:
         yield other if self._is_same(usual, other) else usual
 
     def _shortest(self) -> Iterator[Tensors]:
-        """A decoder's prompt is as short; the tokens behind it are read with its cache."""
+        """A decoder's prompt is one token; the tokens behind it are read with its cache."""
         behind = _SHORT if self._on_left else 0
-        for length in (1, 2):
+        for length in (1,) if self._on_left else (1, 2):
             batch = self._rows(1, behind + length)
             if batch[_IDS].shape[1] == behind + length and self._runs(batch):
                 yield batch
@@ -152,7 +152,7 @@ class _Maker:
         return {**batch, _IDS: np.where(mask == 1, batch[_IDS], padding), _MASK: mask}
 
     def _outputs(self, batches: Sequence[Tensors]) -> tuple[Tensors, ...]:
-        question = own_outputs(self.base, batches, stepwise=False)
+        question = own_outputs(self.base, batches, in_one_step=range(len(batches)))
         dtype = self.base.model.dtype
         wide = dtype if dtype.itemsize >= 4 else torch.float32
         (results,) = self.compute(self.base, [Work(self.state.attach, question.items)], wide)

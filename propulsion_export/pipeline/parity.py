@@ -40,7 +40,13 @@ from propulsion_export.parity.matrix.judging import judge_matrix
 from propulsion_export.parity.mixing import judge_mixed
 from propulsion_export.parity.oracle import GREEDY_STEPS, compute_oracle
 from propulsion_export.parity.own_error import ceiling_of
-from propulsion_export.parity.probes import Effort, Limits, coverage_of_batches, make_probes
+from propulsion_export.parity.probes import (
+    Effort,
+    Limits,
+    coverage_of_batches,
+    make_probes,
+    read_in_one_step,
+)
 from propulsion_export.parity.probing import judge_inputs, split
 from propulsion_export.parity.quantised.verdict import (
     check_price_option,
@@ -269,6 +275,7 @@ def _compare(
         compute=compute,
         draft=None if callable(run) else partial(continue_greedily, run),
         gaps=gaps,
+        in_one_step=read_in_one_step(batches, probes),
     )
     if quantised is not None:
         quantised = quantised.with_rounded_activations(base, judged, compute)

@@ -136,7 +136,7 @@ def test_a_mistake_of_an_encoder_decoder_fails(name, exported, monkeypatch):
 
 
 def test_what_the_artifact_does_not_take_is_told(folded, monkeypatch):
-    monkeypatch.setattr(Limits, "of", lambda *arguments: Limits(rows=1))
+    monkeypatch.setattr(Limits, "of", lambda *arguments, **options: Limits(rows=1))
 
     report = check_parity(folded)
 

@@ -33,7 +33,7 @@ def compute_outputs(
     Nothing is generated, and all tokens are read in one step. float32 holds the weights of every
     checkpoint. The model may be left in `dtype`.
     """
-    question = own_outputs(base, batches, stepwise=False)
+    question = own_outputs(base, batches, in_one_step=range(len(batches)))
     states = states_of(artifact, base, adapters, ())
     works = [Work(state.attach, question.items) for state in states]
     answers = map(question.read, compute(base, works, getattr(torch, dtype)))
