@@ -111,13 +111,32 @@ def make_probes(
             option = LEFT_OUT_BY_QUICK if effort == "quick" else ASK_THOROUGH
             coverage.append(Coverage(purpose, False, option))
             continue
-        batches = list(make())
-        fitting = [batch for batch in batches if _misfit(batch, limits) is None]
-        probes += [Probe(purpose, batch) for batch in fitting]
-        coverage += _told(purpose, fitting, maker.note(purpose))
-        misfits = {words for batch in batches if (words := _misfit(batch, limits))}
-        coverage += [Coverage(purpose, False, words) for words in sorted(misfits)]
+        fitting, told = fitting_probes(purpose, make(), limits, maker.note(purpose))
+        probes += fitting
+        coverage += told
     return probes, coverage
+
+
+def fitting_probes(
+    purpose: str, batches: Iterable[Tensors], limits: Limits, note: str = ""
+) -> tuple[list[Probe], list[Coverage]]:
+    """The probes of those batches that the artifact takes, and what they cover and leave out.
+
+    Args:
+        purpose: of all of them.
+        batches: what could be fed; none where the model itself takes none.
+        limits: what the artifact takes.
+        note: follows the shapes of the probes.
+    """
+    every = list(batches)
+    misfits = [_misfit(batch, limits) for batch in every]
+    fitting = [batch for batch, words in zip(every, misfits, strict=True) if words is None]
+    shapes = ", ".join(" x ".join(map(str, batch["input_ids"].shape)) for batch in fitting)
+    coverage = [Coverage(purpose, True, f"rows x tokens: {shapes}{note}")] if fitting else []
+    coverage += [Coverage(purpose, False, words) for words in sorted({*filter(None, misfits)})]
+    if not every:
+        coverage.append(Coverage(purpose, False, "the model takes no such rows"))
+    return [Probe(purpose, batch) for batch in fitting], coverage
 
 
 def random_rows(base: BaseModel, seed: int, limits: Limits, count: int, length: int) -> Tensors:
@@ -153,12 +172,6 @@ def _misfit(batch: Tensors, limits: Limits) -> str | None:
     if not limits.empty and hidden_rows(batch).any():
         return "a graph of onnxruntime-genai's builder takes no row without tokens"
     return None
-
-
-def _told(purpose: str, fitting: Sequence[Tensors], note: str) -> Iterator[Coverage]:
-    if fitting:
-        shapes = (" x ".join(map(str, batch["input_ids"].shape)) for batch in fitting)
-        yield Coverage(purpose, True, f"rows x tokens: {', '.join(shapes)}{note}")
 
 
 Kind = tuple[str, Callable[[], Iterable[Tensors]], Effort]

@@ -28,6 +28,7 @@ from propulsion_export.parity.probes import (
     Effort,
     Limits,
     Probe,
+    fitting_probes,
     random_rows,
 )
 from propulsion_export.parity.questions import own_outputs
@@ -70,11 +71,9 @@ def user_probes(
     probes: list[Probe] = []
     coverage: list[Coverage] = []
     for purpose, batches in maker.batches():
-        fitting = [b for b in batches if len(b[_IDS]) <= (limits.rows or len(b[_IDS]))]
-        probes += [Probe(purpose, batch) for batch in fitting]
-        shapes = ", ".join(" x ".join(map(str, batch[_IDS].shape)) for batch in fitting)
-        detail = f"rows x tokens: {shapes}" if fitting else "the model or the artifact takes none"
-        coverage.append(Coverage(purpose, bool(fitting), detail))
+        fitting, told = fitting_probes(purpose, batches, limits)
+        probes += fitting
+        coverage += told
     return probes, coverage
 
 
