@@ -66,6 +66,32 @@ def _columns_from(start: int) -> Make:
     return make
 
 
+def _changed_from(start: int, number: int, *, rows: int = 0) -> Make:
+    """The numbers from a column on, in the rows from `rows` on, are another."""
+
+    def make(editor: Editor, value: ir.Value) -> ir.Value:
+        far = editor.op("GreaterOrEqual", editor.columns(value), editor.number(start))
+        behind = editor.op("GreaterOrEqual", editor.rows(value), editor.number(rows))
+        chosen = editor.op("And", far, editor.op("Unsqueeze", behind, editor.number([1])))
+        return _where(editor, chosen, editor.like(number, value), value)
+
+    return make
+
+
+def _masks_beside_ids(copy: Copy) -> Iterator[Place]:
+    """Masks of the tokens that a graph reads, without those in a cache."""
+    for file, name in reading("attention_mask")(copy):
+        names = {str(value.name) for value in copy.graphs[file].graph.inputs}
+        if "input_ids" in names and not any(each.startswith(f"{PAST}.") for each in names):
+            yield file, name
+
+
+def _padding_hidden(editor: Editor, value: ir.Value) -> ir.Value:
+    ids = next(each for each in editor.graph.inputs if each.name == "input_ids")
+    padding = editor.op("Equal", ids, editor.number(0))
+    return _where(editor, padding, editor.like(0, value), value)
+
+
 def _token(one: int, other: int) -> Make:
     def make(editor: Editor, value: ir.Value) -> ir.Value:
         same = editor.op("Equal", value, editor.number(one))
@@ -128,6 +154,17 @@ _define("tokens from the 32nd on not read", reading(*_IDS), _columns_from(31))
 _define("tokens from the 64th on not read", reading(*_IDS), _columns_from(63))
 _define("the mask not read", reading(*_MASKS), lambda e, x: e.op("Max", x, e.number(1)))
 _define("the mask of the last row inverted", reading(*_MASKS), _last_row_inverted)
+for _start in (24, 60):
+    _define(
+        f"the mask not read from column {_start} on", reading(*_MASKS), _changed_from(_start, 1)
+    )
+    _define(
+        f"rows behind the first not read from column {_start} on",
+        reading(*_IDS),
+        _changed_from(_start, 9, rows=1),
+    )
+_define("padding tokens hidden that the mask shows", _masks_beside_ids, _padding_hidden)
+_define("token types from column 20 on lost", reading("token_type_ids"), _changed_from(20, 0))
 _define("the first position always hidden", reading(*_MASKS), _first_column_hidden)
 _define("the mask shifted by one", reading(*_MASKS), lambda e, x: _rolled(e, x, 1))
 _define("the mask's rows shifted by one", reading(*_MASKS), lambda e, x: _rolled(e, x, 0))
