@@ -42,7 +42,9 @@ def check_labels(
         if manifest.mode == "folded":  # with several adapters it names the base model's classes
             findings += _in_configuration(artifact, expected)
             findings += _numbers(artifact, base.model.config.to_dict())
-            findings += _type_in_configuration(artifact, types) if classifies else []
+        if classifies:
+            written = types if manifest.mode == "folded" else {recorded.problem_type}
+            findings += _type_in_configuration(artifact, written)
         yield _check(adapter.name, findings, "the artifact names the classes as the adapter does")
     if (
         recorded.labels

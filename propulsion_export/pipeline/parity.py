@@ -28,7 +28,6 @@ from propulsion_export.parity.evidence import Evidence, FurtherCases, allowed_er
 from propulsion_export.parity.extremes import extreme_probe
 from propulsion_export.parity.failing import FailingRun, worst_failing_run
 from propulsion_export.parity.generation import continue_greedily, judge_generative
-from propulsion_export.parity.generation_files import check_generation_files
 from propulsion_export.parity.inputs import load_recorded_base, make_batches
 from propulsion_export.parity.matrix.against import (
     Other,
@@ -57,6 +56,7 @@ from propulsion_export.parity.quantised.verdict import (
 from propulsion_export.parity.reports.html import to_html
 from propulsion_export.parity.reports.report import Check, NotRun, ParityReport
 from propulsion_export.parity.reports.reproduce import write_failing_run
+from propulsion_export.parity.settings import check_settings
 from propulsion_export.parity.states import states_of
 from propulsion_export.parity.subject import Subject
 from propulsion_export.parity.tables import compare_tables
@@ -262,7 +262,7 @@ def _compare(
     tables = compare_tables(read, base, judged)
     places = {adapter.name: Path(adapter.source) for adapter in adapters}
     texts = compare_texts(read, base, adapters, places, trust_remote_code=trust)
-    generation, told = check_generation_files(read, base, places)
+    settings, told = check_settings(read, base, places)
     every = [*batches, *(probe.batch for probe in probes)]
     subjects = compute_oracle(
         read,
@@ -289,7 +289,7 @@ def _compare(
         *([] if exact is None else _judge(evidence)),
         *tables.checks,
         *texts.checks,
-        *generation,
+        *settings,
     )
     embed = partial(_with_embeddings, read, base, options.given)
     at_others = {dtype: embed(found, batches, run)[1] for dtype, found in at_others.items()}

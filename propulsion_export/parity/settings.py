@@ -1,6 +1,6 @@
-"""The case `settings`: how generated text begins and ends, and how chats are rendered.
+"""The case `settings`: how text is generated, how chats are rendered, in which dtype weights load.
 
-Each is what the base model's files, or an adapter's, say.
+The first two are what the base model's files, or an adapter's, say.
 """
 
 import tempfile
@@ -12,7 +12,11 @@ from propulsion_export.adapters.own_template import own_template
 from propulsion_export.adapters.own_tokenizer import has_own_tokenizer
 from propulsion_export.artifacts.artifact import Artifact
 from propulsion_export.base_model.chat.templates import read_template, template_in
-from propulsion_export.base_model.config import read_settings_file, save_generation_settings
+from propulsion_export.base_model.config import (
+    read_settings,
+    read_settings_file,
+    save_generation_settings,
+)
 from propulsion_export.base_model.generation_settings import (
     GENERATION_CONFIG,
     first_decoder_token,
@@ -28,10 +32,13 @@ _START = "decoder_start_token_id"
 _WHAT = "generation settings and chat templates"
 
 
-def check_generation_files(
+def check_settings(
     artifact: Artifact, base: BaseModel, directories: Mapping[str, Path]
 ) -> tuple[list[Check], list[Coverage]]:
-    """Compare the settings with those of the base model, and the templates with their owners'.
+    """Compare what other programs read of an artifact with what it should be.
+
+    Generation settings are compared with the base model's, chat templates with their owners', and
+    the dtype that a merged checkpoint is loaded in with that of its weights.
 
     Args:
         artifact: what is judged.
@@ -39,18 +46,29 @@ def check_generation_files(
         directories: where the adapters are, by name.
 
     Returns:
-        One check, and what it covers; nothing for a model that does not generate.
+        One check, and what it covers; nothing where there is nothing of these.
     """
     if not TASKS[base.task].generates:
-        return [], []
+        findings = _dtype(artifact)
+        return [Check("settings", "all", False, each) for each in findings], []
     expected = _settings(base.source, base.task)
     found = _settings(str(artifact.directory), base.task)
-    findings = [*_differences(expected, found), *_templates(artifact, base.source, directories)]
+    findings = [*_dtype(artifact), *_differences(expected, found)]
+    findings += _templates(artifact, base.source, directories)
     if TASKS[base.task].architecture == "encoder-decoder":
         findings += _starts(artifact, base, expected)
     detail = "; ".join(findings) or "the artifact generates with the settings of its base model"
     count = f"{len(expected)} settings, and the templates of {1 + len(directories)} states"
     return [Check("settings", "all", not findings, detail)], [Coverage(_WHAT, True, count)]
+
+
+def _dtype(artifact: Artifact) -> list[str]:
+    """What is wrong with the dtype that transformers loads a checkpoint in, by default."""
+    settings, expected = read_settings(artifact.directory), artifact.manifest.dtype
+    found = settings.get("dtype") or settings.get("torch_dtype") or expected
+    if artifact.manifest.kind != "merged" or found == expected:
+        return []
+    return [f"config.json: transformers loads the weights in {found}, they are {expected}"]
 
 
 def _settings(source: str, task: str) -> dict[str, Any]:
@@ -89,9 +107,12 @@ def _templates(artifact: Artifact, base: str, directories: Mapping[str, Path]) -
     common, entries = read_template(artifact.directory), artifact.list_adapters()
     brought = any(map(has_own_tokenizer, directories.values()))
     default = None if brought else template_in(base)
+    # An artifact that holds no adapter apart has had no other adapter to take one from.
+    settled = artifact.manifest.mode == "folded" and not brought
     for name, directory in directories.items():
         expected = own_template(directory) or default
-        if expected is not None and (entries[name].chat_template or common) != expected:
+        found = entries[name].chat_template or common
+        if found != expected and (settled or expected is not None):
             yield f"the chat template of {name} is not the one that it was trained with"
-    if not directories and default is not None and common != default:
+    if not directories and common != default and (settled or default is not None):
         yield "the chat template is not the base model's"
