@@ -4,6 +4,7 @@
 |---|---|
 | overflow | a weight or a module's output is not finite at this precision, and is in float64 |
 | another function | PyTorch's own way to run the inputs is as far from the truth in float64 too |
+| ties | experts of a mixture that a router puts level but for rounding, see `ties` |
 | instability | the relative error of some module is many times that of all modules before it |
 
 Nothing here runs unless an error is too large.
@@ -11,7 +12,7 @@ Nothing here runs unless an error is too large.
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -28,6 +29,7 @@ from propulsion_export.parity.comparison import UNIT_ROUNDOFF, OutputErrors, hid
 from propulsion_export.parity.differences import differences, without_ruled_out
 from propulsion_export.parity.evidence import Evidence
 from propulsion_export.parity.forwards import Item, Work
+from propulsion_export.parity.probes import hidden_rows
 from propulsion_export.parity.questions import (
     Question,
     outputs_in_float64,
@@ -37,6 +39,7 @@ from propulsion_export.parity.questions import (
 from propulsion_export.parity.reports.report import Check
 from propulsion_export.parity.states import states_of
 from propulsion_export.parity.subject import Subject
+from propulsion_export.parity.ties import first_ties, routers_of
 
 _REMEDY = "Export in float32, or in bfloat16 where float16 overflows."
 
@@ -44,15 +47,22 @@ _REMEDY = "Export in float32, or in bfloat16 where float16 overflows."
 def judge_own_error(evidence: Evidence, checks: Iterable[Check]) -> Iterator[Check]:
     """A failed check for every state whose reference errs by more than rounding explains.
 
+    Ties between experts are told of every state that fails, because rounding and a mistake look
+    alike there.
+
     Args:
         evidence: of the verdict.
         checks: those of the case `parity`, compared with a ceiling.
     """
     subjects = {subject.name: subject for subject in evidence.subjects}
     for check in checks:
-        beyond = [errors for errors in check.outputs if not errors.is_explained]
-        if check.case == "parity" and beyond:
-            yield _condemn(evidence, subjects[check.adapter], max(beyond, key=_excess))
+        if check.case != "parity" or not check.outputs:
+            continue
+        subject, worst = subjects[check.adapter], max(check.outputs, key=_excess)
+        if not worst.is_explained:
+            yield _condemn(evidence, subject, worst)
+        elif not check.passed and (told := _told_of_ties(_Case.of(evidence, subject, worst))):
+            yield Check("PyTorch", subject.name, False, told)
 
 
 def judge_padding_effect(evidence: Evidence) -> Iterator[Check]:
@@ -78,7 +88,14 @@ class _Case:
     subject: Subject
     adapter: Adapter
     errors: OutputErrors
-    batch: int
+    batch: int = 0
+
+    @classmethod
+    def of(cls, evidence: Evidence, subject: Subject, errors: OutputErrors) -> "_Case":
+        """An output of a state, in the first batch."""
+        states = states_of(evidence.artifact, evidence.base, evidence.adapters, ())
+        adapter = next(state.attach for state in states if state.name == subject.name)
+        return cls(evidence, subject, adapter, errors)
 
     @property
     def inputs(self) -> Tensors:
@@ -109,11 +126,9 @@ def _excess(errors: OutputErrors) -> float:
 
 
 def _condemn(evidence: Evidence, subject: Subject, errors: OutputErrors) -> Check:
-    states = states_of(evidence.artifact, evidence.base, evidence.adapters, ())
-    adapter = next(state.attach for state in states if state.name == subject.name)
-    first = _Case(evidence, subject, adapter, errors, 0)
+    first = _Case.of(evidence, subject, errors)
     case = max(
-        (_Case(evidence, subject, adapter, errors, n) for n in range(len(evidence.batches))),
+        (replace(first, batch=number) for number in range(len(evidence.batches))),
         key=lambda one: _largest(one.distances(subject.reference[one.batch])),
         default=first,
     )
@@ -134,6 +149,8 @@ def _cause(case: _Case) -> str:
         return f"{name} overflows in {case.dtype}: its weight {weight} is not finite. {_REMEDY}"
     if procedure := _other_function(case):
         return f"{name} gives another function {procedure}, in float64 too"
+    if told := _told_of_ties(case):
+        return told
     row = int(np.argmax(_by_row(case.distances(case.subject.reference[case.batch]))))
     item = row_alone(case.evidence.base, case.inputs, row)
     exact, found = (_outputs_of_modules(case, item, each) for each in ("float64", case.dtype))
@@ -141,6 +158,31 @@ def _cause(case: _Case) -> str:
         return f"{name} overflows in {case.dtype}, first in {path}. {_REMEDY}"
     place = _largest_jump(exact, found, case)
     return f"{name} is unstable in {case.dtype}{place}. {_REMEDY}"
+
+
+def _told_of_ties(case: _Case) -> str | None:
+    """Where experts are level but for rounding, in words; None for a model without such ties."""
+    base, routers = case.evidence.base, routers_of(case.evidence.base.model)
+    if not routers:
+        return None
+    rows = [
+        row_alone(base, batch, int(row))
+        for batch in case.evidence.batches
+        for row in np.flatnonzero(~hidden_rows(batch))
+    ]
+    exact, own = (
+        [_outputs_of_modules(case, item, dtype) for item in rows]
+        for dtype in ("float64", case.dtype)
+    )
+    ties = first_ties(routers, zip(exact, own, strict=True))
+    if ties is None:
+        return None
+    name = type(base.model).__name__
+    return (
+        f"{name} is unstable in {case.dtype}: in {ties.path}, rounding chooses the experts of "
+        f"{ties.tied} of {ties.tokens} tokens, so that a right artifact may choose others than "
+        f"PyTorch.{'' if case.dtype == 'float32' else ' Export in float32.'}"
+    )
 
 
 def _other_function(case: _Case) -> str | None:
