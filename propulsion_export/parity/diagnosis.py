@@ -10,7 +10,7 @@
 Nothing here runs unless an error is too large.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -149,13 +149,13 @@ def _cause(case: _Case) -> str:
         return f"{name} overflows in {case.dtype}: its weight {weight} is not finite. {_REMEDY}"
     if procedure := _other_function(case):
         return f"{name} gives another function {procedure}, in float64 too"
-    if told := _told_of_ties(case):
-        return told
     row = int(np.argmax(_by_row(case.distances(case.subject.reference[case.batch]))))
     item = row_alone(case.evidence.base, case.inputs, row)
     exact, found = (_outputs_of_modules(case, item, each) for each in ("float64", case.dtype))
     if path := _first_overflow(exact, found):
         return f"{name} overflows in {case.dtype}, first in {path}. {_REMEDY}"
+    if told := _told_of_ties(case):
+        return told
     place = _largest_jump(exact, found, case)
     return f"{name} is unstable in {case.dtype}{place}. {_REMEDY}"
 
@@ -171,7 +171,7 @@ def _told_of_ties(case: _Case) -> str | None:
         for row in np.flatnonzero(~hidden_rows(batch))
     ]
     exact, own = (
-        [_outputs_of_modules(case, item, dtype) for item in rows]
+        [_of_routers(routers, _outputs_of_modules(case, item, dtype)) for item in rows]
         for dtype in ("float64", case.dtype)
     )
     ties = first_ties(routers, zip(exact, own, strict=True))
@@ -183,6 +183,13 @@ def _told_of_ties(case: _Case) -> str | None:
         f"{ties.tied} of {ties.tokens} tokens, so that a right artifact may choose others than "
         f"PyTorch.{'' if case.dtype == 'float32' else ' Export in float32.'}"
     )
+
+
+def _of_routers(
+    routers: Collection[str], outputs: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The outputs that are needed of each row; those of all modules would fill the memory."""
+    return {path: values for path, values in outputs.items() if path in routers}
 
 
 def _other_function(case: _Case) -> str | None:
