@@ -65,7 +65,8 @@ class Limits:
     Attributes:
         rows: the most rows of a batch.
         tokens: the most tokens of a row.
-        single: the most tokens of a row that is alone in its batch.
+        single: the most tokens of a row that is alone in its batch; rows of a small batch may have
+            as many together.
         empty: whether a row may have no tokens.
     """
 
@@ -90,6 +91,12 @@ class Limits:
         lengths = [shape[1] for shape in most] + ([] if tokens is None else [tokens])
         longest = min(lengths, default=None)
         return cls(min((shape[0] for shape in most), default=None), longest, longest, empty)
+
+    def of_rows(self, count: int) -> "Limits":
+        """Those of a batch of so many rows."""
+        if self.tokens is None or self.single is None:
+            return self
+        return replace(self, tokens=max(self.tokens, self.single // count))
 
 
 def make_probes(
@@ -141,7 +148,7 @@ def fitting_probes(
 
 def random_rows(base: BaseModel, seed: int, limits: Limits, count: int, length: int) -> Tensors:
     """Rows of random tokens as the architecture is fed, of at most `length` tokens each."""
-    maker = _Maker.of(base, seed, "standard", limits)
+    maker = _Maker.of(base, seed, "standard", limits.of_rows(count))
     return maker.rows([length] * count)
 
 

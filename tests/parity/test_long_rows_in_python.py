@@ -36,6 +36,45 @@ def test_tokens_that_are_not_read_from_the_32nd_on_fail(folded, monkeypatch):
     assert "inputs" in failed(check_parity(folded, runner="reference"))
 
 
+def behind_the_first(ids):
+    return np.arange(len(ids))[:, None] > 0
+
+
+LOST_FROM_COLUMN_24 = {
+    "tokens of rows behind the first": ("input_ids", 0, behind_the_first),
+    "the mask": ("attention_mask", 1, np.ones_like),
+    "token types": ("token_type_ids", 0, np.ones_like),
+}
+
+
+@pytest.mark.parametrize("what", LOST_FROM_COLUMN_24)
+def test_what_is_lost_of_a_row_beside_another_fails(what, folded, monkeypatch):
+    name, filler, where = LOST_FROM_COLUMN_24[what]
+    right = reference.reference_runner
+
+    def opened(path):
+        run = right(path)
+
+        def without(inputs):
+            values = inputs[name]
+            lost = where(values).astype(bool) & (np.arange(values.shape[1]) >= 24)
+            return run({**inputs, name: np.where(lost, filler, values)})
+
+        return without
+
+    monkeypatch.setattr(reference, "reference_runner", opened)
+
+    assert "inputs" in failed(check_parity(folded, runner="reference"))
+
+
+def test_a_small_batch_has_as_many_tokens_as_a_row_alone():
+    limits = Limits(tokens=8, single=128)
+
+    assert [limits.of_rows(count).tokens for count in (1, 2, 3, 16, 33)] == [128, 64, 42, 8, 8]
+    assert Limits().of_rows(2) == Limits()
+    assert Limits(tokens=16, single=16).of_rows(2) == Limits(tokens=16, single=16)
+
+
 def test_a_right_artifact_passes(folded):
     assert check_parity(folded, runner="reference").passed
 
