@@ -79,7 +79,8 @@ class Judged:
 
     @cached_property
     def _probes(self):
-        limits = Limits.of(self.artifact.manifest, self.shortest)
+        manifest = self.artifact.manifest
+        limits = Limits.of(manifest, self.shortest, empty=not manifest.pads_right)
         return make_probes(self._base, 0, "standard", limits)[0]
 
     @cached_property

@@ -67,8 +67,9 @@ class _Recording:
         self._calls: dict[str, int] = {}
 
     def keep_input(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
-        del module
-        tensor = _first_float([*args, *kwargs.values()])
+        # An embedding reads numbers of rows; BART's positions are given values for their shape.
+        given = [] if isinstance(module, nn.Embedding) else [*args, *kwargs.values()]
+        tensor = _first_float(given)
         self._reads.setdefault(path, []).append(None if tensor is None else _as_array(tensor))
 
     def keep_unscaled(self, path: str, module: nn.Module, args: Any, output: Any) -> None:

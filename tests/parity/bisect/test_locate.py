@@ -76,15 +76,22 @@ def test_a_wrong_weight_is_found_at_its_module(change, mode, judged, tmp_path):
     assert found.multiply == ("folded" if mode == "folded" else "right")
 
 
-def test_a_wrong_weight_behind_an_input_of_the_graph_is_found_at_its_module(exported, tmp_path):
-    """The keys of the attention to the encoder read what the encoder has returned."""
-    one = Judged(exported("bart", "folded"))
-    key, file = "model.decoder.layers.0.encoder_attn.k_proj", "decoder_model.onnx"
+# The keys of the attention to the encoder read what the encoder has returned; positions are given
+# values of which they read only the shape.
+OF_BART = {
+    "model.decoder.layers.0.encoder_attn.k_proj": "decoder_model.onnx",
+    "model.encoder.embed_positions": "encoder_model.onnx",
+}
+
+
+@pytest.mark.parametrize("module", OF_BART)
+def test_a_wrong_weight_of_an_encoder_decoder_is_found_at_its_module(module, exported, tmp_path):
+    one, file = Judged(exported("bart", "folded")), OF_BART[module]
     parameters = parameters_in(one.directory, file)
-    name = next(name for name, path, kind in parameters if (path, kind) == (key, "weight"))
+    name = next(name for name, path, kind in parameters if (path, kind) == (module, "weight"))
 
     found = one.locate(
-        plant_in_graph(one.directory, tmp_path / "planted", name, row_wrong, file=file)
+        plant_in_graph(one.directory, tmp_path / "planted", name, all_wrong, file=file)
     )
 
-    assert (found.path, found.reads) == (key, "itself")
+    assert (found.path, found.reads) == (module, "itself")
