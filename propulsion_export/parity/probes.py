@@ -92,6 +92,11 @@ class Limits:
         longest = min(lengths, default=None)
         return cls(min((shape[0] for shape in most), default=None), longest, longest, empty)
 
+    def takes(self, batch: Tensors) -> bool:
+        """Whether a batch has no more rows and tokens, its rows without tokens left out."""
+        rows, length = int((~hidden_rows(batch)).sum()), batch["input_ids"].shape[1]
+        return rows <= (self.rows or rows) and length <= (self.tokens or length)
+
     def of_rows(self, count: int) -> "Limits":
         """Those of a batch of so many rows."""
         if self.tokens is None or self.single is None:

@@ -258,12 +258,12 @@ def _compare(
     extremes, looked_at = extreme_probe(base, states, compute, seed, options.effort, limits)
     users, told_of_users = user_probes(base, states, compute, seed, options.effort, limits)
     probes += [*users, *extremes]
-    at_others = references_at(options.others, read, base, judged, batches, compute)
+    every = [*batches, *(probe.batch for probe in probes)]
+    at_others = references_at(options.others, read, base, judged, every, compute)
     tables = compare_tables(read, base, judged)
     places = {adapter.name: Path(adapter.source) for adapter in adapters}
     texts = compare_texts(read, base, adapters, places, trust_remote_code=trust)
     settings, told = check_settings(read, base, places)
-    every = [*batches, *(probe.batch for probe in probes)]
     subjects = compute_oracle(
         read,
         base,
@@ -292,7 +292,7 @@ def _compare(
         *settings,
     )
     embed = partial(_with_embeddings, read, base, options.given)
-    at_others = {dtype: embed(found, batches, run)[1] for dtype, found in at_others.items()}
+    at_others = {dtype: embed(found, every, run)[1] for dtype, found in at_others.items()}
     rows = sum(len(next(iter(batch.values()))) for batch in batches)
     covered = (
         *(*coverage_of_batches(batches), *coverage, *told_of_users, *looked_at),

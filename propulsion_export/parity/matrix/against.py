@@ -2,13 +2,14 @@
 
 Each of them may be as far from the oracle as the case `parity` allows, so their outputs may be as
 far apart as both together. The outputs of the other one are compared with no oracle: that this
-artifact passes, and that they agree, says what the other is worth.
+artifact passes, and that they agree on all of its inputs, says what the other computes. Its tables,
+tokenizer, labels and settings are not looked at: its own verdict does that.
 """
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,15 @@ from propulsion_export.artifacts.manifest import Manifest
 from propulsion_export.base_model.loading import BaseModel
 from propulsion_export.base_model.sentences.files import read_sentence_pipeline
 from propulsion_export.base_model.tasks import TASKS
-from propulsion_export.errors import ArtifactError, UnavailableError, UsageError
+from propulsion_export.errors import ArtifactError, ToolError, UnavailableError, UsageError
 from propulsion_export.graph.signature import check_signature
 from propulsion_export.parity.comparison import compare, hidden_positions
 from propulsion_export.parity.differences import differences
 from propulsion_export.parity.embeddings import embedding
 from propulsion_export.parity.evidence import Allowed, Evidence
 from propulsion_export.parity.forwards import Compute
+from propulsion_export.parity.probes import Limits, seen_rows, without_hidden_rows
+from propulsion_export.parity.probing import allowed_on_probes
 from propulsion_export.parity.quantised.outputs import compute_outputs
 from propulsion_export.parity.quantised.verdict import exact_candidate
 from propulsion_export.parity.reports.report import Check, NotRun
@@ -156,14 +159,25 @@ def judge_against(
         return
     if not states:
         yield NotRun(f"against {other.label}", "none of what both have could be judged here")
-    # onnx's own evaluator takes minutes for what others compute in a second.
-    batches = evidence.batches[:1] if name == "reference" else evidence.batches
     for state in states:
-        bounds = _bounds(evidence, allowed, other, state, references)
-        feeds = feeds_of(other.artifact, other.names[state.name], {})
-        ours = [evidence.runner({**batch, **state.feeds}) for batch in batches]
-        theirs = [run({**batch, **feeds}) for batch in batches]
-        yield _agreement(evidence, state, other, bounds, (batches, ours, theirs))
+        parts = _parts(evidence, allowed[state.name], other, state, references)
+        if name == "reference":  # it takes minutes for what others compute in a second
+            parts = [replace(parts[0], batches=parts[0].batches[:1])]
+        found = [_compared(evidence, state, other, part, run) for part in parts]
+        yield next((check for check in found if not check.passed), found[0])
+
+
+def _compared(
+    evidence: Evidence, state: Subject, other: Other, part: "_Part", run: Runner
+) -> Check:
+    """Run both artifacts on some inputs and compare them."""
+    feeds = feeds_of(other.artifact, other.names[state.name], {})
+    try:
+        ours = [evidence.runner({**batch, **state.feeds}) for batch in part.batches]
+        theirs = [run({**batch, **feeds}) for batch in part.batches]
+    except ToolError as error:  # this artifact's own failure is another case's
+        return Check("against", state.name, False, f"{other.label}: {error}")
+    return _agreement(evidence, state, other, part, (ours, theirs))
 
 
 def _open(evidence: Evidence, artifact: Artifact, *, trust_remote_code: bool) -> tuple[Runner, str]:
@@ -180,41 +194,79 @@ def _open(evidence: Evidence, artifact: Artifact, *, trust_remote_code: bool) ->
     return (embedding(candidate, pipeline) if embeds and pipeline else candidate), name
 
 
-def _bounds(
+@dataclass(frozen=True)
+class _Part:
+    """Some of the inputs of a verdict.
+
+    Attributes:
+        batches: the inputs.
+        bounds: what each of the artifacts may err on them, by output.
+        purposeful: whether they are for a purpose each, see `probes`.
+    """
+
+    batches: Sequence[Tensors]
+    bounds: Mapping[str, tuple[float, float]]
+    purposeful: bool = False
+
+
+def _parts(
     evidence: Evidence,
-    allowed: Allowed,
+    allowed: Mapping[str, float],
     other: Other,
     state: Subject,
     references: Mapping[str, Sequence[Subject]],
-) -> dict[str, tuple[float, float]]:
-    """What each of the artifacts may err, by output."""
-    ours = allowed[state.name]
-    if other.dtype not in references:
-        return {name: (bound, bound) for name, bound in ours.items()}
-    (reference,) = [one for one in references[other.dtype] if one.name == state.name]
-    errors = compare(evidence.batches, state.oracle, reference.oracle, state.oracle, other.dtype)
-    return {each.output: (ours[each.output], each.allowed) for each in errors}
+) -> list[_Part]:
+    """The everyday inputs, and those probes that the other artifact takes too."""
+    count = len(evidence.batches)
+    found = [one.oracle for one in references.get(other.dtype, ()) if one.name == state.name]
+    at_other = found[0] if found else None
+    everyday = {name: (bound, bound) for name, bound in allowed.items()}
+    if at_other is not None:
+        errors = compare(
+            evidence.batches, state.oracle, at_other[:count], state.oracle, other.dtype
+        )
+        everyday = {each.output: (allowed[each.output], each.allowed) for each in errors}
+    first = _Part(evidence.batches, everyday)
+    limits = Limits.of(other.artifact.manifest)
+    taken = [n for n, probe in enumerate(evidence.probes) if limits.takes(probe.batch)]
+    if not taken:
+        return [first]
+    (probed,) = [one for one in evidence.probed if one.name == state.name]
+    here = allowed_on_probes(evidence, probed, allowed)
+    batches = [without_hidden_rows(evidence.probes[n]).batch for n in taken]
+    purposeful = {name: (bound, bound) for name, bound in here.items()}
+    if at_other is not None:
+        truth, reference = (
+            [seen_rows(evidence.probes[n].batch, side[n]) for n in taken]
+            for side in (probed.oracle, at_other[count:])
+        )
+        errors = compare(batches, truth, reference, truth, other.dtype)
+        purposeful = {
+            each.output: (here[each.output], max(each.allowed, everyday[each.output][1]))
+            for each in errors
+        }
+    return [first, _Part(batches, purposeful, purposeful=True)]
 
 
 def _agreement(
     evidence: Evidence,
     state: Subject,
     other: Other,
-    bounds: Mapping[str, tuple[float, float]],
-    outputs: tuple[Sequence[Tensors], Sequence[Tensors], Sequence[Tensors]],
+    part: _Part,
+    outputs: tuple[Sequence[Tensors], Sequence[Tensors]],
 ) -> Check:
     """Check that the outputs of both artifacts for some batches are no further apart."""
-    batches, ours, theirs = outputs
+    ours, theirs = outputs
     labelled = TASKS[evidence.base.task].labelled_output
     used: dict[str, float] = {}
     findings: dict[str, str] = {}
-    for name, (here, there) in bounds.items():
+    for name, (here, there) in part.bounds.items():
         if not all(name in each for each in theirs):
             findings[name], used[name] = f"{name}: {other.label} does not return it", math.inf
             continue
         pairs = [(a[name], b[name]) for a, b in zip(ours, theirs, strict=True)]
         pairs = [_same_labels(*pair) for pair in pairs] if name == labelled else pairs
-        hidden = hidden_positions(name, batches, [{name: found} for found, _ in pairs])
+        hidden = hidden_positions(name, part.batches, [{name: found} for found, _ in pairs])
         distance = _distance(pairs, hidden)
         used[name] = distance / (here + there) if here + there else distance and math.inf
         findings[name] = (
@@ -223,7 +275,8 @@ def _agreement(
         )
     worst = list(used)[int(np.argmax(list(used.values())))]  # NaN is the worst
     called = other.names[state.name]
-    words = "" if called == state.name else f", called {called} there"
+    words = ", on inputs for a purpose" if part.purposeful else ""
+    words += "" if called == state.name else f", called {called} there"
     return Check("against", state.name, used[worst] <= 1, findings[worst] + words)
 
 

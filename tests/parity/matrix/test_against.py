@@ -4,7 +4,9 @@ import json
 import shutil
 from dataclasses import replace
 
+import onnx
 import pytest
+from onnx import numpy_helper
 
 from propulsion_export.adapters.adapter import Adapter
 from propulsion_export.artifacts.artifact import Artifact
@@ -113,6 +115,30 @@ def test_a_scale_that_is_off_by_a_percent_in_the_other_one_fails(
     directory = pretended(tmp_path / "out", tmp_path / "pretended", right)
 
     assert not against(check_parity(folded, against=[directory]))["three"].passed
+
+
+def token_type_lost(model):
+    (types,) = [t for t in model.graph.initializer if "token_type_embeddings" in t.name]
+    values = numpy_helper.to_array(types).copy()
+    values[1] = 0
+    types.CopyFrom(numpy_helper.from_array(values, types.name))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_mistake_that_only_inputs_for_a_purpose_show_fails(
+    dtype, switchable, export_world, tmp_path
+):
+    other = shutil.copytree(export_world("folded", dtype), tmp_path / "other")
+    manifest = Artifact.read(other).manifest
+    model = onnx.load(other / "model.onnx")
+    token_type_lost(model)
+    onnx.save(model, other / "model.onnx", save_as_external_data=True, location="model.onnx.data")
+    Artifact.write(other, manifest)
+
+    check = against(check_parity(switchable, against=[other]))["three"]
+
+    assert not check.passed
+    assert check.detail.endswith("on inputs for a purpose")
 
 
 def test_an_adapter_of_another_name_is_recognised(world, folded, switchable, tmp_path):
