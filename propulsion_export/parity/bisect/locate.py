@@ -35,6 +35,7 @@ _ENGINE = (
     "an engine shows no intermediate values; run `parity --bisect` on the ONNX export that it was "
     "built from"
 )
+_NO_OUTPUTS = "this case compares no outputs of a single adapter, in which a module could be wrong"
 _ALL_RIGHT = (
     "every module whose output can be told in the artifact is within its tolerance on these inputs"
 )
@@ -54,11 +55,15 @@ def locate_failures(
     Returns:
         The modules, and why there is none for a failure.
     """
-    allowed = allowed_errors(checks)
+    allowed, failures = allowed_errors(checks), _first_failures(evidence, checks)
     found = [
         _locate(_Bisection(evidence, base, subject, runner, allowed.get(subject.name, {})), check)
-        for subject, check in _first_failures(evidence, checks)
+        for subject, check in failures[:_MOST]
     ]
+    others = {check.adapter: check for check in reversed(checks) if not check.passed}
+    for subject, _ in failures:
+        others.pop(subject.name, None)
+    found += [NotRun(_what(check), _NO_OUTPUTS) for check in others.values()]
     return (
         tuple(one for one in found if isinstance(one, Located)),
         tuple(one for one in found if isinstance(one, NotRun)),
@@ -71,11 +76,15 @@ def _first_failures(evidence: Evidence, checks: Sequence[Check]) -> list[tuple[S
     for check in checks:
         if not check.passed and check.case not in _NOT_NUMERIC and check.adapter in subjects:
             failed.setdefault(check.adapter, check)
-    return [(subjects[name], check) for name, check in failed.items()][:_MOST]
+    return [(subjects[name], check) for name, check in failed.items()]
+
+
+def _what(check: Check) -> str:
+    return f"bisect of {check.case} of {check.adapter}"
 
 
 def _locate(bisection: "_Bisection", check: Check) -> Located | NotRun:
-    what = f"bisect of {check.case} of {check.adapter}"
+    what = _what(check)
     if bisection.evidence.artifact.manifest.kind == "engine":
         return NotRun(what, _ENGINE)
     try:

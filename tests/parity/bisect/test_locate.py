@@ -1,5 +1,8 @@
 """A planted mistake is found at its module; a right artifact has none."""
 
+import shutil
+from dataclasses import replace
+
 import pytest
 from planted_modules import (
     SCALES,
@@ -12,7 +15,9 @@ from planted_modules import (
     with_scale,
 )
 
+from propulsion_export.artifacts.artifact import Artifact
 from propulsion_export.parity.reports.report import NotRun
+from propulsion_export.pipeline.parity import check_parity
 
 QUERY = "bert.encoder.layer.1.attention.self.query"
 INNER = "bert.encoder.layer.0.intermediate.dense"
@@ -95,3 +100,17 @@ def test_a_wrong_weight_of_an_encoder_decoder_is_found_at_its_module(module, exp
     )
 
     assert (found.path, found.reads) == (module, "itself")
+
+
+def test_a_failure_that_is_no_module_s_is_told(folded, tmp_path):
+    directory = shutil.copytree(folded, tmp_path / "copy")
+    artifact = Artifact.read(directory)
+    ((name, entry),) = artifact.manifest.adapters.items()
+    reversed_labels = {name: replace(entry, labels=entry.labels[::-1])}
+    artifact.with_manifest(replace(artifact.manifest, adapters=reversed_labels))
+
+    report = check_parity(directory, effort="quick", bisect=True)
+
+    assert {check.case for check in report.checks if not check.passed} == {"labels"}
+    (told,) = [one for one in report.not_run if one.what.startswith("bisect")]
+    assert told.what == f"bisect of labels of {name}"
